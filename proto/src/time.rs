@@ -1,0 +1,56 @@
+//! Times on the wire and inside: UTC milliseconds since 1970.
+
+use std::time::Duration;
+
+use prost_types::Timestamp;
+
+/// The timestamp of `millis` milliseconds since 1970, UTC.
+#[must_use]
+pub fn timestamp(millis: i64) -> Timestamp {
+    let nanos = i32::try_from(millis.rem_euclid(1000) * 1_000_000).expect("less than a second");
+    Timestamp { seconds: millis.div_euclid(1000), nanos }
+}
+
+/// Milliseconds since 1970, UTC; what is finer is cut off, what is out of range is the nearest that is not.
+#[must_use]
+pub fn millis(timestamp: &Timestamp) -> i64 {
+    timestamp.seconds.saturating_mul(1000).saturating_add(i64::from(timestamp.nanos) / 1_000_000)
+}
+
+/// A length of time for the wire.
+#[must_use]
+pub fn wire_duration(duration: Duration) -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(duration.subsec_nanos()).expect("less than a second"),
+    }
+}
+
+/// A length of time from the wire; `None` if it is negative or out of range.
+#[must_use]
+pub fn duration(wire: &prost_types::Duration) -> Option<Duration> {
+    let nanos = u32::try_from(wire.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
+    Some(Duration::new(u64::try_from(wire.seconds).ok()?, nanos))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_survive_the_wire_before_and_after_1970() {
+        for at in [0, 1, 999, 1000, 1_700_000_000_123, -1, -1001] {
+            assert_eq!(millis(&timestamp(at)), at);
+        }
+    }
+
+    #[test]
+    fn a_negative_length_is_none() {
+        assert_eq!(duration(&prost_types::Duration { seconds: -1, nanos: 0 }), None);
+        assert_eq!(duration(&prost_types::Duration { seconds: 0, nanos: -1 }), None);
+        assert_eq!(
+            duration(&prost_types::Duration { seconds: 1, nanos: 5 }),
+            Some(Duration::new(1, 5))
+        );
+    }
+}

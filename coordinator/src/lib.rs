@@ -1,1 +1,2 @@
-//! Soon.
+//! soon
+pub mod transaction;

@@ -1,2 +1,4 @@
 //! soon
+pub mod clock;
+pub mod store;
 pub mod transaction;

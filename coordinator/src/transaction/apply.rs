@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, time::Duration};
 use handfast_proto::{BranchId, limits};
 
 use super::{
-    AttemptError, Branch, BranchSet, BranchSpec, BranchState, Call, CancelCause, Decision, Drive, GlobalTransaction,
-    Payload, Phase, Refusal, Resolution, State, Timestamp,
+    AttemptError, Branch, BranchSet, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
+    GlobalTransaction, Payload, Phase, Refusal, Resolution, State, Timestamp,
 };
 
 /// Something that happened.
@@ -141,10 +141,15 @@ pub enum Rejection {
     #[error("a transaction has at most {} branches", limits::BRANCHES_MAX)]
     TooManyBranches,
     /// Their carried payloads would be too large together.
-    #[error("the payloads of a transaction have at most {} bytes together", limits::PAYLOADS_BYTES_MAX)]
+    #[error(
+        "the payloads of a transaction have at most {} bytes together",
+        limits::PAYLOADS_BYTES_MAX
+    )]
     PayloadsTooLarge,
     /// Only the coordinator registers and confirms what it drives itself.
-    #[error("the coordinator drives this transaction itself: its branches come with Execute, and only Cancel may be asked for")]
+    #[error(
+        "the coordinator drives this transaction itself: its branches come with Execute, and only Cancel may be asked for"
+    )]
     CoordinatorDriven,
     /// There is nothing to resolve before the decision.
     #[error("there is no decision yet, so there is nothing to resolve")]
@@ -218,7 +223,11 @@ impl GlobalTransaction {
         Ok(Change::DURABLE)
     }
 
-    fn request_decision(&mut self, request: DecisionRequest, now: Timestamp) -> Result<Change, Rejection> {
+    fn request_decision(
+        &mut self,
+        request: DecisionRequest,
+        now: Timestamp,
+    ) -> Result<Change, Rejection> {
         let asked = match request {
             DecisionRequest::Confirm { .. } => Decision::Confirm,
             DecisionRequest::Cancel(_) => Decision::Cancel,
@@ -230,7 +239,9 @@ impl GlobalTransaction {
         }
         match request {
             DecisionRequest::Cancel(cause) => Ok(self.cancel(cause, now)),
-            DecisionRequest::Confirm { .. } if self.drive != Drive::Initiator => Err(Rejection::CoordinatorDriven),
+            DecisionRequest::Confirm { .. } if self.drive != Drive::Initiator => {
+                Err(Rejection::CoordinatorDriven)
+            }
             DecisionRequest::Confirm { tried } => {
                 // The initiator may not know of a branch that a nested service has registered and that may not have been
                 // tried: confirming "all" would confirm it too.
@@ -261,7 +272,13 @@ impl GlobalTransaction {
         Change::NOTHING // it is told with what becomes of it
     }
 
-    fn try_returned(&mut self, index: usize, outcome: Outcome, retry_in: Duration, now: Timestamp) -> Change {
+    fn try_returned(
+        &mut self,
+        index: usize,
+        outcome: Outcome,
+        retry_in: Duration,
+        now: Timestamp,
+    ) -> Change {
         let half_time = self.begun_at + (self.expires_at - self.begun_at) / 2;
         let branch = &mut self.branches[index];
         branch.call = Call::Idle { due_at: now };
@@ -323,7 +340,8 @@ impl GlobalTransaction {
             }
             Outcome::Refused(refusal) => {
                 // dispatch reads no refusal out of a phase-two answer; if it did, it would be repeated all the same.
-                let error = AttemptError { code: "REFUSED".to_owned(), message: refusal.reason, at: now };
+                let error =
+                    AttemptError { code: "REFUSED".to_owned(), message: refusal.reason, at: now };
                 self.phase_two_failed(index, error, false, true, now + retry_in)
             }
             Outcome::Unknown { error, timed_out, hopeless } => {
@@ -378,7 +396,9 @@ impl GlobalTransaction {
         match branch.state {
             BranchState::Acknowledged => Err(Rejection::AlreadyAcknowledged(branch_id.clone())),
             BranchState::Resolved(_) => Ok(Change::NOTHING),
-            BranchState::Registered | BranchState::Tried if self.state == State::Trying => Err(Rejection::NotDecided),
+            BranchState::Registered | BranchState::Tried if self.state == State::Trying => {
+                Err(Rejection::NotDecided)
+            }
             BranchState::Registered | BranchState::Tried => {
                 self.branches[index].state = BranchState::Resolved(resolution);
                 let change = self.finish_if_acknowledged(index, now);
@@ -421,7 +441,10 @@ impl GlobalTransaction {
         if self.branches.iter().any(Branch::is_open) {
             // In the first round acknowledgements wait for the completion, which tells them all in one row.
             let first_round = self.branches.iter().all(|branch| branch.last_error.is_none());
-            return Change { weight: if first_round { Weight::Later } else { Weight::Lazy }, branches };
+            return Change {
+                weight: if first_round { Weight::Later } else { Weight::Lazy },
+                branches,
+            };
         }
         self.finish(now);
         Change { weight: Weight::Lazy, branches }

@@ -32,7 +32,8 @@ mod tests;
 
 pub use apply::{Change, DecisionRequest, Event, Outcome, Rejection, Weight};
 pub use model::{
-    AttemptError, Branch, BranchSet, BranchSpec, BranchState, Call, CancelCause, Decision, Drive, GlobalTransaction, Key,
-    NewTransaction, Payload, Phase, Refusal, Resolution, State, StuckAfter, Timestamp,
+    AttemptError, Branch, BranchSet, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
+    GlobalTransaction, Key, NewTransaction, Payload, Phase, Refusal, Resolution, State, StuckAfter,
+    Timestamp,
 };
 pub use plan::{DueCall, Plan};

@@ -425,7 +425,9 @@ impl GlobalTransaction {
     pub fn finished_smoothly(&self) -> bool {
         self.state.is_final()
             && self.branches.iter().all(|branch| {
-                branch.state == BranchState::Acknowledged && branch.attempts <= 1 && branch.last_error.is_none()
+                branch.state == BranchState::Acknowledged
+                    && branch.attempts <= 1
+                    && branch.last_error.is_none()
             })
     }
 
@@ -464,10 +466,13 @@ impl GlobalTransaction {
             // Nobody but this coordinator drives it: the next owner has to cancel it at once.
             (State::Trying, Drive::Coordinator { .. }) => Some(self.begun_at),
             (State::Confirming | State::Cancelling, _) => {
-                let next = self.branches.iter().filter(|branch| branch.is_open()).map(|branch| match branch.call {
-                    Call::Idle { due_at } => due_at,
-                    Call::InFlight(_) => self.begun_at, // whether it arrived is unknown to whoever comes next
-                });
+                let next =
+                    self.branches.iter().filter(|branch| branch.is_open()).map(
+                        |branch| match branch.call {
+                            Call::Idle { due_at } => due_at,
+                            Call::InFlight(_) => self.begun_at, // whether it arrived is unknown to whoever comes next
+                        },
+                    );
                 Some(next.min().unwrap_or(self.begun_at))
             }
             (State::Confirmed | State::Cancelled, _) => None,

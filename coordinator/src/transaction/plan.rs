@@ -25,16 +25,24 @@ impl GlobalTransaction {
     #[must_use]
     pub fn plan(&self, now: Timestamp) -> Plan {
         match (self.state, self.drive) {
-            (State::Trying, Drive::Initiator) => Plan { calls: Vec::new(), wake_at: Some(self.expires_at) },
+            (State::Trying, Drive::Initiator) => {
+                Plan { calls: Vec::new(), wake_at: Some(self.expires_at) }
+            }
             (State::Trying, Drive::Coordinator { in_order }) => {
                 let untried = |state: &BranchState| *state == BranchState::Registered;
                 // In order: only the first one that has not been tried.
-                let mut plan = self.due(Phase::Try, untried, if in_order { 1 } else { usize::MAX }, now);
-                plan.wake_at = Some(plan.wake_at.map_or(self.expires_at, |at| at.min(self.expires_at)));
+                let mut plan =
+                    self.due(Phase::Try, untried, if in_order { 1 } else { usize::MAX }, now);
+                plan.wake_at =
+                    Some(plan.wake_at.map_or(self.expires_at, |at| at.min(self.expires_at)));
                 plan
             }
-            (State::Confirming, _) => self.due(Phase::Confirm, Self::unacknowledged, usize::MAX, now),
-            (State::Cancelling, _) => self.due(Phase::Cancel, Self::unacknowledged, usize::MAX, now),
+            (State::Confirming, _) => {
+                self.due(Phase::Confirm, Self::unacknowledged, usize::MAX, now)
+            }
+            (State::Cancelling, _) => {
+                self.due(Phase::Cancel, Self::unacknowledged, usize::MAX, now)
+            }
             (State::Confirmed | State::Cancelled, _) => Plan::default(),
         }
     }
@@ -44,14 +52,24 @@ impl GlobalTransaction {
     }
 
     /// Of the first `most` branches that are `wanted`: those to call now, and when the next of the others is due.
-    fn due(&self, phase: Phase, wanted: impl Fn(&BranchState) -> bool, most: usize, now: Timestamp) -> Plan {
+    fn due(
+        &self,
+        phase: Phase,
+        wanted: impl Fn(&BranchState) -> bool,
+        most: usize,
+        now: Timestamp,
+    ) -> Plan {
         let mut plan = Plan::default();
         let open = self.branches.iter().enumerate().filter(|(_, branch)| wanted(&branch.state));
         for (index, branch) in open.take(most) {
             match branch.call {
                 Call::InFlight(_) => {} // its return is the event
-                Call::Idle { due_at } if due_at <= now => plan.calls.push(DueCall { branch: index, phase }),
-                Call::Idle { due_at } => plan.wake_at = Some(plan.wake_at.map_or(due_at, |at| at.min(due_at))),
+                Call::Idle { due_at } if due_at <= now => {
+                    plan.calls.push(DueCall { branch: index, phase })
+                }
+                Call::Idle { due_at } => {
+                    plan.wake_at = Some(plan.wake_at.map_or(due_at, |at| at.min(due_at)))
+                }
             }
         }
         plan

@@ -34,24 +34,33 @@ pub fn call_deadline(initial: Duration, timeouts: u32, max: Duration) -> Duratio
 mod tests {
     use super::*;
 
-    const POLICY: RetryPolicy = RetryPolicy { initial: Duration::from_millis(200), max: Duration::from_secs(60) };
+    const POLICY: RetryPolicy =
+        RetryPolicy { initial: Duration::from_millis(200), max: Duration::from_secs(60) };
 
     #[test]
     fn delays_double_up_to_the_ceiling() {
         let longest = |attempt| POLICY.delay(attempt, u32::MAX).as_millis();
-        assert_eq!([1, 2, 3, 8, 9, 10, 1000].map(longest), [200, 400, 800, 25_600, 51_200, 60_000, 60_000]);
+        assert_eq!(
+            [1, 2, 3, 8, 9, 10, 1000].map(longest),
+            [200, 400, 800, 25_600, 51_200, 60_000, 60_000]
+        );
     }
 
     #[test]
     fn jitter_spreads_over_the_whole_length() {
         assert_eq!(POLICY.delay(4, 0), Duration::from_millis(1));
         let middle = POLICY.delay(4, u32::MAX / 2);
-        assert!((Duration::from_millis(790)..Duration::from_millis(810)).contains(&middle), "{middle:?}");
+        assert!(
+            (Duration::from_millis(790)..Duration::from_millis(810)).contains(&middle),
+            "{middle:?}"
+        );
     }
 
     #[test]
     fn a_call_that_timed_out_gets_more_time() {
-        let deadline = |timeouts| call_deadline(Duration::from_secs(5), timeouts, Duration::from_secs(60)).as_secs();
+        let deadline = |timeouts| {
+            call_deadline(Duration::from_secs(5), timeouts, Duration::from_secs(60)).as_secs()
+        };
         assert_eq!([0, 1, 2, 3, 4, 99].map(deadline), [5, 10, 20, 40, 60, 60]);
     }
 }

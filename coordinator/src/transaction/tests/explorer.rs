@@ -38,7 +38,8 @@ impl Fence {
             (Self::Nothing, Phase::Cancel) => (Self::Suspended, true),
             (Self::Cancelled | Self::Suspended, Phase::Cancel) => (*self, true),
             (Self::Cancelled | Self::Suspended, Phase::Try) => (*self, false),
-            (Self::Nothing | Self::Cancelled | Self::Suspended, Phase::Confirm) | (Self::Confirmed, Phase::Cancel) => {
+            (Self::Nothing | Self::Cancelled | Self::Suspended, Phase::Confirm)
+            | (Self::Confirmed, Phase::Cancel) => {
                 panic!("a participant was asked to {phase:?} what it recorded as {self:?}")
             }
         };
@@ -89,21 +90,37 @@ impl World {
                     world.stored = world.global.recorded();
                 }
                 if world.global.state != before.state && !world.global.state.is_final() {
-                    assert_eq!(change.weight, Weight::Durable, "a decision was not to be durable: {event:?}");
+                    assert_eq!(
+                        change.weight,
+                        Weight::Durable,
+                        "a decision was not to be durable: {event:?}"
+                    );
                 }
                 if world.global.branches.len() > before.branches.len() {
-                    assert_eq!(change.weight, Weight::Durable, "a registration was not to be durable");
+                    assert_eq!(
+                        change.weight,
+                        Weight::Durable,
+                        "a registration was not to be durable"
+                    );
                     assert_eq!(before.state, State::Trying, "a branch joined after the decision");
                 }
-                for (index, (was, is)) in before.branches.iter().zip(&world.global.branches).enumerate() {
-                    if was.state != is.state && matches!(is.state, BranchState::Acknowledged | BranchState::Resolved(_)) {
-                        assert!(change.branches.contains(index), "{event:?} does not say that branch {index} changed");
+                for (index, (was, is)) in
+                    before.branches.iter().zip(&world.global.branches).enumerate()
+                {
+                    if was.state != is.state
+                        && matches!(is.state, BranchState::Acknowledged | BranchState::Resolved(_))
+                    {
+                        assert!(
+                            change.branches.contains(index),
+                            "{event:?} does not say that branch {index} changed"
+                        );
                     }
                 }
             }
         }
         assert!(
-            before.state.decision().is_none() || before.state.decision() == world.global.state.decision(),
+            before.state.decision().is_none()
+                || before.state.decision() == world.global.state.decision(),
             "{event:?} changed the decision of {before:?}"
         );
         world
@@ -123,7 +140,9 @@ impl World {
         if global.drive == Drive::Initiator {
             self.initiator_moves(&mut next);
         }
-        next.push(self.command(DecisionRequest::Cancel(CancelCause::Requested { reason: String::new() })));
+        next.push(
+            self.command(DecisionRequest::Cancel(CancelCause::Requested { reason: String::new() })),
+        );
         // Time.
         next.push(self.after(&Event::Ticked));
         next.push(Self { now: AFTER, ..self.clone() }.after(&Event::Ticked));
@@ -144,7 +163,8 @@ impl World {
         if !self.resolved
             && let Some(branch) = global.branches.iter().find(|branch| branch.is_open())
         {
-            let resolution = Resolution { operator: "ann".to_owned(), reason: "gone".to_owned(), at: self.now };
+            let resolution =
+                Resolution { operator: "ann".to_owned(), reason: "gone".to_owned(), at: self.now };
             let branch_id = branch.spec.branch_id.clone();
             let mut world = self.after(&Event::Resolved { branch_id, resolution });
             world.resolved = world.global != *global;
@@ -183,7 +203,8 @@ impl World {
             next.push(world);
         }
         // It confirms what it knows to be tried; that may be too little.
-        let tried = self.tried.iter().map(|index| (index + 1).to_string().parse().unwrap()).collect();
+        let tried =
+            self.tried.iter().map(|index| (index + 1).to_string().parse().unwrap()).collect();
         next.push(self.command(DecisionRequest::Confirm { tried }));
     }
 
@@ -194,7 +215,10 @@ impl World {
         // It arrived, and the answer too.
         let mut arrived = self.clone();
         let ok = arrived.fences[branch].take(phase);
-        next.push(came_back(&arrived, if ok { Outcome::Done { reply: None } } else { unknown(false, true, self.now) }));
+        next.push(came_back(
+            &arrived,
+            if ok { Outcome::Done { reply: None } } else { unknown(false, true, self.now) },
+        ));
         // It arrived, and the answer did not; it never arrived; it made no sense.
         next.push(came_back(&arrived, unknown(true, false, self.now)));
         next.push(came_back(self, unknown(false, false, self.now)));
@@ -217,14 +241,26 @@ impl World {
             };
             for call in &plan.calls {
                 let branch = &global.branches[call.branch];
-                assert_eq!(Some(call.phase), allowed, "a call that does not fit {:?}", global.state);
+                assert_eq!(
+                    Some(call.phase),
+                    allowed,
+                    "a call that does not fit {:?}",
+                    global.state
+                );
                 assert!(branch.is_open(), "a closed branch is called");
-                assert!(matches!(branch.call, Call::Idle { .. }), "a branch is called twice at once");
+                assert!(
+                    matches!(branch.call, Call::Idle { .. }),
+                    "a branch is called twice at once"
+                );
             }
             // Nothing is forgotten: what is open is called, under way, or looked at again.
-            let in_flight = global.branches.iter().any(|branch| matches!(branch.call, Call::InFlight(_)));
+            let in_flight =
+                global.branches.iter().any(|branch| matches!(branch.call, Call::InFlight(_)));
             assert!(
-                global.state.is_final() || !plan.calls.is_empty() || in_flight || plan.wake_at.is_some(),
+                global.state.is_final()
+                    || !plan.calls.is_empty()
+                    || in_flight
+                    || plan.wake_at.is_some(),
                 "nobody will ever look at {global:?} again"
             );
         }
@@ -238,12 +274,17 @@ impl World {
             "what comes back from a store is not what a store would keep"
         );
         if global.state.is_final() {
-            assert!(global.branches.iter().all(|branch| !branch.is_open()), "final, with an open branch");
+            assert!(
+                global.branches.iter().all(|branch| !branch.is_open()),
+                "final, with an open branch"
+            );
             for (branch, fence) in global.branches.iter().zip(&self.fences) {
                 if branch.state == BranchState::Acknowledged {
                     let agrees = match global.state.decision() {
                         Some(Decision::Confirm) => *fence == Fence::Confirmed,
-                        Some(Decision::Cancel) => matches!(fence, Fence::Cancelled | Fence::Suspended),
+                        Some(Decision::Cancel) => {
+                            matches!(fence, Fence::Cancelled | Fence::Suspended)
+                        }
                         None => false,
                     };
                     assert!(agrees, "{:?}, and a participant has {fence:?}", global.state);
@@ -255,7 +296,8 @@ impl World {
             assert_eq!(*fence, Fence::Nothing, "tried before it was registered");
         }
         let confirmed = self.fences.contains(&Fence::Confirmed);
-        let cancelled = self.fences.iter().any(|fence| matches!(fence, Fence::Cancelled | Fence::Suspended));
+        let cancelled =
+            self.fences.iter().any(|fence| matches!(fence, Fence::Cancelled | Fence::Suspended));
         assert!(!(confirmed && cancelled), "one participant confirmed and another cancelled");
     }
 }

@@ -22,7 +22,14 @@ fn spec(branch_id: &str) -> BranchSpec {
 }
 
 fn new_transaction(drive: Drive, timeout: Duration, branches: Vec<BranchSpec>) -> NewTransaction {
-    NewTransaction { name: "checkout".to_owned(), drive, timeout, labels: BTreeMap::new(), key: None, branches }
+    NewTransaction {
+        name: "checkout".to_owned(),
+        drive,
+        timeout,
+        labels: BTreeMap::new(),
+        key: None,
+        branches,
+    }
 }
 
 fn refusal() -> Refusal {
@@ -35,7 +42,11 @@ fn refusal() -> Refusal {
 }
 
 fn unknown(timed_out: bool, hopeless: bool, at: Timestamp) -> Outcome {
-    let error = AttemptError { code: "UNAVAILABLE".to_owned(), message: "connection refused".to_owned(), at };
+    let error = AttemptError {
+        code: "UNAVAILABLE".to_owned(),
+        message: "connection refused".to_owned(),
+        at,
+    };
     Outcome::Unknown { error, timed_out, hopeless }
 }
 

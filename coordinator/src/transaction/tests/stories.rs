@@ -44,7 +44,11 @@ impl Story {
         let mut told = String::new();
         match global.apply(event, now) {
             Err(Rejection::BranchesDiffer { not_named, not_registered }) => {
-                writeln!(told, "rejected: not named {not_named:?}, not registered {not_registered:?}").unwrap();
+                writeln!(
+                    told,
+                    "rejected: not named {not_named:?}, not registered {not_registered:?}"
+                )
+                .unwrap();
             }
             Err(rejection) => writeln!(told, "rejected: {rejection}").unwrap(),
             Ok(_) => {
@@ -58,8 +62,15 @@ impl Story {
                     } else if let (Some(error), Call::Idle { due_at }) = (&is.last_error, is.call)
                         && was.last_error != is.last_error
                     {
-                        let attention = if is.needs_attention { ", a person should look" } else { "" };
-                        writeln!(told, "branch {id} {}, again in {:?}{attention}", error.code, due_at - now).unwrap();
+                        let attention =
+                            if is.needs_attention { ", a person should look" } else { "" };
+                        writeln!(
+                            told,
+                            "branch {id} {}, again in {:?}{attention}",
+                            error.code,
+                            due_at - now
+                        )
+                        .unwrap();
                     }
                 }
                 if before.state != global.state {
@@ -93,14 +104,21 @@ impl Story {
         let mut told = String::new();
         for call in global.plan(now).calls {
             let id = global.branches[call.branch].spec.branch_id.clone();
-            global.apply(Event::CallStarted { branch: call.branch, phase: call.phase }, now).unwrap();
+            global
+                .apply(Event::CallStarted { branch: call.branch, phase: call.phase }, now)
+                .unwrap();
             let attempt = global.branches[call.branch].attempts;
             writeln!(told, "→ {:?} {id}, attempt {attempt}", call.phase).unwrap();
         }
         told
     }
 
-    fn reply(&mut self, id: &str, what: &str, retry_in: Duration) -> Result<String, Box<dyn Error>> {
+    fn reply(
+        &mut self,
+        id: &str,
+        what: &str,
+        retry_in: Duration,
+    ) -> Result<String, Box<dyn Error>> {
         let now = self.now();
         let global = self.global.as_ref().expect("begin first");
         let (branch, known) = global.branch(&id.parse()?).ok_or("no such branch")?;
@@ -118,7 +136,8 @@ impl Story {
 
     fn show(&self) -> String {
         let global = self.global.as_ref().expect("begin first");
-        let stuck = global.is_stuck(self.now(), StuckAfter { attempts: 3, time: Duration::from_secs(120) });
+        let stuck =
+            global.is_stuck(self.now(), StuckAfter { attempts: 3, time: Duration::from_secs(120) });
         let mut told = format!("{}{}", word(global.state), if stuck { ", stuck" } else { "" });
         for branch in &global.branches {
             write!(told, "; {} {}", branch.spec.branch_id, branch_word(&branch.state)).unwrap();
@@ -143,26 +162,42 @@ impl Runner for Story {
                 };
                 let branches = rest(&mut args).into_iter().map(spec).collect();
                 let new = new_transaction(drive, timeout, branches);
-                *self = Self { global: Some(GlobalTransaction::begin(XID, new, Timestamp(0))), ..Self::default() };
+                *self = Self {
+                    global: Some(GlobalTransaction::begin(XID, new, Timestamp(0))),
+                    ..Self::default()
+                };
                 self.settle()
             }
-            "register" => self.apply(Event::Registered(rest(&mut args).into_iter().map(spec).collect())),
+            "register" => {
+                self.apply(Event::Registered(rest(&mut args).into_iter().map(spec).collect()))
+            }
             "confirm" => {
-                let tried = rest(&mut args).into_iter().map(str::parse).collect::<Result<_, _>>()?;
+                let tried =
+                    rest(&mut args).into_iter().map(str::parse).collect::<Result<_, _>>()?;
                 self.apply(Event::DecisionRequested(DecisionRequest::Confirm { tried }))
             }
             "cancel" => {
                 let reason = args.next_pos().unwrap_or_default().to_owned();
-                self.apply(Event::DecisionRequested(DecisionRequest::Cancel(CancelCause::Requested { reason })))
+                self.apply(Event::DecisionRequested(DecisionRequest::Cancel(
+                    CancelCause::Requested { reason },
+                )))
             }
             "at" => {
-                self.now_ms = i64::try_from(humantime::parse_duration(args.next_pos().ok_or("when?")?)?.as_millis())?;
+                self.now_ms = i64::try_from(
+                    humantime::parse_duration(args.next_pos().ok_or("when?")?)?.as_millis(),
+                )?;
                 let told = self.apply(Event::Ticked);
-                if told == "nothing changes\n" { String::new() } else { told.replace("nothing changes\n", "") }
+                if told == "nothing changes\n" {
+                    String::new()
+                } else {
+                    told.replace("nothing changes\n", "")
+                }
             }
             "reply" => {
-                let retry_in = humantime::parse_duration(args.take_key("retry_in").unwrap_or("1s"))?;
-                let (id, what) = (args.next_pos().ok_or("whose?")?, args.next_pos().ok_or("what?")?);
+                let retry_in =
+                    humantime::parse_duration(args.take_key("retry_in").unwrap_or("1s"))?;
+                let (id, what) =
+                    (args.next_pos().ok_or("whose?")?, args.next_pos().ok_or("what?")?);
                 self.reply(id, what, retry_in)?
             }
             "hold" => {
@@ -175,15 +210,20 @@ impl Runner for Story {
             }
             "crash" => {
                 self.held = false;
-                let Some(stored) = self.stored.clone() else { return Ok("nothing was ever recorded\n".to_owned()) };
+                let Some(stored) = self.stored.clone() else {
+                    return Ok("nothing was ever recorded\n".to_owned());
+                };
                 let told = format!("loaded {}\n", word(stored.state));
                 self.global = Some(stored);
                 told + &self.apply(Event::Recovered).replace("nothing changes\n", "")
             }
             "retry" => self.apply(Event::RetryRequested),
             "resolve" => {
-                let resolution =
-                    Resolution { operator: "ann".to_owned(), reason: "gone".to_owned(), at: self.now() };
+                let resolution = Resolution {
+                    operator: "ann".to_owned(),
+                    reason: "gone".to_owned(),
+                    at: self.now(),
+                };
                 let branch_id = args.next_pos().ok_or("which?")?.parse()?;
                 self.apply(Event::Resolved { branch_id, resolution })
             }
@@ -218,7 +258,9 @@ fn cause_word(cause: Option<&CancelCause>) -> String {
         Some(CancelCause::Requested { reason }) => format!("requested: {reason}"),
         Some(CancelCause::Refused { refusal, .. }) => format!("refused: {}", refusal.reason),
         Some(CancelCause::TimedOut) => "timed out".to_owned(),
-        Some(CancelCause::TryUnknown { branch_id, error }) => format!("Try of {branch_id} unknown: {error}"),
+        Some(CancelCause::TryUnknown { branch_id, error }) => {
+            format!("Try of {branch_id} unknown: {error}")
+        }
         Some(CancelCause::CoordinatorRestarted) => "coordinator restarted".to_owned(),
     }
 }
@@ -226,10 +268,12 @@ fn cause_word(cause: Option<&CancelCause>) -> String {
 #[test]
 fn stories() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/transaction/tests/stories");
-    let mut stories: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut stories: Vec<_> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     stories.sort();
     assert!(stories.len() >= 10, "where are they?");
     for story in stories {
-        goldenscript::run(&mut Story::default(), &story).unwrap_or_else(|error| panic!("{}: {error}", story.display()));
+        goldenscript::run(&mut Story::default(), &story)
+            .unwrap_or_else(|error| panic!("{}: {error}", story.display()));
     }
 }

@@ -1,0 +1,161 @@
+//! The only door to time: wall-clock moments that never go back, and waiting for one.
+
+use std::{
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::sync::watch;
+
+use crate::transaction::Timestamp;
+
+/// Tells the time. Correctness never rests on it: a wrong clock can end phase one early, it cannot split a decision.
+pub trait Clock: fmt::Debug + Send + Sync + 'static {
+    /// The present moment; never before one that was told earlier.
+    fn now(&self) -> Timestamp;
+
+    /// Completes when [`Clock::now`] has reached `at`.
+    fn sleep_until(&self, at: Timestamp) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+/// The machine's clock, smoothed: when it jumps forward (after a suspend, say) this one follows at once, since deadlines that
+/// participants compare with their own clocks must not lag behind; when it jumps back this one runs on at nine tenths of its
+/// speed until the two agree, so that timers neither stand still nor fire twice.
+#[derive(Debug, Clone)]
+pub struct SystemClock {
+    last: Arc<Mutex<Told>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    instant: Instant,
+    at: Timestamp,
+}
+
+impl Default for SystemClock {
+    fn default() -> Self {
+        Self { last: Arc::new(Mutex::new(Told { instant: Instant::now(), at: wall() })) }
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "this is the clock that everybody else asks")]
+fn wall() -> Timestamp {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Timestamp(0) + since_1970
+}
+
+impl Told {
+    /// The moment to tell `elapsed` after this one, when the machine's clock says `wall`.
+    fn next(self, elapsed: Duration, wall: Timestamp) -> Timestamp {
+        wall.max(self.at + elapsed * 9 / 10)
+    }
+}
+
+impl Clock for SystemClock {
+    fn now(&self) -> Timestamp {
+        let mut last = self.last.lock().expect("nothing panics while it is locked");
+        let instant = Instant::now();
+        let at = last.next(instant - last.instant, wall());
+        if at > last.at {
+            // Below a millisecond nothing is told and nothing is forgotten.
+            *last = Told { instant, at };
+        }
+        last.at
+    }
+
+    fn sleep_until(&self, at: Timestamp) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let clock = self.clone();
+        Box::pin(async move {
+            loop {
+                let now = clock.now();
+                if now >= at {
+                    return;
+                }
+                tokio::time::sleep(at - now).await;
+            }
+        })
+    }
+}
+
+/// A clock that stands still until somebody moves it. For tests.
+#[derive(Debug, Clone)]
+pub struct ManualClock {
+    now: watch::Sender<Timestamp>,
+}
+
+impl ManualClock {
+    /// Stands at `now`.
+    #[must_use]
+    pub fn at(now: Timestamp) -> Self {
+        Self { now: watch::Sender::new(now) }
+    }
+
+    /// Stands at what the machine's clock says now, so that participants that look at their own agree.
+    #[must_use]
+    pub fn at_wall_time() -> Self {
+        Self::at(wall())
+    }
+
+    /// Moves it on. Whoever sleeps until then wakes.
+    pub fn advance(&self, by: Duration) {
+        self.now.send_modify(|now| *now = *now + by);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Timestamp {
+        *self.now.borrow()
+    }
+
+    fn sleep_until(&self, at: Timestamp) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let mut now = self.now.subscribe();
+        Box::pin(async move {
+            if now.wait_for(|now| *now >= at).await.is_err() {
+                std::future::pending().await // the clock is gone: the moment never comes
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_follows_jumps_forward_and_slows_down_after_jumps_back() {
+        let told = Told { instant: Instant::now(), at: Timestamp(1_000_000) };
+        let second = Duration::from_secs(1);
+        assert_eq!(told.next(second, Timestamp(1_001_000)), Timestamp(1_001_000), "in step");
+        assert_eq!(
+            told.next(second, Timestamp(4_600_000)),
+            Timestamp(4_600_000),
+            "an hour forward"
+        );
+        assert_eq!(
+            told.next(second, Timestamp(0)),
+            Timestamp(1_000_900),
+            "back: never stands still, never goes back"
+        );
+    }
+
+    #[tokio::test]
+    async fn the_system_clock_wakes_a_sleeper_in_time() {
+        let clock = SystemClock::default();
+        let at = clock.now() + Duration::from_millis(20);
+        clock.sleep_until(at).await;
+        assert!(clock.now() >= at);
+    }
+
+    #[tokio::test]
+    async fn a_manual_clock_wakes_those_whose_time_has_come() {
+        let clock = ManualClock::at(Timestamp(0));
+        let sleeper = tokio::spawn(clock.sleep_until(Timestamp(1_000)));
+        clock.advance(Duration::from_millis(999));
+        tokio::task::yield_now().await;
+        assert!(!sleeper.is_finished());
+        clock.advance(Duration::from_millis(1));
+        sleeper.await.unwrap();
+    }
+}

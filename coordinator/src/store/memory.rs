@@ -1,0 +1,190 @@
+//! A store in memory, for tests and benchmarks only: nothing in it survives the process. As a model of what a store does it
+//! is also the shortest description of the other ones.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard},
+};
+
+use handfast_proto::Xid;
+
+use super::{
+    Appended, Batch, DuePage, Error, Head, ListFilter, Lookup, Ownership, PARTITIONS, Show, Store,
+    Summary, Write, judge, xids_of,
+};
+use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
+
+/// See the module's comment.
+#[derive(Debug, Default)]
+pub struct MemoryStore {
+    tables: Mutex<Tables>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    /// Epoch and position of each partition.
+    partitions: BTreeMap<u16, (u32, u64)>,
+    /// Nonces by partition and epoch.
+    nonces: BTreeMap<(u16, u32), u32>,
+    transactions: BTreeMap<Xid, GlobalTransaction>,
+    keys: BTreeMap<[u8; 32], Xid>,
+    purged_through: BTreeMap<u16, Xid>,
+}
+
+impl MemoryStore {
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        self.tables.lock().expect("nothing panics while it is locked")
+    }
+}
+
+#[async_trait::async_trait]
+impl Store for MemoryStore {
+    async fn acquire(&self, _owner: &str, _now: Timestamp) -> Result<Vec<Ownership>, Error> {
+        let mut tables = self.tables();
+        Ok((0..PARTITIONS)
+            .map(|partition| {
+                let nonce = rand::random();
+                let (epoch, position) = tables.partitions.entry(partition).or_default();
+                (*epoch, *position) = (*epoch + 1, 0);
+                let epoch = *epoch;
+                tables.nonces.insert((partition, epoch), nonce);
+                Ownership { partition, epoch, nonce }
+            })
+            .collect())
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
+        let mut tables = self.tables();
+        if let Some(appended) =
+            judge(batch, |partition| tables.partitions.get(&partition).copied())?
+        {
+            return Ok(appended);
+        }
+        for Write { global, head, .. } in &batch.writes {
+            if tables.transactions.contains_key(&global.xid) == (*head == Head::Insert) {
+                return Err(Error::Corrupt(format!(
+                    "{head:?} of {}, which does not fit",
+                    global.xid
+                )));
+            }
+        }
+        for guard in &batch.guards {
+            tables.partitions.insert(guard.partition, (guard.epoch, guard.position));
+        }
+        for write in &batch.writes {
+            let recorded = write.global.recorded();
+            if let (Head::Insert, Some(key)) = (write.head, recorded.key) {
+                tables.keys.insert(key.hash, recorded.xid);
+            }
+            tables.transactions.insert(recorded.xid, recorded);
+        }
+        Ok(Appended::Durable)
+    }
+
+    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
+        let tables = self.tables();
+        Ok(match tables.transactions.get(&xid) {
+            Some(global) => Lookup::Found(Box::new(global.clone())),
+            None => Lookup::Absent {
+                purged_through: tables.purged_through.get(&xid.partition).copied(),
+                nonce: tables.nonces.get(&(xid.partition, xid.epoch)).copied(),
+            },
+        })
+    }
+
+    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
+        let tables = self.tables();
+        Ok(hashes.iter().map(|hash| tables.keys.get(hash).copied()).collect())
+    }
+
+    async fn due(
+        &self,
+        partition: u16,
+        until: Timestamp,
+        after: Option<(Timestamp, Xid)>,
+        limit: usize,
+    ) -> Result<DuePage, Error> {
+        let tables = self.tables();
+        let (first, last) = xids_of(partition);
+        let of_partition = tables.transactions.range(first..=last).map(|(_, global)| global);
+        let mut due: Vec<_> = of_partition
+            .filter_map(|global| Some((global.due_at()?, global.xid, global)))
+            .collect();
+        due.sort_by_key(|(due_at, xid, _)| (*due_at, *xid));
+        let later = due.iter().map(|(due_at, ..)| *due_at).find(|due_at| *due_at > until);
+        let mut page: Vec<_> = (due.into_iter())
+            .filter(|(due_at, xid, _)| {
+                *due_at <= until && after.is_none_or(|after| (*due_at, *xid) > after)
+            })
+            .take(limit + 1)
+            .collect();
+        let more = page.len() > limit;
+        page.truncate(limit);
+        let next = page.last().filter(|_| more).map(|(due_at, xid, _)| (*due_at, *xid));
+        Ok(DuePage {
+            transactions: page.into_iter().map(|(.., global)| global.clone()).collect(),
+            next,
+            next_due_at: if more { None } else { later },
+        })
+    }
+
+    async fn list(
+        &self,
+        filter: &ListFilter,
+        limit: usize,
+    ) -> Result<Vec<GlobalTransaction>, Error> {
+        let tables = self.tables();
+        let mut fitting: Vec<_> = (tables.transactions.values())
+            .filter(|global| match filter.show {
+                Show::All => true,
+                Show::Open => !global.state.is_final(),
+                Show::Stuck(now, after) => global.is_stuck(now, after),
+            })
+            .filter(|global| filter.name.as_ref().is_none_or(|name| global.name == *name))
+            .collect();
+        fitting.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
+        Ok(fitting.into_iter().take(limit).cloned().collect())
+    }
+
+    async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
+        let tables = self.tables();
+        let mut summary = Summary::default();
+        for global in tables.transactions.values().filter(|global| !global.state.is_final()) {
+            summary.open += 1;
+            summary.stuck += u64::from(global.is_stuck(now, stuck));
+            summary.oldest =
+                Some(summary.oldest.map_or(global.begun_at, |at| at.min(global.begun_at)));
+        }
+        Ok(summary)
+    }
+
+    async fn purge(
+        &self,
+        partition: u16,
+        finished_before: Timestamp,
+        after: Option<Xid>,
+        limit: usize,
+    ) -> Result<(u64, Option<Xid>), Error> {
+        let mut tables = self.tables();
+        let (first, last) = xids_of(partition);
+        let seen: Vec<_> = (tables.transactions.range(first..=last))
+            .filter(|(xid, _)| after.is_none_or(|after| **xid > after))
+            .take(limit)
+            .map(|(xid, global)| (*xid, global.finished_at.is_some_and(|at| at < finished_before)))
+            .collect();
+        let mut deleted = 0;
+        for (xid, _) in seen.iter().filter(|(_, finished)| *finished) {
+            if let Some(key) = tables.transactions.remove(xid).and_then(|global| global.key) {
+                tables.keys.remove(&key.hash);
+            }
+            let through = tables.purged_through.entry(partition).or_insert(*xid);
+            *through = (*through).max(*xid);
+            deleted += 1;
+        }
+        Ok((deleted, seen.last().filter(|_| seen.len() == limit).map(|(xid, _)| *xid)))
+    }
+
+    async fn release(&self, _ownerships: &[Ownership]) -> Result<(), Error> {
+        Ok(())
+    }
+}

@@ -1,0 +1,264 @@
+//! Where global transactions are recorded. A store saves what it is handed, in one local transaction, and never has an
+//! opinion. Every implementation passes the same suite, `conformance.rs`.
+//!
+//! What makes it safe is that a batch is applied exactly once, and only by the owner of its partitions:
+//!
+//! - A partition has a row `(partition, epoch, position)`. A takeover makes the epoch one larger. A batch moves the position
+//!   of every partition that it carries from n - 1 to n, inside its own local transaction, and only if the epoch is still its
+//!   owner's. A batch of an owner that was replaced changes nothing, however late it arrives.
+//! - When nobody knows whether a COMMIT took effect, the same batch is appended again with the same n. Either the first
+//!   attempt landed (the position is n), or this one does.
+
+#[cfg(test)]
+mod conformance;
+pub mod memory;
+mod record;
+pub mod sqlite;
+
+use std::{error::Error as StdError, fmt, sync::Arc};
+
+use handfast_proto::Xid;
+
+use crate::transaction::{BranchSet, GlobalTransaction, StuckAfter, Timestamp};
+
+/// Partitions of a store. Fixed when the store is made: an xid names its partition for ever.
+pub const PARTITIONS: u16 = 16;
+
+/// The right to write a partition, until somebody takes it over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ownership {
+    /// Which partition.
+    pub partition: u16,
+    /// Grows by one with each takeover.
+    pub epoch: u32,
+    /// Random, and part of every xid of this epoch.
+    pub nonce: u32,
+}
+
+/// Changes that become durable together, or not at all.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Batch {
+    /// One for each partition that has changes in it, each once.
+    pub guards: Vec<Guard>,
+    /// Each transaction once. All belong to partitions that have a guard.
+    pub writes: Vec<Write>,
+}
+
+/// That a batch is the `position`th of this epoch of this partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Guard {
+    /// Which partition.
+    pub partition: u16,
+    /// Whose batch it is.
+    pub epoch: u32,
+    /// 1, 2, 3, … within the epoch. A number never gets other content.
+    pub position: u64,
+}
+
+/// One transaction as it is to be recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Write {
+    /// What it is like now.
+    pub global: Arc<GlobalTransaction>,
+    /// What to do with its own row.
+    pub head: Head,
+    /// Branches from this index on have no row yet.
+    pub new_branches: usize,
+    /// Branches before that index whose row is to be changed.
+    pub changed_branches: BranchSet,
+}
+
+/// What to do with a transaction's own row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Head {
+    /// Nothing: only its branches changed.
+    Keep,
+    /// Change it.
+    Update,
+    /// It has none yet.
+    Insert,
+}
+
+/// What became of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Appended {
+    /// It is durable: now, or since an earlier attempt.
+    Durable,
+    /// Nothing of it was applied, and nothing ever will be for these partitions: they have another owner.
+    Fenced(Vec<u16>),
+}
+
+/// What a look for one transaction found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lookup {
+    /// It is recorded, like this.
+    Found(Box<GlobalTransaction>),
+    /// It is not recorded. What is known of where it would be:
+    Absent {
+        /// The largest xid of its partition that was ever deleted after its retention.
+        purged_through: Option<Xid>,
+        /// The nonce of its partition's epoch, if there was such an epoch.
+        nonce: Option<u32>,
+    },
+}
+
+/// One page of what nobody may be working on.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DuePage {
+    /// Due by the asked moment, in order of `(due_at, xid)`.
+    pub transactions: Vec<GlobalTransaction>,
+    /// Where the next page starts; `None`: this was the last one.
+    pub next: Option<(Timestamp, Xid)>,
+    /// When the first of those that are not due yet will be; told with the last page.
+    pub next_due_at: Option<Timestamp>,
+}
+
+/// Which transactions to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListFilter {
+    /// In what state.
+    pub show: Show,
+    /// Only those of this name.
+    pub name: Option<String>,
+}
+
+/// In what state the listed transactions are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Show {
+    /// In any.
+    All,
+    /// Not final.
+    Open,
+    /// Stuck at this moment.
+    Stuck(Timestamp, StuckAfter),
+}
+
+/// How many transactions are open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Summary {
+    /// Not final.
+    pub open: u64,
+    /// Of those, stuck.
+    pub stuck: u64,
+    /// When the oldest open one began.
+    pub oldest: Option<Timestamp>,
+}
+
+/// Why a store could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It did not answer, or could not now. What was asked may or may not have happened: repeat it.
+    #[error("the store does not answer: {0}")]
+    Unavailable(#[source] Box<dyn StdError + Send + Sync>),
+    /// A record makes no sense, or a batch does not fit what is recorded. Repeating does not help; a person must look.
+    #[error("the store holds what cannot be: {0}")]
+    Corrupt(String),
+}
+
+impl Error {
+    /// The store did not answer, and this is why.
+    pub fn unavailable(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self::Unavailable(cause.into())
+    }
+}
+
+/// Keeps global transactions. All methods may be called at any time, from any task; every call has an end, also when the
+/// database does not answer.
+#[async_trait::async_trait]
+pub trait Store: fmt::Debug + Send + Sync + 'static {
+    /// Takes over all partitions, each with an epoch that is one larger and a new nonce. When it returns, batches of earlier
+    /// owners change nothing any more. `owner` names this process for people. A repeat is another takeover.
+    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error>;
+
+    /// Makes `batch` durable, exactly once. A crash before it returns leaves all of it or nothing. After
+    /// [`Error::Unavailable`] nobody knows which: the same batch must be appended again, before any other of its partitions.
+    async fn append(&self, batch: &Batch) -> Result<Appended, Error>;
+
+    /// Looks for one transaction. Sees everything that was durable when the call began.
+    async fn load(&self, xid: Xid) -> Result<Lookup, Error>;
+
+    /// Looks for idempotency keys by their hashes; gives for each, in order, the transaction it belongs to. Sees everything
+    /// that was durable when the call began.
+    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error>;
+
+    /// Of a partition, up to `limit` transactions that were due by `until`, after the place where an earlier page ended. Sees
+    /// everything that was durable when the call began.
+    async fn due(
+        &self,
+        partition: u16,
+        until: Timestamp,
+        after: Option<(Timestamp, Xid)>,
+        limit: usize,
+    ) -> Result<DuePage, Error>;
+
+    /// For operators: the newest transactions that fit, newest first, at most `limit`.
+    async fn list(
+        &self,
+        filter: &ListFilter,
+        limit: usize,
+    ) -> Result<Vec<GlobalTransaction>, Error>;
+
+    /// For operators: how many are open, and how many of those are stuck at `now`.
+    async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error>;
+
+    /// Deletes transactions that finished before that moment, with their branches and keys: looks at up to `limit` of one
+    /// partition after `after`, in order of their xids, and says where it stopped (`None`: at the end of the partition) and
+    /// how many it deleted. Remembers the largest xid that it deleted. What operators resolved stays for ever.
+    async fn purge(
+        &self,
+        partition: u16,
+        finished_before: Timestamp,
+        after: Option<Xid>,
+        limit: usize,
+    ) -> Result<(u64, Option<Xid>), Error>;
+
+    /// Hands the partitions back at an orderly end. Changes nothing that safety rests on.
+    async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error>;
+}
+
+/// What the recorded `(epoch, position)` of a batch's partitions say about it: `None`, it is the next one of them all and may be
+/// applied now; else what became of it.
+///
+/// # Errors
+///
+/// [`Error::Corrupt`] when the positions fit neither: somebody else writes under our epoch, or a batch was given up.
+fn judge(
+    batch: &Batch,
+    recorded: impl Fn(u16) -> Option<(u32, u64)>,
+) -> Result<Option<Appended>, Error> {
+    let (mut next, mut landed, mut fenced) = (0_u32, 0_u32, Vec::new());
+    for guard in &batch.guards {
+        match recorded(guard.partition) {
+            Some((epoch, position)) if epoch == guard.epoch && position + 1 == guard.position => {
+                next += 1
+            }
+            Some((epoch, position)) if epoch == guard.epoch && position == guard.position => {
+                landed += 1
+            }
+            Some((epoch, _)) if epoch > guard.epoch => fenced.push(guard.partition),
+            other => {
+                return Err(Error::Corrupt(format!(
+                    "batch {guard:?} does not follow what is recorded: {other:?}"
+                )));
+            }
+        }
+    }
+    match (next, landed, fenced.is_empty()) {
+        (_, 0, true) => Ok(None),
+        // Batches are atomic: what landed in one partition landed in all of them, before any of them was taken over.
+        (0, 1.., true) => Ok(Some(Appended::Durable)),
+        (_, _, false) => Ok(Some(Appended::Fenced(fenced))),
+        (1.., 1.., true) => {
+            Err(Error::Corrupt(format!("half of a batch is recorded: {:?}", batch.guards)))
+        }
+    }
+}
+
+/// The xids of a partition: from the first to the last that it could ever have.
+#[must_use]
+pub fn xids_of(partition: u16) -> (Xid, Xid) {
+    (
+        Xid { partition, epoch: 0, sequence: 0, nonce: 0 },
+        Xid { partition, epoch: u32::MAX, sequence: Xid::SEQUENCE_MAX, nonce: u32::MAX },
+    )
+}

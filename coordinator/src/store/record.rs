@@ -1,0 +1,301 @@
+//! How a global transaction is written into columns, and read back: the same for every database.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use handfast_proto::{BranchId, Xid};
+use serde::{Deserialize, Serialize};
+
+use super::Error;
+use crate::transaction::{
+    AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Drive, GlobalTransaction,
+    Key, Payload, Refusal, Resolution, State, Timestamp,
+};
+
+/// A row of `global_transaction`. The columns' comments in the schema say what each means.
+#[derive(Debug, sqlx::FromRow)]
+pub(super) struct TransactionRow {
+    pub(super) xid: Vec<u8>,
+    pub(super) name: String,
+    pub(super) drive: i64,
+    pub(super) state: i64,
+    pub(super) labels: String,
+    pub(super) begun_at: i64,
+    pub(super) expires_at: i64,
+    pub(super) decided_at: Option<i64>,
+    pub(super) finished_at: Option<i64>,
+    pub(super) due_at: Option<i64>,
+    pub(super) cancel_cause: Option<i64>,
+    pub(super) cancel_branch_id: Option<String>,
+    pub(super) cancel_reason: Option<String>,
+    pub(super) refusal: Option<String>,
+    pub(super) key_hash: Option<Vec<u8>>,
+    pub(super) key_digest: Option<Vec<u8>>,
+}
+
+/// A row of `branch`, with its row of `resolution` if there is one.
+#[derive(Debug, sqlx::FromRow)]
+pub(super) struct BranchRow {
+    pub(super) xid: Vec<u8>,
+    pub(super) position: i64,
+    pub(super) branch_id: String,
+    pub(super) action: String,
+    pub(super) participant: String,
+    pub(super) target: String,
+    pub(super) payload: Option<Vec<u8>>,
+    pub(super) payload_type: Option<String>,
+    pub(super) state: i64,
+    pub(super) attempts: i64,
+    pub(super) needs_attention: bool,
+    pub(super) due_at: Option<i64>,
+    pub(super) error_code: Option<String>,
+    pub(super) error_message: Option<String>,
+    pub(super) error_at: Option<i64>,
+    pub(super) resolved_by: Option<String>,
+    pub(super) resolved_reason: Option<String>,
+    pub(super) resolved_at: Option<i64>,
+}
+
+/// `refusal`, as JSON.
+#[derive(Serialize, Deserialize)]
+struct RefusalColumn {
+    reason: String,
+    domain: String,
+    message: String,
+    metadata: BTreeMap<String, String>,
+}
+
+impl TransactionRow {
+    pub(super) fn of(global: &GlobalTransaction) -> Self {
+        let (cancel_cause, cancel_branch_id, cancel_reason, refusal) =
+            cancel_columns(global.cancel.as_ref());
+        Self {
+            xid: global.xid.to_bytes().to_vec(),
+            name: global.name.clone(),
+            drive: match global.drive {
+                Drive::Initiator => 1,
+                Drive::Coordinator { in_order: false } => 2,
+                Drive::Coordinator { in_order: true } => 3,
+            },
+            state: match global.state {
+                State::Trying => 1,
+                State::Confirming => 2,
+                State::Cancelling => 3,
+                State::Confirmed => 4,
+                State::Cancelled => 5,
+            },
+            labels: json(&global.labels),
+            begun_at: global.begun_at.0,
+            expires_at: global.expires_at.0,
+            decided_at: global.decided_at.map(|at| at.0),
+            finished_at: global.finished_at.map(|at| at.0),
+            due_at: global.due_at().map(|at| at.0),
+            cancel_cause,
+            cancel_branch_id,
+            cancel_reason,
+            refusal,
+            key_hash: global.key.map(|key| key.hash.to_vec()),
+            key_digest: global.key.map(|key| key.digest.to_vec()),
+        }
+    }
+
+    /// Puts a transaction together again. `branches` are its own, in order of their positions.
+    pub(super) fn into_transaction(
+        self,
+        branches: Vec<BranchRow>,
+    ) -> Result<GlobalTransaction, Error> {
+        let xid = xid(&self.xid)?;
+        let damaged = |column: &str| {
+            Error::Corrupt(format!("transaction {xid} has an impossible `{column}`"))
+        };
+        let state = match self.state {
+            1 => State::Trying,
+            2 => State::Confirming,
+            3 => State::Cancelling,
+            4 => State::Confirmed,
+            5 => State::Cancelled,
+            _ => return Err(damaged("state")),
+        };
+        let begun_at = Timestamp(self.begun_at);
+        let global = GlobalTransaction {
+            xid,
+            drive: match self.drive {
+                1 => Drive::Initiator,
+                2 => Drive::Coordinator { in_order: false },
+                3 => Drive::Coordinator { in_order: true },
+                _ => return Err(damaged("drive")),
+            },
+            state,
+            labels: serde_json::from_str(&self.labels).map_err(|_| damaged("labels"))?,
+            begun_at,
+            expires_at: Timestamp(self.expires_at),
+            decided_at: self.decided_at.map(Timestamp),
+            finished_at: self.finished_at.map(Timestamp),
+            cancel: self.cancel().map_err(damaged)?,
+            key: match (&self.key_hash, &self.key_digest) {
+                (None, None) => None,
+                (Some(hash), Some(digest)) => Some(Key {
+                    hash: hash.as_slice().try_into().map_err(|_| damaged("key_hash"))?,
+                    digest: digest.as_slice().try_into().map_err(|_| damaged("digest"))?,
+                }),
+                (None, Some(_)) | (Some(_), None) => return Err(damaged("key_hash")),
+            },
+            branches: (branches.into_iter())
+                .map(|row| row.into_branch(state, begun_at).map_err(damaged))
+                .collect::<Result<_, _>>()?,
+            name: self.name,
+        };
+        let decided = global.state.decision().is_some();
+        if global.decided_at.is_some() != decided
+            || global.finished_at.is_some() != global.state.is_final()
+        {
+            return Err(damaged("decided_at"));
+        }
+        Ok(global)
+    }
+
+    fn cancel(&self) -> Result<Option<CancelCause>, &'static str> {
+        let Some(cause) = self.cancel_cause else { return Ok(None) };
+        let branch_id = match &self.cancel_branch_id {
+            None => None,
+            Some(id) => Some(id.parse::<BranchId>().map_err(|_| "cancel_branch_id")?),
+        };
+        let reason = self.cancel_reason.clone().unwrap_or_default();
+        Ok(Some(match cause {
+            1 => CancelCause::Requested { reason },
+            2 => {
+                let column = self.refusal.as_deref().ok_or("refusal")?;
+                let column: RefusalColumn = serde_json::from_str(column).map_err(|_| "refusal")?;
+                let RefusalColumn { reason, domain, message, metadata } = column;
+                CancelCause::Refused {
+                    branch_id,
+                    refusal: Refusal { reason, domain, message, metadata },
+                }
+            }
+            3 => CancelCause::TimedOut,
+            4 => CancelCause::TryUnknown {
+                branch_id: branch_id.ok_or("cancel_branch_id")?,
+                error: reason,
+            },
+            5 => CancelCause::CoordinatorRestarted,
+            _ => return Err("cancel_cause"),
+        }))
+    }
+}
+
+type CancelColumns = (Option<i64>, Option<String>, Option<String>, Option<String>);
+
+fn cancel_columns(cancel: Option<&CancelCause>) -> CancelColumns {
+    match cancel {
+        None => (None, None, None, None),
+        Some(CancelCause::Requested { reason }) => (Some(1), None, Some(reason.clone()), None),
+        Some(CancelCause::Refused { branch_id, refusal }) => {
+            let Refusal { reason, domain, message, metadata } = refusal.clone();
+            let refusal = json(&RefusalColumn { reason, domain, message, metadata });
+            (Some(2), branch_id.as_ref().map(BranchId::to_string), None, Some(refusal))
+        }
+        Some(CancelCause::TimedOut) => (Some(3), None, None, None),
+        Some(CancelCause::TryUnknown { branch_id, error }) => {
+            (Some(4), Some(branch_id.to_string()), Some(error.clone()), None)
+        }
+        Some(CancelCause::CoordinatorRestarted) => (Some(5), None, None, None),
+    }
+}
+
+impl BranchRow {
+    pub(super) fn of(global: &GlobalTransaction, position: usize) -> Self {
+        let branch = &global.branches[position];
+        let carried = branch.spec.payload.as_ref().filter(|_| branch.spec.carry_payload);
+        let error = branch.last_error.as_ref();
+        let resolution = match &branch.state {
+            BranchState::Resolved(resolution) => Some(resolution),
+            BranchState::Registered | BranchState::Tried | BranchState::Acknowledged => None,
+        };
+        Self {
+            xid: global.xid.to_bytes().to_vec(),
+            position: i64::try_from(position).expect("at most 64 branches"),
+            branch_id: branch.spec.branch_id.to_string(),
+            action: branch.spec.action.clone(),
+            participant: branch.spec.participant.clone(),
+            target: branch.spec.target.clone(),
+            payload: carried.map(|payload| payload.data.to_vec()),
+            payload_type: carried.map(|payload| payload.content_type.clone()),
+            state: match branch.state {
+                BranchState::Registered | BranchState::Tried => 1,
+                BranchState::Acknowledged => 2,
+                BranchState::Resolved(_) => 3,
+            },
+            attempts: branch.attempts.into(),
+            needs_attention: branch.needs_attention,
+            due_at: match branch.call {
+                Call::Idle { due_at } if branch.is_open() && error.is_some() => Some(due_at.0),
+                Call::Idle { .. } | Call::InFlight(_) => None,
+            },
+            error_code: error.map(|error| error.code.clone()),
+            error_message: error.map(|error| error.message.clone()),
+            error_at: error.map(|error| error.at.0),
+            resolved_by: resolution.map(|resolution| resolution.operator.clone()),
+            resolved_reason: resolution.map(|resolution| resolution.reason.clone()),
+            resolved_at: resolution.map(|resolution| resolution.at.0),
+        }
+    }
+
+    fn into_branch(self, state: State, begun_at: Timestamp) -> Result<Branch, &'static str> {
+        let payload = match (self.payload, self.payload_type) {
+            (Some(data), Some(content_type)) => {
+                Some(Payload { data: Bytes::from(data), content_type })
+            }
+            (None, None) => None,
+            (None, Some(_)) | (Some(_), None) => return Err("payload_type"),
+        };
+        let last_error = match (self.error_code, self.error_message, self.error_at) {
+            (Some(code), Some(message), Some(at)) => {
+                Some(AttemptError { code, message, at: Timestamp(at) })
+            }
+            (None, None, None) => None,
+            _ => return Err("error_at"),
+        };
+        let branch_state =
+            match (self.state, self.resolved_by, self.resolved_reason, self.resolved_at) {
+                // The rows of branches are not written again when all went well: the final state tells it.
+                (1, None, None, None) if state.is_final() => BranchState::Acknowledged,
+                (1, None, None, None) => BranchState::Registered,
+                (2, None, None, None) => BranchState::Acknowledged,
+                (3, Some(operator), Some(reason), Some(at)) => {
+                    BranchState::Resolved(Resolution { operator, reason, at: Timestamp(at) })
+                }
+                _ => return Err("branch.state"),
+            };
+        Ok(Branch {
+            spec: BranchSpec {
+                branch_id: self.branch_id.parse().map_err(|_| "branch_id")?,
+                action: self.action,
+                participant: self.participant,
+                target: self.target,
+                carry_payload: payload.is_some(),
+                payload,
+            },
+            attempts: match branch_state {
+                BranchState::Acknowledged if self.state == 1 => 1,
+                _ => u32::try_from(self.attempts).map_err(|_| "attempts")?,
+            },
+            state: branch_state,
+            timeouts: 0,
+            needs_attention: self.needs_attention,
+            call: Call::Idle { due_at: self.due_at.map_or(begun_at, Timestamp) },
+            last_error,
+            reply: None,
+        })
+    }
+}
+
+pub(super) fn xid(column: &[u8]) -> Result<Xid, Error> {
+    let bytes = column
+        .try_into()
+        .map_err(|_| Error::Corrupt(format!("an xid of {} bytes", column.len())))?;
+    Ok(Xid::from_bytes(bytes))
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("strings and maps of strings always become JSON")
+}

@@ -1,0 +1,302 @@
+//! The store's file: who may use it, and whether it is ours.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File, TryLockError},
+    io::{Read as _, Seek as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
+
+use super::super::PARTITIONS;
+
+/// What `PRAGMA application_id` says of our files: "HFST".
+const APPLICATION_ID: i64 = 0x4846_5354;
+/// What `PRAGMA user_version` says: the version of the schema.
+const SCHEMA_VERSION: i64 = 1;
+const SCHEMA: &str = include_str!("schema.sql");
+
+/// Why a store cannot be opened. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process holds the lock file.
+    #[error(
+        "the store {} is in use by another coordinator (process {pid}); stop that one first, or give this one a file of its own",
+        path.display()
+    )]
+    InUse {
+        /// The store's file.
+        path: PathBuf,
+        /// The other process, as it wrote it down.
+        pid: String,
+    },
+    /// The file may not be written.
+    #[error("the store {} is read-only; a coordinator has to write it: chmod u+w, or choose another file", path.display())]
+    ReadOnly {
+        /// The store's file.
+        path: PathBuf,
+    },
+    /// The file is something else.
+    #[error("{} is not a store of Handfast ({what}); choose another file, or move this one away", path.display())]
+    NotOurs {
+        /// The file.
+        path: PathBuf,
+        /// What it is, as far as we can tell.
+        what: String,
+    },
+    /// The file is ours, and younger than this program.
+    #[error(
+        "the store {} has schema version {found}, and this program knows versions up to {SCHEMA_VERSION}; it was written by a \
+         newer Handfast: use that one",
+        path.display()
+    )]
+    Newer {
+        /// The store's file.
+        path: PathBuf,
+        /// Its version.
+        found: i64,
+    },
+    /// The file system refuses.
+    #[error("the store {} cannot be opened: {source}", path.display())]
+    File {
+        /// The store's file, or the lock file beside it.
+        path: PathBuf,
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// SQLite refuses.
+    #[error("the store {} cannot be opened: {source}", path.display())]
+    Database {
+        /// The store's file.
+        path: PathBuf,
+        /// What it said.
+        #[source]
+        source: sqlx::Error,
+    },
+}
+
+/// The store's file, locked for this process until it ends, by whatever means.
+#[derive(Debug)]
+pub(super) struct LockedFile {
+    path: PathBuf,
+    /// Held open: the operating system lets go of the lock when the process ends, also after a kill.
+    _lock: File,
+}
+
+impl LockedFile {
+    pub(super) fn lock(path: &Path) -> Result<Self, OpenError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| OpenError::File { path, source }
+        };
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        if let Some(folder) = folder {
+            fs::create_dir_all(folder).map_err(failed(folder))?;
+        }
+        // Root may write what is marked read-only, but whoever marked it did not want that.
+        if fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly()) {
+            return Err(OpenError::ReadOnly { path: path.to_owned() });
+        }
+        let lock_path = beside(path, ".lock");
+        let mut lock = File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&lock_path)
+            .map_err(failed(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                lock.read_to_string(&mut pid).map_err(failed(&lock_path))?;
+                return Err(OpenError::InUse { path: path.to_owned(), pid: pid.trim().to_owned() });
+            }
+            Err(TryLockError::Error(source)) => {
+                return Err(OpenError::File { path: lock_path, source });
+            }
+        }
+        let written = lock
+            .set_len(0)
+            .and_then(|()| lock.rewind())
+            .and_then(|()| writeln!(lock, "{}", std::process::id()));
+        written.map_err(failed(&lock_path))?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Connects, checks that the file is ours, and makes the tables if it is new.
+    pub(super) async fn open_database(
+        &self,
+        options: &SqliteConnectOptions,
+    ) -> Result<SqliteConnection, OpenError> {
+        let path = || self.path.clone();
+        let is_new = fs::metadata(&self.path).map_or(true, |metadata| metadata.len() == 0);
+        if !is_new {
+            self.check_header()?;
+        }
+        let failed = |source| OpenError::Database { path: path(), source };
+        let mut connection = SqliteConnection::connect_with(options).await.map_err(failed)?;
+        let version: i64 = sqlx::query_scalar("PRAGMA user_version")
+            .fetch_one(&mut connection)
+            .await
+            .map_err(failed)?;
+        if version > SCHEMA_VERSION {
+            return Err(OpenError::Newer { path: path(), found: version });
+        }
+        // Version 0: new, or killed before its tables were there. Made in one go, so that they are there or not.
+        if version == 0 {
+            create(&mut connection).await.map_err(failed)?;
+        }
+        Ok(connection)
+    }
+
+    /// Looks at the file's first bytes before SQLite does: opening another program's database in WAL mode would change it.
+    fn check_header(&self) -> Result<(), OpenError> {
+        let not_ours =
+            |what: &str| Err(OpenError::NotOurs { path: self.path.clone(), what: what.to_owned() });
+        // https://www.sqlite.org/fileformat.html#the_database_header
+        let mut header = [0; 100];
+        let read = File::open(&self.path).and_then(|mut file| file.read_exact(&mut header));
+        if let Err(source) = read {
+            if source.kind() == std::io::ErrorKind::UnexpectedEof {
+                return not_ours("it is no SQLite database");
+            }
+            return Err(OpenError::File { path: self.path.clone(), source });
+        }
+        let number = |at: usize| {
+            i64::from(u32::from_be_bytes(header[at..at + 4].try_into().expect("four bytes")))
+        };
+        let (schema_version, application_id) = (number(60), number(68));
+        if header[..16] != *b"SQLite format 3\0" {
+            not_ours("it is no SQLite database")
+        } else if application_id == APPLICATION_ID
+            || (application_id == 0 && schema_version == 0 && number(28) <= 1)
+        {
+            Ok(()) // ours, or an empty database: a start that was killed before the tables were there
+        } else {
+            not_ours("it is the SQLite database of another program")
+        }
+    }
+
+    /// Bytes of the WAL file.
+    pub(super) fn journal_bytes(&self) -> u64 {
+        fs::metadata(beside(&self.path, "-wal")).map_or(0, |metadata| metadata.len())
+    }
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+async fn create(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+    sqlx::raw_sql(SCHEMA).execute(&mut *tx).await?;
+    for partition in 0..PARTITIONS {
+        sqlx::query("INSERT INTO partition (partition, epoch, position) VALUES (?, 0, 0)")
+            .bind(partition)
+            .execute(&mut *tx)
+            .await?;
+    }
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+        "PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
+    )))
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::{super::SqliteStore, *};
+    use crate::{
+        store::{Store as _, Summary},
+        transaction::{StuckAfter, Timestamp},
+    };
+
+    async fn error(path: &Path) -> String {
+        let error = SqliteStore::open(path).await.expect_err("it opened");
+        assert!(error.to_string().contains(&path.display().to_string()), "which file? {error}");
+        error.to_string()
+    }
+
+    #[tokio::test]
+    async fn one_process_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/folder/store.db");
+        let store = SqliteStore::open(&path).await.unwrap();
+        let error = error(&path).await;
+        assert!(error.contains(&format!("(process {})", std::process::id())), "{error}");
+        drop(store);
+        SqliteStore::open(&path).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_read_only_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        drop(SqliteStore::open(&path).await.unwrap());
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).unwrap();
+        assert!(error(&path).await.contains("read-only"));
+    }
+
+    #[tokio::test]
+    async fn what_is_not_ours_is_refused_and_left_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = folder.path().join("notes.txt");
+        fs::write(&text, "Dear diary, ".repeat(100)).unwrap();
+        assert!(error(&text).await.contains("no SQLite database"));
+        assert_eq!(fs::read_to_string(&text).unwrap(), "Dear diary, ".repeat(100));
+
+        let other = folder.path().join("other.db");
+        let options = SqliteConnectOptions::new().filename(&other).create_if_missing(true);
+        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+        sqlx::raw_sql("CREATE TABLE partition (mine TEXT)").execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        let before = fs::read(&other).unwrap();
+        assert!(error(&other).await.contains("another program"));
+        assert_eq!(fs::read(&other).unwrap(), before);
+    }
+
+    #[tokio::test]
+    async fn a_newer_version_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        drop(SqliteStore::open(&path).await.unwrap());
+        let mut connection =
+            SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(&path))
+                .await
+                .unwrap();
+        sqlx::raw_sql("PRAGMA user_version = 99").execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        let error = error(&path).await;
+        assert!(error.contains("99") && error.contains("newer"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_start_that_was_killed_before_the_tables_were_there_is_taken_up() {
+        let folder = tempfile::tempdir().unwrap();
+        for bytes in [0, 4096] {
+            let path = folder.path().join(format!("{bytes}.db"));
+            if bytes == 0 {
+                fs::write(&path, []).unwrap();
+            } else {
+                // What `PRAGMA journal_mode = WAL` leaves behind.
+                let options = SqliteConnectOptions::new()
+                    .filename(&path)
+                    .create_if_missing(true)
+                    .journal_mode(sqlx::sqlite::SqliteJournalMode::Wal);
+                SqliteConnection::connect_with(&options).await.unwrap().close().await.unwrap();
+                assert_eq!(fs::metadata(&path).unwrap().len(), bytes);
+            }
+            let store = SqliteStore::open(&path).await.unwrap();
+            let after = StuckAfter { attempts: 8, time: std::time::Duration::from_secs(120) };
+            assert_eq!(store.summary(Timestamp(0), after).await.unwrap(), Summary::default());
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! The embedded store: one SQLite file, no server to start. Durable means durable here too: WAL with `synchronous=FULL`.
+//!
+//! One process holds the lock file beside it for life, so an owner is never replaced while it lives. All the same every
+//! batch checks epoch and position: a lost answer to COMMIT (a full disk, an I/O error) is settled by them.
+
+mod file;
+mod read;
+mod write;
+
+pub use file::OpenError;
+
+use std::{path::Path, time::Duration};
+
+use handfast_proto::Xid;
+use sqlx::{
+    Connection as _, SqliteConnection, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+};
+use tokio::sync::Mutex;
+use tracing::warn;
+
+use super::{Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary};
+use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
+
+/// Longest wait for one call. SQLite answers in milliseconds; what takes this long has a sick disk below it.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a statement waits for somebody else's lock: a shell in the middle of a write.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections for reading, beside the one that writes.
+const READERS: u32 = 4;
+/// Bytes that the WAL file keeps after a checkpoint.
+const JOURNAL_BYTES_KEPT: u32 = 64 * 1024 * 1024;
+/// Bytes of the WAL file above which something is wrong: most likely a reader that never ends.
+const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
+
+/// See the module's comment.
+#[derive(Debug)]
+pub struct SqliteStore {
+    file: file::LockedFile,
+    writer: Mutex<Writer>,
+    readers: SqlitePool,
+}
+
+/// The one connection that writes.
+#[derive(Debug)]
+struct Writer {
+    options: SqliteConnectOptions,
+    /// `None`: the last one was thrown away, in doubt.
+    connection: Option<SqliteConnection>,
+}
+
+impl SqliteStore {
+    /// Opens the store in `path`, and makes it if there is none.
+    ///
+    /// # Errors
+    ///
+    /// When another process uses it, it is read-only, it is no store of ours, or it is one of a newer version.
+    pub async fn open(path: &Path) -> Result<Self, OpenError> {
+        let file = file::LockedFile::lock(path)?;
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(BUSY_TIMEOUT)
+            .foreign_keys(false)
+            .pragma("journal_size_limit", JOURNAL_BYTES_KEPT.to_string());
+        let connection = file.open_database(&options).await?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS)
+            .acquire_timeout(CALL_TIMEOUT)
+            .test_before_acquire(false)
+            .connect_lazy_with(options.clone().read_only(true).create_if_missing(false));
+        Ok(Self {
+            file,
+            writer: Mutex::new(Writer { options, connection: Some(connection) }),
+            readers,
+        })
+    }
+
+    /// Runs `work` on the connection that writes. After an error, or without an answer in time, the connection is thrown away
+    /// and with it the local transaction that was open.
+    async fn writing<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut SqliteConnection) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let mut writer = self.writer.lock().await;
+        let result = tokio::time::timeout(CALL_TIMEOUT, async {
+            let mut connection = match writer.connection.take() {
+                Some(connection) => connection,
+                None => SqliteConnection::connect_with(&writer.options).await?,
+            };
+            let result = work(&mut connection).await;
+            if result.is_ok() {
+                writer.connection = Some(connection);
+            }
+            result
+        });
+        result.await.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
+    }
+
+    async fn reading<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        tokio::time::timeout(CALL_TIMEOUT, work)
+            .await
+            .unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            // What cannot be decoded will not be the next time either.
+            sqlx::Error::ColumnDecode { .. }
+            | sqlx::Error::Decode(_)
+            | sqlx::Error::ColumnNotFound(_) => Self::Corrupt(error.to_string()),
+            other => Self::unavailable(other),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Store for SqliteStore {
+    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
+        self.writing(async |connection| write::acquire(connection, owner, now).await).await
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
+        self.writing(async |connection| write::append(connection, batch).await).await
+    }
+
+    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
+        self.reading(read::load(&self.readers, xid)).await
+    }
+
+    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
+        self.reading(read::find_keys(&self.readers, hashes)).await
+    }
+
+    async fn due(
+        &self,
+        partition: u16,
+        until: Timestamp,
+        after: Option<(Timestamp, Xid)>,
+        limit: usize,
+    ) -> Result<DuePage, Error> {
+        self.reading(read::due(&self.readers, partition, until, after, limit)).await
+    }
+
+    async fn list(
+        &self,
+        filter: &ListFilter,
+        limit: usize,
+    ) -> Result<Vec<GlobalTransaction>, Error> {
+        self.reading(read::list(&self.readers, filter, limit)).await
+    }
+
+    async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
+        let journal_bytes = self.file.journal_bytes();
+        if journal_bytes > JOURNAL_BYTES_WARN {
+            warn!(
+                journal_bytes,
+                "the store's WAL file grows: does another program hold the file open for reading?"
+            );
+        }
+        self.reading(read::summary(&self.readers, now, stuck)).await
+    }
+
+    async fn purge(
+        &self,
+        partition: u16,
+        finished_before: Timestamp,
+        after: Option<Xid>,
+        limit: usize,
+    ) -> Result<(u64, Option<Xid>), Error> {
+        let (finished, next) = self
+            .reading(read::finished(&self.readers, partition, finished_before, after, limit))
+            .await?;
+        let deleted = u64::try_from(finished.len()).expect("a page of them");
+        if !finished.is_empty() {
+            self.writing(async |connection| write::purge(connection, partition, &finished).await)
+                .await?;
+        }
+        Ok((deleted, next))
+    }
+
+    async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
+        self.writing(async |connection| write::release(connection, ownerships).await).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use super::{
+        super::{Guard, Head, Write},
+        *,
+    };
+    use crate::transaction::{BranchSet, Drive, NewTransaction};
+
+    #[tokio::test]
+    async fn a_full_disk_loses_nothing_and_is_got_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+        let Ownership { epoch, nonce, .. } = store.acquire("test", Timestamp(0)).await.unwrap()[0];
+        let writes = (1..=1000).map(|sequence| {
+            let new = NewTransaction {
+                name: "x".repeat(100),
+                drive: Drive::Initiator,
+                timeout: Duration::from_secs(30),
+                labels: BTreeMap::new(),
+                key: None,
+                branches: Vec::new(),
+            };
+            let xid = Xid { partition: 0, epoch, sequence, nonce };
+            let global = Arc::new(GlobalTransaction::begin(xid, new, Timestamp(0)));
+            Write {
+                global,
+                head: Head::Insert,
+                new_branches: 0,
+                changed_branches: BranchSet::EMPTY,
+            }
+        });
+        let batch = Batch {
+            guards: vec![Guard { partition: 0, epoch, position: 1 }],
+            writes: writes.collect(),
+        };
+        // No page more than there are: SQLite says the same as on a full disk. A new connection has the space again.
+        let full = store.writing(async |connection| {
+            sqlx::raw_sql("PRAGMA max_page_count = 1").execute(connection).await?;
+            Ok(())
+        });
+        full.await.unwrap();
+        let error = store.append(&batch).await.unwrap_err();
+        assert!(error.to_string().contains("full"), "{error}");
+        let xid = batch.writes[0].global.xid;
+        assert!(matches!(store.load(xid).await.unwrap(), Lookup::Absent { .. }), "half of a batch");
+        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
+        assert!(matches!(store.load(xid).await.unwrap(), Lookup::Found(_)));
+    }
+
+    #[tokio::test]
+    async fn people_can_read_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+        let Ownership { epoch, nonce, .. } = store.acquire("test", Timestamp(0)).await.unwrap()[3];
+        let xid = Xid { partition: 3, epoch, sequence: 70_000, nonce };
+        let new = NewTransaction {
+            name: "checkout".to_owned(),
+            drive: Drive::Initiator,
+            timeout: Duration::from_secs(30),
+            labels: BTreeMap::new(),
+            key: None,
+            branches: Vec::new(),
+        };
+        let global = Arc::new(GlobalTransaction::begin(xid, new, Timestamp(1_700_000_000_123)));
+        let write = Write {
+            global,
+            head: Head::Insert,
+            new_branches: 0,
+            changed_branches: BranchSet::EMPTY,
+        };
+        let batch =
+            Batch { guards: vec![Guard { partition: 3, epoch, position: 1 }], writes: vec![write] };
+        store.append(&batch).await.unwrap();
+        let row: (String, String, String) =
+            sqlx::query_as("SELECT xid, state, begun_at FROM readable_transaction")
+                .fetch_one(&store.readers)
+                .await
+                .unwrap();
+        assert_eq!(
+            row,
+            (xid.to_string(), "trying".to_owned(), "2023-11-14 22:13:20.123".to_owned())
+        );
+    }
+}

@@ -1,0 +1,225 @@
+//! Everything that reads the embedded store. Each function sees one moment of it, and lets go of it before it returns: an open
+//! reader makes the WAL file grow.
+
+use handfast_proto::Xid;
+use sqlx::{QueryBuilder, Sqlite, SqliteConnection, SqlitePool};
+
+use super::super::{
+    DuePage, Error, ListFilter, Lookup, PARTITIONS, Show, Summary,
+    record::{self, BranchRow, TransactionRow},
+    xids_of,
+};
+use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
+
+const TRANSACTION: &str = "SELECT g.*, i.digest AS key_digest FROM global_transaction AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ";
+const BRANCH: &str = "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at FROM branch AS b \
+                      LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id ";
+/// What [`GlobalTransaction::is_stuck`] says, in SQL. Bind: decided before, attempts.
+const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_at <= ? OR EXISTS (SELECT 1 FROM branch AS b \
+                     WHERE b.xid = g.xid AND b.state = 1 AND b.error_at IS NOT NULL \
+                     AND (b.needs_attention OR b.attempts >= ?)))";
+
+pub(super) async fn load(readers: &SqlitePool, xid: Xid) -> Result<Lookup, Error> {
+    let mut tx = readers.begin().await?;
+    let mut query = QueryBuilder::new(TRANSACTION);
+    query.push("WHERE g.xid = ").push_bind(xid.to_bytes().to_vec());
+    if let Some(global) = transactions(&mut tx, query).await?.pop() {
+        return Ok(Lookup::Found(Box::new(global)));
+    }
+    let purged_through: Option<Vec<u8>> =
+        sqlx::query_scalar("SELECT through FROM purged WHERE partition = ?")
+            .bind(xid.partition)
+            .fetch_optional(&mut *tx)
+            .await?;
+    let nonce: Option<u32> =
+        sqlx::query_scalar("SELECT nonce FROM epoch WHERE partition = ? AND epoch = ?")
+            .bind(xid.partition)
+            .bind(xid.epoch)
+            .fetch_optional(&mut *tx)
+            .await?;
+    Ok(Lookup::Absent {
+        purged_through: purged_through.map(|through| record::xid(&through)).transpose()?,
+        nonce,
+    })
+}
+
+pub(super) async fn find_keys(
+    readers: &SqlitePool,
+    hashes: &[[u8; 32]],
+) -> Result<Vec<Option<Xid>>, Error> {
+    let mut tx = readers.begin().await?;
+    let mut found = Vec::with_capacity(hashes.len());
+    for hash in hashes {
+        let xid: Option<Vec<u8>> =
+            sqlx::query_scalar("SELECT xid FROM idempotency WHERE key_hash = ?")
+                .bind(hash.to_vec())
+                .fetch_optional(&mut *tx)
+                .await?;
+        found.push(xid.map(|xid| record::xid(&xid)).transpose()?);
+    }
+    Ok(found)
+}
+
+pub(super) async fn due(
+    readers: &SqlitePool,
+    partition: u16,
+    until: Timestamp,
+    after: Option<(Timestamp, Xid)>,
+    limit: usize,
+) -> Result<DuePage, Error> {
+    let mut tx = readers.begin().await?;
+    let (first, last) = xids_of(partition);
+    let mut query = QueryBuilder::new(TRANSACTION);
+    query.push("WHERE g.due_at <= ").push_bind(until.0);
+    query.push(" AND g.xid BETWEEN ").push_bind(first.to_bytes().to_vec());
+    query.push(" AND ").push_bind(last.to_bytes().to_vec());
+    if let Some((due_at, xid)) = after {
+        query.push(" AND (g.due_at, g.xid) > (").push_bind(due_at.0);
+        query.push(", ").push_bind(xid.to_bytes().to_vec()).push(")");
+    }
+    query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(rows(limit + 1));
+    let mut transactions = transactions(&mut tx, query).await?;
+    let more = transactions.len() > limit;
+    transactions.truncate(limit);
+    let next = match transactions.last() {
+        Some(global) if more => global.due_at().map(|due_at| (due_at, global.xid)),
+        _ => None,
+    };
+    let next_due_at: Option<i64> = if more {
+        None
+    } else {
+        sqlx::query_scalar(
+            "SELECT due_at FROM global_transaction WHERE due_at > ? AND xid BETWEEN ? AND ? ORDER BY due_at LIMIT 1",
+        )
+        .bind(until.0)
+        .bind(first.to_bytes().to_vec())
+        .bind(last.to_bytes().to_vec())
+        .fetch_optional(&mut *tx)
+        .await?
+    };
+    Ok(DuePage { transactions, next, next_due_at: next_due_at.map(Timestamp) })
+}
+
+pub(super) async fn list(
+    readers: &SqlitePool,
+    filter: &ListFilter,
+    limit: usize,
+) -> Result<Vec<GlobalTransaction>, Error> {
+    let mut tx = readers.begin().await?;
+    let mut found = Vec::new();
+    match filter.show {
+        // What is open is few, and has an index.
+        Show::Open | Show::Stuck(..) => {
+            let mut query = QueryBuilder::new(TRANSACTION);
+            query.push("WHERE g.due_at IS NOT NULL");
+            if let Show::Stuck(now, after) = filter.show {
+                push_stuck(query.push(" AND "), now, after);
+            }
+            push_name(&mut query, filter);
+            query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ").push_bind(rows(limit));
+            found = transactions(&mut tx, query).await?;
+        }
+        // All are many, but within a partition they are sorted by age.
+        Show::All => {
+            for partition in 0..PARTITIONS {
+                let (first, last) = xids_of(partition);
+                let mut query = QueryBuilder::new(TRANSACTION);
+                query.push("WHERE g.xid BETWEEN ").push_bind(first.to_bytes().to_vec());
+                query.push(" AND ").push_bind(last.to_bytes().to_vec());
+                push_name(&mut query, filter);
+                query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(rows(limit));
+                found.append(&mut transactions(&mut tx, query).await?);
+            }
+            found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
+            found.truncate(limit);
+        }
+    }
+    Ok(found)
+}
+
+pub(super) async fn summary(
+    readers: &SqlitePool,
+    now: Timestamp,
+    after: StuckAfter,
+) -> Result<Summary, Error> {
+    let mut tx = readers.begin().await?;
+    let (open, oldest): (i64, Option<i64>) = sqlx::query_as(
+        "SELECT count(*), min(begun_at) FROM global_transaction WHERE due_at IS NOT NULL",
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    let mut query = QueryBuilder::new("SELECT count(*) FROM global_transaction AS g WHERE ");
+    push_stuck(&mut query, now, after);
+    let stuck: i64 = query.build_query_scalar().fetch_one(&mut *tx).await?;
+    Ok(Summary {
+        open: open.cast_unsigned(),
+        stuck: stuck.cast_unsigned(),
+        oldest: oldest.map(Timestamp),
+    })
+}
+
+/// Of the next `limit` transactions of a partition after `after`: those that finished before that moment; and the last one
+/// looked at, if there may be more.
+pub(super) async fn finished(
+    readers: &SqlitePool,
+    partition: u16,
+    before: Timestamp,
+    after: Option<Xid>,
+    limit: usize,
+) -> Result<(Vec<Xid>, Option<Xid>), Error> {
+    let (first, last) = xids_of(partition);
+    let mut tx = readers.begin().await?;
+    let rows: Vec<(Vec<u8>, Option<i64>)> = sqlx::query_as(
+        "SELECT xid, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
+    )
+    .bind(after.unwrap_or(first).to_bytes().to_vec())
+    .bind(last.to_bytes().to_vec())
+    .bind(rows(limit))
+    .fetch_all(&mut *tx)
+    .await?;
+    let (mut finished, mut next) = (Vec::new(), None);
+    let full = rows.len() == limit;
+    for (xid, finished_at) in rows {
+        let xid = record::xid(&xid)?;
+        next = full.then_some(xid);
+        if finished_at.is_some_and(|at| at < before.0) {
+            finished.push(xid);
+        }
+    }
+    Ok((finished, next))
+}
+
+/// Runs a query for transactions, and reads their branches.
+async fn transactions(
+    tx: &mut SqliteConnection,
+    mut query: QueryBuilder<Sqlite>,
+) -> Result<Vec<GlobalTransaction>, Error> {
+    let heads: Vec<TransactionRow> = query.build_query_as().fetch_all(&mut *tx).await?;
+    let mut found = Vec::with_capacity(heads.len());
+    for head in heads {
+        let mut query = QueryBuilder::new(BRANCH);
+        query.push("WHERE b.xid = ").push_bind(head.xid.clone()).push(" ORDER BY b.position");
+        let branches: Vec<BranchRow> = query.build_query_as().fetch_all(&mut *tx).await?;
+        found.push(head.into_transaction(branches)?);
+    }
+    Ok(found)
+}
+
+fn push_stuck(query: &mut QueryBuilder<Sqlite>, now: Timestamp, after: StuckAfter) {
+    let mut parts = STUCK.split('?');
+    let decided_before =
+        now.0.saturating_sub(i64::try_from(after.time.as_millis()).unwrap_or(i64::MAX));
+    query.push(parts.next().unwrap_or_default()).push_bind(decided_before);
+    query.push(parts.next().unwrap_or_default()).push_bind(after.attempts);
+    query.push(parts.next().unwrap_or_default());
+}
+
+fn push_name(query: &mut QueryBuilder<Sqlite>, filter: &ListFilter) {
+    if let Some(name) = &filter.name {
+        query.push(" AND g.name = ").push_bind(name.clone());
+    }
+}
+
+fn rows(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX)
+}

@@ -170,10 +170,10 @@ impl Store for MemoryStore {
         let seen: Vec<_> = (tables.transactions.range(first..=last))
             .filter(|(xid, _)| after.is_none_or(|after| **xid > after))
             .take(limit)
-            .map(|(xid, global)| (*xid, global.finished_at.is_some_and(|at| at < finished_before)))
+            .map(|(xid, global)| (*xid, global.begun_at, global.finished_at))
             .collect();
         let mut deleted = 0;
-        for (xid, _) in seen.iter().filter(|(_, finished)| *finished) {
+        for (xid, ..) in seen.iter().filter(|(.., finished_at)| finished_at.is_some_and(|at| at < finished_before)) {
             if let Some(key) = tables.transactions.remove(xid).and_then(|global| global.key) {
                 tables.keys.remove(&key.hash);
             }
@@ -181,7 +181,8 @@ impl Store for MemoryStore {
             *through = (*through).max(*xid);
             deleted += 1;
         }
-        Ok((deleted, seen.last().filter(|_| seen.len() == limit).map(|(xid, _)| *xid)))
+        let more = |begun_at: &Timestamp| seen.len() == limit && *begun_at < finished_before;
+        Ok((deleted, seen.last().filter(|(_, begun_at, _)| more(begun_at)).map(|(xid, ..)| *xid)))
     }
 
     async fn release(&self, _ownerships: &[Ownership]) -> Result<(), Error> {

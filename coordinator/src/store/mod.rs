@@ -13,6 +13,8 @@
 mod conformance;
 pub mod memory;
 mod record;
+#[cfg(test)]
+pub(crate) mod scripted;
 pub mod sqlite;
 
 use std::{error::Error as StdError, fmt, sync::Arc};
@@ -182,7 +184,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error>;
 
     /// Of a partition, up to `limit` transactions that were due by `until`, after the place where an earlier page ended. Sees
-    /// everything that was durable when the call began.
+    /// everything that was durable when the call began. A damaged record is logged and left out.
     async fn due(
         &self,
         partition: u16,
@@ -202,8 +204,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error>;
 
     /// Deletes transactions that finished before that moment, with their branches and keys: looks at up to `limit` of one
-    /// partition after `after`, in order of their xids, and says where it stopped (`None`: at the end of the partition) and
-    /// how many it deleted. Remembers the largest xid that it deleted. What operators resolved stays for ever.
+    /// partition after `after`, in order of their xids, and says how many it deleted and where it stopped (`None`: at the end
+    /// of the partition, or where all that follow are younger). Remembers the largest xid that it deleted. What operators
+    /// resolved stays for ever.
     async fn purge(
         &self,
         partition: u16,

@@ -94,6 +94,8 @@ pub enum Outcome {
 pub struct Change {
     /// How much it matters that the change is stored.
     pub weight: Weight,
+    /// Whether the transaction's own record is now another one; else only its branches are.
+    pub head: bool,
     /// Branches that were there before and whose record is now another one.
     pub branches: BranchSet,
 }
@@ -113,8 +115,14 @@ pub enum Weight {
 }
 
 impl Change {
-    const NOTHING: Self = Self { weight: Weight::Nothing, branches: BranchSet::EMPTY };
-    const DURABLE: Self = Self { weight: Weight::Durable, branches: BranchSet::EMPTY };
+    const NOTHING: Self = Self { weight: Weight::Nothing, head: false, branches: BranchSet::EMPTY };
+    const REGISTERED: Self = Self { weight: Weight::Durable, head: false, branches: BranchSet::EMPTY };
+    const DECIDED: Self = Self { weight: Weight::Durable, head: true, branches: BranchSet::EMPTY };
+
+    /// The branch at `index` has changed, and with it when the transaction is due, or over.
+    fn of_branch(index: usize, weight: Weight) -> Self {
+        Self { weight, head: true, branches: BranchSet::only(index) }
+    }
 }
 
 /// Why an event was not taken in. The transaction is unchanged.
@@ -220,7 +228,7 @@ impl GlobalTransaction {
             return Ok(Change::NOTHING);
         }
         self.branches.extend(fresh.into_iter().map(|spec| Branch::registered(spec, now)));
-        Ok(Change::DURABLE)
+        Ok(Change::REGISTERED)
     }
 
     fn request_decision(
@@ -363,7 +371,7 @@ impl GlobalTransaction {
         branch.needs_attention = hopeless;
         branch.last_error = Some(error);
         branch.call = Call::Idle { due_at };
-        Change { weight: Weight::Lazy, branches: BranchSet::only(index) }
+        Change::of_branch(index, Weight::Lazy)
     }
 
     fn recover(&mut self, now: Timestamp) -> Change {
@@ -402,7 +410,7 @@ impl GlobalTransaction {
             BranchState::Registered | BranchState::Tried => {
                 self.branches[index].state = BranchState::Resolved(resolution);
                 let change = self.finish_if_acknowledged(index, now);
-                Ok(Change { weight: Weight::Durable, branches: change.branches })
+                Ok(Change { weight: Weight::Durable, ..change })
             }
         }
     }
@@ -432,22 +440,18 @@ impl GlobalTransaction {
         if self.branches.is_empty() {
             self.finish(now);
         }
-        Change::DURABLE
+        Change::DECIDED
     }
 
     /// The branch at `index` has just been closed.
     fn finish_if_acknowledged(&mut self, index: usize, now: Timestamp) -> Change {
-        let branches = BranchSet::only(index);
         if self.branches.iter().any(Branch::is_open) {
             // In the first round acknowledgements wait for the completion, which tells them all in one row.
             let first_round = self.branches.iter().all(|branch| branch.last_error.is_none());
-            return Change {
-                weight: if first_round { Weight::Later } else { Weight::Lazy },
-                branches,
-            };
+return Change::of_branch(index, if first_round { Weight::Later } else { Weight::Lazy });
         }
         self.finish(now);
-        Change { weight: Weight::Lazy, branches }
+        Change::of_branch(index, Weight::Lazy)
     }
 
     fn finish(&mut self, now: Timestamp) {

@@ -156,6 +156,24 @@ pub enum CancelCause {
     CoordinatorRestarted,
 }
 
+impl fmt::Display for CancelCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Requested { reason } if reason.is_empty() => f.write_str("requested"),
+            Self::Requested { reason } => write!(f, "requested: {reason}"),
+            Self::Refused { branch_id: Some(id), refusal } => {
+                write!(f, "branch {id} refused: {} {}", refusal.reason, refusal.message)
+            }
+            Self::Refused { branch_id: None, refusal } => write!(f, "refused: {} {}", refusal.reason, refusal.message),
+            Self::TimedOut => f.write_str("timed out"),
+            Self::TryUnknown { branch_id, error } => {
+                write!(f, "the Try of branch {branch_id} had no clear answer: {error}")
+            }
+            Self::CoordinatorRestarted => f.write_str("the coordinator restarted in phase one"),
+        }
+    }
+}
+
 /// An idempotency key, as it is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key {

@@ -3,6 +3,7 @@
 
 use handfast_proto::Xid;
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection, SqlitePool};
+use tracing::error;
 
 use super::super::{
     DuePage, Error, ListFilter, Lookup, PARTITIONS, Show, Summary,
@@ -23,8 +24,8 @@ pub(super) async fn load(readers: &SqlitePool, xid: Xid) -> Result<Lookup, Error
     let mut tx = readers.begin().await?;
     let mut query = QueryBuilder::new(TRANSACTION);
     query.push("WHERE g.xid = ").push_bind(xid.to_bytes().to_vec());
-    if let Some(global) = transactions(&mut tx, query).await?.pop() {
-        return Ok(Lookup::Found(Box::new(global)));
+    if let Some(head) = query.build_query_as().fetch_optional(&mut *tx).await? {
+        return Ok(Lookup::Found(Box::new(with_branches(&mut tx, head).await?)));
     }
     let purged_through: Option<Vec<u8>> =
         sqlx::query_scalar("SELECT through FROM purged WHERE partition = ?")
@@ -78,13 +79,14 @@ pub(super) async fn due(
         query.push(", ").push_bind(xid.to_bytes().to_vec()).push(")");
     }
     query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(rows(limit + 1));
-    let mut transactions = transactions(&mut tx, query).await?;
-    let more = transactions.len() > limit;
-    transactions.truncate(limit);
-    let next = match transactions.last() {
-        Some(global) if more => global.due_at().map(|due_at| (due_at, global.xid)),
+    let mut heads: Vec<TransactionRow> = query.build_query_as().fetch_all(&mut *tx).await?;
+    let more = heads.len() > limit;
+    heads.truncate(limit);
+    let next = match heads.last() {
+        Some(TransactionRow { due_at: Some(due_at), xid, .. }) if more => Some((Timestamp(*due_at), record::xid(xid)?)),
         _ => None,
     };
+    let transactions = undamaged(&mut tx, heads).await?;
     let next_due_at: Option<i64> = if more {
         None
     } else {
@@ -159,7 +161,8 @@ pub(super) async fn summary(
 }
 
 /// Of the next `limit` transactions of a partition after `after`: those that finished before that moment; and the last one
-/// looked at, if there may be more.
+/// looked at, if there may be more. (Xids of a partition are sorted by age: what follows one that began later did not finish
+/// before.)
 pub(super) async fn finished(
     readers: &SqlitePool,
     partition: u16,
@@ -169,8 +172,8 @@ pub(super) async fn finished(
 ) -> Result<(Vec<Xid>, Option<Xid>), Error> {
     let (first, last) = xids_of(partition);
     let mut tx = readers.begin().await?;
-    let rows: Vec<(Vec<u8>, Option<i64>)> = sqlx::query_as(
-        "SELECT xid, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
+    let rows: Vec<(Vec<u8>, i64, Option<i64>)> = sqlx::query_as(
+        "SELECT xid, begun_at, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
     )
     .bind(after.unwrap_or(first).to_bytes().to_vec())
     .bind(last.to_bytes().to_vec())
@@ -179,9 +182,9 @@ pub(super) async fn finished(
     .await?;
     let (mut finished, mut next) = (Vec::new(), None);
     let full = rows.len() == limit;
-    for (xid, finished_at) in rows {
+    for (xid, begun_at, finished_at) in rows {
         let xid = record::xid(&xid)?;
-        next = full.then_some(xid);
+        next = (full && begun_at < before.0).then_some(xid);
         if finished_at.is_some_and(|at| at < before.0) {
             finished.push(xid);
         }
@@ -189,20 +192,33 @@ pub(super) async fn finished(
     Ok((finished, next))
 }
 
-/// Runs a query for transactions, and reads their branches.
+/// Runs a query for transactions, and puts those together that can be.
 async fn transactions(
     tx: &mut SqliteConnection,
     mut query: QueryBuilder<Sqlite>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
-    let heads: Vec<TransactionRow> = query.build_query_as().fetch_all(&mut *tx).await?;
+    let heads = query.build_query_as().fetch_all(&mut *tx).await?;
+    undamaged(tx, heads).await
+}
+
+/// Puts transactions together. One that makes no sense must not stand in the way of the others: it is left out, loudly.
+async fn undamaged(tx: &mut SqliteConnection, heads: Vec<TransactionRow>) -> Result<Vec<GlobalTransaction>, Error> {
     let mut found = Vec::with_capacity(heads.len());
     for head in heads {
-        let mut query = QueryBuilder::new(BRANCH);
-        query.push("WHERE b.xid = ").push_bind(head.xid.clone()).push(" ORDER BY b.position");
-        let branches: Vec<BranchRow> = query.build_query_as().fetch_all(&mut *tx).await?;
-        found.push(head.into_transaction(branches)?);
+        match with_branches(tx, head).await {
+            Ok(global) => found.push(global),
+            Err(Error::Corrupt(what)) => error!(what, "a damaged record is left alone; a person must look"),
+            Err(unavailable @ Error::Unavailable(_)) => return Err(unavailable),
+        }
     }
     Ok(found)
+}
+
+async fn with_branches(tx: &mut SqliteConnection, head: TransactionRow) -> Result<GlobalTransaction, Error> {
+    let mut query = QueryBuilder::new(BRANCH);
+    query.push("WHERE b.xid = ").push_bind(head.xid.clone()).push(" ORDER BY b.position");
+    let branches: Vec<BranchRow> = query.build_query_as().fetch_all(&mut *tx).await?;
+    head.into_transaction(branches)
 }
 
 fn push_stuck(query: &mut QueryBuilder<Sqlite>, now: Timestamp, after: StuckAfter) {

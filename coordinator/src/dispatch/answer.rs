@@ -1,0 +1,144 @@
+//! What a participant's answer means: the table of `participant.proto`, read. The only place that reads gRPC codes.
+
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::transaction::{AttemptError, Outcome, Payload, Phase, Refusal, Timestamp};
+
+/// Characters of a participant's error that are kept: enough for a person to see what is wrong.
+const MESSAGE_CHARS_MAX: usize = 512;
+
+/// Reads the answer to a call of `phase`.
+pub(super) fn outcome(phase: Phase, answer: Result<Option<Payload>, Status>, now: Timestamp) -> Outcome {
+    let status = match answer {
+        Ok(reply) => return Outcome::Done { reply },
+        Err(status) => status,
+    };
+    let is_try = phase == Phase::Try;
+    let (timed_out, hopeless) = match status.code() {
+        Code::FailedPrecondition if is_try => return Outcome::Refused(refusal(&status)),
+        // A Try that came too late was not made, and will not be. Phase two is never given up; these only say that time
+        // alone will not mend it.
+        Code::Aborted => (false, is_try),
+        Code::FailedPrecondition | Code::Unimplemented => (false, true),
+        Code::DeadlineExceeded => (true, false),
+        Code::Ok
+        | Code::Cancelled
+        | Code::Unknown
+        | Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::ResourceExhausted
+        | Code::OutOfRange
+        | Code::Internal
+        | Code::Unavailable
+        | Code::DataLoss
+        | Code::Unauthenticated => (false, false),
+    };
+    let message = status.message().chars().take(MESSAGE_CHARS_MAX).collect();
+    let error = AttemptError { code: code_name(status.code()).to_owned(), message, at: now };
+    Outcome::Unknown { error, timed_out, hopeless }
+}
+
+fn refusal(status: &Status) -> Refusal {
+    let message = status.message().chars().take(MESSAGE_CHARS_MAX).collect();
+    match status.get_details_error_info() {
+        Some(info) => Refusal {
+            reason: info.reason,
+            domain: info.domain,
+            message,
+            metadata: info.metadata.into_iter().collect(),
+        },
+        None => Refusal {
+            reason: code_name(Code::FailedPrecondition).to_owned(),
+            domain: String::new(),
+            message,
+            metadata: std::collections::BTreeMap::new(),
+        },
+    }
+}
+
+/// The name of a gRPC code, as its specification writes it.
+pub(super) fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    const NOW: Timestamp = Timestamp(1);
+
+    fn unknown(phase: Phase, code: Code) -> (bool, bool) {
+        match outcome(phase, Err(Status::new(code, "why")), NOW) {
+            Outcome::Unknown { error, timed_out, hopeless } => {
+                assert_eq!((error.code.as_str(), error.message.as_str()), (code_name(code), "why"));
+                (timed_out, hopeless)
+            }
+            other @ (Outcome::Done { .. } | Outcome::Refused(_)) => panic!("{code:?} to {phase:?} is {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_table_of_answers() {
+        for code in (0..=16).map(Code::from_i32).filter(|code| *code != Code::Ok) {
+            let named = matches!(
+                code,
+                Code::FailedPrecondition | Code::Aborted | Code::Unimplemented | Code::DeadlineExceeded
+            );
+            for phase in [Phase::Try, Phase::Confirm, Phase::Cancel].into_iter().filter(|_| !named) {
+                assert_eq!(unknown(phase, code), (false, false), "{code:?} to {phase:?}");
+            }
+        }
+        assert_eq!(unknown(Phase::Try, Code::Unimplemented), (false, true));
+        assert_eq!(unknown(Phase::Try, Code::Aborted), (false, true));
+        assert_eq!(unknown(Phase::Try, Code::DeadlineExceeded), (true, false));
+        for phase in [Phase::Confirm, Phase::Cancel] {
+            assert_eq!(unknown(phase, Code::FailedPrecondition), (false, true), "stuck at once");
+            assert_eq!(unknown(phase, Code::Unimplemented), (false, true), "stuck at once");
+            assert_eq!(unknown(phase, Code::Aborted), (false, false));
+            assert_eq!(unknown(phase, Code::DeadlineExceeded), (true, false));
+        }
+    }
+
+    #[test]
+    fn a_refusal_arrives_as_it_was_written() {
+        let details = ErrorDetails::with_error_info("OUT_OF_STOCK", "inventory", [("sku".to_owned(), "7".to_owned())]);
+        let status = Status::with_error_details(Code::FailedPrecondition, "only 2 left", details);
+        let Outcome::Refused(refusal) = outcome(Phase::Try, Err(status), NOW) else { panic!("no refusal") };
+        assert_eq!((refusal.reason.as_str(), refusal.domain.as_str()), ("OUT_OF_STOCK", "inventory"));
+        assert_eq!((refusal.message.as_str(), refusal.metadata["sku"].as_str()), ("only 2 left", "7"));
+        // A participant without the details still refuses.
+        let plain = Status::failed_precondition("no");
+        let Outcome::Refused(refusal) = outcome(Phase::Try, Err(plain), NOW) else { panic!("no refusal") };
+        assert_eq!((refusal.reason.as_str(), refusal.message.as_str()), ("FAILED_PRECONDITION", "no"));
+    }
+
+    #[test]
+    fn long_errors_are_cut() {
+        let status = Status::internal("é".repeat(10_000));
+        let Outcome::Unknown { error, .. } = outcome(Phase::Cancel, Err(status), NOW) else { panic!("known") };
+        assert_eq!(error.message.chars().count(), MESSAGE_CHARS_MAX);
+    }
+}

@@ -1,0 +1,78 @@
+//! Calls to participants. The partitions hand over what is due and go on; what became of a call comes back on a channel.
+//!
+//! A participant that is slow or dead delays nobody else: each address has a [`lane`] of its own, with a bounded queue, a limit
+//! of calls at a time, and a breaker. Nothing is repeated here: the repeat is the partition's, after its backoff.
+
+pub mod address;
+mod answer;
+mod grpc;
+mod lane;
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use handfast_proto::{BranchId, Xid};
+use tokio::sync::mpsc;
+
+pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable};
+
+use crate::transaction::{Outcome, Payload, Phase, Timestamp};
+
+/// One call to one participant.
+#[derive(Debug, Clone)]
+pub struct CallRequest {
+    /// Which transaction.
+    pub xid: Xid,
+    /// Which of its branches, by index.
+    pub branch: usize,
+    /// Which of its branches, by name.
+    pub branch_id: BranchId,
+    /// What to do.
+    pub phase: Phase,
+    /// `inventory.deduct`.
+    pub action: String,
+    /// `inventory`: the configuration may know its address, and that wins.
+    pub participant: String,
+    /// The address that the branch brought; may be empty.
+    pub target: String,
+    /// From 1, within the phase.
+    pub attempt: u32,
+    /// End of phase one.
+    pub expires_at: Timestamp,
+    /// Of the transaction.
+    pub labels: BTreeMap<String, String>,
+    /// Of a Try, or carried.
+    pub payload: Option<Payload>,
+    /// How long it may take, from the moment it leaves.
+    pub deadline: Duration,
+}
+
+/// What became of a call.
+#[derive(Debug)]
+pub struct Returned {
+    /// Which transaction.
+    pub xid: Xid,
+    /// Which of its branches, by index.
+    pub branch: usize,
+    /// What was asked for.
+    pub phase: Phase,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+/// A call cannot be taken now: ask again after this long. It was not made and does not count as an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Later(
+    /// How long.
+    pub Duration,
+);
+
+/// Makes calls.
+pub trait Dispatch: fmt::Debug + Send + Sync + 'static {
+    /// Takes a call, without waiting. What becomes of it is sent to `returned`, once, whatever happens short of the end of the
+    /// process.
+    ///
+    /// # Errors
+    ///
+    /// When its participant has as much to do as it may have, or is not answering: nothing was sent.
+    fn submit(&self, call: CallRequest, returned: &mpsc::Sender<Returned>) -> Result<(), Later>;
+}

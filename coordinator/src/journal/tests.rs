@@ -1,0 +1,251 @@
+//! The journal against a store that fails on demand.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use super::*;
+use crate::{
+    clock::ManualClock,
+    store::{
+        Head, Lookup,
+        scripted::{Fault, ScriptedStore},
+    },
+    transaction::{BranchSet, CancelCause, DecisionRequest, Drive, Event, GlobalTransaction, NewTransaction, State},
+};
+
+struct Rig {
+    store: Arc<ScriptedStore>,
+    ownerships: Vec<Ownership>,
+    outboxes: Vec<Arc<Outbox>>,
+    health: Arc<JournalHealth>,
+    clock: ManualClock,
+    stop: CancellationToken,
+    journal: tokio::task::JoinHandle<()>,
+    sequence: u64,
+}
+
+impl Rig {
+    async fn new() -> Self {
+        let store = Arc::new(ScriptedStore::default());
+        let clock = ManualClock::at(Timestamp(1_000_000));
+        let ownerships = store.acquire("test", clock.now()).await.unwrap();
+        let (journal, outboxes, health) = Journal::new(store.clone(), Arc::new(clock.clone()), &ownerships);
+        let stop = CancellationToken::new();
+        let journal = tokio::spawn(journal.run(stop.clone()));
+        Self { store, ownerships, outboxes, health, clock, stop, journal, sequence: 0 }
+    }
+
+    fn begin(&mut self, partition: u16) -> GlobalTransaction {
+        let Ownership { epoch, nonce, .. } = self.ownerships[usize::from(partition)];
+        self.sequence += 1;
+        let new = NewTransaction {
+            name: "checkout".to_owned(),
+            drive: Drive::Initiator,
+            timeout: Duration::from_secs(30),
+            labels: BTreeMap::new(),
+            key: None,
+            branches: Vec::new(),
+        };
+        let xid = Xid { partition, epoch, sequence: self.sequence, nonce };
+        GlobalTransaction::begin(xid, new, Timestamp(0))
+    }
+
+    fn put(&self, global: &GlobalTransaction, head: Head, urgency: Urgency) -> u64 {
+        let new_branches = if head == Head::Insert { 0 } else { global.branches.len() };
+        let write =
+            Write { global: Arc::new(global.clone()), head, new_branches, changed_branches: BranchSet::EMPTY };
+        self.outboxes[usize::from(global.xid.partition)].put(write, urgency)
+    }
+
+    fn durable(&self, partition: u16) -> Durable {
+        *self.outboxes[usize::from(partition)].durable().borrow()
+    }
+
+    async fn until_durable(&self, partition: u16, number: u64) {
+        let mut durable = self.outboxes[usize::from(partition)].durable();
+        let reached = durable.wait_for(|durable| durable.upto >= number || durable.ended.is_some());
+        tokio::time::timeout(Duration::from_secs(10), reached).await.expect("in time").unwrap();
+    }
+
+    async fn until_batches(&self, count: usize) {
+        while self.store.batches().len() < count {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn stored(&self, global: &GlobalTransaction) -> Option<State> {
+        match self.store.load(global.xid).await.unwrap() {
+            Lookup::Found(global) => Some(global.state),
+            Lookup::Absent { .. } => None,
+        }
+    }
+}
+
+fn cancelled(global: &GlobalTransaction) -> GlobalTransaction {
+    let mut global = global.clone();
+    let request = DecisionRequest::Cancel(CancelCause::TimedOut);
+    global.apply(Event::DecisionRequested(request), Timestamp(1)).unwrap();
+    global
+}
+
+#[tokio::test]
+async fn what_comes_while_a_batch_is_under_way_shares_the_next_one() {
+    let mut rig = Rig::new().await;
+    rig.store.hold();
+    let first = rig.begin(0);
+    rig.put(&first, Head::Insert, Urgency::Awaited);
+    rig.until_batches(1).await;
+    for n in 0..100 {
+        let global = rig.begin(n % 16);
+        rig.put(&global, Head::Insert, Urgency::Awaited);
+    }
+    assert_eq!(rig.durable(0).upto, 0, "told before the store has answered");
+    rig.store.release();
+    for partition in 0..16 {
+        rig.until_durable(partition, 6).await;
+    }
+    let batches = rig.store.batches();
+    assert_eq!(batches.iter().map(|batch| batch.writes.len()).collect::<Vec<_>>(), [1, 100]);
+    assert_eq!(batches[1].guards.len(), 16);
+}
+
+#[tokio::test]
+async fn a_lost_answer_repeats_the_same_batch_and_nothing_else() {
+    let mut rig = Rig::new().await;
+    let (one, two) = (rig.begin(1), rig.begin(2));
+    rig.store.hold();
+    rig.put(&one, Head::Insert, Urgency::Awaited);
+    rig.until_batches(1).await;
+    // What comes now must not slip into the repeats.
+    rig.put(&two, Head::Insert, Urgency::Awaited);
+    rig.put(&cancelled(&one), Head::Update, Urgency::Awaited);
+    rig.store.fail([Fault::Unreached, Fault::AnswerLost, Fault::Unreached]);
+    rig.store.release();
+    rig.until_durable(1, 2).await;
+    rig.until_durable(2, 1).await;
+    let batches = rig.store.batches();
+    assert_eq!(batches.len(), 5, "three without an answer, one with, and the next");
+    assert!(batches[..4].iter().all(|batch| *batch == batches[0]), "a batch number got other content");
+    assert_eq!(batches[4].guards.iter().map(|guard| guard.position).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(rig.stored(&one).await, Some(State::Cancelled));
+}
+
+#[tokio::test]
+async fn a_transaction_that_changes_while_it_waits_is_written_once_and_counts_from_its_first_place() {
+    let mut rig = Rig::new().await;
+    let blocker = rig.begin(0);
+    rig.store.hold();
+    rig.put(&blocker, Head::Insert, Urgency::Awaited);
+    rig.until_batches(1).await;
+
+    // Enough to need two batches; the first of them changes again, last of all.
+    let first = rig.begin(1);
+    assert_eq!(rig.put(&first, Head::Insert, Urgency::Awaited), 1);
+    for _ in 0..BATCH_ROWS_MAX {
+        let other = rig.begin(1);
+        rig.put(&other, Head::Insert, Urgency::Awaited);
+    }
+    let last = rig.put(&cancelled(&first), Head::Update, Urgency::Awaited);
+    assert_eq!(last, BATCH_ROWS_MAX as u64 + 2);
+    // The first part lands, the second one is slow.
+    rig.store.fail([Fault::Nothing, Fault::Nothing].into_iter().chain([Fault::Unreached; 5]));
+    let mut durable = rig.outboxes[1].durable();
+    rig.store.release();
+    durable.changed().await.unwrap();
+    // The first part holds change `last`, but not the one before it: neither counts yet.
+    assert_eq!(durable.borrow().upto, BATCH_ROWS_MAX as u64);
+    rig.until_durable(1, last).await;
+    let batches = rig.store.batches();
+    let write = &batches[1].writes[0];
+    assert_eq!((write.head, write.global.state), (Head::Insert, State::Cancelled), "first place, last content");
+    assert_eq!(batches[1].writes.len(), BATCH_ROWS_MAX);
+    assert_eq!(batches[2].guards[0].position, batches[1].guards[0].position + 1, "each part has its own number");
+    assert_eq!(rig.stored(&first).await, Some(State::Cancelled));
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_goes_with_the_next_batch_or_after_a_while() {
+    let mut rig = Rig::new().await;
+    let (lazy, awaited) = (rig.begin(0), rig.begin(0));
+    rig.put(&lazy, Head::Insert, Urgency::Lazy);
+    tokio::task::yield_now().await;
+    assert_eq!(rig.store.batches(), [], "not by itself");
+    rig.put(&awaited, Head::Insert, Urgency::Awaited);
+    rig.until_durable(0, 2).await;
+    assert_eq!(rig.store.batches().len(), 1, "together");
+    let alone = rig.begin(0);
+    rig.put(&alone, Head::Insert, Urgency::Lazy);
+    rig.until_durable(0, 3).await;
+}
+
+#[tokio::test]
+async fn a_partition_that_was_taken_over_stops_and_the_others_go_on() {
+    let mut rig = Rig::new().await;
+    // Another owner takes all; only partition 3 of ours is still the old one.
+    let newer = rig.store.acquire("other", rig.clock.now()).await.unwrap();
+    let Rig { store, clock, .. } = &rig;
+    let mut mixed = newer.clone();
+    mixed[3] = rig.ownerships[3];
+    let (journal, outboxes, _) = Journal::new(store.clone(), Arc::new(clock.clone()), &mixed);
+    tokio::spawn(journal.run(rig.stop.clone()));
+    rig.outboxes = outboxes;
+    rig.ownerships = mixed;
+    let (fenced, other) = (rig.begin(3), rig.begin(4));
+    rig.store.hold();
+    let blocker = rig.begin(5);
+    rig.put(&blocker, Head::Insert, Urgency::Awaited);
+    rig.until_batches(1).await;
+    rig.put(&fenced, Head::Insert, Urgency::Awaited);
+    rig.put(&other, Head::Insert, Urgency::Awaited);
+    rig.store.release();
+    rig.until_durable(4, 1).await;
+    rig.until_durable(3, 1).await;
+    assert_eq!(rig.durable(3), Durable { upto: 0, ended: Some(Ended::Fenced) });
+    assert_eq!(rig.stored(&fenced).await, None);
+    assert_eq!(rig.stored(&other).await, Some(State::Trying));
+}
+
+#[tokio::test]
+async fn a_batch_that_is_refused_for_its_data_stops_its_partitions_loudly() {
+    let mut rig = Rig::new().await;
+    rig.store.fail([Fault::Refused]);
+    let global = rig.begin(7);
+    rig.put(&global, Head::Insert, Urgency::Awaited);
+    rig.until_durable(7, 1).await;
+    assert_eq!(rig.durable(7), Durable { upto: 0, ended: Some(Ended::Corrupt) });
+    let other = rig.begin(8);
+    rig.put(&other, Head::Insert, Urgency::Awaited);
+    rig.until_durable(8, 1).await;
+    assert_eq!(rig.durable(8), Durable { upto: 1, ended: None });
+}
+
+#[tokio::test]
+async fn an_outage_of_the_store_holds_expiry_back_for_a_while() {
+    let mut rig = Rig::new().await;
+    assert_eq!(rig.health.expiry_held_until(), None);
+    rig.store.hold();
+    let global = rig.begin(0);
+    rig.put(&global, Head::Insert, Urgency::Awaited);
+    rig.until_batches(1).await;
+    assert_eq!(rig.health.expiry_held_until(), None, "a batch under way is no outage yet");
+    rig.clock.advance(Duration::from_millis(1_001));
+    assert!(rig.health.is_store_silent());
+    assert_eq!(rig.health.expiry_held_until(), Some(rig.clock.now() + OUTAGE_GRACE));
+    rig.store.release();
+    rig.until_durable(0, 1).await;
+    assert!(!rig.health.is_store_silent());
+    assert_eq!(rig.health.expiry_held_until(), Some(rig.clock.now() + OUTAGE_GRACE), "the queue is still full");
+    rig.clock.advance(OUTAGE_GRACE);
+    assert_eq!(rig.health.expiry_held_until(), None);
+}
+
+#[tokio::test]
+async fn stopping_writes_what_is_left() {
+    let mut rig = Rig::new().await;
+    let (lazy, awaited) = (rig.begin(0), rig.begin(1));
+    rig.put(&lazy, Head::Insert, Urgency::Lazy);
+    rig.put(&awaited, Head::Insert, Urgency::Awaited);
+    rig.stop.cancel();
+    (&mut rig.journal).await.unwrap();
+    assert_eq!(rig.stored(&lazy).await, Some(State::Trying));
+    assert_eq!(rig.stored(&awaited).await, Some(State::Trying));
+}

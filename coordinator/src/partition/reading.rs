@@ -1,0 +1,266 @@
+//! How transactions come back into memory: because somebody asks for one, or because one is due and nobody is working on it.
+//! Both happen off the partition's task.
+//!
+//! What is read may be old by the time it arrives. A row enters memory only if this partition has not held its transaction since
+//! the read began: what it held it may have changed, and then the row is the past. (That the read began after the takeover is
+//! a matter of course: a partition exists only since then.) Everything that leaves memory while a read is under way is noted,
+//! and a row of it is dropped.
+
+use std::{
+    collections::{BTreeMap, btree_map},
+    sync::Arc,
+    time::Duration,
+};
+
+use handfast_proto::Xid;
+use tokio::sync::Semaphore;
+use tracing::{error, warn};
+
+use super::{Ask, Entry, Error, Partition};
+use crate::{
+    store::{self, DuePage, Lookup},
+    transaction::{Event, GlobalTransaction, Timestamp},
+};
+
+/// Single reads of one partition at a time.
+const READS_MAX: usize = 8;
+/// Transactions of one page of what is due.
+const PAGE: usize = 256;
+/// A partition that holds more than this leaves what is due in the store for a while.
+const HELD_MAX: usize = 8192;
+/// Shortest pause between looks for what is due.
+const SCAN_PAUSE: Duration = Duration::from_secs(1);
+
+/// See the module's comment.
+#[derive(Debug)]
+pub(super) struct Reading {
+    /// Single reads under way, and who waits for each.
+    asks: BTreeMap<Xid, Vec<Ask>>,
+    permits: Arc<Semaphore>,
+    /// When each read that is under way began, on the scale of `moment`, and how many began then.
+    under_way: BTreeMap<u64, usize>,
+    /// What has left memory while a read was under way, and when.
+    left: BTreeMap<Xid, u64>,
+    /// Counts what leaves.
+    moment: u64,
+    /// When to look for what is due; `None`: when something leaves memory that will be due.
+    scan_at: Option<Timestamp>,
+    /// Where that look starts.
+    scan_after: Option<(Timestamp, Xid)>,
+    /// One look is under way, or there will be none any more.
+    scan_blocked: bool,
+}
+
+/// What was read.
+#[derive(Debug)]
+pub(super) enum ReadResult {
+    One { xid: Xid, began: u64, found: Result<Lookup, store::Error> },
+    Due { began: u64, until: Timestamp, page: Result<DuePage, store::Error> },
+    Keys { hashes: Vec<[u8; 32]>, found: Result<Vec<Option<Xid>>, store::Error> },
+}
+
+impl Reading {
+    pub(super) fn from_the_start(now: Timestamp) -> Self {
+        Self {
+            asks: BTreeMap::new(),
+            permits: Arc::new(Semaphore::new(READS_MAX)),
+            under_way: BTreeMap::new(),
+            left: BTreeMap::new(),
+            moment: 0,
+            scan_at: Some(now),
+            scan_after: None,
+            scan_blocked: false,
+        }
+    }
+
+    /// When the next look for what is due starts.
+    pub(super) fn scan_at(&self) -> Option<Timestamp> {
+        self.scan_at.filter(|_| !self.scan_blocked)
+    }
+
+    /// A transaction has left memory, and is due again then.
+    pub(super) fn left(&mut self, xid: Xid, due_at: Option<Timestamp>) {
+        if !self.under_way.is_empty() {
+            self.moment += 1;
+            self.left.insert(xid, self.moment);
+        }
+        self.scan_by(due_at);
+    }
+
+    fn scan_by(&mut self, at: Option<Timestamp>) {
+        self.scan_at = [self.scan_at, at].into_iter().flatten().min();
+    }
+
+    pub(super) fn end(&mut self, why: &Error) {
+        for ask in std::mem::take(&mut self.asks).into_values().flatten() {
+            Partition::answer_now(ask.reply, Err(why.clone()));
+        }
+        self.scan_blocked = true;
+    }
+
+    fn begin(&mut self) -> u64 {
+        *self.under_way.entry(self.moment).or_default() += 1;
+        self.moment
+    }
+
+    /// Ends a read. Call it when its rows have been taken in.
+    fn done(&mut self, began: u64) {
+        if let btree_map::Entry::Occupied(mut entry) = self.under_way.entry(began) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+        match self.under_way.first_key_value() {
+            None => self.left.clear(),
+            Some((first, _)) => self.left.retain(|_, moment| *moment > *first),
+        }
+    }
+
+    /// Whether a row that was read since `began` may be the past.
+    fn is_stale(&self, xid: Xid, began: u64) -> bool {
+        self.left.get(&xid).is_some_and(|moment| *moment > began)
+    }
+}
+
+impl Partition {
+    /// Somebody asks for a transaction that is not in memory.
+    pub(super) fn read_for(&mut self, ask: Ask) {
+        let xid = ask.xid;
+        match self.reading.asks.entry(xid) {
+            btree_map::Entry::Occupied(mut entry) => entry.get_mut().push(ask), // one read for all of them
+            btree_map::Entry::Vacant(entry) => {
+                entry.insert(vec![ask]);
+                self.read_one(xid);
+            }
+        }
+    }
+
+    fn read_one(&mut self, xid: Xid) {
+        let began = self.reading.begin();
+        let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
+        let permits = self.reading.permits.clone();
+        self.parts.tasks.spawn(async move {
+            let _permit = permits.acquire_owned().await.expect("never closed");
+            let found = store.load(xid).await;
+            drop(reads.send(ReadResult::One { xid, began, found })); // the partition may be gone
+        });
+    }
+
+    pub(super) fn take_read(&mut self, read: ReadResult) {
+        match read {
+            ReadResult::One { xid, began, found } => self.take_one(xid, began, found),
+            ReadResult::Due { began, until, page } => self.take_due(began, until, page),
+            ReadResult::Keys { hashes, found } => self.take_keys(hashes, found),
+        }
+    }
+
+    fn take_one(&mut self, xid: Xid, began: u64, found: Result<Lookup, store::Error>) {
+        let stale = self.reading.is_stale(xid, began);
+        self.reading.done(began);
+        if self.durable.ended.is_some() {
+            return; // whoever waited has been told
+        }
+        if !self.entries.contains_key(&xid) {
+            if stale {
+                return self.read_one(xid); // it was here meanwhile, and left again
+            }
+            let missing = match found {
+                Ok(Lookup::Found(global)) => {
+                    self.take_in(*global);
+                    None
+                }
+                Ok(Lookup::Absent { purged_through, nonce }) => {
+                    // Another nonce: the xid is from a store that was deleted, or restored to before it, and what became of
+                    // its transaction nobody here can say.
+                    let purged = purged_through.is_some_and(|through| xid <= through);
+                    Some(if nonce == Some(xid.nonce) && !purged {
+                        Error::NeverRecorded(xid)
+                    } else {
+                        Error::Forgotten(xid)
+                    })
+                }
+                Err(error) => Some(Error::from(&error)),
+            };
+            if let Some(missing) = missing {
+                for ask in self.reading.asks.remove(&xid).unwrap_or_default() {
+                    Self::answer_now(ask.reply, Err(missing.clone()));
+                }
+                return;
+            }
+        }
+        for ask in self.reading.asks.remove(&xid).unwrap_or_default() {
+            self.ask(ask);
+        }
+        self.leave_if_idle(xid);
+    }
+
+    /// Starts the look for what is due, when it is time.
+    pub(super) fn scan(&mut self) {
+        let now = self.now();
+        if self.reading.scan_at().is_none_or(|at| at > now) {
+            return;
+        }
+        if self.entries.len() >= HELD_MAX {
+            self.reading.scan_at = Some(now + SCAN_PAUSE);
+            return;
+        }
+        let began = self.reading.begin();
+        let after = self.reading.scan_after.take();
+        self.reading.scan_at = None;
+        self.reading.scan_blocked = true;
+        let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
+        let partition = self.ownership.partition;
+        self.parts.tasks.spawn(async move {
+            let page = store.due(partition, now, after, PAGE).await;
+            drop(reads.send(ReadResult::Due { began, until: now, page })); // the partition may be gone
+        });
+    }
+
+    fn take_due(&mut self, began: u64, until: Timestamp, page: Result<DuePage, store::Error>) {
+        if self.durable.ended.is_some() {
+            return;
+        }
+        self.reading.scan_blocked = false;
+        let soon = self.now() + SCAN_PAUSE;
+        match page {
+            Err(error) => {
+                warn!(%error, "cannot read what is due; will look again");
+                self.reading.scan_by(Some(soon));
+            }
+            Ok(page) => {
+                for global in page.transactions {
+                    if !self.entries.contains_key(&global.xid) && !self.reading.is_stale(global.xid, began) {
+                        self.take_in(global);
+                    }
+                }
+                if page.next.is_some() {
+                    self.reading.scan_after = page.next;
+                    self.reading.scan_by(Some(until)); // at once
+                } else {
+                    self.reading.scan_by(page.next_due_at.map(|at| at.max(soon)));
+                }
+            }
+        }
+        self.reading.done(began);
+    }
+
+    /// Takes a recorded transaction into memory.
+    fn take_in(&mut self, global: GlobalTransaction) {
+        let xid = global.xid;
+        self.insert(Entry::loaded(global));
+        self.apply_fitting(xid, Event::Recovered);
+    }
+}
+
+impl From<&store::Error> for Error {
+    fn from(error: &store::Error) -> Self {
+        match error {
+            store::Error::Unavailable(_) => Self::StoreSilent,
+            store::Error::Corrupt(what) => {
+                error!(what, "a record makes no sense");
+                Self::Corrupt
+            }
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! A store in memory that fails on demand, and notes what it was handed. For tests of those who use a store.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard},
+};
+
+use tokio::sync::watch;
+
+use super::{memory::MemoryStore, *};
+
+/// What is to happen to one `append`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// None: it goes well.
+    Nothing,
+    /// It never reaches the store.
+    Unreached,
+    /// It takes effect, and the answer is lost.
+    AnswerLost,
+    /// The store refuses it for what it is.
+    Refused,
+}
+
+/// See the module's comment.
+#[derive(Debug, Default)]
+pub(crate) struct ScriptedStore {
+    pub(crate) inner: MemoryStore,
+    faults: Mutex<VecDeque<Fault>>,
+    batches: Mutex<Vec<Batch>>,
+    /// While true, appends are not answered.
+    held: watch::Sender<bool>,
+    /// While true, looks for one transaction have read, and are not answered.
+    loads_held: watch::Sender<bool>,
+    loads: Mutex<Vec<Xid>>,
+    key_looks: Mutex<Vec<usize>>,
+}
+
+impl ScriptedStore {
+    /// The next appends meet these faults, in order.
+    pub(crate) fn fail(&self, faults: impl IntoIterator<Item = Fault>) {
+        lock(&self.faults).extend(faults);
+    }
+
+    /// From now on the store does not answer appends.
+    pub(crate) fn hold(&self) {
+        self.held.send_replace(true);
+    }
+
+    /// It answers appends again.
+    pub(crate) fn release(&self) {
+        self.held.send_replace(false);
+    }
+
+    /// Whether looks for one transaction read and are then not answered.
+    pub(crate) fn hold_loads(&self, hold: bool) {
+        self.loads_held.send_replace(hold);
+    }
+
+    /// Every batch that was appended so far, repeats too.
+    pub(crate) fn batches(&self) -> Vec<Batch> {
+        lock(&self.batches).clone()
+    }
+
+    /// Every xid that was looked for, in order.
+    pub(crate) fn loads(&self) -> Vec<Xid> {
+        lock(&self.loads).clone()
+    }
+
+    /// Of every look for keys, how many there were in it.
+    pub(crate) fn key_looks(&self) -> Vec<usize> {
+        lock(&self.key_looks).clone()
+    }
+
+}
+
+async fn answered(held: &watch::Sender<bool>) {
+    let mut held = held.subscribe();
+    held.wait_for(|held| !held).await.expect("the store lives");
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it is locked")
+}
+
+#[async_trait::async_trait]
+impl Store for ScriptedStore {
+    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
+        self.inner.acquire(owner, now).await
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
+        lock(&self.batches).push(batch.clone());
+        answered(&self.held).await;
+        let fault = lock(&self.faults).pop_front();
+        match fault {
+            None | Some(Fault::Nothing) => self.inner.append(batch).await,
+            Some(Fault::Unreached) => Err(Error::unavailable("connection refused")),
+            Some(Fault::AnswerLost) => {
+                self.inner.append(batch).await?;
+                Err(Error::unavailable("expected to read 4 bytes, got 0 bytes at EOF"))
+            }
+            Some(Fault::Refused) => Err(Error::Corrupt("data too long for column".to_owned())),
+        }
+    }
+
+    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
+        lock(&self.loads).push(xid);
+        let lookup = self.inner.load(xid).await; // what was there when the read began
+        answered(&self.loads_held).await;
+        lookup
+    }
+
+    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
+        lock(&self.key_looks).push(hashes.len());
+        self.inner.find_keys(hashes).await
+    }
+
+    async fn due(
+        &self,
+        partition: u16,
+        until: Timestamp,
+        after: Option<(Timestamp, Xid)>,
+        limit: usize,
+    ) -> Result<DuePage, Error> {
+        self.inner.due(partition, until, after, limit).await
+    }
+
+    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Vec<GlobalTransaction>, Error> {
+        self.inner.list(filter, limit).await
+    }
+
+    async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
+        self.inner.summary(now, stuck).await
+    }
+
+    async fn purge(
+        &self,
+        partition: u16,
+        finished_before: Timestamp,
+        after: Option<Xid>,
+        limit: usize,
+    ) -> Result<(u64, Option<Xid>), Error> {
+        self.inner.purge(partition, finished_before, after, limit).await
+    }
+
+    async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
+        self.inner.release(ownerships).await
+    }
+}

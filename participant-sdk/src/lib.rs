@@ -1,1 +1,54 @@
-//! Soon.
+//! The SDK of Handfast: take part in global transactions (Try, Confirm, Cancel), with a service's own database.
+//!
+//! # Serving
+//!
+//! A service that takes part is a *participant*. It says what it does with three functions, an [`Action`], and this crate does the
+//! rest: it opens the local transaction, keeps the [`fence`] in it, calls the function that must run, and answers.
+//!
+//! ```no_run
+//! # #[cfg(feature = "sqlite")]
+//! # async fn example<A: handfast::Action<Db = sqlx::Sqlite>>(inventory: A, pool: sqlx::SqlitePool) -> Result<(), Box<dyn std::error::Error>> {
+//! use handfast::{Fence, Participant};
+//!
+//! let fence = Fence::new(pool);
+//! fence.create_table_if_missing().await?;
+//! let participant = Participant::builder("inventory").action(&fence, inventory).build();
+//! tonic::transport::Server::builder()
+//!     .add_service(participant.into_service())
+//!     .serve("[::1]:7001".parse()?)
+//!     .await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! If you have a gRPC or HTTP handler already, use [`Fence::run`] in it; if you have a local transaction already,
+//! [`Fence::enter`].
+//!
+//! # Features
+//!
+//! `sqlite`, `mysql` (MariaDB too) and `postgres` say where a fence can be. None is on by default. The version of sqlx is part of
+//! this crate's interface: 0.9.
+
+mod contract;
+
+mod participant;
+mod service;
+
+pub mod fence;
+
+mod answer;
+mod branch;
+mod error;
+mod status;
+
+mod async_func;
+
+pub use handfast_proto::{BranchId, Xid};
+
+pub use answer::Answer;
+pub use async_func::AsyncFunc;
+pub use branch::{Branch, InvalidBranch, Phase};
+pub use contract::{Contract, Json, Payload, Proto};
+pub use error::{BoxError, Failed, Refusal, TryError};
+pub use fence::{Fence, Tx};
+pub use participant::{Action, Participant, ParticipantBuilder};

@@ -1,0 +1,166 @@
+//! What the fence asks of a database. Its answers are in `sqlite.rs`, `mysql.rs` and `postgres.rs`, one file each: all SQL of
+//! this crate is there and in `schema/`.
+
+#![expect(
+    missing_debug_implementations,
+    reason = "what is here holds payloads, and those are never printed"
+)]
+
+use std::{future::Future, time::Duration};
+
+use sqlx::{Database, Error, Pool, pool::PoolConnection};
+
+use super::verdict::State;
+use crate::branch::Branch;
+
+/// How long a statement in a local transaction waits for a lock. Shorter than the deadline of a call: ten Cancels whose callers
+/// have given up would otherwise keep the whole pool waiting for one row.
+pub const LOCK_WAIT: Duration = Duration::from_secs(3);
+
+/// A database that can hold a fence: [`Sqlite`](sqlx::Sqlite), [`MySql`](sqlx::MySql) (MariaDB too) or
+/// [`Postgres`](sqlx::Postgres), each behind the feature of its name.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot hold a fence",
+    note = "enable one of the features `sqlite`, `mysql`, `postgres` of crate `handfast`"
+)]
+pub trait FenceDb: Statements {}
+
+/// The statements. Every one of them is harmless if it lands late: a call that was given up may still be carried out.
+///
+/// All times are UTC milliseconds since 1970 by the clock of this database.
+pub trait Statements: Database {
+    /// Begins a local transaction that waits for locks no longer than [`LOCK_WAIT`].
+    const BEGIN: &'static str;
+    /// Makes table, index and view, unless they are there.
+    const SCHEMA: &'static str;
+    /// Where [`Statements::SCHEMA`] can be read.
+    const SCHEMA_FILE: &'static str;
+    /// The table's columns: name, and type as [`Statements::columns`] tells it. The first two are the primary key.
+    const COLUMNS: [(&'static str, &'static str); 11];
+
+    /// A connection from the pool.
+    fn acquire(
+        pool: &Pool<Self>,
+    ) -> impl Future<Output = Result<PoolConnection<Self>, Error>> + Send {
+        pool.acquire()
+    }
+
+    /// Try and Cancel: makes the row, or counts one more call if it is there; holds its lock; reads it.
+    ///
+    /// Insert first, never look first: of two repeats that both look, see nothing, and then insert, MySQL kills one.
+    fn claim(
+        connection: &mut Self::Connection,
+        claim: &Claim<'_>,
+    ) -> impl Future<Output = Result<Record, Error>> + Send;
+
+    /// Confirm: counts one more call if the row is there; holds its lock; reads it.
+    fn find(
+        connection: &mut Self::Connection,
+        key: &Key,
+    ) -> impl Future<Output = Result<Option<Record>, Error>> + Send;
+
+    /// Writes what was done, and the reply if there is one. Tells how many rows it wrote: one, or none if this local
+    /// transaction no longer holds the row as `seen` counted it.
+    fn settle(
+        connection: &mut Self::Connection,
+        settle: &Settle<'_>,
+    ) -> impl Future<Output = Result<u64, Error>> + Send;
+
+    /// The time.
+    fn now(connection: &mut Self::Connection) -> impl Future<Output = Result<i64, Error>> + Send;
+
+    /// Deletes some of the rows that nobody can ask for any more. Tells how many.
+    fn delete_old(
+        connection: &mut Self::Connection,
+        old: &Old,
+    ) -> impl Future<Output = Result<u64, Error>> + Send;
+
+    /// The table as it is: each column's name, its type, and whether it is in the primary key. Empty: there is no table.
+    fn columns(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<Vec<(String, String, bool)>, Error>> + Send;
+
+    /// Runs [`Statements::SCHEMA`], one process at a time.
+    fn create(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Undoes after a local transaction what [`Statements::BEGIN`] set for the whole connection: it is the author's, and other
+    /// work runs on it.
+    fn restore(connection: &mut Self::Connection)
+    -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Takes care of a connection whose local transaction was left in the middle, perhaps of a statement: rolls back what it
+    /// began, and frees its place in the pool in bounded time. The connection itself survives only if that is beyond doubt.
+    fn abandon(connection: PoolConnection<Self>);
+}
+
+/// The name of a row.
+#[derive(Debug)]
+pub struct Key {
+    pub(crate) xid: [u8; 16],
+    pub(crate) branch_id: [u8; 32],
+}
+
+impl Key {
+    pub(crate) fn of(branch: &Branch) -> Self {
+        Self { xid: branch.xid.to_bytes(), branch_id: branch.branch_id.to_fixed() }
+    }
+}
+
+/// The row that a Try or a Cancel makes, unless there is one.
+pub struct Claim<'a> {
+    pub(crate) key: &'a Key,
+    pub(crate) state: State,
+    pub(crate) action: &'a str,
+    pub(crate) payload: Option<&'a [u8]>,
+    pub(crate) digest: Option<&'a [u8]>,
+    pub(crate) expires_at: Option<i64>,
+}
+
+/// What becomes of a row once the work is done.
+pub struct Settle<'a> {
+    pub(crate) key: &'a Key,
+    pub(crate) state: State,
+    /// `None` keeps what is there.
+    pub(crate) reply: Option<&'a [u8]>,
+    /// [`Record::seen`].
+    pub(crate) seen: i64,
+}
+
+/// Which rows are old: in a final state, changed at least `retention` ago, and expired at least `margin` ago.
+#[derive(Debug)]
+pub struct Old {
+    pub(crate) retention_millis: i64,
+    pub(crate) margin_millis: i64,
+    /// At most so many of them.
+    pub(crate) limit: i64,
+}
+
+/// A row as a call finds it.
+pub struct Record {
+    pub(crate) state: State,
+    pub(crate) action: String,
+    /// What Try got. Only of a row that is still tried: nobody else needs it.
+    pub(crate) payload: Option<Vec<u8>>,
+    pub(crate) reply: Option<Vec<u8>>,
+    pub(crate) digest: Option<Vec<u8>>,
+    /// How many calls have come for this branch, this one included. 1: this call made the row.
+    pub(crate) seen: i64,
+    /// The time, read when the row's lock was held.
+    pub(crate) now: i64,
+}
+
+/// A [`Record`] as it is selected.
+pub(crate) type RecordRow =
+    (i16, String, Option<Vec<u8>>, Option<Vec<u8>>, Option<Vec<u8>>, i64, i64);
+
+impl TryFrom<RecordRow> for Record {
+    type Error = Error;
+
+    fn try_from(row: RecordRow) -> Result<Self, Error> {
+        let (code, action, payload, reply, digest, seen, now) = row;
+        let state = State::from_code(code).ok_or_else(|| {
+            Error::Decode(format!("handfast_fence.state is {code}; it is 1 to 4").into())
+        })?;
+        Ok(Self { state, action, payload, reply, digest, seen, now })
+    }
+}

@@ -1,0 +1,85 @@
+//! One line for each call: enough for a program to draw from it what happened when. Payloads and replies are never in it.
+
+use std::time::Duration;
+
+use tracing::Level;
+
+use super::verdict::Verdict;
+use crate::{
+    answer::Answer,
+    branch::{Branch, Phase},
+};
+
+/// `verdict`: `None` if the call did not get that far.
+pub(crate) fn log(branch: &Branch, verdict: Option<Verdict>, answer: &Answer, took: Duration) {
+    let Branch { xid, branch_id, action, phase, attempt, .. } = branch;
+    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    let (level, message) = headline(*phase, verdict, answer);
+    let verdict = verdict.map_or("none", Verdict::as_str);
+    // Of a refusal only the reason: its message may name a customer.
+    let (reason, error) = match answer {
+        Answer::Done(_) => (None, None),
+        Answer::Refused(refusal) | Answer::TooLate(refusal) | Answer::NotServed(refusal) => {
+            (Some(refusal.reason.as_str()), None)
+        }
+        Answer::Unknown(error) | Answer::Retry(error) => (None, Some(error.as_str())),
+        Answer::Invalid { field, .. } => (None, Some(*field)),
+    };
+    // A macro, because the level of a line must be known when it is compiled.
+    macro_rules! line {
+        ($level:expr) => {
+            tracing::event!(
+                $level,
+                %xid,
+                %branch_id,
+                action,
+                %phase,
+                attempt,
+                verdict,
+                took_ms,
+                reason,
+                error,
+                "{message}"
+            )
+        };
+    }
+    if level == Level::INFO {
+        line!(Level::INFO);
+    } else if level == Level::WARN {
+        line!(Level::WARN);
+    } else {
+        line!(Level::ERROR);
+    }
+}
+
+/// ERROR is for what a person must look at.
+fn headline(phase: Phase, verdict: Option<Verdict>, answer: &Answer) -> (Level, &'static str) {
+    match answer {
+        Answer::Unknown(_) | Answer::Retry(_) => return (Level::WARN, "failed"),
+        Answer::Invalid { .. } => return (Level::WARN, "invalid call"),
+        Answer::NotServed(_) => return (Level::WARN, "action not served"),
+        Answer::Done(_) | Answer::Refused(_) | Answer::TooLate(_) => {}
+    }
+    let refused = matches!(answer, Answer::Refused(_));
+    match (verdict, phase) {
+        (None | Some(Verdict::Run), Phase::Try) if refused => (Level::INFO, "refused"),
+        (None | Some(Verdict::Run), Phase::Confirm | Phase::Cancel) if refused => {
+            (Level::ERROR, "needs attention")
+        }
+        (None | Some(Verdict::Run), Phase::Try) => (Level::INFO, "branch tried"),
+        (None | Some(Verdict::Run), Phase::Confirm) => (Level::INFO, "branch confirmed"),
+        (None | Some(Verdict::Run), Phase::Cancel) => (Level::INFO, "branch cancelled"),
+        (Some(Verdict::Repeat), _) => (Level::INFO, "repeat"),
+        (Some(Verdict::EmptyRollback), _) => (Level::INFO, "empty rollback"),
+        (Some(Verdict::Forgotten), _) => (Level::WARN, "confirm of a branch that is forgotten"),
+        (Some(Verdict::CancelledBefore), _) => (Level::INFO, "too late"),
+        (Some(Verdict::Suspension), _) => (Level::INFO, "suspension"),
+        (Some(Verdict::Expired), _) => (Level::INFO, "expired"),
+        (Some(Verdict::Differs), Phase::Try) => (Level::WARN, "payload differs"),
+        (Some(Verdict::Differs), Phase::Confirm | Phase::Cancel) => {
+            (Level::ERROR, "action differs")
+        }
+        (Some(Verdict::NeverTried), _) => (Level::ERROR, "never tried"),
+        (Some(Verdict::OppositeDone), _) => (Level::ERROR, "opposite done"),
+    }
+}

@@ -1,0 +1,229 @@
+//! What a call finds in the fence, what it answers if nothing must run, and what it leaves there.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use bytes::Bytes;
+use handfast_proto::{limits, reason, time::timestamp};
+use sha2::{Digest as _, Sha256};
+use sqlx::Error;
+
+use super::{
+    Fence,
+    clean_up::EXPIRY_MARGIN,
+    db::{Claim, FenceDb, Key, Record, Settle},
+    millis,
+    verdict::{State, Verdict, verdict},
+};
+use crate::{
+    answer::Answer,
+    branch::{Branch, Phase},
+    error::Refusal,
+};
+
+/// What a call finds, and what to do with it. While the local transaction lasts, the row is locked.
+pub(super) struct Look {
+    pub(super) verdict: Verdict,
+    key: Key,
+    /// The row, with this call counted in. `None`: a Confirm found none.
+    record: Option<Record>,
+    /// The time in the database.
+    now: i64,
+}
+
+impl<DB: FenceDb> Fence<DB> {
+    /// Takes hold of the row, and decides.
+    pub(super) async fn look(
+        &self,
+        connection: &mut DB::Connection,
+        branch: &Branch,
+        payload: &[u8],
+    ) -> Result<Look, Error> {
+        let key = Key::of(branch);
+        let digest = digest(&branch.action, payload);
+        let empty_rollback = Claim {
+            key: &key,
+            state: State::Suspended,
+            action: &branch.action,
+            payload: None,
+            digest: None,
+            expires_at: branch.expires_at,
+        };
+        let record = match branch.phase {
+            Phase::Try => {
+                let (payload, digest) = (Some(payload), Some(&digest[..]));
+                let claim = Claim { state: State::Tried, payload, digest, ..empty_rollback };
+                Some(DB::claim(connection, &claim).await?)
+            }
+            Phase::Confirm => DB::find(connection, &key).await?,
+            Phase::Cancel => Some(DB::claim(connection, &empty_rollback).await?),
+        };
+        let now = match &record {
+            Some(record) => record.now,
+            None => DB::now(connection).await?,
+        };
+
+        // A row that no other call has seen is the one this call has just made.
+        let before = record.as_ref().filter(|record| record.seen > 1);
+        let same = before.is_none_or(|record| match branch.phase {
+            Phase::Try => record.digest.as_deref() == Some(&digest[..]),
+            Phase::Confirm | Phase::Cancel => record.action == branch.action,
+        });
+        let late = branch.expires_at.is_some_and(|expires_at| match branch.phase {
+            Phase::Try => now >= expires_at,
+            Phase::Confirm => now >= self.horizon(expires_at),
+            Phase::Cancel => false,
+        });
+        let verdict = verdict(before.map(|record| record.state), branch.phase, same, late);
+        if verdict == Verdict::Forgotten {
+            self.forgotten_confirms.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(Look { verdict, key, record, now })
+    }
+
+    /// From when on the row of a branch that expired then may have been cleaned up. Before that, no row means no Try.
+    fn horizon(&self, expires_at: i64) -> i64 {
+        expires_at.saturating_add(millis(EXPIRY_MARGIN)).saturating_add(millis(self.retention))
+    }
+}
+
+impl Look {
+    /// What to answer if the work must not run; `None` if it must.
+    pub(super) fn answer(&self, branch: &Branch) -> Option<Answer> {
+        let Branch { xid, branch_id, action, phase, .. } = branch;
+        let answer = match self.verdict {
+            Verdict::Run => return None,
+            Verdict::Repeat => {
+                let reply = self.record.as_ref().and_then(|record| record.reply.clone());
+                let reply = reply.filter(|_| *phase == Phase::Try);
+                Answer::Done(reply.unwrap_or_default().into())
+            }
+            Verdict::EmptyRollback | Verdict::Forgotten => Answer::Done(Bytes::new()),
+            Verdict::CancelledBefore => too_late(
+                reason::CANCELLED_BEFORE,
+                format!("branch {branch_id} of {xid} was tried and cancelled before"),
+            ),
+            Verdict::Suspension => too_late(
+                reason::CANCELLED_BEFORE,
+                format!("branch {branch_id} of {xid} was cancelled before its Try came"),
+            ),
+            Verdict::Expired => too_late(reason::EXPIRED, self.how_late(branch)),
+            Verdict::Differs => {
+                let tried = self.record.as_ref().map_or("", |record| record.action.as_str());
+                let other = if tried == action { "payload" } else { "action" };
+                refused(
+                    reason::PAYLOAD_DIFFERS,
+                    format!(
+                        "branch {branch_id} of {xid} was tried as {tried}, and this {phase} comes with another {other}. A branch \
+                         id names one call and its repeats; a new call needs a new one"
+                    ),
+                )
+            }
+            Verdict::NeverTried => refused(
+                reason::NEVER_TRIED,
+                format!(
+                    "no Try of branch {branch_id} of {xid} is recorded in this database, so there is nothing to confirm. Did the \
+                     Try go to another one?"
+                ),
+            ),
+            Verdict::OppositeDone => {
+                let done = if *phase == Phase::Cancel { "confirmed" } else { "cancelled" };
+                refused(
+                    reason::OPPOSITE_DONE,
+                    format!("branch {branch_id} of {xid} was {done} before; {phase} is asked for"),
+                )
+            }
+        };
+        Some(answer)
+    }
+
+    /// People will meet this with clocks that differ, so it says how far, and whose clock it is.
+    fn how_late(&self, branch: &Branch) -> String {
+        let expires_at = branch.expires_at.unwrap_or(self.now);
+        format!(
+            "phase one ended at {}, and by the clock of the participant's database it is {}: this Try came {:?} late. If it came \
+             in time, that clock differs from the coordinator's",
+            timestamp(expires_at),
+            timestamp(self.now),
+            Duration::from_millis(self.now.abs_diff(expires_at))
+        )
+    }
+
+    /// What the work gets: what Try got.
+    pub(super) fn take_payload(&mut self, phase: Phase, asked: &[u8]) -> Bytes {
+        match phase {
+            Phase::Try => Bytes::copy_from_slice(asked),
+            Phase::Confirm | Phase::Cancel => {
+                let kept = self.record.as_mut().and_then(|record| record.payload.take());
+                kept.unwrap_or_default().into()
+            }
+        }
+    }
+
+    /// Writes that the work of this phase is done. A Try without a reply writes, too: see [`write`].
+    pub(super) async fn settle<DB: FenceDb>(
+        &self,
+        connection: &mut DB::Connection,
+        phase: Phase,
+        reply: &[u8],
+    ) -> Result<(), Error> {
+        let (state, reply) = match phase {
+            Phase::Try => (State::Tried, Some(reply)),
+            Phase::Confirm => (State::Confirmed, None),
+            Phase::Cancel => (State::Cancelled, None),
+        };
+        write::<DB>(connection, &Settle { key: &self.key, state, reply, seen: self.seen() }).await
+    }
+
+    /// Writes that no Try will have an effect.
+    pub(super) async fn suspend<DB: FenceDb>(
+        &self,
+        connection: &mut DB::Connection,
+    ) -> Result<(), Error> {
+        let (state, reply) = (State::Suspended, None);
+        write::<DB>(connection, &Settle { key: &self.key, state, reply, seen: self.seen() }).await
+    }
+
+    fn seen(&self) -> i64 {
+        self.record.as_ref().map_or(0, |record| record.seen)
+    }
+}
+
+/// Writes to the row, if this local transaction still holds it.
+///
+/// It may not, and then COMMIT would keep a part of the work, or none, and say OK: a statement in it failed in a way that ends the
+/// whole local transaction (a deadlock on MySQL, a full disk on SQLite), and the author's code went on. All that it had done is
+/// gone then, this call's count in the row too, and so the row is not found here. PostgreSQL refuses every statement after an
+/// error, this one too, but COMMIT would say OK.
+pub(super) async fn write<DB: FenceDb>(
+    connection: &mut DB::Connection,
+    settle: &Settle<'_>,
+) -> Result<(), Error> {
+    if DB::settle(connection, settle).await? == 1 {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(
+        "the local transaction ended before its work was done: a statement failed in it and the code went on, or the code ended it"
+            .to_owned(),
+    ))
+}
+
+fn refused(reason: &str, message: String) -> Answer {
+    Answer::Refused(Refusal::of_handfast(reason, message))
+}
+
+fn too_late(reason: &str, message: String) -> Answer {
+    Answer::TooLate(Refusal::of_handfast(reason, message))
+}
+
+/// Whether a payload or a reply is longer than a row keeps, in words.
+pub(super) fn too_long(bytes: &[u8]) -> Option<String> {
+    let max = limits::PAYLOAD_BYTES_MAX;
+    (bytes.len() > max).then(|| format!("has {} bytes; at most {max} are kept", bytes.len()))
+}
+
+/// SHA-256 over action and payload. The action's length is in front, so that nothing moves from one to the other unseen.
+fn digest(action: &str, payload: &[u8]) -> [u8; 32] {
+    let action_bytes = u64::try_from(action.len()).expect("a length in memory fits 64 bits");
+    let digest = Sha256::new().chain_update(action_bytes.to_be_bytes());
+    digest.chain_update(action).chain_update(payload).finalize().into()
+}

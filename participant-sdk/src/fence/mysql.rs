@@ -1,0 +1,160 @@
+//! The fence on MySQL (8.0 or newer) and MariaDB (10.6 or newer), with the same text for both: no `INSERT … AS new`, no
+//! `RETURNING`.
+//!
+//! It does not matter whether the isolation level is REPEATABLE READ or READ COMMITTED: nothing here is read before its lock is
+//! held, and a locking read opens no snapshot, so the author's first SELECT sees what the lock waited for.
+
+use sqlx::{Error, MySql, MySqlConnection, pool::PoolConnection};
+
+use super::db::{Claim, FenceDb, Key, Old, Record, RecordRow, Settle, Statements};
+
+// The time is UTC_TIMESTAMP, that is when its statement began. So it is read by statements that follow the one which may wait;
+// and unlike UNIX_TIMESTAMP(SYSDATE(3)) it is not an hour off in the night when the session's time zone ends summer time.
+
+const CLAIM: &str = "
+INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
+VALUES (?, ?, ?, ?, ?, ?, ?, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000,
+    TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000, 1)
+ON DUPLICATE KEY UPDATE seen = seen + 1";
+
+const COUNT: &str = "UPDATE handfast_fence SET seen = seen + 1 WHERE xid = ? AND branch_id = ?";
+
+const READ: &str = "
+SELECT state, action, CASE WHEN state = 1 AND seen > 1 THEN payload END, reply, digest, seen,
+    TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000
+FROM handfast_fence WHERE xid = ? AND branch_id = ? FOR UPDATE";
+
+const SETTLE: &str = "
+UPDATE handfast_fence
+SET state = ?, reply = COALESCE(?, reply),
+    changed_at = TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000
+WHERE xid = ? AND branch_id = ? AND seen = ?";
+
+const NOW: &str = "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000";
+
+const DELETE_OLD: &str = "
+DELETE FROM handfast_fence
+WHERE state <> 1
+AND changed_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?
+AND (expires_at IS NULL
+    OR expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?)
+ORDER BY changed_at, xid, branch_id LIMIT ?";
+
+const COLUMNS: &str = "
+SELECT CAST(column_name AS CHAR), CAST(data_type AS CHAR), CAST(column_key = 'PRI' AS SIGNED)
+FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'handfast_fence'";
+
+const RESTORE: &str = "SET SESSION innodb_lock_wait_timeout = @handfast_lock_wait";
+
+impl FenceDb for MySql {}
+
+impl Statements for MySql {
+    // One packet, one round trip. There is no such limit for a local transaction alone; `restore` gives the session its own back.
+    const BEGIN: &'static str = "
+SET @handfast_lock_wait = @@SESSION.innodb_lock_wait_timeout;
+SET SESSION innodb_lock_wait_timeout = LEAST(3, @@SESSION.innodb_lock_wait_timeout);
+BEGIN";
+    const SCHEMA: &'static str = super::SCHEMA_MYSQL;
+    const SCHEMA_FILE: &'static str = "schema/mysql.sql";
+    const COLUMNS: [(&'static str, &'static str); 11] = [
+        ("xid", "binary"),
+        ("branch_id", "binary"),
+        ("state", "smallint"),
+        ("action", "varchar"),
+        ("payload", "mediumblob"),
+        ("reply", "mediumblob"),
+        ("digest", "binary"),
+        ("expires_at", "bigint"),
+        ("created_at", "bigint"),
+        ("changed_at", "bigint"),
+        ("seen", "bigint"),
+    ];
+
+    async fn claim(connection: &mut MySqlConnection, claim: &Claim<'_>) -> Result<Record, Error> {
+        sqlx::query(CLAIM)
+            .bind(&claim.key.xid[..])
+            .bind(&claim.key.branch_id[..])
+            .bind(claim.state.code())
+            .bind(claim.action)
+            .bind(claim.payload)
+            .bind(claim.digest)
+            .bind(claim.expires_at)
+            .execute(&mut *connection)
+            .await?;
+        // Whether the row is new is in `seen`, not in the count of affected rows, which depends on the client's flags.
+        read(connection, claim.key).await
+    }
+
+    async fn find(connection: &mut MySqlConnection, key: &Key) -> Result<Option<Record>, Error> {
+        let counted = sqlx::query(COUNT)
+            .bind(&key.xid[..])
+            .bind(&key.branch_id[..])
+            .execute(&mut *connection)
+            .await?;
+        if counted.rows_affected() == 0 {
+            return Ok(None);
+        }
+        read(connection, key).await.map(Some)
+    }
+
+    async fn settle(connection: &mut MySqlConnection, settle: &Settle<'_>) -> Result<u64, Error> {
+        // sqlx sets CLIENT_FOUND_ROWS, so a row that was found counts, also if it already said all this.
+        let done = sqlx::query(SETTLE)
+            .bind(settle.state.code())
+            .bind(settle.reply)
+            .bind(&settle.key.xid[..])
+            .bind(&settle.key.branch_id[..])
+            .bind(settle.seen)
+            .execute(connection)
+            .await?;
+        Ok(done.rows_affected())
+    }
+
+    async fn now(connection: &mut MySqlConnection) -> Result<i64, Error> {
+        sqlx::query_scalar(NOW).fetch_one(connection).await
+    }
+
+    async fn delete_old(connection: &mut MySqlConnection, old: &Old) -> Result<u64, Error> {
+        let done = sqlx::query(DELETE_OLD)
+            .bind(old.retention_millis)
+            .bind(old.margin_millis)
+            .bind(old.limit)
+            .execute(connection)
+            .await?;
+        Ok(done.rows_affected())
+    }
+
+    async fn columns(
+        connection: &mut MySqlConnection,
+    ) -> Result<Vec<(String, String, bool)>, Error> {
+        let columns: Vec<(String, String, i64)> =
+            sqlx::query_as(COLUMNS).fetch_all(connection).await?;
+        Ok(columns.into_iter().map(|(name, kind, key)| (name, kind, key != 0)).collect())
+    }
+
+    async fn create(connection: &mut MySqlConnection) -> Result<(), Error> {
+        sqlx::raw_sql(Self::SCHEMA).execute(connection).await?;
+        Ok(())
+    }
+
+    async fn restore(connection: &mut MySqlConnection) -> Result<(), Error> {
+        sqlx::raw_sql(RESTORE).execute(connection).await?;
+        Ok(())
+    }
+
+    /// The connection is closed. It may be in the middle of a statement, and sqlx says itself that such a one should not be
+    /// used again: a reply that belongs to what was dropped would be taken for that of ROLLBACK. The server rolls back when it
+    /// notices.
+    fn abandon(mut connection: PoolConnection<Self>) {
+        connection.close_on_drop();
+    }
+}
+
+async fn read(connection: &mut MySqlConnection, key: &Key) -> Result<Record, Error> {
+    sqlx::query_as::<_, RecordRow>(READ)
+        .bind(&key.xid[..])
+        .bind(&key.branch_id[..])
+        .fetch_one(connection)
+        .await?
+        .try_into()
+}

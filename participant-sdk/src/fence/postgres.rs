@@ -1,0 +1,138 @@
+//! The fence on PostgreSQL (14 or newer).
+
+use sqlx::{Error, PgConnection, Postgres, pool::PoolConnection};
+
+use super::db::{Claim, FenceDb, Key, Old, Record, RecordRow, Settle, Statements};
+
+// `clock_timestamp()` and not `now()`: that is the time when the local transaction began, which may be before it waited.
+
+const CLAIM: &str = "
+INSERT INTO handfast_fence AS f
+    (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
+VALUES ($1, $2, $3, $4, $5, $6, $7, (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
+    (extract(epoch FROM clock_timestamp()) * 1000)::bigint, 1)
+ON CONFLICT (xid, branch_id) DO UPDATE SET seen = f.seen + 1
+RETURNING f.state, f.action, CASE WHEN f.state = 1 AND f.seen > 1 THEN f.payload END, f.reply, f.digest, f.seen,
+    (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
+
+const FIND: &str = "
+UPDATE handfast_fence SET seen = seen + 1 WHERE xid = $1 AND branch_id = $2
+RETURNING state, action, CASE WHEN state = 1 THEN payload END, reply, digest, seen,
+    (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
+
+const SETTLE: &str = "
+UPDATE handfast_fence
+SET state = $3, reply = coalesce($4, reply), changed_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint
+WHERE xid = $1 AND branch_id = $2 AND seen = $5";
+
+const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
+
+// `now()` here, and not the clock: it does not change within the statement, so the index can be used.
+const DELETE_OLD: &str = "
+DELETE FROM handfast_fence WHERE (xid, branch_id) IN (
+    SELECT xid, branch_id FROM handfast_fence
+    WHERE state <> 1
+    AND changed_at <= (extract(epoch FROM now()) * 1000)::bigint - $1
+    AND (expires_at IS NULL OR expires_at <= (extract(epoch FROM now()) * 1000)::bigint - $2)
+    ORDER BY changed_at LIMIT $3 FOR UPDATE SKIP LOCKED
+)";
+
+const COLUMNS: &str = "
+SELECT a.attname::text, format_type(a.atttypid, NULL), coalesce(a.attnum = ANY (i.indkey), false)
+FROM pg_attribute a LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
+WHERE a.attrelid = to_regclass('handfast_fence') AND a.attnum > 0 AND NOT a.attisdropped";
+
+// Two processes that both find no table would both make it, and one would fail: IF NOT EXISTS looks, and then makes.
+const CREATE_ONE_AT_A_TIME: &str = "SELECT pg_advisory_xact_lock(hashtext('handfast_fence'))";
+
+impl FenceDb for Postgres {}
+
+impl Statements for Postgres {
+    const BEGIN: &'static str = "BEGIN; SET LOCAL lock_timeout = '3s'";
+    const SCHEMA: &'static str = super::SCHEMA_POSTGRES;
+    const SCHEMA_FILE: &'static str = "schema/postgres.sql";
+    const COLUMNS: [(&'static str, &'static str); 11] = [
+        ("xid", "bytea"),
+        ("branch_id", "bytea"),
+        ("state", "smallint"),
+        ("action", "text"),
+        ("payload", "bytea"),
+        ("reply", "bytea"),
+        ("digest", "bytea"),
+        ("expires_at", "bigint"),
+        ("created_at", "bigint"),
+        ("changed_at", "bigint"),
+        ("seen", "bigint"),
+    ];
+
+    async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> Result<Record, Error> {
+        sqlx::query_as::<_, RecordRow>(CLAIM)
+            .bind(&claim.key.xid[..])
+            .bind(&claim.key.branch_id[..])
+            .bind(claim.state.code())
+            .bind(claim.action)
+            .bind(claim.payload)
+            .bind(claim.digest)
+            .bind(claim.expires_at)
+            .fetch_one(connection)
+            .await?
+            .try_into()
+    }
+
+    async fn find(connection: &mut PgConnection, key: &Key) -> Result<Option<Record>, Error> {
+        sqlx::query_as::<_, RecordRow>(FIND)
+            .bind(&key.xid[..])
+            .bind(&key.branch_id[..])
+            .fetch_optional(connection)
+            .await?
+            .map(Record::try_from)
+            .transpose()
+    }
+
+    async fn settle(connection: &mut PgConnection, settle: &Settle<'_>) -> Result<u64, Error> {
+        let done = sqlx::query(SETTLE)
+            .bind(&settle.key.xid[..])
+            .bind(&settle.key.branch_id[..])
+            .bind(settle.state.code())
+            .bind(settle.reply)
+            .bind(settle.seen)
+            .execute(connection)
+            .await?;
+        Ok(done.rows_affected())
+    }
+
+    async fn now(connection: &mut PgConnection) -> Result<i64, Error> {
+        sqlx::query_scalar(NOW).fetch_one(connection).await
+    }
+
+    async fn delete_old(connection: &mut PgConnection, old: &Old) -> Result<u64, Error> {
+        let done = sqlx::query(DELETE_OLD)
+            .bind(old.retention_millis)
+            .bind(old.margin_millis)
+            .bind(old.limit)
+            .execute(connection)
+            .await?;
+        Ok(done.rows_affected())
+    }
+
+    async fn columns(connection: &mut PgConnection) -> Result<Vec<(String, String, bool)>, Error> {
+        sqlx::query_as(COLUMNS).fetch_all(connection).await
+    }
+
+    async fn create(connection: &mut PgConnection) -> Result<(), Error> {
+        sqlx::raw_sql(CREATE_ONE_AT_A_TIME).execute(&mut *connection).await?;
+        sqlx::raw_sql(Self::SCHEMA).execute(connection).await?;
+        Ok(())
+    }
+
+    /// SET LOCAL ends with the local transaction.
+    async fn restore(_: &mut PgConnection) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The connection is closed. It may be in the middle of a statement, and sqlx says itself that such a one should not be
+    /// used again. The server rolls back when it notices.
+    fn abandon(mut connection: PoolConnection<Self>) {
+        connection.close_on_drop();
+    }
+}

@@ -1,0 +1,150 @@
+//! The fence on SQLite (3.42 or newer; the one that comes with the feature `sqlite` is).
+//!
+//! A local transaction begins with `BEGIN IMMEDIATE`: it has the write lock from the start, so nothing in it waits or fails for a
+//! lock later. How long it waits for that lock is the pool's `busy_timeout` (sqlx: 5 s unless set); SQLite has no other.
+
+use sqlx::{Connection as _, Error, Pool, Sqlite, SqliteConnection, pool::PoolConnection};
+use sqlx_core::transaction::TransactionManager as _;
+
+use super::{
+    db::{Claim, FenceDb, Key, Old, Record, RecordRow, Settle, Statements},
+    tx::GIVE_BACK_WITHIN,
+};
+
+const CLAIM: &str = "
+INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
+VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, CAST(round(unixepoch('subsec') * 1000) AS INTEGER),
+    CAST(round(unixepoch('subsec') * 1000) AS INTEGER), 1)
+ON CONFLICT (xid, branch_id) DO UPDATE SET seen = seen + 1
+RETURNING state, action, CASE WHEN state = 1 AND seen > 1 THEN payload END, reply, digest, seen,
+    CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
+
+const FIND: &str = "
+UPDATE handfast_fence SET seen = seen + 1 WHERE xid = ?1 AND branch_id = ?2
+RETURNING state, action, CASE WHEN state = 1 THEN payload END, reply, digest, seen,
+    CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
+
+const SETTLE: &str = "
+UPDATE handfast_fence
+SET state = ?3, reply = coalesce(?4, reply), changed_at = CAST(round(unixepoch('subsec') * 1000) AS INTEGER)
+WHERE xid = ?1 AND branch_id = ?2 AND seen = ?5";
+
+const NOW: &str = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
+
+const DELETE_OLD: &str = "
+DELETE FROM handfast_fence WHERE rowid IN (
+    SELECT rowid FROM handfast_fence
+    WHERE state <> 1
+    AND changed_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?1
+    AND (expires_at IS NULL OR expires_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?2)
+    ORDER BY changed_at LIMIT ?3
+)";
+
+const COLUMNS: &str = "SELECT name, type, pk > 0 FROM pragma_table_info('handfast_fence')";
+
+impl FenceDb for Sqlite {}
+
+impl Statements for Sqlite {
+    const BEGIN: &'static str = "BEGIN IMMEDIATE";
+    const SCHEMA: &'static str = super::SCHEMA_SQLITE;
+    const SCHEMA_FILE: &'static str = "schema/sqlite.sql";
+    const COLUMNS: [(&'static str, &'static str); 11] = [
+        ("xid", "blob"),
+        ("branch_id", "blob"),
+        ("state", "integer"),
+        ("action", "text"),
+        ("payload", "blob"),
+        ("reply", "blob"),
+        ("digest", "blob"),
+        ("expires_at", "integer"),
+        ("created_at", "integer"),
+        ("changed_at", "integer"),
+        ("seen", "integer"),
+    ];
+
+    /// In a task of its own, which goes on when its caller has given up: sqlx closes a connection whose user goes away while it is
+    /// pinged before use, and a connection of `sqlite::memory:` is the database.
+    async fn acquire(pool: &Pool<Self>) -> Result<PoolConnection<Self>, Error> {
+        let pool = pool.clone();
+        let acquired = tokio::spawn(async move { pool.acquire().await });
+        acquired.await.unwrap_or_else(|_| Err(Error::PoolClosed)) // the runtime is stopping
+    }
+
+    async fn claim(connection: &mut SqliteConnection, claim: &Claim<'_>) -> Result<Record, Error> {
+        sqlx::query_as::<_, RecordRow>(CLAIM)
+            .bind(&claim.key.xid[..])
+            .bind(&claim.key.branch_id[..])
+            .bind(claim.state.code())
+            .bind(claim.action)
+            .bind(claim.payload)
+            .bind(claim.digest)
+            .bind(claim.expires_at)
+            .fetch_one(connection)
+            .await?
+            .try_into()
+    }
+
+    async fn find(connection: &mut SqliteConnection, key: &Key) -> Result<Option<Record>, Error> {
+        sqlx::query_as::<_, RecordRow>(FIND)
+            .bind(&key.xid[..])
+            .bind(&key.branch_id[..])
+            .fetch_optional(connection)
+            .await?
+            .map(Record::try_from)
+            .transpose()
+    }
+
+    async fn settle(connection: &mut SqliteConnection, settle: &Settle<'_>) -> Result<u64, Error> {
+        let done = sqlx::query(SETTLE)
+            .bind(&settle.key.xid[..])
+            .bind(&settle.key.branch_id[..])
+            .bind(settle.state.code())
+            .bind(settle.reply)
+            .bind(settle.seen)
+            .execute(connection)
+            .await?;
+        Ok(done.rows_affected())
+    }
+
+    async fn now(connection: &mut SqliteConnection) -> Result<i64, Error> {
+        sqlx::query_scalar(NOW).fetch_one(connection).await
+    }
+
+    async fn delete_old(connection: &mut SqliteConnection, old: &Old) -> Result<u64, Error> {
+        let done = sqlx::query(DELETE_OLD)
+            .bind(old.retention_millis)
+            .bind(old.margin_millis)
+            .bind(old.limit)
+            .execute(connection)
+            .await?;
+        Ok(done.rows_affected())
+    }
+
+    async fn columns(
+        connection: &mut SqliteConnection,
+    ) -> Result<Vec<(String, String, bool)>, Error> {
+        sqlx::query_as(COLUMNS).fetch_all(connection).await
+    }
+
+    async fn create(connection: &mut SqliteConnection) -> Result<(), Error> {
+        sqlx::raw_sql(Self::SCHEMA).execute(connection).await?;
+        Ok(())
+    }
+
+    async fn restore(_: &mut SqliteConnection) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The connection survives, for the same reason. It can, because a thread of its own carries out all that is asked of it, in order and to the end. Of what was under way
+    /// when the future was dropped, this rolls back the rest, and the ping is answered after that. It must be `start_rollback`
+    /// and no other ROLLBACK: the thread remembers a COMMIT that nobody waited for and skips exactly one of these.
+    fn abandon(mut connection: PoolConnection<Self>) {
+        <Self as sqlx::Database>::TransactionManager::start_rollback(&mut connection);
+        tokio::spawn(async move {
+            let answered = tokio::time::timeout(GIVE_BACK_WITHIN, connection.ping()).await;
+            if !matches!(answered, Ok(Ok(()))) || connection.is_in_transaction() {
+                connection.close_on_drop();
+            }
+        });
+    }
+}

@@ -1,0 +1,150 @@
+//! The fence's table: the text that makes it, and whether it is there.
+
+use sqlx::Error;
+
+use super::{Fence, db::FenceDb, tx::Tx};
+
+/// The table, its index and its readable view, for SQLite: `schema/sqlite.sql`.
+pub const SCHEMA_SQLITE: &str = include_str!("../../schema/sqlite.sql");
+/// The same for MySQL and MariaDB: `schema/mysql.sql`.
+pub const SCHEMA_MYSQL: &str = include_str!("../../schema/mysql.sql");
+/// The same for PostgreSQL: `schema/postgres.sql`.
+pub const SCHEMA_POSTGRES: &str = include_str!("../../schema/postgres.sql");
+
+/// The fence's table cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TableError {
+    /// There is none in the database that the pool is connected to.
+    #[error(
+        "no table `handfast_fence` here ({database}): call `fence.create_table_if_missing()`, or run {schema_file} of crate \
+         `handfast`"
+    )]
+    Missing {
+        /// Which kind of database was asked.
+        database: &'static str,
+        /// The file that makes it.
+        schema_file: &'static str,
+    },
+    /// There is one, and it is not what this version needs.
+    #[error(
+        "table `handfast_fence` is not as this version of Handfast needs it: {differences}. Compare it with {schema_file} of \
+         crate `handfast`; `fence.create_table_if_missing()` makes a new one, but leaves one that is there alone"
+    )]
+    Differs {
+        /// Each difference, in words.
+        differences: String,
+        /// The file that makes it.
+        schema_file: &'static str,
+    },
+    /// The database did not answer.
+    #[error("cannot look at table `handfast_fence`")]
+    Database(#[from] Error),
+}
+
+impl<DB: FenceDb> Fence<DB> {
+    /// Looks whether the table is there, with all columns and the right key. Call it when your program starts: otherwise the
+    /// first call would fail.
+    ///
+    /// # Errors
+    ///
+    /// When it is not, saying what is wrong and what to do; or when the database does not answer.
+    ///
+    /// # Cancel safety
+    ///
+    /// Only reads.
+    pub async fn verify(&self) -> Result<(), TableError> {
+        let mut connection = self.pool.acquire().await?;
+        let found = DB::columns(&mut connection).await?;
+        if found.is_empty() {
+            return Err(TableError::Missing { database: DB::NAME, schema_file: DB::SCHEMA_FILE });
+        }
+        let mut differences = Vec::new();
+        for (name, kind) in DB::COLUMNS {
+            match found.iter().find(|(found, ..)| found == name) {
+                None => differences.push(format!("column {name} is missing")),
+                Some((_, found, _)) if !found.eq_ignore_ascii_case(kind) => {
+                    differences.push(format!("column {name} is {found}, not {kind}"));
+                }
+                Some(_) => {}
+            }
+        }
+        // Without this very key, repeats would not be found, and on MySQL nothing would say so.
+        let in_key = |name: &str| found.iter().any(|(found, _, key)| *key && found == name);
+        let key_columns = found.iter().filter(|(_, _, key)| *key).count();
+        if key_columns != 2 || !in_key("xid") || !in_key("branch_id") {
+            differences.push("its primary key is not (xid, branch_id)".to_owned());
+        }
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(TableError::Differs {
+            differences: differences.join(", "),
+            schema_file: DB::SCHEMA_FILE,
+        })
+    }
+
+    /// Makes the table, its index and its readable view, unless the table is there. Several processes may call it at once. A
+    /// program whose database user may not make tables can call it too, once somebody else has made them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Fence::verify`], which has the last word here.
+    ///
+    /// # Cancel safety
+    ///
+    /// It may or may not have been made; call again.
+    pub async fn create_table_if_missing(&self) -> Result<(), TableError> {
+        let found = self.verify().await;
+        if !matches!(found, Err(TableError::Missing { .. })) {
+            return found;
+        }
+        let mut tx = Tx::begin(&self.pool).await?;
+        DB::create(&mut tx).await?;
+        tx.commit().await?;
+        self.verify().await
+    }
+}
+
+#[cfg(test)]
+#[cfg(any(feature = "sqlite", feature = "mysql", feature = "postgres"))]
+mod tests {
+    use super::*;
+
+    /// The columns that are looked for are those that the schema makes.
+    fn check<DB: FenceDb>() {
+        let columns: Vec<Vec<String>> = (DB::SCHEMA.lines())
+            .skip_while(|line| !line.starts_with("CREATE TABLE"))
+            .skip(1)
+            .map(|line| line.split([' ', '(', ',']).filter(|word| !word.is_empty()))
+            .map(|words| words.take(2).map(str::to_lowercase).collect())
+            .take(DB::COLUMNS.len())
+            .collect();
+        let expected = DB::COLUMNS.map(|(name, kind)| vec![name.to_owned(), kind.to_owned()]);
+        assert_eq!(columns, expected, "{}", DB::NAME);
+    }
+
+    #[test]
+    #[cfg(feature = "sqlite")]
+    fn sqlite() {
+        check::<sqlx::Sqlite>();
+    }
+
+    #[test]
+    #[cfg(feature = "mysql")]
+    fn mysql() {
+        use crate::fence::{LOCK_WAIT, db::Statements as _};
+        check::<sqlx::MySql>();
+        assert!(sqlx::MySql::BEGIN.contains(&format!("LEAST({},", LOCK_WAIT.as_secs())));
+    }
+
+    #[test]
+    #[cfg(feature = "postgres")]
+    fn postgres() {
+        use crate::fence::{LOCK_WAIT, db::Statements as _};
+        check::<sqlx::Postgres>();
+        assert!(
+            sqlx::Postgres::BEGIN.contains(&format!("lock_timeout = '{}s'", LOCK_WAIT.as_secs()))
+        );
+    }
+}

@@ -1,0 +1,132 @@
+//! A local transaction that cannot be left half done.
+//!
+//! `sqlx::Transaction` is not used: if one is dropped while its server is silent, its connection waits for an answer for ever,
+//! and its place in the pool is gone (sqlx #4349). Here whoever drops a [`Tx`] hands its connection to [`Statements::abandon`](super::db::Statements::abandon),
+//! which ends that in bounded time.
+
+use std::{
+    fmt, mem,
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use sqlx::{Connection as _, Error, Pool, SqlSafeStr as _, pool::PoolConnection};
+use sqlx_core::transaction::TransactionManager as _;
+
+use super::db::FenceDb;
+
+/// How long each step may take that gives a connection back to its pool, such as ROLLBACK. After that the connection is closed,
+/// which ends its local transaction as surely, but later.
+pub(super) const GIVE_BACK_WITHIN: Duration = Duration::from_secs(2);
+
+/// The local transaction in which the fence and your own statements are one.
+///
+/// Write to your database through `&mut **tx`, and only through that: what goes over another connection is not undone with the
+/// rest. You cannot commit or roll back; the fence does, after you return. Savepoints (`tx.begin()` of
+/// [`sqlx::Connection`]) are yours.
+///
+/// ```
+/// # #[cfg(feature = "sqlite")]
+/// # async fn example(tx: &mut handfast::Tx<sqlx::Sqlite>) -> Result<(), sqlx::Error> {
+/// sqlx::query("UPDATE stock SET available = available - 1 WHERE sku = ?")
+///     .bind(1042)
+///     .execute(&mut **tx)
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Tx<DB: FenceDb> {
+    /// `None` only at the very end.
+    connection: Option<PoolConnection<DB>>,
+    payload: Bytes,
+    reply: Bytes,
+}
+
+impl<DB: FenceDb> Tx<DB> {
+    /// What Try got, as its bytes: also in Confirm and Cancel, whatever their request carries.
+    #[must_use]
+    pub fn payload(&self) -> &Bytes {
+        &self.payload
+    }
+
+    /// Sets what a Try answers, at most 64 KiB. The fence keeps it, and a repeated Try answers the same. Confirm and Cancel
+    /// have no reply; what they set is dropped.
+    pub fn reply(&mut self, reply: impl Into<Bytes>) {
+        self.reply = reply.into();
+    }
+
+    pub(super) fn set_payload(&mut self, payload: Bytes) {
+        self.payload = payload;
+    }
+
+    pub(super) fn take_reply(&mut self) -> Bytes {
+        mem::take(&mut self.reply)
+    }
+
+    /// Waits for a connection, and begins.
+    pub(super) async fn begin(pool: &Pool<DB>) -> Result<Self, Error> {
+        let connection = Some(DB::acquire(pool).await?);
+        let mut tx = Self { connection, payload: Bytes::new(), reply: Bytes::new() };
+        // Through sqlx's own counter of nested transactions, so that the author's `tx.begin()` makes a savepoint. Had we sent a
+        // plain BEGIN, theirs would be a second one, and on MySQL that commits the first.
+        DB::TransactionManager::begin(&mut tx, Some(DB::BEGIN.into_sql_str())).await?;
+        Ok(tx)
+    }
+
+    /// Once this returns `Ok`, it is durable. After an error nobody knows.
+    pub(super) async fn commit(mut self) -> Result<(), Error> {
+        DB::TransactionManager::commit(&mut self).await?;
+        if self.is_in_transaction() {
+            return Err(Error::InvalidArgument("the work left a savepoint open".to_owned()));
+        }
+        self.give_back().await;
+        Ok(())
+    }
+
+    /// Once this returns, nothing that was done here has an effect, or will have.
+    pub(super) async fn rollback(mut self) {
+        let rollback = DB::TransactionManager::rollback(&mut self);
+        if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, rollback).await {
+            self.give_back().await;
+        }
+    }
+
+    /// The local transaction has ended. If the connection cannot be made as it was before, it is abandoned.
+    async fn give_back(mut self) {
+        let restore = DB::restore(&mut self);
+        if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, restore).await {
+            drop(self.connection.take());
+        }
+    }
+}
+
+impl<DB: FenceDb> Drop for Tx<DB> {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            DB::abandon(connection);
+        }
+    }
+}
+
+impl<DB: FenceDb> Deref for Tx<DB> {
+    type Target = DB::Connection;
+
+    fn deref(&self) -> &DB::Connection {
+        self.connection.as_ref().expect("taken only by `give_back` and `drop`, which own the Tx")
+    }
+}
+
+impl<DB: FenceDb> DerefMut for Tx<DB> {
+    fn deref_mut(&mut self) -> &mut DB::Connection {
+        self.connection.as_mut().expect("taken only by `give_back` and `drop`, which own the Tx")
+    }
+}
+
+/// Never prints a payload.
+impl<DB: FenceDb> fmt::Debug for Tx<DB> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (payload, reply) = (self.payload.len(), self.reply.len());
+        write!(f, "Tx({}, payload {payload} bytes, reply {reply} bytes)", DB::NAME)
+    }
+}

@@ -1,0 +1,373 @@
+//! Level 2: you write three functions for each action; everything around them is done for you.
+
+use std::{collections::BTreeMap, fmt, future::Future, sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use handfast_proto::{limits, reason};
+
+use crate::{
+    answer::Answer,
+    branch::{Branch, Phase},
+    contract::{Contract, Payload},
+    error::{Failed, Refusal, TryError},
+    fence::{Fence, FenceDb, Tx, log},
+};
+
+/// What a participant does for one action.
+///
+/// Write the three as plain `async fn`. Around them, the fence and the local transaction are taken care of, so you can rely on
+/// this:
+///
+/// - each runs with effect at most once for a branch, however often the calls are repeated;
+/// - `on_confirm` and `on_cancel` run only after an `on_try` that returned `Ok`, and never both;
+/// - both get the arguments that Try got;
+/// - no `on_try` runs after its Cancel;
+/// - what is done through `tx` is kept if the function returns `Ok`, and undone otherwise.
+///
+/// Do nothing in them that cannot be rolled back with `tx`: no mail, no call to another service.
+///
+/// ```
+/// # #[cfg(feature = "sqlite")]
+/// # mod example {
+/// use handfast::{Action, Branch, Contract, Failed, Json, Refusal, TryError, Tx};
+/// use sqlx::Sqlite;
+/// # pub struct DeductStock;
+/// # impl Contract for DeductStock {
+/// #     const NAME: &'static str = "inventory.deduct";
+/// #     type Args = Json<i64>;
+/// #     type Reply = ();
+/// # }
+///
+/// pub struct Inventory;
+///
+/// impl Action for Inventory {
+///     type Contract = DeductStock;
+///     type Db = Sqlite;
+///
+///     async fn on_try(&self, tx: &mut Tx<Sqlite>, _: &Branch, Json(sku): &Json<i64>) -> Result<(), TryError> {
+///         let taken = sqlx::query("UPDATE stock SET free = free - 1, held = held + 1 WHERE sku = ? AND free > 0")
+///             .bind(sku)
+///             .execute(&mut **tx)
+///             .await?;
+///         if taken.rows_affected() == 0 {
+///             return Err(Refusal::new("OUT_OF_STOCK").message("none left").with("sku", sku).into());
+///         }
+///         Ok(())
+///     }
+///
+///     async fn on_confirm(&self, tx: &mut Tx<Sqlite>, _: &Branch, Json(sku): &Json<i64>) -> Result<(), Failed> {
+///         sqlx::query("UPDATE stock SET held = held - 1 WHERE sku = ?").bind(sku).execute(&mut **tx).await?;
+///         Ok(())
+///     }
+///
+///     async fn on_cancel(&self, tx: &mut Tx<Sqlite>, _: &Branch, Json(sku): &Json<i64>) -> Result<(), Failed> {
+///         sqlx::query("UPDATE stock SET free = free + 1, held = held - 1 WHERE sku = ?").bind(sku).execute(&mut **tx).await?;
+///         Ok(())
+///     }
+/// }
+/// # }
+/// ```
+pub trait Action: Send + Sync + 'static {
+    /// Name, arguments and reply.
+    type Contract: Contract;
+    /// Where the fence and the work are.
+    type Db: FenceDb;
+
+    /// Reserves, or refuses. The reply is kept, and a repeated Try gives it again without coming here.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`] is a decided no. Any other error is unknown. Both roll back, and the global transaction will be cancelled.
+    fn on_try(
+        &self,
+        tx: &mut Tx<Self::Db>,
+        branch: &Branch,
+        args: &<Self::Contract as Contract>::Args,
+    ) -> impl Future<Output = Result<<Self::Contract as Contract>::Reply, TryError>> + Send;
+
+    /// Uses what was reserved. It must succeed in the end: nobody is left to refuse to.
+    ///
+    /// # Errors
+    ///
+    /// Rolls back; the call is repeated until this returns `Ok`.
+    fn on_confirm(
+        &self,
+        tx: &mut Tx<Self::Db>,
+        branch: &Branch,
+        args: &<Self::Contract as Contract>::Args,
+    ) -> impl Future<Output = Result<(), Failed>> + Send;
+
+    /// Releases what was reserved. It must succeed in the end.
+    ///
+    /// # Errors
+    ///
+    /// Rolls back; the call is repeated until this returns `Ok`.
+    fn on_cancel(
+        &self,
+        tx: &mut Tx<Self::Db>,
+        branch: &Branch,
+        args: &<Self::Contract as Contract>::Args,
+    ) -> impl Future<Output = Result<(), Failed>> + Send;
+}
+
+/// A program that serves actions. Cheap to clone.
+///
+/// [`Participant::into_service`] puts it on the network; [`Participant::handle`] is the same without one.
+#[derive(Clone)]
+pub struct Participant {
+    name: Arc<str>,
+    actions: Arc<BTreeMap<&'static str, Box<dyn Served>>>,
+}
+
+/// Makes a [`Participant`].
+#[must_use]
+pub struct ParticipantBuilder {
+    name: Arc<str>,
+    actions: BTreeMap<&'static str, Box<dyn Served>>,
+}
+
+impl Participant {
+    /// Begins one with this name, by which coordinators look up its address and refusals say whose they are: 1 to 64 bytes.
+    ///
+    /// # Panics
+    ///
+    /// When the name is empty or too long.
+    pub fn builder(name: impl Into<Arc<str>>) -> ParticipantBuilder {
+        let name = name.into();
+        let max = limits::PARTICIPANT_BYTES_MAX;
+        assert!((1..=max).contains(&name.len()), "a participant's name has 1 to {max} bytes");
+        ParticipantBuilder { name, actions: BTreeMap::new() }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The names of the actions that it serves, in alphabetical order.
+    pub fn actions(&self) -> impl Iterator<Item = &'static str> {
+        self.actions.keys().copied()
+    }
+
+    /// Serves one call. `payload` is what came with a Try; Confirm and Cancel get what Try got, and theirs is ignored.
+    ///
+    /// What is guaranteed, and what a repeat does: see [`Fence::run`] and [`Action`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Fence::run`].
+    pub async fn handle(&self, branch: &Branch, payload: &[u8]) -> Answer {
+        let Some(served) = self.actions.get(branch.action.as_str()) else {
+            let answer = Answer::NotServed(self.not_served(&branch.action));
+            log::log(branch, None, &answer, Duration::ZERO);
+            return answer;
+        };
+        let mut answer = served.handle(branch, payload).await;
+        if let Answer::Refused(refusal) = &mut answer
+            && refusal.domain.is_empty()
+        {
+            refusal.domain = self.name.as_ref().to_owned();
+        }
+        answer
+    }
+
+    fn not_served(&self, action: &str) -> Refusal {
+        let served: Vec<_> = self.actions().collect();
+        let message =
+            format!("{} does not serve {action}; it serves {}", self.name, served.join(", "));
+        Refusal::of_handfast(reason::ACTION_UNKNOWN, message)
+    }
+
+    /// Each action with the content types of its arguments and its reply.
+    pub(crate) fn content_types(&self) -> impl Iterator<Item = (&'static str, ContentTypes)> {
+        self.actions.iter().map(|(name, served)| (*name, served.content_types()))
+    }
+
+    /// The content type of a Try's reply.
+    pub(crate) fn reply_content_type(&self, action: &str) -> &'static str {
+        self.actions.get(action).map_or("", |served| served.content_types().reply)
+    }
+}
+
+impl ParticipantBuilder {
+    /// Serves one more action.
+    ///
+    /// # Panics
+    ///
+    /// When an action of this name is served already, or the name is empty or longer than 128 bytes.
+    pub fn action<A: Action>(mut self, fence: &Fence<A::Db>, action: A) -> Self {
+        let name = <A::Contract as Contract>::NAME;
+        let max = limits::ACTION_BYTES_MAX;
+        assert!((1..=max).contains(&name.len()), "an action's name has 1 to {max} bytes");
+        let served = Box::new(Fenced { fence: fence.clone(), action });
+        let before = self.actions.insert(name, served);
+        assert!(before.is_none(), "{} serves {name} twice", self.name);
+        self
+    }
+
+    /// That is all.
+    #[must_use]
+    pub fn build(self) -> Participant {
+        Participant { name: self.name, actions: Arc::new(self.actions) }
+    }
+}
+
+/// An action whose types are forgotten.
+trait Served: Send + Sync {
+    fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer>;
+    fn content_types(&self) -> ContentTypes;
+}
+
+pub(crate) struct ContentTypes {
+    pub(crate) args: &'static str,
+    pub(crate) reply: &'static str,
+}
+
+struct Fenced<A: Action> {
+    fence: Fence<A::Db>,
+    action: A,
+}
+
+type Args<A> = <<A as Action>::Contract as Contract>::Args;
+type Reply<A> = <<A as Action>::Contract as Contract>::Reply;
+
+impl<A: Action> Served for Fenced<A> {
+    fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer> {
+        match branch.phase {
+            Phase::Try => Box::pin(self.on_try(branch, payload)),
+            Phase::Confirm => Box::pin(self.fence.run(branch, &[], async |tx| {
+                let args = stored_args::<A>(tx)?;
+                self.action.on_confirm(tx, branch, &args).await
+            })),
+            Phase::Cancel => Box::pin(self.fence.run(branch, &[], async |tx| {
+                let args = stored_args::<A>(tx)?;
+                self.action.on_cancel(tx, branch, &args).await
+            })),
+        }
+    }
+
+    fn content_types(&self) -> ContentTypes {
+        ContentTypes { args: Args::<A>::CONTENT_TYPE, reply: Reply::<A>::CONTENT_TYPE }
+    }
+}
+
+impl<A: Action> Fenced<A> {
+    async fn on_try(&self, branch: &Branch, payload: &[u8]) -> Answer {
+        // Before the local transaction begins: what cannot be read now could never be confirmed.
+        let args = match Args::<A>::decode(payload) {
+            Ok(args) => args,
+            Err(error) => {
+                let kind = Args::<A>::CONTENT_TYPE;
+                let answer = Answer::Invalid {
+                    field: "payload.data",
+                    message: format!("is not what {} takes ({kind}): {error}", branch.action),
+                };
+                log::log(branch, None, &answer, Duration::ZERO);
+                return answer;
+            }
+        };
+        let work = async |tx: &mut Tx<A::Db>| {
+            let reply = self.action.on_try(tx, branch, &args).await?;
+            tx.reply(reply.encode().map_err(TryError::Unknown)?);
+            Ok::<_, TryError>(())
+        };
+        self.fence.run(branch, payload, work).await
+    }
+}
+
+/// What Try got. It could be read then; if it cannot now, the contract has changed in between.
+fn stored_args<A: Action>(tx: &Tx<A::Db>) -> Result<Args<A>, Failed> {
+    // The error's text is left out: it may quote the payload, and this goes to operators.
+    Args::<A>::decode(tx.payload()).map_err(|_| {
+        let (kind, bytes) = (Args::<A>::CONTENT_TYPE, tx.payload().len());
+        let name = <A::Contract as Contract>::NAME;
+        Failed::NeedsAttention(format!(
+            "the payload that Try got ({bytes} bytes) is not what {name} takes now ({kind}): has its contract changed?"
+        ))
+    })
+}
+
+impl fmt::Debug for Participant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Participant").field(&self.name).field(&self.actions.keys()).finish()
+    }
+}
+
+impl fmt::Debug for ParticipantBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ParticipantBuilder").field(&self.name).field(&self.actions.keys()).finish()
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "sqlite")]
+mod tests {
+    use super::*;
+    use crate::fence::fixture::{DeductStock, Shop, branch, payload, payload_that};
+
+    #[tokio::test]
+    async fn a_refusal_says_whose_it_is() {
+        let shop = Shop::in_memory().await;
+        let call = branch(1, Phase::Try);
+        let answer = shop.participant().handle(&call, &payload_that(2, "refuse")).await;
+        let Answer::Refused(refusal) = answer else { panic!("{answer:?}") };
+        assert_eq!(
+            (refusal.domain.as_str(), refusal.reason.as_str()),
+            ("inventory", "OUT_OF_STOCK")
+        );
+
+        let confirm = shop.participant().handle(&branch(1, Phase::Confirm), &[]).await;
+        let Answer::Refused(refusal) = confirm else { panic!("{confirm:?}") };
+        assert_eq!((refusal.domain.as_str(), refusal.reason.as_str()), ("handfast", "NEVER_TRIED"));
+    }
+
+    #[tokio::test]
+    async fn an_action_that_is_not_served_is_told_what_is() {
+        let shop = Shop::in_memory().await;
+        let mut call = branch(1, Phase::Try);
+        call.action = "inventory.count".to_owned();
+        let answer = shop.participant().handle(&call, &payload(2)).await;
+        let Answer::NotServed(refusal) = answer else { panic!("{answer:?}") };
+        assert_eq!(refusal.reason, reason::ACTION_UNKNOWN);
+        assert!(refusal.message.ends_with("it serves inventory.deduct"), "{refusal}");
+    }
+
+    #[tokio::test]
+    async fn a_payload_that_cannot_be_read_is_the_callers_mistake_in_try_and_an_operators_case_later()
+     {
+        let shop = Shop::in_memory().await;
+        let participant = shop.participant();
+        let answer = participant.handle(&branch(1, Phase::Try), b"{}").await;
+        assert!(matches!(answer, Answer::Invalid { field: "payload.data", .. }), "{answer:?}");
+        assert_eq!(shop.state(1).await, None);
+
+        // Tried with the contract of yesterday.
+        let work = async |_: &mut Tx<_>| Ok::<_, TryError>(());
+        shop.fence.run(&branch(2, Phase::Try), b"\"hunter2\"", work).await;
+        for phase in [Phase::Confirm, Phase::Cancel] {
+            let answer = participant.handle(&branch(2, phase), &payload(2)).await;
+            let Answer::Refused(refusal) = answer else { panic!("{answer:?}") };
+            assert_eq!(refusal.reason, reason::NEEDS_ATTENTION);
+            assert!(!refusal.message.contains("hunter2"), "{refusal}");
+            assert_eq!(shop.state(2).await.unwrap(), "tried");
+        }
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "inventory serves inventory.deduct twice")]
+    async fn an_action_is_served_once() {
+        let shop = Shop::in_memory().await;
+        let builder = Participant::builder("inventory").action(&shop.fence, shop.clone());
+        drop(builder.action(&shop.fence, shop.clone()));
+    }
+
+    #[tokio::test]
+    async fn a_participant_tells_what_it_serves() {
+        let participant = Shop::in_memory().await.participant();
+        assert_eq!(participant.name(), "inventory");
+        assert_eq!(participant.actions().collect::<Vec<_>>(), [DeductStock::NAME]);
+        let text = format!("{participant:?}");
+        assert_eq!(text, "Participant(\"inventory\", [\"inventory.deduct\"])");
+    }
+}

@@ -62,7 +62,9 @@ pub struct AllowList(Vec<Rule>);
 
 /// A text is no rule of an allow-list.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no rule for targets: those are `loopback` or `host:port`, such as inventory:7001, *.shop.internal:7001, 10.0.0.5:*")]
+#[error(
+    "{0:?} is no rule for targets: those are `loopback` or `host:port`, such as inventory:7001, *.shop.internal:7001, 10.0.0.5:*"
+)]
 pub struct InvalidRule(String);
 
 impl AllowList {
@@ -96,7 +98,8 @@ impl AllowList {
     pub fn allows(&self, address: &Address) -> bool {
         self.0.iter().any(|rule| match rule {
             Rule::Loopback => {
-                let ip = address.host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+                let ip =
+                    address.host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
                 address.host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
             }
             Rule::HostPort { host, port } => {
@@ -155,7 +158,9 @@ mod tests {
         let allows = |rules: &[&str], address: &str| {
             AllowList::parse(rules.iter().copied()).unwrap().allows(&address.parse().unwrap())
         };
-        for address in ["http://127.0.0.1:1", "http://127.9.9.9:1", "http://[::1]:1", "http://localhost:1"] {
+        for address in
+            ["http://127.0.0.1:1", "http://127.9.9.9:1", "http://[::1]:1", "http://localhost:1"]
+        {
             assert!(allows(&["loopback"], address), "{address}");
         }
         for address in [
@@ -181,7 +186,8 @@ mod tests {
 
     #[test]
     fn what_is_no_rule_is_refused() {
-        for rule in ["", "inventory", "inventory:http", "in*:1", "http://inventory:1", ":1", "*.:1"] {
+        for rule in ["", "inventory", "inventory:http", "in*:1", "http://inventory:1", ":1", "*.:1"]
+        {
             assert!(AllowList::parse([rule]).is_err(), "{rule}");
         }
     }

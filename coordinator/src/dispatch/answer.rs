@@ -9,7 +9,11 @@ use crate::transaction::{AttemptError, Outcome, Payload, Phase, Refusal, Timesta
 const MESSAGE_CHARS_MAX: usize = 512;
 
 /// Reads the answer to a call of `phase`.
-pub(super) fn outcome(phase: Phase, answer: Result<Option<Payload>, Status>, now: Timestamp) -> Outcome {
+pub(super) fn outcome(
+    phase: Phase,
+    answer: Result<Option<Payload>, Status>,
+    now: Timestamp,
+) -> Outcome {
     let status = match answer {
         Ok(reply) => return Outcome::Done { reply },
         Err(status) => status,
@@ -36,13 +40,18 @@ pub(super) fn outcome(phase: Phase, answer: Result<Option<Payload>, Status>, now
         | Code::DataLoss
         | Code::Unauthenticated => (false, false),
     };
-    let message = status.message().chars().take(MESSAGE_CHARS_MAX).collect();
+    let message = one_line(status.message());
     let error = AttemptError { code: code_name(status.code()).to_owned(), message, at: now };
     Outcome::Unknown { error, timed_out, hopeless }
 }
 
+/// What somebody else wrote, fit for a log: cut, and on one line.
+pub(crate) fn one_line(text: &str) -> String {
+    text.chars().take(MESSAGE_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 fn refusal(status: &Status) -> Refusal {
-    let message = status.message().chars().take(MESSAGE_CHARS_MAX).collect();
+    let message = one_line(status.message());
     match status.get_details_error_info() {
         Some(info) => Refusal {
             reason: info.reason,
@@ -96,7 +105,9 @@ mod tests {
                 assert_eq!((error.code.as_str(), error.message.as_str()), (code_name(code), "why"));
                 (timed_out, hopeless)
             }
-            other @ (Outcome::Done { .. } | Outcome::Refused(_)) => panic!("{code:?} to {phase:?} is {other:?}"),
+            other @ (Outcome::Done { .. } | Outcome::Refused(_)) => {
+                panic!("{code:?} to {phase:?} is {other:?}")
+            }
         }
     }
 
@@ -105,9 +116,13 @@ mod tests {
         for code in (0..=16).map(Code::from_i32).filter(|code| *code != Code::Ok) {
             let named = matches!(
                 code,
-                Code::FailedPrecondition | Code::Aborted | Code::Unimplemented | Code::DeadlineExceeded
+                Code::FailedPrecondition
+                    | Code::Aborted
+                    | Code::Unimplemented
+                    | Code::DeadlineExceeded
             );
-            for phase in [Phase::Try, Phase::Confirm, Phase::Cancel].into_iter().filter(|_| !named) {
+            for phase in [Phase::Try, Phase::Confirm, Phase::Cancel].into_iter().filter(|_| !named)
+            {
                 assert_eq!(unknown(phase, code), (false, false), "{code:?} to {phase:?}");
             }
         }
@@ -124,21 +139,41 @@ mod tests {
 
     #[test]
     fn a_refusal_arrives_as_it_was_written() {
-        let details = ErrorDetails::with_error_info("OUT_OF_STOCK", "inventory", [("sku".to_owned(), "7".to_owned())]);
+        let details = ErrorDetails::with_error_info(
+            "OUT_OF_STOCK",
+            "inventory",
+            [("sku".to_owned(), "7".to_owned())],
+        );
         let status = Status::with_error_details(Code::FailedPrecondition, "only 2 left", details);
-        let Outcome::Refused(refusal) = outcome(Phase::Try, Err(status), NOW) else { panic!("no refusal") };
-        assert_eq!((refusal.reason.as_str(), refusal.domain.as_str()), ("OUT_OF_STOCK", "inventory"));
-        assert_eq!((refusal.message.as_str(), refusal.metadata["sku"].as_str()), ("only 2 left", "7"));
+        let Outcome::Refused(refusal) = outcome(Phase::Try, Err(status), NOW) else {
+            panic!("no refusal")
+        };
+        assert_eq!(
+            (refusal.reason.as_str(), refusal.domain.as_str()),
+            ("OUT_OF_STOCK", "inventory")
+        );
+        assert_eq!(
+            (refusal.message.as_str(), refusal.metadata["sku"].as_str()),
+            ("only 2 left", "7")
+        );
         // A participant without the details still refuses.
         let plain = Status::failed_precondition("no");
-        let Outcome::Refused(refusal) = outcome(Phase::Try, Err(plain), NOW) else { panic!("no refusal") };
-        assert_eq!((refusal.reason.as_str(), refusal.message.as_str()), ("FAILED_PRECONDITION", "no"));
+        let Outcome::Refused(refusal) = outcome(Phase::Try, Err(plain), NOW) else {
+            panic!("no refusal")
+        };
+        assert_eq!(
+            (refusal.reason.as_str(), refusal.message.as_str()),
+            ("FAILED_PRECONDITION", "no")
+        );
     }
 
     #[test]
-    fn long_errors_are_cut() {
-        let status = Status::internal("é".repeat(10_000));
-        let Outcome::Unknown { error, .. } = outcome(Phase::Cancel, Err(status), NOW) else { panic!("known") };
+    fn long_errors_are_cut_and_put_on_one_line() {
+        let status = Status::internal("é\n".repeat(10_000));
+        let Outcome::Unknown { error, .. } = outcome(Phase::Cancel, Err(status), NOW) else {
+            panic!("known")
+        };
         assert_eq!(error.message.chars().count(), MESSAGE_CHARS_MAX);
+        assert!(!error.message.contains('\n'));
     }
 }

@@ -77,7 +77,9 @@ pub struct Targets {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreachable {
     /// Neither the configuration nor the branch says where.
-    #[error("the configuration has no address for participant {0:?} (participants.{0}), and the branch brings no target")]
+    #[error(
+        "the configuration has no address for participant {0:?} (participants.{0}), and the branch brings no target"
+    )]
     NoAddress(String),
     /// What the branch brought is none.
     #[error(transparent)]
@@ -131,7 +133,8 @@ impl GrpcDispatch {
     /// One with no connections yet.
     #[must_use]
     pub fn new(targets: Arc<Targets>, dialler: Arc<dyn Dialler>, clock: Arc<dyn Clock>) -> Self {
-        let (lanes, calls, closing) = (Mutex::default(), TaskTracker::new(), CancellationToken::new());
+        let (lanes, calls, closing) =
+            (Mutex::default(), TaskTracker::new(), CancellationToken::new());
         Self { targets, dialler, clock, lanes, calls, closing }
     }
 
@@ -148,7 +151,8 @@ impl GrpcDispatch {
             return Ok(lane.clone());
         }
         if lanes.len() >= LANES_MAX {
-            let idle = lanes.iter().find(|(_, lane)| lane.is_idle()).map(|(address, _)| address.clone());
+            let idle =
+                lanes.iter().find(|(_, lane)| lane.is_idle()).map(|(address, _)| address.clone());
             lanes.remove(&idle.ok_or(Later(LANES_FULL_PAUSE))?);
         }
         let lane = Arc::new(Lane::new(self.dialler.channel(address), self.targets.calls_max));
@@ -202,7 +206,9 @@ async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
             let answered = std::error::Error::source(&status).is_none();
             (Err(named(status)), answered)
         }
-        Err(_) => (Err(Status::deadline_exceeded(format!("no answer within {:?}", call.deadline))), false),
+        Err(_) => {
+            (Err(Status::deadline_exceeded(format!("no answer within {:?}", call.deadline))), false)
+        }
     };
     let now = clock.now();
     lane.returned(answered, now);
@@ -241,16 +247,21 @@ async fn send(channel: Channel, call: &CallRequest) -> Result<Option<Payload>, S
     });
     match call.phase {
         Phase::Try => {
-            let response = client.try_branch(request(call, pb::TryBranchRequest { context, payload })).await?;
+            let response =
+                client.try_branch(request(call, pb::TryBranchRequest { context, payload })).await?;
             let reply = response.into_inner().reply;
             Ok(reply.map(|reply| Payload { data: reply.data, content_type: reply.content_type }))
         }
         Phase::Confirm => {
-            client.confirm_branch(request(call, pb::ConfirmBranchRequest { context, payload })).await?;
+            client
+                .confirm_branch(request(call, pb::ConfirmBranchRequest { context, payload }))
+                .await?;
             Ok(None)
         }
         Phase::Cancel => {
-            client.cancel_branch(request(call, pb::CancelBranchRequest { context, payload })).await?;
+            client
+                .cancel_branch(request(call, pb::CancelBranchRequest { context, payload }))
+                .await?;
             Ok(None)
         }
     }

@@ -169,10 +169,14 @@ mod tests {
     async fn a_full_queue_turns_callers_away_without_waiting() {
         let channel = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
         let lane = Arc::new(Lane::new(channel, 2));
-        let places: Vec<_> = (0..QUEUE_MAX + 2).map(|_| lane.enter(Timestamp(0)).unwrap()).collect();
+        let places: Vec<_> =
+            (0..QUEUE_MAX + 2).map(|_| lane.enter(Timestamp(0)).unwrap()).collect();
         assert_eq!(lane.enter(Timestamp(0)).unwrap_err(), Later(QUEUE_FULL_PAUSE));
         let (_one, _two) = (places[0].turn().await, places[1].turn().await);
-        assert!(tokio::time::timeout(Duration::from_millis(10), places[2].turn()).await.is_err(), "two at a time");
+        assert!(
+            tokio::time::timeout(Duration::from_millis(10), places[2].turn()).await.is_err(),
+            "two at a time"
+        );
         drop(places);
         assert!(lane.is_idle());
     }

@@ -13,6 +13,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use handfast_proto::{BranchId, Xid};
 use tokio::sync::mpsc;
 
+pub(crate) use answer::one_line;
 pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable};
 
 use crate::transaction::{Outcome, Payload, Phase, Timestamp};

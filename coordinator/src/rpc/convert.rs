@@ -1,0 +1,428 @@
+//! Messages ⇄ our types, both ways: the only file that names messages. What comes in is checked here, once: inside, a name is
+//! not empty, a branch can be reached, and everything is within its limit.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use handfast_proto::{
+    BranchId, Xid, limits,
+    time::{duration, timestamp, wire_duration},
+    v1 as pb,
+};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    dispatch::{Targets, one_line},
+    partition::{Until, What},
+    store::Show,
+    transaction::{
+        BranchSpec, BranchState, Call, CancelCause, Decision, DecisionRequest, Drive, GlobalTransaction, Key,
+        NewTransaction, Payload, Refusal, State, Timestamp,
+    },
+};
+
+/// A field of a request is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Invalid {
+    /// Which: `branches[1].target`.
+    pub(super) field: String,
+    /// What is wrong with it, and what would be right.
+    pub(super) problem: String,
+}
+
+fn invalid<T>(field: impl Into<String>, problem: impl Into<String>) -> Result<T, Invalid> {
+    Err(Invalid { field: field.into(), problem: problem.into() })
+}
+
+// ---- What comes in.
+
+pub(super) fn xid(text: &str) -> Result<Xid, Invalid> {
+    text.parse().or_else(|error: handfast_proto::id::InvalidXid| invalid("xid", error.to_string()))
+}
+
+fn branch_id(field: &str, text: &str) -> Result<BranchId, Invalid> {
+    text.parse().or_else(|error: handfast_proto::id::InvalidBranchId| invalid(field, error.to_string()))
+}
+
+/// A text of 1 to `bytes_max` bytes that can be printed on one line.
+fn name(field: impl Into<String>, text: String, bytes_max: usize) -> Result<String, Invalid> {
+    if text.is_empty() {
+        return invalid(field, "must not be empty");
+    }
+    words(field, text, bytes_max)
+}
+
+/// A text of up to `bytes_max` bytes that can be printed on one line.
+fn words(field: impl Into<String>, text: String, bytes_max: usize) -> Result<String, Invalid> {
+    if text.len() > bytes_max {
+        return invalid(field, format!("has {} bytes, and may have {bytes_max}", text.len()));
+    }
+    if text.chars().any(char::is_control) {
+        return invalid(field, "has a control character (a line break, for example)");
+    }
+    Ok(text)
+}
+
+/// What is asked for when a transaction begins: Begin, and Execute.
+pub(super) struct NewRequest {
+    pub(super) name: String,
+    pub(super) drive: Drive,
+    pub(super) timeout: Option<prost_types::Duration>,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) idempotency_key: String,
+    pub(super) branches: Vec<pb::BranchSpec>,
+}
+
+impl From<pb::BeginRequest> for NewRequest {
+    fn from(request: pb::BeginRequest) -> Self {
+        let pb::BeginRequest { name, timeout, labels, idempotency_key, branches } = request;
+        Self { name, drive: Drive::Initiator, timeout, labels, idempotency_key, branches }
+    }
+}
+
+impl From<pb::ExecuteRequest> for NewRequest {
+    fn from(request: pb::ExecuteRequest) -> Self {
+        let pb::ExecuteRequest { name, timeout, labels, idempotency_key, branches, in_order, .. } = request;
+        Self { name, drive: Drive::Coordinator { in_order }, timeout, labels, idempotency_key, branches }
+    }
+}
+
+pub(super) fn new_transaction(
+    request: NewRequest,
+    targets: &Targets,
+    timeout_default: Duration,
+) -> Result<NewTransaction, Invalid> {
+    let NewRequest { drive, .. } = request;
+    let timeout = match request.timeout {
+        None => timeout_default,
+        Some(wire) => {
+            let range = limits::TIMEOUT_MIN..=limits::TIMEOUT_MAX;
+            match duration(&wire).filter(|timeout| range.contains(timeout)) {
+                Some(timeout) => timeout,
+                None => {
+                    let problem = format!("must be from {:?} to {:?}", limits::TIMEOUT_MIN, limits::TIMEOUT_MAX);
+                    return invalid("timeout", problem);
+                }
+            }
+        }
+    };
+    if drive != Drive::Initiator && request.branches.is_empty() {
+        return invalid("branches", "must not be empty: there is nothing to execute");
+    }
+    let branches = branches(request.branches, drive, targets)?;
+    let name = name("name", request.name, limits::NAME_BYTES_MAX)?;
+    let key = match words("idempotency_key", request.idempotency_key, limits::KEY_BYTES_MAX)? {
+        key if key.is_empty() => None,
+        key => Some(Key { hash: key_hash(&key), digest: digest(&name, drive, &branches) }),
+    };
+    Ok(NewTransaction { labels: labels(request.labels)?, name, drive, timeout, key, branches })
+}
+
+fn labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
+    if labels.len() > limits::LABELS_MAX {
+        return invalid("labels", format!("there are {}, and may be {}", labels.len(), limits::LABELS_MAX));
+    }
+    let label = |(key, value): (String, String)| {
+        let field = format!("labels[{:?}]", key.chars().take(64).collect::<String>());
+        let value = words(&*field, value, limits::LABEL_VALUE_BYTES_MAX)?;
+        Ok((name(format!("{field} key"), key, limits::LABEL_KEY_BYTES_MAX)?, value))
+    };
+    labels.into_iter().map(label).collect()
+}
+
+/// Checks branches one by one and together. The same branch twice is one branch.
+pub(super) fn branches(
+    messages: Vec<pb::BranchSpec>,
+    drive: Drive,
+    targets: &Targets,
+) -> Result<Vec<BranchSpec>, Invalid> {
+    if messages.len() > limits::BRANCHES_MAX {
+        return invalid("branches", format!("there are {}, and may be {}", messages.len(), limits::BRANCHES_MAX));
+    }
+    let mut branches: Vec<BranchSpec> = Vec::with_capacity(messages.len());
+    let mut payload_bytes = 0;
+    for (index, message) in messages.into_iter().enumerate() {
+        let spec = branch(&format!("branches[{index}]"), message, drive, targets)?;
+        payload_bytes += spec.payload.as_ref().map_or(0, |payload| payload.data.len());
+        match branches.iter().find(|known| known.branch_id == spec.branch_id) {
+            None => branches.push(spec),
+            Some(known) if known.same_content(&spec) && known.payload == spec.payload => {}
+            Some(_) => {
+                let problem = format!("{} is there twice, with other content", spec.branch_id);
+                return invalid(format!("branches[{index}].branch_id"), problem);
+            }
+        }
+    }
+    if payload_bytes > limits::PAYLOADS_BYTES_MAX {
+        let problem =
+            format!("their payloads have {payload_bytes} bytes together, and may have {}", limits::PAYLOADS_BYTES_MAX);
+        return invalid("branches", problem);
+    }
+    Ok(branches)
+}
+
+fn branch(field: &str, message: pb::BranchSpec, drive: Drive, targets: &Targets) -> Result<BranchSpec, Invalid> {
+    let pb::BranchSpec { branch_id: id, action, participant, target, payload, carry_payload } = message;
+    let spec = BranchSpec {
+        branch_id: branch_id(&format!("{field}.branch_id"), &id)?,
+        action: name(format!("{field}.action"), action, limits::ACTION_BYTES_MAX)?,
+        participant: name(format!("{field}.participant"), participant, limits::PARTICIPANT_BYTES_MAX)?,
+        target: words(format!("{field}.target"), target, limits::TARGET_BYTES_MAX)?,
+        payload: payload.map(|message| self::payload(&format!("{field}.payload"), message)).transpose()?,
+        carry_payload,
+    };
+    if let Err(unreachable) = targets.address(&spec.participant, &spec.target) {
+        return invalid(format!("{field}.target"), unreachable.to_string());
+    }
+    match (drive, carry_payload, &spec.payload) {
+        (Drive::Initiator, false, Some(_)) => invalid(
+            format!("{field}.payload"),
+            "is only for branches that ask the coordinator to carry it (carry_payload); the initiator sends it with its Try",
+        ),
+        (_, true, None) => invalid(format!("{field}.payload"), "is missing, and carry_payload asks to carry it"),
+        (Drive::Initiator, false, None) | (Drive::Coordinator { .. }, false, _) | (_, true, Some(_)) => Ok(spec),
+    }
+}
+
+fn payload(field: &str, message: pb::Payload) -> Result<Payload, Invalid> {
+    if message.data.len() > limits::PAYLOAD_BYTES_MAX {
+        let problem = format!("has {} bytes, and may have {}", message.data.len(), limits::PAYLOAD_BYTES_MAX);
+        return invalid(format!("{field}.data"), problem);
+    }
+    let content_type =
+        words(format!("{field}.content_type"), message.content_type, limits::CONTENT_TYPE_BYTES_MAX)?;
+    Ok(Payload { data: message.data, content_type })
+}
+
+/// SHA-256 of an idempotency key.
+pub(super) fn key_hash(key: &str) -> [u8; 32] {
+    Sha256::digest(key).into()
+}
+
+/// Checks a key that is looked for.
+pub(super) fn key(text: String) -> Result<[u8; 32], Invalid> {
+    Ok(key_hash(&name("idempotency_key", text, limits::KEY_BYTES_MAX)?))
+}
+
+/// SHA-256 of what must be the same when a key comes again. Where participants are may change, and how long it may take.
+fn digest(name: &str, drive: Drive, branches: &[BranchSpec]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    // Each part with its length in front, so that no two contents look the same.
+    let mut part = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_be_bytes());
+        hash.update(bytes);
+    };
+    part(name.as_bytes());
+    part(match drive {
+        Drive::Initiator => b"initiator",
+        Drive::Coordinator { in_order: false } => b"coordinator",
+        Drive::Coordinator { in_order: true } => b"coordinator in order",
+    });
+    for branch in branches {
+        part(branch.branch_id.as_str().as_bytes());
+        part(branch.action.as_bytes());
+        part(branch.participant.as_bytes());
+        part(branch.payload.as_ref().map_or(b"", |payload| &payload.data));
+    }
+    hash.finalize().into()
+}
+
+pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid> {
+    let xid = xid(&request.xid)?;
+    let decision = match request.decision() {
+        pb::Decision::Unspecified => return invalid("decision", "must be CONFIRM or CANCEL"),
+        pb::Decision::Confirm => {
+            if request.tried_branch_ids.len() > limits::BRANCHES_MAX {
+                return invalid("tried_branch_ids", format!("may be {} at most", limits::BRANCHES_MAX));
+            }
+            let tried = request.tried_branch_ids.iter().enumerate();
+            let tried: BTreeSet<_> =
+                tried.map(|(n, id)| branch_id(&format!("tried_branch_ids[{n}]"), id)).collect::<Result<_, _>>()?;
+            DecisionRequest::Confirm { tried }
+        }
+        pb::Decision::Cancel => DecisionRequest::Cancel(match request.refusal {
+            None => CancelCause::Requested { reason: words("reason", request.reason, limits::REASON_BYTES_MAX)? },
+            Some(message) => CancelCause::Refused {
+                branch_id: match request.refused_branch_id.as_str() {
+                    "" => None,
+                    id => Some(branch_id("refused_branch_id", id)?),
+                },
+                refusal: refusal(message)?,
+            },
+        }),
+    };
+    Ok((xid, What::Decide(decision)))
+}
+
+fn refusal(message: pb::Refusal) -> Result<Refusal, Invalid> {
+    let pb::Refusal { reason, domain, message, metadata } = message;
+    let bytes = reason.len() + domain.len() + message.len();
+    let bytes = bytes + metadata.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
+    if bytes > limits::REFUSAL_BYTES_MAX {
+        return invalid("refusal", format!("has {bytes} bytes, and may have {}", limits::REFUSAL_BYTES_MAX));
+    }
+    Ok(Refusal { reason: one_line(&reason), domain: one_line(&domain), message: one_line(&message), metadata })
+}
+
+pub(super) fn until(message: pb::Until) -> Until {
+    match message {
+        pb::Until::Unspecified | pb::Until::Decided => Until::Decided,
+        pb::Until::Completed => Until::Completed,
+    }
+}
+
+/// How long to wait for a transaction to complete.
+pub(super) fn wait(message: Option<prost_types::Duration>) -> Result<Duration, Invalid> {
+    match message {
+        None => Ok(limits::WAIT_DEFAULT),
+        Some(wire) => match duration(&wire).filter(|wait| *wait <= limits::WAIT_MAX) {
+            Some(wait) => Ok(wait),
+            None => invalid("wait", format!("must be up to {:?}", limits::WAIT_MAX)),
+        },
+    }
+}
+
+pub(super) fn resolve(request: pb::ResolveBranchRequest) -> Result<(Xid, What), Invalid> {
+    let what = What::Resolve {
+        branch_id: branch_id("branch_id", &request.branch_id)?,
+        operator: name("operator", request.operator, limits::OPERATOR_BYTES_MAX)?,
+        reason: name("reason", request.reason, limits::REASON_BYTES_MAX)?,
+    };
+    Ok((xid(&request.xid)?, what))
+}
+
+/// What to list: in which state, of which name, and how many at most.
+pub(super) fn list(
+    request: pb::ListTransactionsRequest,
+    stuck_now: Show,
+) -> Result<(Show, Option<String>, usize), Invalid> {
+    let show = match request.show() {
+        pb::list_transactions_request::Show::Unspecified | pb::list_transactions_request::Show::All => Show::All,
+        pb::list_transactions_request::Show::Open => Show::Open,
+        pb::list_transactions_request::Show::Stuck => stuck_now,
+    };
+    let limit = match request.limit as usize {
+        0 => limits::LIST_DEFAULT,
+        limit if limit <= limits::LIST_MAX => limit,
+        limit => return invalid("limit", format!("is {limit}, and may be {}", limits::LIST_MAX)),
+    };
+    let name = words("name", request.name, limits::NAME_BYTES_MAX)?;
+    Ok((show, Some(name).filter(|name| !name.is_empty()), limit))
+}
+
+// ---- What goes out.
+
+pub(super) fn transaction(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
+    let at = |at: Timestamp| timestamp(at.0);
+    let (refusal, refused_branch_id) = match &global.cancel {
+        Some(CancelCause::Refused { branch_id, refusal }) => (Some(refusal), branch_id.as_ref()),
+        _ => (None, None),
+    };
+    pb::Transaction {
+        xid: global.xid.to_string(),
+        name: global.name.clone(),
+        state: state(global.state).into(),
+        decision: global.state.decision().map_or(pb::Decision::Unspecified, decision).into(),
+        drive: match global.drive {
+            Drive::Initiator => pb::Drive::Initiator,
+            Drive::Coordinator { .. } => pb::Drive::Coordinator,
+        }
+        .into(),
+        labels: global.labels.clone(),
+        begun_at: Some(at(global.begun_at)),
+        expires_at: Some(at(global.expires_at)),
+        decided_at: global.decided_at.map(at),
+        finished_at: global.finished_at.map(at),
+        cancel_cause: global.cancel.as_ref().map_or(pb::CancelCause::Unspecified, cancel_cause).into(),
+        cancel_reason: global.cancel.as_ref().map(CancelCause::to_string).unwrap_or_default(),
+        refusal: refusal.map(|Refusal { reason, domain, message, metadata }| pb::Refusal {
+            reason: reason.clone(),
+            domain: domain.clone(),
+            message: message.clone(),
+            metadata: metadata.clone(),
+        }),
+        refused_branch_id: refused_branch_id.map(BranchId::to_string).unwrap_or_default(),
+        branches: (0..global.branches.len()).map(|index| branch_message(global, index)).collect(),
+        stuck,
+        timeout: Some(wire_duration(global.expires_at - global.begun_at)),
+    }
+}
+
+fn branch_message(global: &GlobalTransaction, index: usize) -> pb::Branch {
+    let branch = &global.branches[index];
+    let state = match (&branch.state, global.state.decision()) {
+        (BranchState::Registered, _) => pb::BranchState::Registered,
+        (BranchState::Tried, _) => pb::BranchState::Tried,
+        (BranchState::Acknowledged, Some(Decision::Confirm)) => pb::BranchState::Confirmed,
+        (BranchState::Acknowledged, Some(Decision::Cancel) | None) => pb::BranchState::Cancelled,
+        (BranchState::Resolved(_), _) => pb::BranchState::Resolved,
+    };
+    let next_attempt_at = match branch.call {
+        Call::Idle { due_at } if branch.is_open() && branch.last_error.is_some() => Some(timestamp(due_at.0)),
+        Call::Idle { .. } | Call::InFlight(_) => None,
+    };
+    pb::Branch {
+        branch_id: branch.spec.branch_id.to_string(),
+        action: branch.spec.action.clone(),
+        participant: branch.spec.participant.clone(),
+        target: branch.spec.target.clone(),
+        state: state.into(),
+        attempts: branch.attempts,
+        next_attempt_at,
+        last_error: branch.last_error.as_ref().map(|error| pb::AttemptError {
+            code: error.code.clone(),
+            message: error.message.clone(),
+            at: Some(timestamp(error.at.0)),
+        }),
+        resolution: match &branch.state {
+            BranchState::Resolved(resolution) => Some(pb::Resolution {
+                operator: resolution.operator.clone(),
+                reason: resolution.reason.clone(),
+                at: Some(timestamp(resolution.at.0)),
+            }),
+            BranchState::Registered | BranchState::Tried | BranchState::Acknowledged => None,
+        },
+    }
+}
+
+/// Of a transaction that this call drove to Confirm: what every Try answered.
+pub(super) fn replies(global: &GlobalTransaction) -> Vec<pb::TryReply> {
+    if global.state.decision() != Some(Decision::Confirm) {
+        return Vec::new();
+    }
+    let reply = |branch: &crate::transaction::Branch| {
+        let reply = branch.reply.as_ref()?;
+        let reply = pb::Payload { data: reply.data.clone(), content_type: reply.content_type.clone() };
+        Some(pb::TryReply { branch_id: branch.spec.branch_id.to_string(), reply: Some(reply) })
+    };
+    global.branches.iter().filter_map(reply).collect()
+}
+
+fn state(state: State) -> pb::TransactionState {
+    match state {
+        State::Trying => pb::TransactionState::Trying,
+        State::Confirming => pb::TransactionState::Confirming,
+        State::Cancelling => pb::TransactionState::Cancelling,
+        State::Confirmed => pb::TransactionState::Confirmed,
+        State::Cancelled => pb::TransactionState::Cancelled,
+    }
+}
+
+fn decision(decision: Decision) -> pb::Decision {
+    match decision {
+        Decision::Confirm => pb::Decision::Confirm,
+        Decision::Cancel => pb::Decision::Cancel,
+    }
+}
+
+pub(super) fn cancel_cause(cause: &CancelCause) -> pb::CancelCause {
+    match cause {
+        CancelCause::Requested { .. } => pb::CancelCause::Requested,
+        CancelCause::Refused { .. } => pb::CancelCause::Refused,
+        CancelCause::TimedOut => pb::CancelCause::TimedOut,
+        CancelCause::TryUnknown { .. } => pb::CancelCause::TryUnknown,
+        CancelCause::CoordinatorRestarted => pb::CancelCause::CoordinatorRestarted,
+    }
+}

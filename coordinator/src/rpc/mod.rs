@@ -1,0 +1,181 @@
+//! The gRPC services. A method is a few lines: parse, ask, answer. What each guarantees stands in the .proto files.
+
+mod connection;
+mod convert;
+mod status;
+#[cfg(test)]
+mod tests;
+
+
+use std::{sync::Arc, time::Duration};
+
+use handfast_proto::{
+    limits,
+    v1::{
+        self as pb,
+        admin_service_server::{AdminService, AdminServiceServer},
+        coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
+    },
+};
+use tonic::{Request, Response, Status};
+
+pub use self::connection::{Connection, STREAMS_MAX};
+use self::{connection::wait_place, convert::NewRequest};
+use crate::{
+    coordinator::Coordinator,
+    dispatch::Targets,
+    partition::{Until, What},
+    transaction::{Drive, GlobalTransaction},
+};
+
+/// Both services, for one coordinator.
+#[derive(Debug, Clone)]
+pub struct Services {
+    coordinator: Arc<Coordinator>,
+    targets: Arc<Targets>,
+    timeout_default: Duration,
+}
+
+impl Services {
+    /// `timeout_default` is that of phase one, for transactions that name none.
+    #[must_use]
+    pub fn new(coordinator: Arc<Coordinator>, targets: Arc<Targets>, timeout_default: Duration) -> Self {
+        Self { coordinator, targets, timeout_default }
+    }
+
+    /// The service for initiators, with its limits.
+    #[must_use]
+    pub fn for_initiators(&self) -> CoordinatorServiceServer<Self> {
+        CoordinatorServiceServer::new(self.clone())
+            .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
+            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX)
+    }
+
+    /// The service for operators, with its limits.
+    #[must_use]
+    pub fn for_operators(&self) -> AdminServiceServer<Self> {
+        AdminServiceServer::new(self.clone())
+            .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
+            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX)
+    }
+
+    fn transaction(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
+        Some(convert::transaction(global, self.coordinator.is_stuck(global)))
+    }
+}
+
+#[tonic::async_trait]
+impl CoordinatorService for Services {
+    async fn begin(&self, request: Request<pb::BeginRequest>) -> Result<Response<pb::BeginResponse>, Status> {
+        let request = NewRequest::from(request.into_inner());
+        let new = convert::new_transaction(request, &self.targets, self.timeout_default)?;
+        let answer = self.coordinator.begin(new, Until::Now).await?;
+        let transaction = self.transaction(&answer.global);
+        Ok(Response::new(pb::BeginResponse { transaction, existed: answer.existed }))
+    }
+
+    async fn register_branch(
+        &self,
+        request: Request<pb::RegisterBranchRequest>,
+    ) -> Result<Response<pb::RegisterBranchResponse>, Status> {
+        let pb::RegisterBranchRequest { xid, branches } = request.into_inner();
+        let xid = convert::xid(&xid)?;
+        if branches.is_empty() {
+            let (field, problem) = ("branches".to_owned(), "must not be empty".to_owned());
+            return Err(convert::Invalid { field, problem }.into());
+        }
+        let branches = convert::branches(branches, Drive::Initiator, &self.targets)?;
+        let answer = self.coordinator.ask(xid, What::Register(branches), Until::Now, Duration::ZERO).await?;
+        Ok(Response::new(pb::RegisterBranchResponse { transaction: self.transaction(&answer.global) }))
+    }
+
+    async fn decide(&self, request: Request<pb::DecideRequest>) -> Result<Response<pb::DecideResponse>, Status> {
+        let until = match convert::until(request.get_ref().until()) {
+            Until::Completed => Until::Completed,
+            Until::Now | Until::Decided => Until::Now, // it is, once it is answered
+        };
+        let _place = if until == Until::Completed { wait_place(&request)? } else { None };
+        let request = request.into_inner();
+        let wait = convert::wait(request.wait)?;
+        let (xid, what) = convert::decide(request)?;
+        let answer = self.coordinator.ask(xid, what, until, wait).await?;
+        Ok(Response::new(pb::DecideResponse { transaction: self.transaction(&answer.global) }))
+    }
+
+    async fn execute(&self, request: Request<pb::ExecuteRequest>) -> Result<Response<pb::ExecuteResponse>, Status> {
+        let _place = wait_place(&request)?;
+        let request = request.into_inner();
+        let (until, wait) = (convert::until(request.until()), convert::wait(request.wait)?);
+        let new = convert::new_transaction(request.into(), &self.targets, self.timeout_default)?;
+        let decided = self.coordinator.begin(new, Until::Decided).await?;
+        let replies = if decided.existed { Vec::new() } else { convert::replies(&decided.global) };
+        let global = match until {
+            Until::Completed if !decided.global.state.is_final() => {
+                self.coordinator.ask(decided.global.xid, What::Get, Until::Completed, wait).await?.global
+            }
+            Until::Completed | Until::Decided | Until::Now => decided.global,
+        };
+        let transaction = self.transaction(&global);
+        Ok(Response::new(pb::ExecuteResponse { transaction, replies, existed: decided.existed }))
+    }
+
+    async fn get_transaction(
+        &self,
+        request: Request<pb::GetTransactionRequest>,
+    ) -> Result<Response<pb::GetTransactionResponse>, Status> {
+        use pb::get_transaction_request::By;
+        let answer = match request.into_inner().by {
+            Some(By::Xid(xid)) => {
+                self.coordinator.ask(convert::xid(&xid)?, What::Get, Until::Now, Duration::ZERO).await?
+            }
+            Some(By::IdempotencyKey(key)) => self.coordinator.find_key(convert::key(key)?).await?,
+            None => {
+                let (field, problem) = ("by".to_owned(), "must be an xid or an idempotency_key".to_owned());
+                return Err(convert::Invalid { field, problem }.into());
+            }
+        };
+        Ok(Response::new(pb::GetTransactionResponse { transaction: self.transaction(&answer.global) }))
+    }
+
+    async fn wait_transaction(
+        &self,
+        request: Request<pb::WaitTransactionRequest>,
+    ) -> Result<Response<pb::WaitTransactionResponse>, Status> {
+        let _place = wait_place(&request)?;
+        let request = request.into_inner();
+        let (until, wait) = (convert::until(request.until()), convert::wait(request.wait)?);
+        let answer = self.coordinator.ask(convert::xid(&request.xid)?, What::Get, until, wait).await?;
+        Ok(Response::new(pb::WaitTransactionResponse { transaction: self.transaction(&answer.global) }))
+    }
+}
+
+#[tonic::async_trait]
+impl AdminService for Services {
+    async fn list_transactions(
+        &self,
+        request: Request<pb::ListTransactionsRequest>,
+    ) -> Result<Response<pb::ListTransactionsResponse>, Status> {
+        let (show, name, limit) = convert::list(request.into_inner(), self.coordinator.stuck_now())?;
+        let (found, more) = self.coordinator.list(show, name, limit).await?;
+        let transactions = found.iter().filter_map(|global| self.transaction(global)).collect();
+        Ok(Response::new(pb::ListTransactionsResponse { transactions, more }))
+    }
+
+    async fn retry_transaction(
+        &self,
+        request: Request<pb::RetryTransactionRequest>,
+    ) -> Result<Response<pb::RetryTransactionResponse>, Status> {
+        let xid = convert::xid(&request.into_inner().xid)?;
+        let answer = self.coordinator.ask(xid, What::Retry, Until::Now, Duration::ZERO).await?;
+        Ok(Response::new(pb::RetryTransactionResponse { transaction: self.transaction(&answer.global) }))
+    }
+
+    async fn resolve_branch(
+        &self,
+        request: Request<pb::ResolveBranchRequest>,
+    ) -> Result<Response<pb::ResolveBranchResponse>, Status> {
+        let (xid, what) = convert::resolve(request.into_inner())?;
+        let answer = self.coordinator.ask(xid, what, Until::Now, Duration::ZERO).await?;
+        Ok(Response::new(pb::ResolveBranchResponse { transaction: self.transaction(&answer.global) }))
+    }
+}

@@ -27,7 +27,14 @@
 //! # Features
 //!
 //! `sqlite`, `mysql` (MariaDB too) and `postgres` say where a fence can be. None is on by default. The version of sqlx is part of
-//! this crate's interface: 0.9.
+//! this crate's interface: 0.9. `testing` brings the test kit, and with it the coordinator; use it in `dev-dependencies`.
+
+mod client;
+mod execute;
+mod global;
+mod outcome;
+mod propagation;
+mod transaction;
 
 mod contract;
 
@@ -43,10 +50,20 @@ mod status;
 
 mod async_func;
 
+#[cfg(feature = "testing")]
+pub mod testing;
+
 pub use handfast_proto::{BranchId, Xid};
 
 pub use answer::Answer;
 pub use async_func::AsyncFunc;
+pub use client::{Handfast, InvalidAddress, Remote, Unanswered};
+pub use execute::{ExecuteBuilder, Executed};
+pub use global::{CallError, Global};
+pub use outcome::{Confirmed, Outcome, TransactionError};
+pub use propagation::{Context, ContextLayer, ContextService, PropagateLayer, PropagateService};
+pub use transaction::{OpenTransaction, TransactionBuilder};
+
 pub use branch::{Branch, InvalidBranch, Phase};
 pub use contract::{Contract, Json, Payload, Proto};
 pub use error::{BoxError, Failed, Refusal, TryError};

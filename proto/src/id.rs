@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn xids_sort_by_age_as_bytes_too() {
-        let mut xids = vec![
+        let mut xids = [
             Xid { sequence: 1043, nonce: 0, ..XID },
             Xid { epoch: 8, sequence: 1, ..XID },
             XID,

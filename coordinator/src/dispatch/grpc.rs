@@ -179,7 +179,7 @@ impl Dispatch for GrpcDispatch {
                 return Ok(());
             }
         };
-        let place = self.lane(&address)?.enter(self.clock.now())?;
+        let place = self.lane(&address)?.enter(self.clock.now(), call.hurried)?;
         self.calls.spawn(async move {
             let outcome = make(&place, &call, &*clock).await;
             drop(place);
@@ -217,16 +217,12 @@ async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
 
 /// tonic says "transport error"; what a person needs is at the end of the chain: "connection refused".
 fn named(status: Status) -> Status {
-    let mut causes: Vec<String> = Vec::new();
     let mut cause = std::error::Error::source(&status);
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if causes.last() != Some(&text) {
-            causes.push(text);
-        }
-        cause = error.source();
+    while let Some(deeper) = cause.and_then(std::error::Error::source) {
+        cause = Some(deeper);
     }
-    if causes.is_empty() { status } else { Status::new(status.code(), causes.join(": ")) }
+    let named = cause.map(|cause| Status::new(status.code(), cause.to_string()));
+    named.unwrap_or(status)
 }
 
 async fn send(channel: Channel, call: &CallRequest) -> Result<Option<Payload>, Status> {

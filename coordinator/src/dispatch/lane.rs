@@ -71,12 +71,14 @@ impl Lane {
         self.held.load(Ordering::Relaxed) == 0
     }
 
-    /// Takes a place in the queue.
-    pub(super) fn enter(self: &Arc<Self>, now: Timestamp) -> Result<Place, Later> {
+    /// Takes a place in the queue. Whoever is `hurried` passes the breaker.
+    pub(super) fn enter(self: &Arc<Self>, now: Timestamp, hurried: bool) -> Result<Place, Later> {
         if self.held.load(Ordering::Relaxed) >= self.calls_max + QUEUE_MAX {
             return Err(Later(QUEUE_FULL_PAUSE));
         }
-        self.breaker.lock().expect("nothing panics while it is locked").admit(now)?;
+        if !hurried {
+            self.breaker.lock().expect("nothing panics while it is locked").admit(now)?;
+        }
         self.held.fetch_add(1, Ordering::Relaxed);
         Ok(Place(self.clone()))
     }
@@ -170,8 +172,8 @@ mod tests {
         let channel = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
         let lane = Arc::new(Lane::new(channel, 2));
         let places: Vec<_> =
-            (0..QUEUE_MAX + 2).map(|_| lane.enter(Timestamp(0)).unwrap()).collect();
-        assert_eq!(lane.enter(Timestamp(0)).unwrap_err(), Later(QUEUE_FULL_PAUSE));
+            (0..QUEUE_MAX + 2).map(|_| lane.enter(Timestamp(0), false).unwrap()).collect();
+        assert_eq!(lane.enter(Timestamp(0), true).unwrap_err(), Later(QUEUE_FULL_PAUSE));
         let (_one, _two) = (places[0].turn().await, places[1].turn().await);
         assert!(
             tokio::time::timeout(Duration::from_millis(10), places[2].turn()).await.is_err(),

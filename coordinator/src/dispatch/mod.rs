@@ -45,6 +45,8 @@ pub struct CallRequest {
     pub payload: Option<Payload>,
     /// How long it may take, from the moment it leaves.
     pub deadline: Duration,
+    /// An operator has asked for it: it goes out though its participant has not been answering.
+    pub hurried: bool,
 }
 
 /// What became of a call.

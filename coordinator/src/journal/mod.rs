@@ -205,9 +205,11 @@ impl Room {
     /// Takes the room that `write` needs; an empty batch has room for any.
     fn fits(&mut self, write: &Write) -> bool {
         let new = &write.global.branches[write.new_branches.min(write.global.branches.len())..];
-        let carried = |spec: &BranchSpec| spec.payload.as_ref().map_or(0, |payload| payload.data.len());
+        let carried =
+            |spec: &BranchSpec| spec.payload.as_ref().map_or(0, |payload| payload.data.len());
         let rows = 1 + new.len() + write.changed_branches.len();
-        let bytes = rows * ROW_BYTES + new.iter().map(|branch| carried(&branch.spec)).sum::<usize>();
+        let bytes =
+            rows * ROW_BYTES + new.iter().map(|branch| carried(&branch.spec)).sum::<usize>();
         let is_empty = self.rows == BATCH_ROWS_MAX;
         if !is_empty && (rows > self.rows || bytes > self.bytes) {
             return false;
@@ -301,7 +303,8 @@ impl Journal {
             batches: AtomicU64::new(0),
             transactions: AtomicU64::new(0),
         });
-        let journal = Self { store, outboxes: outboxes.clone(), wake, health: health.clone(), first: 0 };
+        let journal =
+            Self { store, outboxes: outboxes.clone(), wake, health: health.clone(), first: 0 };
         (journal, outboxes, health)
     }
 
@@ -327,7 +330,8 @@ impl Journal {
     fn is_due(&self) -> bool {
         self.outboxes.iter().any(|outbox| {
             let waiting = outbox.waiting();
-            waiting.awaited || waiting.lazy_since.is_some_and(|since| since.elapsed() >= LAZY_WAIT_MAX)
+            waiting.awaited
+                || waiting.lazy_since.is_some_and(|since| since.elapsed() >= LAZY_WAIT_MAX)
         })
     }
 
@@ -365,7 +369,11 @@ impl Journal {
                 }
                 Err(Error::Unavailable(cause)) => {
                     if attempts.is_power_of_two() {
-                        warn!(attempts, cause, "the store has not answered a batch; the same one is appended again");
+                        warn!(
+                            attempts,
+                            cause,
+                            "the store has not answered a batch; the same one is appended again"
+                        );
                     }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(RETRY_PAUSES[1]);
@@ -387,7 +395,9 @@ impl Journal {
         let landed: Vec<_> = batch.guards.iter().map(|guard| guard.partition).collect();
         // Let go of the transactions first, so that the partitions change them without copying them.
         drop(batch);
-        for outbox in self.outboxes.iter().filter(|outbox| landed.contains(&outbox.ownership.partition)) {
+        for outbox in
+            self.outboxes.iter().filter(|outbox| landed.contains(&outbox.ownership.partition))
+        {
             outbox.landed();
         }
     }
@@ -396,7 +406,9 @@ impl Journal {
     fn drop_from(&self, batch: &mut Batch, partitions: &[u16], why: Ended) {
         batch.guards.retain(|guard| !partitions.contains(&guard.partition));
         batch.writes.retain(|write| !partitions.contains(&write.global.xid.partition));
-        for outbox in self.outboxes.iter().filter(|outbox| partitions.contains(&outbox.ownership.partition)) {
+        for outbox in
+            self.outboxes.iter().filter(|outbox| partitions.contains(&outbox.ownership.partition))
+        {
             outbox.end(why);
         }
     }

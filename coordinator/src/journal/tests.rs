@@ -9,7 +9,10 @@ use crate::{
         Head, Lookup,
         scripted::{Fault, ScriptedStore},
     },
-    transaction::{BranchSet, CancelCause, DecisionRequest, Drive, Event, GlobalTransaction, NewTransaction, State},
+    transaction::{
+        BranchSet, CancelCause, DecisionRequest, Drive, Event, GlobalTransaction, NewTransaction,
+        State,
+    },
 };
 
 struct Rig {
@@ -28,7 +31,8 @@ impl Rig {
         let store = Arc::new(ScriptedStore::default());
         let clock = ManualClock::at(Timestamp(1_000_000));
         let ownerships = store.acquire("test", clock.now()).await.unwrap();
-        let (journal, outboxes, health) = Journal::new(store.clone(), Arc::new(clock.clone()), &ownerships);
+        let (journal, outboxes, health) =
+            Journal::new(store.clone(), Arc::new(clock.clone()), &ownerships);
         let stop = CancellationToken::new();
         let journal = tokio::spawn(journal.run(stop.clone()));
         Self { store, ownerships, outboxes, health, clock, stop, journal, sequence: 0 }
@@ -51,8 +55,12 @@ impl Rig {
 
     fn put(&self, global: &GlobalTransaction, head: Head, urgency: Urgency) -> u64 {
         let new_branches = if head == Head::Insert { 0 } else { global.branches.len() };
-        let write =
-            Write { global: Arc::new(global.clone()), head, new_branches, changed_branches: BranchSet::EMPTY };
+        let write = Write {
+            global: Arc::new(global.clone()),
+            head,
+            new_branches,
+            changed_branches: BranchSet::EMPTY,
+        };
         self.outboxes[usize::from(global.xid.partition)].put(write, urgency)
     }
 
@@ -124,13 +132,17 @@ async fn a_lost_answer_repeats_the_same_batch_and_nothing_else() {
     rig.until_durable(2, 1).await;
     let batches = rig.store.batches();
     assert_eq!(batches.len(), 5, "three without an answer, one with, and the next");
-    assert!(batches[..4].iter().all(|batch| *batch == batches[0]), "a batch number got other content");
+    assert!(
+        batches[..4].iter().all(|batch| *batch == batches[0]),
+        "a batch number got other content"
+    );
     assert_eq!(batches[4].guards.iter().map(|guard| guard.position).collect::<Vec<_>>(), [2, 1]);
     assert_eq!(rig.stored(&one).await, Some(State::Cancelled));
 }
 
 #[tokio::test]
-async fn a_transaction_that_changes_while_it_waits_is_written_once_and_counts_from_its_first_place() {
+async fn a_transaction_that_changes_while_it_waits_is_written_once_and_counts_from_its_first_place()
+{
     let mut rig = Rig::new().await;
     let blocker = rig.begin(0);
     rig.store.hold();
@@ -156,9 +168,17 @@ async fn a_transaction_that_changes_while_it_waits_is_written_once_and_counts_fr
     rig.until_durable(1, last).await;
     let batches = rig.store.batches();
     let write = &batches[1].writes[0];
-    assert_eq!((write.head, write.global.state), (Head::Insert, State::Cancelled), "first place, last content");
+    assert_eq!(
+        (write.head, write.global.state),
+        (Head::Insert, State::Cancelled),
+        "first place, last content"
+    );
     assert_eq!(batches[1].writes.len(), BATCH_ROWS_MAX);
-    assert_eq!(batches[2].guards[0].position, batches[1].guards[0].position + 1, "each part has its own number");
+    assert_eq!(
+        batches[2].guards[0].position,
+        batches[1].guards[0].position + 1,
+        "each part has its own number"
+    );
     assert_eq!(rig.stored(&first).await, Some(State::Cancelled));
 }
 
@@ -233,7 +253,11 @@ async fn an_outage_of_the_store_holds_expiry_back_for_a_while() {
     rig.store.release();
     rig.until_durable(0, 1).await;
     assert!(!rig.health.is_store_silent());
-    assert_eq!(rig.health.expiry_held_until(), Some(rig.clock.now() + OUTAGE_GRACE), "the queue is still full");
+    assert_eq!(
+        rig.health.expiry_held_until(),
+        Some(rig.clock.now() + OUTAGE_GRACE),
+        "the queue is still full"
+    );
     rig.clock.advance(OUTAGE_GRACE);
     assert_eq!(rig.health.expiry_held_until(), None);
 }

@@ -85,7 +85,11 @@ impl Entry {
                 (true, false) => Head::Keep,
             },
             new_branches,
-            changed_branches: if self.global.finished_smoothly() { BranchSet::EMPTY } else { unsaved },
+            changed_branches: if self.global.finished_smoothly() {
+                BranchSet::EMPTY
+            } else {
+                unsaved
+            },
         }
     }
 

@@ -28,6 +28,7 @@ pub(super) struct Keys {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "nearly all of them are the large one")]
 enum KeyAsk {
     Begin { key: Key, new: NewTransaction, until: Until, reply: Reply },
     Find { reply: Reply },
@@ -72,9 +73,17 @@ impl Keys {
 }
 
 impl Partition {
-    pub(super) fn begin_with_key(&mut self, key: Key, new: NewTransaction, until: Until, reply: Reply) {
+    pub(super) fn begin_with_key(
+        &mut self,
+        key: Key,
+        new: NewTransaction,
+        until: Until,
+        reply: Reply,
+    ) {
         match self.keys.known.get(&key.hash) {
-            Some(xid) => self.ask(Ask { xid: *xid, what: What::BeginAgain(key.digest), until, reply }),
+            Some(xid) => {
+                self.ask(Ask { xid: *xid, what: What::BeginAgain(key.digest), until, reply });
+            }
             None => self.keys.want(key.hash, KeyAsk::Begin { key, new, until, reply }),
         }
     }
@@ -100,7 +109,11 @@ impl Partition {
         });
     }
 
-    pub(super) fn take_keys(&mut self, hashes: Vec<[u8; 32]>, found: Result<Vec<Option<Xid>>, store::Error>) {
+    pub(super) fn take_keys(
+        &mut self,
+        hashes: Vec<[u8; 32]>,
+        found: Result<Vec<Option<Xid>>, store::Error>,
+    ) {
         self.keys.look_under_way = false;
         let found: Vec<Result<Option<Xid>, Error>> = match found {
             Ok(found) => found.into_iter().map(Ok).collect(),
@@ -109,7 +122,9 @@ impl Partition {
         for (hash, found) in hashes.into_iter().zip(found) {
             for ask in self.keys.wanted.remove(&hash).unwrap_or_default() {
                 // The first Begin of a key that is in no record makes it known to those that come after it.
-                let found = found.clone().map(|found| found.or_else(|| self.keys.known.get(&hash).copied()));
+                let found = found
+                    .clone()
+                    .map(|found| found.or_else(|| self.keys.known.get(&hash).copied()));
                 self.take_key(ask, found);
             }
         }
@@ -123,7 +138,9 @@ impl Partition {
             (Ok(Some(xid)), KeyAsk::Find { reply }) => {
                 return self.ask(Ask { xid, what: What::Get, until: Until::Now, reply });
             }
-            (Ok(None), KeyAsk::Begin { new, until, reply, .. }) => return self.begin_new(new, until, reply),
+            (Ok(None), KeyAsk::Begin { new, until, reply, .. }) => {
+                return self.begin_new(new, until, reply);
+            }
             (Ok(None), find @ KeyAsk::Find { .. }) => (Err(Error::KeyUnknown), find),
             (Err(error), ask) => (Err(error), ask),
         };

@@ -19,7 +19,6 @@ mod reading;
 #[cfg(test)]
 mod tests;
 
-
 use std::{
     collections::BTreeMap,
     collections::BTreeSet,
@@ -38,7 +37,7 @@ use tracing::{info, warn};
 use self::{
     entry::{Entry, Watcher},
     keys::Keys,
-    reading::{Reading, ReadResult},
+    reading::{ReadResult, Reading},
 };
 use crate::{
     clock::Clock,
@@ -46,8 +45,8 @@ use crate::{
     journal::{Durable, Ended, JournalHealth, Outbox, Urgency},
     store::{Ownership, Store},
     transaction::{
-        BranchSpec, Call, Change, Decision, DecisionRequest, DueCall, Event, GlobalTransaction, NewTransaction,
-        Outcome, Phase, Rejection, Resolution, StuckAfter, Timestamp, Weight,
+        BranchSpec, Call, Change, Decision, DecisionRequest, DueCall, Event, GlobalTransaction,
+        NewTransaction, Outcome, Phase, Rejection, Resolution, StuckAfter, Timestamp, Weight,
         retry::{self, RetryPolicy},
     },
 };
@@ -182,7 +181,9 @@ pub enum Error {
     #[error("no transaction has this idempotency key")]
     KeyUnknown,
     /// The key belongs to a transaction with other content.
-    #[error("this idempotency key belongs to {0}, which was begun with another name or other branches")]
+    #[error(
+        "this idempotency key belongs to {0}, which was begun with another name or other branches"
+    )]
     KeyTaken(Xid),
     /// The transaction does not take it in.
     #[error("{rejection}")]
@@ -193,7 +194,9 @@ pub enum Error {
         global: Arc<GlobalTransaction>,
     },
     /// Too many transactions are open.
-    #[error("{open_max} transactions are open, which is as many as this coordinator takes (limits.open)")]
+    #[error(
+        "{open_max} transactions are open, which is as many as this coordinator takes (limits.open)"
+    )]
     TooManyOpen {
         /// The limit.
         open_max: usize,
@@ -216,6 +219,13 @@ pub enum Error {
     /// The store holds what cannot be.
     #[error("the record makes no sense; the coordinator's log says more")]
     Corrupt,
+}
+
+/// Whether an operator has asked for the calls that are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hurry {
+    Yes,
+    No,
 }
 
 /// What happens when a change is durable.
@@ -367,12 +377,19 @@ impl Partition {
         let xid = Xid { partition, epoch, sequence: self.next_sequence, nonce };
         self.next_sequence += 1;
         // With neither branches nor key it may be lost: then nothing was tried, and nobody can ask for it again.
-        let weight = if new.branches.is_empty() && new.key.is_none() { Weight::Lazy } else { Weight::Durable };
+        let weight = if new.branches.is_empty() && new.key.is_none() {
+            Weight::Lazy
+        } else {
+            Weight::Durable
+        };
         let global = GlobalTransaction::begin(xid, new, self.now());
         info!(%xid, name = global.name, branches = global.branches.len(), "begun");
         self.insert(Entry::begun(global));
-        self.record(xid, Change { weight, head: true, branches: crate::transaction::BranchSet::EMPTY });
-        self.drive(xid);
+        self.record(
+            xid,
+            Change { weight, head: true, branches: crate::transaction::BranchSet::EMPTY },
+        );
+        self.drive(xid, Hurry::No);
         self.respond(xid, until, false, reply);
     }
 
@@ -396,16 +413,24 @@ impl Partition {
             What::Register(branches) => Some(Event::Registered(branches)),
             What::Decide(request) => Some(Event::DecisionRequested(request)),
             What::Retry => Some(Event::RetryRequested),
-            What::Resolve { branch_id, operator, reason } => {
-                warn!(%xid, %branch_id, operator, reason, "an operator answers for a branch");
-                Some(Event::Resolved { branch_id, resolution: Resolution { operator, reason, at: now } })
-            }
+            What::Resolve { branch_id, operator, reason } => Some(Event::Resolved {
+                branch_id,
+                resolution: Resolution { operator, reason, at: now },
+            }),
         };
-        if let Some(event) = event
-            && let Err(rejection) = self.apply(xid, event)
-        {
-            let global = self.entries[&xid].global.clone();
-            return self.answer(xid, reply, Err(Error::Rejected { rejection, global }));
+        if let Some(event) = event {
+            let resolving = matches!(event, Event::Resolved { .. }).then(|| event.clone());
+            match self.apply(xid, event) {
+                Ok(change) => {
+                    if let Some(resolved) = resolving.filter(|_| change.weight == Weight::Durable) {
+                        warn!(%xid, ?resolved, "an operator answers for a branch");
+                    }
+                }
+                Err(rejection) => {
+                    let global = self.entries[&xid].global.clone();
+                    return self.answer(xid, reply, Err(Error::Rejected { rejection, global }));
+                }
+            }
         }
         self.respond(xid, until, false, reply);
     }
@@ -439,8 +464,12 @@ impl Partition {
         let Some(entry) = self.entries.get(&xid) else { return };
         let global = &entry.global;
         match (global.state.decision(), &global.cancel) {
-            (Some(Decision::Confirm), _) => info!(%xid, name = global.name, decision = "CONFIRM", "decided"),
-            (_, Some(cause)) => info!(%xid, name = global.name, decision = "CANCEL", %cause, "decided"),
+            (Some(Decision::Confirm), _) => {
+                info!(%xid, name = global.name, decision = "CONFIRM", "decided");
+            }
+            (_, Some(cause)) => {
+                info!(%xid, name = global.name, decision = "CANCEL", %cause, "decided");
+            }
             (_, None) => {}
         }
     }
@@ -453,13 +482,13 @@ impl Partition {
     }
 
     /// Applies an event to a transaction in memory, records what changed, and does what is due by now.
-    fn apply(&mut self, xid: Xid, event: Event) -> Result<(), Rejection> {
+    fn apply(&mut self, xid: Xid, event: Event) -> Result<Change, Rejection> {
         let now = self.now();
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
         let before = entry.global.state;
+        let hurry = if event == Event::RetryRequested { Hurry::Yes } else { Hurry::No };
         let change = Arc::make_mut(&mut entry.global).apply(event, now)?;
-        let global = &entry.global;
-        let decided = before.decision().is_none() && global.state.decision().is_some();
+        let decided = before.decision().is_none() && entry.global.state.decision().is_some();
         self.record(xid, change);
         if decided {
             let awaits = self.entries[&xid].awaits;
@@ -470,16 +499,17 @@ impl Partition {
             let took_ms = u64::try_from((now - global.begun_at).as_millis()).unwrap_or(u64::MAX);
             info!(%xid, name = global.name, state = ?global.state, took_ms, "finished");
         }
-        self.drive(xid);
+        self.drive(xid, hurry);
         self.tell_watchers(xid);
-        Ok(())
+        Ok(change)
     }
 
     /// Hands what `change` changed to the journal.
     fn record(&mut self, xid: Xid, change: Change) {
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
         let Some(write) = entry.write(change) else { return };
-        let urgency = if change.weight == Weight::Durable { Urgency::Awaited } else { Urgency::Lazy };
+        let urgency =
+            if change.weight == Weight::Durable { Urgency::Awaited } else { Urgency::Lazy };
         let number = self.outbox.put(write, urgency);
         entry.latest = number;
         let effects = self.effects.entry(number).or_default();
@@ -491,13 +521,13 @@ impl Partition {
     }
 
     /// Makes the calls that are due, if what they rest on is durable, and sets the timer for the next look.
-    fn drive(&mut self, xid: Xid) {
+    fn drive(&mut self, xid: Xid, hurry: Hurry) {
         let now = self.now();
         let Some(entry) = self.entries.get(&xid) else { return };
         if entry.awaits <= self.durable.upto {
             let due = entry.global.plan(now).calls;
             for call in due {
-                self.make_call(xid, call, now);
+                self.make_call(xid, call, now, hurry);
             }
         }
         let entry = self.entries.get_mut(&xid).expect("it is not gone");
@@ -511,7 +541,8 @@ impl Partition {
         }
     }
 
-    fn make_call(&mut self, xid: Xid, DueCall { branch, phase }: DueCall, now: Timestamp) {
+    fn make_call(&mut self, xid: Xid, due: DueCall, now: Timestamp, hurry: Hurry) {
+        let DueCall { branch, phase } = due;
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
         let global = Arc::make_mut(&mut entry.global);
         let known = &global.branches[branch];
@@ -533,6 +564,7 @@ impl Partition {
             labels: global.labels.clone(),
             payload: known.spec.payload.clone(),
             deadline,
+            hurried: hurry == Hurry::Yes,
         };
         let event = match self.parts.dispatch.submit(call, &self.returned.0) {
             Ok(()) => Event::CallStarted { branch, phase },
@@ -586,13 +618,17 @@ impl Partition {
             return self.end(ended.into());
         }
         let later = self.effects.split_off(&(self.durable.upto + 1));
+        let mut leaving = Vec::new();
         for effect in std::mem::replace(&mut self.effects, later).into_values().flatten() {
             match effect {
                 Effect::Decided(xid) => self.log_decision(xid),
                 Effect::Answer(reply, answer) => Self::answer_now(reply, answer),
-                Effect::Drive(xid) => self.drive(xid),
-                Effect::Leave(xid) => self.leave_if_idle(xid),
+                Effect::Drive(xid) => self.drive(xid, Hurry::No),
+                Effect::Leave(xid) => leaving.push(xid), // last: the others still look at it
             }
+        }
+        for xid in leaving {
+            self.leave_if_idle(xid);
         }
     }
 
@@ -604,7 +640,10 @@ impl Partition {
             self.timers.remove(&(at, xid));
             entry.timer = None;
             match held_until {
-                Some(until) if entry.global.state.decision().is_none() && now >= entry.global.expires_at => {
+                Some(until)
+                    if entry.global.state.decision().is_none()
+                        && now >= entry.global.expires_at =>
+                {
                     entry.timer = Some(until);
                     self.timers.insert((until, xid));
                 }
@@ -631,12 +670,14 @@ impl Partition {
             None => false,
             Some(_) => {
                 let plan = global.plan(now);
-                let in_flight = global.branches.iter().any(|branch| matches!(branch.call, Call::InFlight(_)));
+                let in_flight =
+                    global.branches.iter().any(|branch| matches!(branch.call, Call::InFlight(_)));
                 let soon = plan.wake_at.is_some_and(|at| at <= now + PARK_AFTER);
                 plan.calls.is_empty() && !soon && (!in_flight || global.state.is_final())
             }
         };
-        let clean = entry.is_saved() && entry.latest <= self.durable.upto && entry.watchers.is_empty();
+        let clean =
+            entry.is_saved() && entry.latest <= self.durable.upto && entry.watchers.is_empty();
         if nothing_soon && clean {
             let due_at = global.due_at();
             let entry = self.entries.remove(&xid).expect("just seen");
@@ -681,7 +722,9 @@ impl Command {
     /// Where its answer goes.
     pub fn into_reply(self) -> Reply {
         match self {
-            Self::Begin { reply, .. } | Self::FindKey { reply, .. } | Self::Ask(Ask { reply, .. }) => reply,
+            Self::Begin { reply, .. }
+            | Self::FindKey { reply, .. }
+            | Self::Ask(Ask { reply, .. }) => reply,
         }
     }
 }

@@ -230,7 +230,9 @@ impl Partition {
             }
             Ok(page) => {
                 for global in page.transactions {
-                    if !self.entries.contains_key(&global.xid) && !self.reading.is_stale(global.xid, began) {
+                    if !self.entries.contains_key(&global.xid)
+                        && !self.reading.is_stale(global.xid, began)
+                    {
                         self.take_in(global);
                     }
                 }

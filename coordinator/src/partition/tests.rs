@@ -76,8 +76,10 @@ impl Rig {
 
     async fn start(store: Arc<ScriptedStore>, clock: ManualClock, settings: Settings) -> Self {
         let ownership = store.acquire("test", clock.now()).await.unwrap()[usize::from(PARTITION)];
-        let (journal, outboxes, health) = Journal::new(store.clone(), Arc::new(clock.clone()), &[ownership]);
-        let (script, open, tasks) = (Arc::new(Script::default()), Arc::<AtomicUsize>::default(), TaskTracker::new());
+        let (journal, outboxes, health) =
+            Journal::new(store.clone(), Arc::new(clock.clone()), &[ownership]);
+        let (script, open, tasks) =
+            (Arc::new(Script::default()), Arc::<AtomicUsize>::default(), TaskTracker::new());
         let parts = Parts {
             store: store.clone(),
             dispatch: script.clone(),
@@ -175,7 +177,10 @@ struct Waiting(oneshot::Receiver<Result<Answer, Error>>);
 
 impl Waiting {
     async fn answer(self) -> Result<Answer, Error> {
-        tokio::time::timeout(Duration::from_secs(10), self.0).await.expect("in time").expect("the partition lives")
+        tokio::time::timeout(Duration::from_secs(10), self.0)
+            .await
+            .expect("in time")
+            .expect("the partition lives")
     }
 
     /// There is no answer yet, though everything has had its chance to run.
@@ -201,7 +206,11 @@ impl MadeCall {
     }
 
     async fn fails(self) {
-        let error = AttemptError { code: "UNAVAILABLE".to_owned(), message: "refused".to_owned(), at: Timestamp(0) };
+        let error = AttemptError {
+            code: "UNAVAILABLE".to_owned(),
+            message: "refused".to_owned(),
+            at: Timestamp(0),
+        };
         self.returns(Outcome::Unknown { error, timed_out: false, hopeless: false }).await;
     }
 }
@@ -280,11 +289,11 @@ async fn nobody_hears_of_a_decision_and_no_call_leaves_before_it_is_durable() {
     let xid = rig.begun().await;
     rig.store.hold();
     let mut all = [
-        rig.confirm(xid),                            // the decision
-        rig.confirm(xid),                            // a repeat
-        rig.cancel(xid),                             // the opposite, which is rejected because of it
-        rig.ask(xid, What::Get, Until::Now),         // a read
-        rig.ask(xid, What::Get, Until::Decided),     // somebody who waits for it
+        rig.confirm(xid),                        // the decision
+        rig.confirm(xid),                        // a repeat
+        rig.cancel(xid),                         // the opposite, which is rejected because of it
+        rig.ask(xid, What::Get, Until::Now),     // a read
+        rig.ask(xid, What::Get, Until::Decided), // somebody who waits for it
     ];
     for waiting in &mut all {
         waiting.none_yet().await;
@@ -293,10 +302,16 @@ async fn nobody_hears_of_a_decision_and_no_call_leaves_before_it_is_durable() {
     rig.store.release();
     let [decided, repeated, opposite, read, watched] = all;
     for waiting in [decided, repeated, read, watched] {
-        assert_eq!(waiting.answer().await.unwrap().global.state.decision(), Some(Decision::Confirm));
+        assert_eq!(
+            waiting.answer().await.unwrap().global.state.decision(),
+            Some(Decision::Confirm)
+        );
     }
     let rejected = opposite.answer().await.unwrap_err();
-    assert!(matches!(rejected, Error::Rejected { rejection: Rejection::AlreadyDecided(Decision::Confirm), .. }));
+    assert!(matches!(
+        rejected,
+        Error::Rejected { rejection: Rejection::AlreadyDecided(Decision::Confirm), .. }
+    ));
     for _ in 0..2 {
         assert_eq!(rig.call().await.call.phase, Phase::Confirm);
     }
@@ -316,7 +331,11 @@ async fn a_lost_answer_to_commit_is_settled_before_anybody_hears() {
 async fn a_try_of_the_coordinator_leaves_when_its_branch_is_durable() {
     let rig = Rig::new().await;
     rig.store.hold();
-    let execute = rig.send(|reply| Command::Begin { new: executed(&["1", "2"]), until: Until::Completed, reply });
+    let execute = rig.send(|reply| Command::Begin {
+        new: executed(&["1", "2"]),
+        until: Until::Completed,
+        reply,
+    });
     rig.no_call().await;
     rig.store.release();
     for _ in 0..2 {
@@ -333,7 +352,8 @@ async fn a_try_of_the_coordinator_leaves_when_its_branch_is_durable() {
     }
     let global = execute.answer().await.unwrap().global;
     assert_eq!(global.state, State::Confirmed);
-    let replies: Vec<_> = global.branches.iter().map(|branch| branch.reply.clone().unwrap().data).collect();
+    let replies: Vec<_> =
+        global.branches.iter().map(|branch| branch.reply.clone().unwrap().data).collect();
     assert_eq!(replies, ["1", "2"]);
 }
 
@@ -361,7 +381,13 @@ async fn a_smooth_transaction_is_three_writes_and_its_branches_one_each() {
     }
     rig.until_memory_holds(0).await;
     let rows: Vec<_> = (rig.store.batches().iter().flat_map(|batch| &batch.writes))
-        .map(|write| (write.head, write.global.branches.len() - write.new_branches, write.changed_branches.len()))
+        .map(|write| {
+            (
+                write.head,
+                write.global.branches.len() - write.new_branches,
+                write.changed_branches.len(),
+            )
+        })
         .collect();
     use crate::store::Head::*;
     assert_eq!(rows, [(Insert, 2, 0), (Update, 0, 0), (Update, 0, 0)]);
@@ -409,7 +435,9 @@ async fn a_row_that_was_read_before_memory_changed_it_is_dropped() {
         rig.call().await.done().await;
     }
     let finished = async {
-        while rig.open.load(Ordering::Relaxed) != 0 || rig.stored(xid).await.unwrap().state != State::Confirmed {
+        while rig.open.load(Ordering::Relaxed) != 0
+            || rig.stored(xid).await.unwrap().state != State::Confirmed
+        {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
@@ -434,7 +462,11 @@ async fn a_transaction_whose_next_attempt_is_far_away_leaves_memory_and_comes_ba
     rig.until_memory_holds(0).await;
     let stored = rig.stored(xid).await.unwrap();
     assert_eq!(stored.state, State::Confirming);
-    assert_eq!(stored.branches.iter().filter(|branch| branch.is_open()).count(), 1, "the acknowledgement is recorded");
+    assert_eq!(
+        stored.branches.iter().filter(|branch| branch.is_open()).count(),
+        1,
+        "the acknowledgement is recorded"
+    );
     rig.clock.advance(far);
     let made = rig.call().await;
     assert_eq!((made.call.phase, made.call.attempt), (Phase::Confirm, 2));
@@ -465,7 +497,8 @@ async fn the_next_owner_carries_on_what_was_decided_and_waits_for_what_was_not()
     let first = Rig::new().await;
     let (confirming, trying) = (first.begun().await, first.begun().await);
     first.confirm(confirming).answer().await.unwrap();
-    let execute = first.send(|reply| Command::Begin { new: executed(&["1"]), until: Until::Decided, reply });
+    let execute =
+        first.send(|reply| Command::Begin { new: executed(&["1"]), until: Until::Decided, reply });
     while first.script.calls.lock().unwrap().len() < 3 {
         settle().await; // two Confirms and a Try are under way when it dies
     }
@@ -489,7 +522,10 @@ async fn the_next_owner_carries_on_what_was_decided_and_waits_for_what_was_not()
     let late = first.begin(new(&["1"])).answer().await.unwrap_err();
     assert!(matches!(late, Error::Fenced), "{late:?}");
     assert!(matches!(execute.answer().await.unwrap_err(), Error::Fenced));
-    assert!(matches!(first.ask(trying, What::Get, Until::Now).answer().await.unwrap_err(), Error::Fenced));
+    assert!(matches!(
+        first.ask(trying, What::Get, Until::Now).answer().await.unwrap_err(),
+        Error::Fenced
+    ));
 }
 
 #[tokio::test]
@@ -600,13 +636,20 @@ async fn a_failed_call_is_repeated_after_its_pause_and_with_more_time_after_a_ti
     let rig = Rig::new().await;
     let xid = rig.begin(new(&["1"])).answer().await.unwrap().global.xid;
     let tried = ["1".parse().unwrap()].into();
-    rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Now).answer().await.unwrap();
+    rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Now)
+        .answer()
+        .await
+        .unwrap();
     let mut deadlines = Vec::new();
     for attempt in 1..=3 {
         let made = rig.call().await;
         assert_eq!(made.call.attempt, attempt);
         deadlines.push(made.call.deadline.as_secs());
-        let error = AttemptError { code: "DEADLINE_EXCEEDED".to_owned(), message: String::new(), at: Timestamp(0) };
+        let error = AttemptError {
+            code: "DEADLINE_EXCEEDED".to_owned(),
+            message: String::new(),
+            at: Timestamp(0),
+        };
         made.returns(Outcome::Unknown { error, timed_out: true, hopeless: false }).await;
         settle().await;
         rig.clock.advance(Duration::from_secs(2));
@@ -656,12 +699,17 @@ async fn a_key_is_remembered_when_its_transaction_has_left_memory_and_after_a_re
     first.until_memory_holds(0).await;
     for rig in [&first, &first.restart().await] {
         let again = rig.begin(keyed(7, 1)).answer().await.unwrap();
-        assert_eq!((again.global.xid, again.global.state, again.existed), (xid, State::Cancelled, true));
+        assert_eq!(
+            (again.global.xid, again.global.state, again.existed),
+            (xid, State::Cancelled, true)
+        );
         let other = rig.begin(keyed(7, 2)).answer().await.unwrap_err();
         assert!(matches!(other, Error::KeyTaken(taken) if taken == xid), "{other:?}");
-        let found = rig.send(|reply| Command::FindKey { hash: [7; 32], reply }).answer().await.unwrap();
+        let found =
+            rig.send(|reply| Command::FindKey { hash: [7; 32], reply }).answer().await.unwrap();
         assert_eq!(found.global.xid, xid);
-        let none = rig.send(|reply| Command::FindKey { hash: [8; 32], reply }).answer().await.unwrap_err();
+        let none =
+            rig.send(|reply| Command::FindKey { hash: [8; 32], reply }).answer().await.unwrap_err();
         assert!(matches!(none, Error::KeyUnknown));
     }
 }
@@ -695,13 +743,17 @@ async fn a_keyed_begin_is_answered_when_it_is_durable_also_without_branches() {
 async fn unknown_xids_are_told_apart() {
     let rig = Rig::new().await;
     let Ownership { partition, epoch, nonce } = rig.ownership;
-    let ask = async |rig: &Rig, xid| rig.ask(xid, What::Get, Until::Now).answer().await.unwrap_err();
+    let ask =
+        async |rig: &Rig, xid| rig.ask(xid, What::Get, Until::Now).answer().await.unwrap_err();
     let never = Xid { partition, epoch, sequence: 99, nonce };
     assert!(matches!(ask(&rig, never).await, Error::NeverRecorded(xid) if xid == never));
     let newer = Xid { epoch: epoch + 1, ..never };
     assert!(matches!(ask(&rig, newer).await, Error::OwnedElsewhere(_)));
     let restored = Xid { nonce: nonce.wrapping_add(1), ..never };
-    assert!(matches!(ask(&rig, restored).await, Error::Forgotten(_)), "of another life of this store");
+    assert!(
+        matches!(ask(&rig, restored).await, Error::Forgotten(_)),
+        "of another life of this store"
+    );
     // Deciding, or registering, for what is not there is refused the same way: memory is never the last word.
     assert!(matches!(rig.confirm(never).answer().await.unwrap_err(), Error::NeverRecorded(_)));
     let register = rig.ask(never, What::Register(new(&["1"]).branches), Until::Now);
@@ -782,7 +834,11 @@ async fn an_operator_answers_for_a_branch_and_it_is_durable_before_it_is_told() 
 #[tokio::test]
 async fn a_refused_try_decides_without_waiting_for_the_others() {
     let rig = Rig::new().await;
-    let execute = rig.send(|reply| Command::Begin { new: executed(&["1", "2"]), until: Until::Decided, reply });
+    let execute = rig.send(|reply| Command::Begin {
+        new: executed(&["1", "2"]),
+        until: Until::Decided,
+        reply,
+    });
     let (one, two) = (rig.call().await, rig.call().await);
     let refusal = Refusal {
         reason: "OUT_OF_STOCK".to_owned(),
@@ -792,7 +848,10 @@ async fn a_refused_try_decides_without_waiting_for_the_others() {
     };
     one.returns(Outcome::Refused(refusal.clone())).await;
     let global = execute.answer().await.unwrap().global;
-    assert_eq!(global.cancel, Some(CancelCause::Refused { branch_id: Some("1".parse().unwrap()), refusal }));
+    assert_eq!(
+        global.cancel,
+        Some(CancelCause::Refused { branch_id: Some("1".parse().unwrap()), refusal })
+    );
     let cancel = rig.call().await;
     assert_eq!((cancel.call.phase, cancel.call.branch), (Phase::Cancel, 0));
     rig.no_call().await; // the second Try is still under way

@@ -18,8 +18,8 @@ use crate::{
     partition::{Until, What},
     store::Show,
     transaction::{
-        BranchSpec, BranchState, Call, CancelCause, Decision, DecisionRequest, Drive, GlobalTransaction, Key,
-        NewTransaction, Payload, Refusal, State, Timestamp,
+        BranchSpec, BranchState, Call, CancelCause, Decision, DecisionRequest, Drive,
+        GlobalTransaction, Key, NewTransaction, Payload, Refusal, State, Timestamp,
     },
 };
 
@@ -43,7 +43,8 @@ pub(super) fn xid(text: &str) -> Result<Xid, Invalid> {
 }
 
 fn branch_id(field: &str, text: &str) -> Result<BranchId, Invalid> {
-    text.parse().or_else(|error: handfast_proto::id::InvalidBranchId| invalid(field, error.to_string()))
+    text.parse()
+        .or_else(|error: handfast_proto::id::InvalidBranchId| invalid(field, error.to_string()))
 }
 
 /// A text of 1 to `bytes_max` bytes that can be printed on one line.
@@ -84,8 +85,17 @@ impl From<pb::BeginRequest> for NewRequest {
 
 impl From<pb::ExecuteRequest> for NewRequest {
     fn from(request: pb::ExecuteRequest) -> Self {
-        let pb::ExecuteRequest { name, timeout, labels, idempotency_key, branches, in_order, .. } = request;
-        Self { name, drive: Drive::Coordinator { in_order }, timeout, labels, idempotency_key, branches }
+        let pb::ExecuteRequest {
+            name, timeout, labels, idempotency_key, branches, in_order, ..
+        } = request;
+        Self {
+            name,
+            drive: Drive::Coordinator { in_order },
+            timeout,
+            labels,
+            idempotency_key,
+            branches,
+        }
     }
 }
 
@@ -102,7 +112,11 @@ pub(super) fn new_transaction(
             match duration(&wire).filter(|timeout| range.contains(timeout)) {
                 Some(timeout) => timeout,
                 None => {
-                    let problem = format!("must be from {:?} to {:?}", limits::TIMEOUT_MIN, limits::TIMEOUT_MAX);
+                    let problem = format!(
+                        "must be from {:?} to {:?}",
+                        limits::TIMEOUT_MIN,
+                        limits::TIMEOUT_MAX
+                    );
                     return invalid("timeout", problem);
                 }
             }
@@ -122,7 +136,10 @@ pub(super) fn new_transaction(
 
 fn labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
     if labels.len() > limits::LABELS_MAX {
-        return invalid("labels", format!("there are {}, and may be {}", labels.len(), limits::LABELS_MAX));
+        return invalid(
+            "labels",
+            format!("there are {}, and may be {}", labels.len(), limits::LABELS_MAX),
+        );
     }
     let label = |(key, value): (String, String)| {
         let field = format!("labels[{:?}]", key.chars().take(64).collect::<String>());
@@ -139,7 +156,10 @@ pub(super) fn branches(
     targets: &Targets,
 ) -> Result<Vec<BranchSpec>, Invalid> {
     if messages.len() > limits::BRANCHES_MAX {
-        return invalid("branches", format!("there are {}, and may be {}", messages.len(), limits::BRANCHES_MAX));
+        return invalid(
+            "branches",
+            format!("there are {}, and may be {}", messages.len(), limits::BRANCHES_MAX),
+        );
     }
     let mut branches: Vec<BranchSpec> = Vec::with_capacity(messages.len());
     let mut payload_bytes = 0;
@@ -156,21 +176,35 @@ pub(super) fn branches(
         }
     }
     if payload_bytes > limits::PAYLOADS_BYTES_MAX {
-        let problem =
-            format!("their payloads have {payload_bytes} bytes together, and may have {}", limits::PAYLOADS_BYTES_MAX);
+        let problem = format!(
+            "their payloads have {payload_bytes} bytes together, and may have {}",
+            limits::PAYLOADS_BYTES_MAX
+        );
         return invalid("branches", problem);
     }
     Ok(branches)
 }
 
-fn branch(field: &str, message: pb::BranchSpec, drive: Drive, targets: &Targets) -> Result<BranchSpec, Invalid> {
-    let pb::BranchSpec { branch_id: id, action, participant, target, payload, carry_payload } = message;
+fn branch(
+    field: &str,
+    message: pb::BranchSpec,
+    drive: Drive,
+    targets: &Targets,
+) -> Result<BranchSpec, Invalid> {
+    let pb::BranchSpec { branch_id: id, action, participant, target, payload, carry_payload } =
+        message;
     let spec = BranchSpec {
         branch_id: branch_id(&format!("{field}.branch_id"), &id)?,
         action: name(format!("{field}.action"), action, limits::ACTION_BYTES_MAX)?,
-        participant: name(format!("{field}.participant"), participant, limits::PARTICIPANT_BYTES_MAX)?,
+        participant: name(
+            format!("{field}.participant"),
+            participant,
+            limits::PARTICIPANT_BYTES_MAX,
+        )?,
         target: words(format!("{field}.target"), target, limits::TARGET_BYTES_MAX)?,
-        payload: payload.map(|message| self::payload(&format!("{field}.payload"), message)).transpose()?,
+        payload: payload
+            .map(|message| self::payload(&format!("{field}.payload"), message))
+            .transpose()?,
         carry_payload,
     };
     if let Err(unreachable) = targets.address(&spec.participant, &spec.target) {
@@ -181,18 +215,26 @@ fn branch(field: &str, message: pb::BranchSpec, drive: Drive, targets: &Targets)
             format!("{field}.payload"),
             "is only for branches that ask the coordinator to carry it (carry_payload); the initiator sends it with its Try",
         ),
-        (_, true, None) => invalid(format!("{field}.payload"), "is missing, and carry_payload asks to carry it"),
-        (Drive::Initiator, false, None) | (Drive::Coordinator { .. }, false, _) | (_, true, Some(_)) => Ok(spec),
+        (_, true, None) => {
+            invalid(format!("{field}.payload"), "is missing, and carry_payload asks to carry it")
+        }
+        (Drive::Initiator, false, None)
+        | (Drive::Coordinator { .. }, false, _)
+        | (_, true, Some(_)) => Ok(spec),
     }
 }
 
 fn payload(field: &str, message: pb::Payload) -> Result<Payload, Invalid> {
     if message.data.len() > limits::PAYLOAD_BYTES_MAX {
-        let problem = format!("has {} bytes, and may have {}", message.data.len(), limits::PAYLOAD_BYTES_MAX);
+        let problem =
+            format!("has {} bytes, and may have {}", message.data.len(), limits::PAYLOAD_BYTES_MAX);
         return invalid(format!("{field}.data"), problem);
     }
-    let content_type =
-        words(format!("{field}.content_type"), message.content_type, limits::CONTENT_TYPE_BYTES_MAX)?;
+    let content_type = words(
+        format!("{field}.content_type"),
+        message.content_type,
+        limits::CONTENT_TYPE_BYTES_MAX,
+    )?;
     Ok(Payload { data: message.data, content_type })
 }
 
@@ -235,15 +277,21 @@ pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid>
         pb::Decision::Unspecified => return invalid("decision", "must be CONFIRM or CANCEL"),
         pb::Decision::Confirm => {
             if request.tried_branch_ids.len() > limits::BRANCHES_MAX {
-                return invalid("tried_branch_ids", format!("may be {} at most", limits::BRANCHES_MAX));
+                return invalid(
+                    "tried_branch_ids",
+                    format!("may be {} at most", limits::BRANCHES_MAX),
+                );
             }
             let tried = request.tried_branch_ids.iter().enumerate();
-            let tried: BTreeSet<_> =
-                tried.map(|(n, id)| branch_id(&format!("tried_branch_ids[{n}]"), id)).collect::<Result<_, _>>()?;
+            let tried: BTreeSet<_> = tried
+                .map(|(n, id)| branch_id(&format!("tried_branch_ids[{n}]"), id))
+                .collect::<Result<_, _>>()?;
             DecisionRequest::Confirm { tried }
         }
         pb::Decision::Cancel => DecisionRequest::Cancel(match request.refusal {
-            None => CancelCause::Requested { reason: words("reason", request.reason, limits::REASON_BYTES_MAX)? },
+            None => CancelCause::Requested {
+                reason: words("reason", request.reason, limits::REASON_BYTES_MAX)?,
+            },
             Some(message) => CancelCause::Refused {
                 branch_id: match request.refused_branch_id.as_str() {
                     "" => None,
@@ -261,9 +309,17 @@ fn refusal(message: pb::Refusal) -> Result<Refusal, Invalid> {
     let bytes = reason.len() + domain.len() + message.len();
     let bytes = bytes + metadata.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
     if bytes > limits::REFUSAL_BYTES_MAX {
-        return invalid("refusal", format!("has {bytes} bytes, and may have {}", limits::REFUSAL_BYTES_MAX));
+        return invalid(
+            "refusal",
+            format!("has {bytes} bytes, and may have {}", limits::REFUSAL_BYTES_MAX),
+        );
     }
-    Ok(Refusal { reason: one_line(&reason), domain: one_line(&domain), message: one_line(&message), metadata })
+    Ok(Refusal {
+        reason: one_line(&reason),
+        domain: one_line(&domain),
+        message: one_line(&message),
+        metadata,
+    })
 }
 
 pub(super) fn until(message: pb::Until) -> Until {
@@ -299,7 +355,8 @@ pub(super) fn list(
     stuck_now: Show,
 ) -> Result<(Show, Option<String>, usize), Invalid> {
     let show = match request.show() {
-        pb::list_transactions_request::Show::Unspecified | pb::list_transactions_request::Show::All => Show::All,
+        pb::list_transactions_request::Show::Unspecified
+        | pb::list_transactions_request::Show::All => Show::All,
         pb::list_transactions_request::Show::Open => Show::Open,
         pb::list_transactions_request::Show::Stuck => stuck_now,
     };
@@ -335,7 +392,11 @@ pub(super) fn transaction(global: &GlobalTransaction, stuck: bool) -> pb::Transa
         expires_at: Some(at(global.expires_at)),
         decided_at: global.decided_at.map(at),
         finished_at: global.finished_at.map(at),
-        cancel_cause: global.cancel.as_ref().map_or(pb::CancelCause::Unspecified, cancel_cause).into(),
+        cancel_cause: global
+            .cancel
+            .as_ref()
+            .map_or(pb::CancelCause::Unspecified, cancel_cause)
+            .into(),
         cancel_reason: global.cancel.as_ref().map(CancelCause::to_string).unwrap_or_default(),
         refusal: refusal.map(|Refusal { reason, domain, message, metadata }| pb::Refusal {
             reason: reason.clone(),
@@ -360,7 +421,9 @@ fn branch_message(global: &GlobalTransaction, index: usize) -> pb::Branch {
         (BranchState::Resolved(_), _) => pb::BranchState::Resolved,
     };
     let next_attempt_at = match branch.call {
-        Call::Idle { due_at } if branch.is_open() && branch.last_error.is_some() => Some(timestamp(due_at.0)),
+        Call::Idle { due_at } if branch.is_open() && branch.last_error.is_some() => {
+            Some(timestamp(due_at.0))
+        }
         Call::Idle { .. } | Call::InFlight(_) => None,
     };
     pb::Branch {
@@ -394,7 +457,8 @@ pub(super) fn replies(global: &GlobalTransaction) -> Vec<pb::TryReply> {
     }
     let reply = |branch: &crate::transaction::Branch| {
         let reply = branch.reply.as_ref()?;
-        let reply = pb::Payload { data: reply.data.clone(), content_type: reply.content_type.clone() };
+        let reply =
+            pb::Payload { data: reply.data.clone(), content_type: reply.content_type.clone() };
         Some(pb::TryReply { branch_id: branch.spec.branch_id.to_string(), reply: Some(reply) })
     };
     global.branches.iter().filter_map(reply).collect()

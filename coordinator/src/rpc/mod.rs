@@ -6,7 +6,6 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-
 use std::{sync::Arc, time::Duration};
 
 use handfast_proto::{
@@ -39,7 +38,11 @@ pub struct Services {
 impl Services {
     /// `timeout_default` is that of phase one, for transactions that name none.
     #[must_use]
-    pub fn new(coordinator: Arc<Coordinator>, targets: Arc<Targets>, timeout_default: Duration) -> Self {
+    pub fn new(
+        coordinator: Arc<Coordinator>,
+        targets: Arc<Targets>,
+        timeout_default: Duration,
+    ) -> Self {
         Self { coordinator, targets, timeout_default }
     }
 
@@ -66,7 +69,10 @@ impl Services {
 
 #[tonic::async_trait]
 impl CoordinatorService for Services {
-    async fn begin(&self, request: Request<pb::BeginRequest>) -> Result<Response<pb::BeginResponse>, Status> {
+    async fn begin(
+        &self,
+        request: Request<pb::BeginRequest>,
+    ) -> Result<Response<pb::BeginResponse>, Status> {
         let request = NewRequest::from(request.into_inner());
         let new = convert::new_transaction(request, &self.targets, self.timeout_default)?;
         let answer = self.coordinator.begin(new, Until::Now).await?;
@@ -85,11 +91,17 @@ impl CoordinatorService for Services {
             return Err(convert::Invalid { field, problem }.into());
         }
         let branches = convert::branches(branches, Drive::Initiator, &self.targets)?;
-        let answer = self.coordinator.ask(xid, What::Register(branches), Until::Now, Duration::ZERO).await?;
-        Ok(Response::new(pb::RegisterBranchResponse { transaction: self.transaction(&answer.global) }))
+        let answer =
+            self.coordinator.ask(xid, What::Register(branches), Until::Now, Duration::ZERO).await?;
+        Ok(Response::new(pb::RegisterBranchResponse {
+            transaction: self.transaction(&answer.global),
+        }))
     }
 
-    async fn decide(&self, request: Request<pb::DecideRequest>) -> Result<Response<pb::DecideResponse>, Status> {
+    async fn decide(
+        &self,
+        request: Request<pb::DecideRequest>,
+    ) -> Result<Response<pb::DecideResponse>, Status> {
         let until = match convert::until(request.get_ref().until()) {
             Until::Completed => Until::Completed,
             Until::Now | Until::Decided => Until::Now, // it is, once it is answered
@@ -102,7 +114,10 @@ impl CoordinatorService for Services {
         Ok(Response::new(pb::DecideResponse { transaction: self.transaction(&answer.global) }))
     }
 
-    async fn execute(&self, request: Request<pb::ExecuteRequest>) -> Result<Response<pb::ExecuteResponse>, Status> {
+    async fn execute(
+        &self,
+        request: Request<pb::ExecuteRequest>,
+    ) -> Result<Response<pb::ExecuteResponse>, Status> {
         let _place = wait_place(&request)?;
         let request = request.into_inner();
         let (until, wait) = (convert::until(request.until()), convert::wait(request.wait)?);
@@ -111,7 +126,10 @@ impl CoordinatorService for Services {
         let replies = if decided.existed { Vec::new() } else { convert::replies(&decided.global) };
         let global = match until {
             Until::Completed if !decided.global.state.is_final() => {
-                self.coordinator.ask(decided.global.xid, What::Get, Until::Completed, wait).await?.global
+                self.coordinator
+                    .ask(decided.global.xid, What::Get, Until::Completed, wait)
+                    .await?
+                    .global
             }
             Until::Completed | Until::Decided | Until::Now => decided.global,
         };
@@ -126,15 +144,20 @@ impl CoordinatorService for Services {
         use pb::get_transaction_request::By;
         let answer = match request.into_inner().by {
             Some(By::Xid(xid)) => {
-                self.coordinator.ask(convert::xid(&xid)?, What::Get, Until::Now, Duration::ZERO).await?
+                self.coordinator
+                    .ask(convert::xid(&xid)?, What::Get, Until::Now, Duration::ZERO)
+                    .await?
             }
             Some(By::IdempotencyKey(key)) => self.coordinator.find_key(convert::key(key)?).await?,
             None => {
-                let (field, problem) = ("by".to_owned(), "must be an xid or an idempotency_key".to_owned());
+                let (field, problem) =
+                    ("by".to_owned(), "must be an xid or an idempotency_key".to_owned());
                 return Err(convert::Invalid { field, problem }.into());
             }
         };
-        Ok(Response::new(pb::GetTransactionResponse { transaction: self.transaction(&answer.global) }))
+        Ok(Response::new(pb::GetTransactionResponse {
+            transaction: self.transaction(&answer.global),
+        }))
     }
 
     async fn wait_transaction(
@@ -144,8 +167,11 @@ impl CoordinatorService for Services {
         let _place = wait_place(&request)?;
         let request = request.into_inner();
         let (until, wait) = (convert::until(request.until()), convert::wait(request.wait)?);
-        let answer = self.coordinator.ask(convert::xid(&request.xid)?, What::Get, until, wait).await?;
-        Ok(Response::new(pb::WaitTransactionResponse { transaction: self.transaction(&answer.global) }))
+        let answer =
+            self.coordinator.ask(convert::xid(&request.xid)?, What::Get, until, wait).await?;
+        Ok(Response::new(pb::WaitTransactionResponse {
+            transaction: self.transaction(&answer.global),
+        }))
     }
 }
 
@@ -155,7 +181,8 @@ impl AdminService for Services {
         &self,
         request: Request<pb::ListTransactionsRequest>,
     ) -> Result<Response<pb::ListTransactionsResponse>, Status> {
-        let (show, name, limit) = convert::list(request.into_inner(), self.coordinator.stuck_now())?;
+        let (show, name, limit) =
+            convert::list(request.into_inner(), self.coordinator.stuck_now())?;
         let (found, more) = self.coordinator.list(show, name, limit).await?;
         let transactions = found.iter().filter_map(|global| self.transaction(global)).collect();
         Ok(Response::new(pb::ListTransactionsResponse { transactions, more }))
@@ -167,7 +194,9 @@ impl AdminService for Services {
     ) -> Result<Response<pb::RetryTransactionResponse>, Status> {
         let xid = convert::xid(&request.into_inner().xid)?;
         let answer = self.coordinator.ask(xid, What::Retry, Until::Now, Duration::ZERO).await?;
-        Ok(Response::new(pb::RetryTransactionResponse { transaction: self.transaction(&answer.global) }))
+        Ok(Response::new(pb::RetryTransactionResponse {
+            transaction: self.transaction(&answer.global),
+        }))
     }
 
     async fn resolve_branch(
@@ -176,6 +205,8 @@ impl AdminService for Services {
     ) -> Result<Response<pb::ResolveBranchResponse>, Status> {
         let (xid, what) = convert::resolve(request.into_inner())?;
         let answer = self.coordinator.ask(xid, what, Until::Now, Duration::ZERO).await?;
-        Ok(Response::new(pb::ResolveBranchResponse { transaction: self.transaction(&answer.global) }))
+        Ok(Response::new(pb::ResolveBranchResponse {
+            transaction: self.transaction(&answer.global),
+        }))
     }
 }

@@ -1,10 +1,10 @@
 //! What becomes a gRPC status, and which: the only table of codes. The words of `coordinator.proto`, kept.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use handfast_proto::reason;
 use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt as _};
+use tonic_types::{BadRequest, ErrorInfo, StatusExt as _};
 
 use super::convert::Invalid;
 use crate::{
@@ -13,15 +13,16 @@ use crate::{
     transaction::{CancelCause, GlobalTransaction, Rejection},
 };
 
-#[allow(clippy::disallowed_types, reason = "tonic-types asks for it")]
-type Metadata = HashMap<String, String>;
+type Metadata = BTreeMap<String, String>;
 
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let text = error.to_string();
         let no_details = Metadata::new();
         match error {
-            Error::NeverRecorded(_) => status(Code::NotFound, reason::NEVER_RECORDED, text, no_details),
+            Error::NeverRecorded(_) => {
+                status(Code::NotFound, reason::NEVER_RECORDED, text, no_details)
+            }
             Error::Forgotten(_) => status(Code::NotFound, reason::FORGOTTEN, text, no_details),
             Error::KeyUnknown => status(Code::NotFound, reason::KEY_UNKNOWN, text, no_details),
             Error::KeyTaken(xid) => {
@@ -29,8 +30,12 @@ impl From<Error> for Status {
                 status(Code::AlreadyExists, reason::KEY_TAKEN, text, details)
             }
             Error::Rejected { rejection, global } => rejected(rejection, &global),
-            Error::TooManyOpen { .. } => status(Code::ResourceExhausted, reason::TOO_MANY_OPEN, text, no_details),
-            Error::TooManyCalls => status(Code::ResourceExhausted, reason::TOO_MANY_CALLS, text, no_details),
+            Error::TooManyOpen { .. } => {
+                status(Code::ResourceExhausted, reason::TOO_MANY_OPEN, text, no_details)
+            }
+            Error::TooManyCalls => {
+                status(Code::ResourceExhausted, reason::TOO_MANY_CALLS, text, no_details)
+            }
             Error::StoreSilent => status(Code::Unavailable, reason::STORE_SILENT, text, no_details),
             Error::OwnedElsewhere(_) | Error::Fenced => {
                 status(Code::Unavailable, reason::OWNED_ELSEWHERE, text, no_details)
@@ -43,17 +48,26 @@ impl From<Error> for Status {
 
 fn rejected(rejection: Rejection, global: &GlobalTransaction) -> Status {
     let text = match &global.cancel {
-        Some(cause) if matches!(rejection, Rejection::AlreadyDecided(_)) => format!("{rejection}: {cause}"),
+        Some(cause) if matches!(rejection, Rejection::AlreadyDecided(_)) => {
+            format!("{rejection}: {cause}")
+        }
         _ => rejection.to_string(),
     };
-    let join = |ids: &[handfast_proto::BranchId]| ids.iter().map(|id| id.as_str()).collect::<Vec<_>>().join(",");
+    let join = |ids: &[handfast_proto::BranchId]| {
+        ids.iter().map(|id| id.as_str()).collect::<Vec<_>>().join(",")
+    };
     match rejection {
         Rejection::AlreadyDecided(decision) => {
             let mut details = Metadata::from([
                 (reason::XID.to_owned(), global.xid.to_string()),
                 (reason::DECISION.to_owned(), decision_word(decision).to_owned()),
             ]);
-            details.extend(global.cancel.as_ref().map(|cause| (reason::CANCEL_CAUSE.to_owned(), cause_word(cause))));
+            details.extend(
+                global
+                    .cancel
+                    .as_ref()
+                    .map(|cause| (reason::CANCEL_CAUSE.to_owned(), cause_word(cause))),
+            );
             status(Code::FailedPrecondition, reason::ALREADY_DECIDED, text, details)
         }
         Rejection::BranchesDiffer { not_named, not_registered } => {
@@ -70,15 +84,21 @@ fn rejected(rejection: Rejection, global: &GlobalTransaction) -> Status {
             }
             status(Code::FailedPrecondition, reason::BRANCHES_DIFFER, text, details)
         }
-        Rejection::BranchTaken(_) => status(Code::AlreadyExists, reason::BRANCH_TAKEN, text, Metadata::new()),
+        Rejection::BranchTaken(_) => {
+            status(Code::AlreadyExists, reason::BRANCH_TAKEN, text, Metadata::new())
+        }
         Rejection::TooManyBranches | Rejection::PayloadsTooLarge => {
             Invalid { field: "branches".to_owned(), problem: text }.into()
         }
         Rejection::CoordinatorDriven => {
             status(Code::FailedPrecondition, reason::COORDINATOR_DRIVEN, text, Metadata::new())
         }
-        Rejection::NotDecided => status(Code::FailedPrecondition, reason::NOT_DECIDED, text, Metadata::new()),
-        Rejection::BranchUnknown(_) => status(Code::NotFound, reason::BRANCH_UNKNOWN, text, Metadata::new()),
+        Rejection::NotDecided => {
+            status(Code::FailedPrecondition, reason::NOT_DECIDED, text, Metadata::new())
+        }
+        Rejection::BranchUnknown(_) => {
+            status(Code::NotFound, reason::BRANCH_UNKNOWN, text, Metadata::new())
+        }
         Rejection::AlreadyAcknowledged(_) => {
             status(Code::FailedPrecondition, reason::ALREADY_ACKNOWLEDGED, text, Metadata::new())
         }
@@ -94,18 +114,28 @@ fn cause_word(cause: &CancelCause) -> String {
 impl From<Invalid> for Status {
     fn from(Invalid { field, problem }: Invalid) -> Self {
         let text = format!("{field}: {problem}");
-        let mut details = ErrorDetails::with_bad_request_violation(field, problem);
-        details.set_error_info(reason::INVALID_FIELD, reason::DOMAIN, Metadata::new());
-        Self::with_error_details(Code::InvalidArgument, text, details)
+        let violation = BadRequest::with_violation(field, problem);
+        let details = [info(reason::INVALID_FIELD, Metadata::new()).into(), violation.into()];
+        Self::with_error_details_vec(Code::InvalidArgument, text, details)
     }
 }
 
 fn status(code: Code, reason: &str, text: String, metadata: Metadata) -> Status {
-    Status::with_error_details(code, text, ErrorDetails::with_error_info(reason, reason::DOMAIN, metadata))
+    Status::with_error_details_vec(code, text, [info(reason, metadata).into()])
+}
+
+fn info(reason: &str, metadata: Metadata) -> ErrorInfo {
+    ErrorInfo {
+        reason: reason.to_owned(),
+        domain: reason::DOMAIN.to_owned(),
+        metadata: metadata.into_iter().collect(),
+    }
 }
 
 /// So many calls wait on one connection that it would have no room for others.
 pub(super) fn too_many_waits(limit: usize) -> Status {
-    let text = format!("{limit} calls wait on this connection already; open another one, or wait for less");
+    let text = format!(
+        "{limit} calls wait on this connection already; open another one, or wait for less"
+    );
     status(Code::ResourceExhausted, reason::TOO_MANY_CALLS, text, Metadata::new())
 }

@@ -28,7 +28,11 @@ impl Dispatch for Willing {
         let reply: Option<Payload> = payload;
         let returned = returned.clone();
         tokio::spawn(async move {
-            drop(returned.send(Returned { xid, branch, phase, outcome: Outcome::Done { reply } }).await);
+            drop(
+                returned
+                    .send(Returned { xid, branch, phase, outcome: Outcome::Done { reply } })
+                    .await,
+            );
         });
         Ok(())
     }
@@ -44,7 +48,10 @@ impl Rig {
     async fn new() -> Self {
         let clock = ManualClock::at(Timestamp(1_700_000_000_000));
         let settings = Settings {
-            retry: RetryPolicy { initial: Duration::from_millis(200), max: Duration::from_secs(60) },
+            retry: RetryPolicy {
+                initial: Duration::from_millis(200),
+                max: Duration::from_secs(60),
+            },
             call_timeout: Duration::from_secs(5),
             call_timeout_max: Duration::from_secs(60),
             open_max: 1000,
@@ -52,10 +59,20 @@ impl Rig {
         };
         let store = Arc::new(MemoryStore::default());
         let retention = Duration::from_secs(3600);
-        let (coordinator, running) =
-            Coordinator::start(store, Arc::new(Willing), Arc::new(clock.clone()), settings, retention).await.unwrap();
+        let (coordinator, running) = Coordinator::start(
+            store,
+            Arc::new(Willing),
+            Arc::new(clock.clone()),
+            settings,
+            retention,
+        )
+        .await
+        .unwrap();
         let targets = Targets {
-            participants: BTreeMap::from([("inventory".to_owned(), "http://10.0.0.1:7001".parse().unwrap())]),
+            participants: BTreeMap::from([(
+                "inventory".to_owned(),
+                "http://10.0.0.1:7001".parse().unwrap(),
+            )]),
             allow: AllowList::parse(["loopback"]).unwrap(),
             calls_max: 64,
         };
@@ -71,7 +88,11 @@ impl Rig {
         self.begin(begin(ids)).await.unwrap().transaction.unwrap().xid
     }
 
-    async fn register(&self, xid: &str, branches: Vec<pb::BranchSpec>) -> Result<pb::Transaction, Status> {
+    async fn register(
+        &self,
+        xid: &str,
+        branches: Vec<pb::BranchSpec>,
+    ) -> Result<pb::Transaction, Status> {
         let request = pb::RegisterBranchRequest { xid: xid.to_owned(), branches };
         let response = self.services.register_branch(Request::new(request)).await?;
         Ok(response.into_inner().transaction.unwrap())
@@ -85,7 +106,8 @@ impl Rig {
     async fn confirm(&self, xid: &str, tried: &[&str]) -> Result<pb::Transaction, Status> {
         let tried_branch_ids = tried.iter().map(|id| (*id).to_owned()).collect();
         let (xid, decision) = (xid.to_owned(), pb::Decision::Confirm.into());
-        self.decide(pb::DecideRequest { xid, decision, tried_branch_ids, ..Default::default() }).await
+        self.decide(pb::DecideRequest { xid, decision, tried_branch_ids, ..Default::default() })
+            .await
     }
 
     async fn cancel(&self, xid: &str) -> Result<pb::Transaction, Status> {
@@ -96,20 +118,33 @@ impl Rig {
 
     async fn get(&self, xid: &str) -> Result<pb::Transaction, Status> {
         let by = Some(pb::get_transaction_request::By::Xid(xid.to_owned()));
-        let response = self.services.get_transaction(Request::new(pb::GetTransactionRequest { by })).await?;
+        let response =
+            self.services.get_transaction(Request::new(pb::GetTransactionRequest { by })).await?;
         Ok(response.into_inner().transaction.unwrap())
     }
 
     async fn completed(&self, xid: &str) -> pb::Transaction {
         let until = pb::Until::Completed.into();
         let request = pb::WaitTransactionRequest { xid: xid.to_owned(), until, wait: None };
-        self.services.wait_transaction(Request::new(request)).await.unwrap().into_inner().transaction.unwrap()
+        self.services
+            .wait_transaction(Request::new(request))
+            .await
+            .unwrap()
+            .into_inner()
+            .transaction
+            .unwrap()
     }
 
     async fn open(&self) -> usize {
         let show = pb::list_transactions_request::Show::Open.into();
         let request = pb::ListTransactionsRequest { show, ..Default::default() };
-        self.services.list_transactions(Request::new(request)).await.unwrap().into_inner().transactions.len()
+        self.services
+            .list_transactions(Request::new(request))
+            .await
+            .unwrap()
+            .into_inner()
+            .transactions
+            .len()
     }
 }
 
@@ -159,15 +194,27 @@ async fn a_transaction_from_begin_to_end() {
     let rig = Rig::new().await;
     let labels = BTreeMap::from([("order".to_owned(), "1042".to_owned())]);
     let timeout = Some(wire_duration(Duration::from_secs(60)));
-    let begun = rig.begin(pb::BeginRequest { labels: labels.clone(), timeout, ..begin(&["1"]) }).await.unwrap();
+    let begun = rig
+        .begin(pb::BeginRequest { labels: labels.clone(), timeout, ..begin(&["1"]) })
+        .await
+        .unwrap();
     let begun = begun.transaction.unwrap();
-    assert_eq!((begun.state(), begun.decision()), (pb::TransactionState::Trying, pb::Decision::Unspecified));
-    assert_eq!((begun.name.as_str(), &begun.labels, begun.drive()), ("checkout", &labels, pb::Drive::Initiator));
+    assert_eq!(
+        (begun.state(), begun.decision()),
+        (pb::TransactionState::Trying, pb::Decision::Unspecified)
+    );
+    assert_eq!(
+        (begun.name.as_str(), &begun.labels, begun.drive()),
+        ("checkout", &labels, pb::Drive::Initiator)
+    );
     assert_eq!(begun.timeout, timeout);
     assert_eq!(begun.begun_at.unwrap().seconds + 60, begun.expires_at.unwrap().seconds);
 
     let registered = rig.register(&begun.xid, vec![spec("2.1")]).await.unwrap();
-    assert_eq!(registered.branches.iter().map(|b| b.branch_id.as_str()).collect::<Vec<_>>(), ["1", "2.1"]);
+    assert_eq!(
+        registered.branches.iter().map(|b| b.branch_id.as_str()).collect::<Vec<_>>(),
+        ["1", "2.1"]
+    );
     assert_eq!(registered.branches[1].state(), pb::BranchState::Registered);
 
     let decided = rig.confirm(&begun.xid, &["2.1", "1"]).await.unwrap();
@@ -178,7 +225,10 @@ async fn a_transaction_from_begin_to_end() {
     assert!(completed.finished_at.is_some());
     assert!(completed.branches.iter().all(|branch| branch.state() == pb::BranchState::Confirmed));
     // Repeats.
-    assert_eq!(rig.confirm(&begun.xid, &["1", "2.1"]).await.unwrap().state(), pb::TransactionState::Confirmed);
+    assert_eq!(
+        rig.confirm(&begun.xid, &["1", "2.1"]).await.unwrap().state(),
+        pb::TransactionState::Confirmed
+    );
     assert_eq!(rig.get(&begun.xid).await.unwrap(), completed);
 }
 
@@ -223,8 +273,14 @@ async fn the_opposite_decision_is_told_which_one_stands() {
         (&two, rig.register(&two, vec![spec("9")]).await, "CANCEL"),
     ] {
         let status = result.unwrap_err();
-        assert_eq!((status.code(), reason(&status).as_str()), (Code::FailedPrecondition, reason::ALREADY_DECIDED));
-        assert_eq!((&detail(&status, reason::XID), detail(&status, reason::DECISION).as_str()), (xid, decision));
+        assert_eq!(
+            (status.code(), reason(&status).as_str()),
+            (Code::FailedPrecondition, reason::ALREADY_DECIDED)
+        );
+        assert_eq!(
+            (&detail(&status, reason::XID), detail(&status, reason::DECISION).as_str()),
+            (xid, decision)
+        );
         if decision == "CANCEL" {
             assert_eq!(detail(&status, reason::CANCEL_CAUSE), "REQUESTED");
             assert!(status.message().contains("no longer wanted"), "{}", status.message());
@@ -237,15 +293,22 @@ async fn confirm_that_names_another_set_is_refused_and_decides_nothing() {
     let rig = Rig::new().await;
     let xid = rig.begun(&["1", "2.1"]).await;
     let status = rig.confirm(&xid, &["1", "3"]).await.unwrap_err();
-    assert_eq!((status.code(), reason(&status).as_str()), (Code::FailedPrecondition, reason::BRANCHES_DIFFER));
-    assert_eq!((detail(&status, reason::NOT_NAMED), detail(&status, reason::NOT_REGISTERED)), ("2.1".into(), "3".into()));
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::FailedPrecondition, reason::BRANCHES_DIFFER)
+    );
+    assert_eq!(
+        (detail(&status, reason::NOT_NAMED), detail(&status, reason::NOT_REGISTERED)),
+        ("2.1".into(), "3".into())
+    );
     assert_eq!(rig.get(&xid).await.unwrap().state(), pb::TransactionState::Trying);
 }
 
 #[tokio::test]
 async fn the_same_key_gives_the_same_transaction() {
     let rig = Rig::new().await;
-    let keyed = |ids: &[&str]| pb::BeginRequest { idempotency_key: "order-1042".to_owned(), ..begin(ids) };
+    let keyed =
+        |ids: &[&str]| pb::BeginRequest { idempotency_key: "order-1042".to_owned(), ..begin(ids) };
     let first = rig.begin(keyed(&["1"])).await.unwrap();
     let again = rig.begin(keyed(&["1"])).await.unwrap();
     assert_eq!((first.existed, again.existed), (false, true));
@@ -264,7 +327,10 @@ async fn the_same_key_gives_the_same_transaction() {
     let renamed = pb::BeginRequest { name: "refund".to_owned(), ..keyed(&["1"]) };
     for other in [renamed, keyed(&["2"]), keyed(&[]), other_action, carried] {
         let status = rig.begin(other).await.unwrap_err();
-        assert_eq!((status.code(), reason(&status).as_str()), (Code::AlreadyExists, reason::KEY_TAKEN));
+        assert_eq!(
+            (status.code(), reason(&status).as_str()),
+            (Code::AlreadyExists, reason::KEY_TAKEN)
+        );
         assert_eq!(detail(&status, reason::XID), xid);
     }
     let by = |key: &str| {
@@ -279,7 +345,8 @@ async fn the_same_key_gives_the_same_transaction() {
 #[tokio::test]
 async fn execute_runs_both_phases_and_brings_the_replies() {
     let rig = Rig::new().await;
-    let branches = ["1", "2"].map(|id| pb::BranchSpec { payload: payload(id.len()), ..spec(id) }).to_vec();
+    let branches =
+        ["1", "2"].map(|id| pb::BranchSpec { payload: payload(id.len()), ..spec(id) }).to_vec();
     for in_order in [false, true] {
         let request = pb::ExecuteRequest {
             name: "checkout".to_owned(),
@@ -289,7 +356,8 @@ async fn execute_runs_both_phases_and_brings_the_replies() {
             until: pb::Until::Completed.into(),
             ..Default::default()
         };
-        let executed = rig.services.execute(Request::new(request.clone())).await.unwrap().into_inner();
+        let executed =
+            rig.services.execute(Request::new(request.clone())).await.unwrap().into_inner();
         let transaction = executed.transaction.unwrap();
         assert_eq!(transaction.state(), pb::TransactionState::Confirmed);
         assert_eq!(transaction.drive(), pb::Drive::Coordinator);
@@ -328,7 +396,11 @@ async fn an_operator_lists_hurries_and_resolves() {
     }
     let retry = pb::RetryTransactionRequest { xid: trying.clone() };
     let retried = rig.services.retry_transaction(Request::new(retry)).await.unwrap().into_inner();
-    assert_eq!(retried.transaction.unwrap().state(), pb::TransactionState::Trying, "no effect while trying");
+    assert_eq!(
+        retried.transaction.unwrap().state(),
+        pb::TransactionState::Trying,
+        "no effect while trying"
+    );
 }
 
 // ---- Bad input.
@@ -346,8 +418,16 @@ async fn malformed_and_unknown_xids() {
     for (xid, code, why) in [
         (never, Code::NotFound, reason::NEVER_RECORDED),
         (handfast_proto::Xid { nonce: !known.nonce, ..known }, Code::NotFound, reason::FORGOTTEN),
-        (handfast_proto::Xid { epoch: known.epoch + 1, ..known }, Code::Unavailable, reason::OWNED_ELSEWHERE),
-        (handfast_proto::Xid { partition: 999, ..known }, Code::Unavailable, reason::OWNED_ELSEWHERE),
+        (
+            handfast_proto::Xid { epoch: known.epoch + 1, ..known },
+            Code::Unavailable,
+            reason::OWNED_ELSEWHERE,
+        ),
+        (
+            handfast_proto::Xid { partition: 999, ..known },
+            Code::Unavailable,
+            reason::OWNED_ELSEWHERE,
+        ),
     ] {
         let xid = xid.to_string();
         for status in [
@@ -372,10 +452,15 @@ async fn names_and_labels() {
     let labelled = |labels: BTreeMap<String, String>| pb::BeginRequest { labels, ..begin(&["1"]) };
     let many = (0..17).map(|n| (n.to_string(), String::new())).collect();
     invalid(rig.begin(labelled(many)).await, "labels", "16");
-    let label = |key: &str, value: &str| labelled(BTreeMap::from([(key.to_owned(), value.to_owned())]));
+    let label =
+        |key: &str, value: &str| labelled(BTreeMap::from([(key.to_owned(), value.to_owned())]));
     invalid(rig.begin(label("", "x")).await, "labels[\"\"] key", "empty");
     invalid(rig.begin(label("order", &"x".repeat(257))).await, "labels[\"order\"]", "256");
-    invalid(rig.begin(label(&"x".repeat(65), "")).await, &format!("labels[{:?}] key", "x".repeat(64)), "64");
+    invalid(
+        rig.begin(label(&"x".repeat(65), "")).await,
+        &format!("labels[{:?}] key", "x".repeat(64)),
+        "64",
+    );
     let keyed = pb::BeginRequest { idempotency_key: "x".repeat(129), ..begin(&["1"]) };
     invalid(rig.begin(keyed).await, "idempotency_key", "128");
     assert_eq!(rig.open().await, 0, "something was begun");
@@ -388,7 +473,9 @@ async fn timeouts() {
         let timeout = Some(prost_types::Duration { seconds, nanos });
         rig.begin(pb::BeginRequest { timeout, ..begin(&["1"]) })
     };
-    for (seconds, nanos) in [(0, 0), (0, 999_999), (365 * 24 * 3600, 0), (3601, 0), (-1, 0), (i64::MAX, i32::MAX)] {
+    for (seconds, nanos) in
+        [(0, 0), (0, 999_999), (365 * 24 * 3600, 0), (3601, 0), (-1, 0), (i64::MAX, i32::MAX)]
+    {
         invalid(lasting(seconds, nanos).await, "timeout", "from 1ms to 3600s");
     }
     for (seconds, nanos) in [(0, 1_000_000), (3600, 0)] {
@@ -406,7 +493,10 @@ async fn timeouts() {
 #[tokio::test]
 async fn branches_and_their_parts() {
     let rig = Rig::new().await;
-    let with = |branch: pb::BranchSpec| pb::BeginRequest { branches: vec![spec("1"), branch], ..begin(&[]) };
+    let with = |branch: pb::BranchSpec| pb::BeginRequest {
+        branches: vec![spec("1"), branch],
+        ..begin(&[])
+    };
     let bad: [(pb::BranchSpec, &str, &str); 9] = [
         (spec(""), "branch_id", "1 to 32 bytes"),
         (spec("A b"), "branch_id", "a-z"),
@@ -416,7 +506,11 @@ async fn branches_and_their_parts() {
         (pb::BranchSpec { participant: "p".repeat(65), ..spec("2") }, "participant", "64"),
         (pb::BranchSpec { carry_payload: true, ..spec("2") }, "payload", "missing"),
         (pb::BranchSpec { payload: payload(1), ..spec("2") }, "payload", "carry_payload"),
-        (pb::BranchSpec { payload: payload(65_537), carry_payload: true, ..spec("2") }, "payload.data", "65536"),
+        (
+            pb::BranchSpec { payload: payload(65_537), carry_payload: true, ..spec("2") },
+            "payload.data",
+            "65536",
+        ),
     ];
     for (branch, field, says) in bad {
         invalid(rig.begin(with(branch.clone())).await, &format!("branches[1].{field}"), says);
@@ -431,12 +525,20 @@ async fn branches_and_their_parts() {
 async fn targets_must_be_known_or_allowed() {
     let rig = Rig::new().await;
     let at = |target: &str| {
-        let branch = pb::BranchSpec { participant: "points".to_owned(), target: target.to_owned(), ..spec("1") };
+        let branch = pb::BranchSpec {
+            participant: "points".to_owned(),
+            target: target.to_owned(),
+            ..spec("1")
+        };
         rig.begin(pb::BeginRequest { branches: vec![branch], ..begin(&[]) })
     };
     at("http://127.0.0.1:7003").await.unwrap();
     invalid(at("").await, "branches[0].target", "participants.points");
-    invalid(at("http://10.0.0.7:7003").await, "branches[0].target", "not allowed (targets.allow is: loopback)");
+    invalid(
+        at("http://10.0.0.7:7003").await,
+        "branches[0].target",
+        "not allowed (targets.allow is: loopback)",
+    );
     invalid(at("https://127.0.0.1:7003").await, "branches[0].target", "http://");
     invalid(at("file:///etc/passwd").await, "branches[0].target", "http://127.0.0.1:7001");
 }
@@ -453,7 +555,10 @@ async fn the_same_branch_twice() {
     // In two.
     assert_eq!(rig.register(&once.xid, vec![spec("1")]).await.unwrap().branches.len(), 1);
     let status = rig.register(&once.xid, vec![spec("2"), other]).await.unwrap_err();
-    assert_eq!((status.code(), reason(&status).as_str()), (Code::AlreadyExists, reason::BRANCH_TAKEN));
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::AlreadyExists, reason::BRANCH_TAKEN)
+    );
     assert_eq!(rig.get(&once.xid).await.unwrap().branches.len(), 1, "half of it was registered");
 }
 
@@ -473,8 +578,13 @@ async fn more_than_64_branches() {
 #[tokio::test]
 async fn payloads_that_are_too_large_together() {
     let rig = Rig::new().await;
-    let carried = |n: usize| pb::BranchSpec { payload: payload(65_536), carry_payload: true, ..spec(&n.to_string()) };
-    let request = |count| pb::BeginRequest { branches: (1..=count).map(carried).collect(), ..begin(&[]) };
+    let carried = |n: usize| pb::BranchSpec {
+        payload: payload(65_536),
+        carry_payload: true,
+        ..spec(&n.to_string())
+    };
+    let request =
+        |count| pb::BeginRequest { branches: (1..=count).map(carried).collect(), ..begin(&[]) };
     invalid(rig.begin(request(17)).await, "branches", "1048576");
     let xid = rig.begin(request(16)).await.unwrap().transaction.unwrap().xid;
     invalid(rig.register(&xid, vec![carried(17)]).await, "branches", "1048576");
@@ -493,13 +603,21 @@ async fn what_must_be_said_and_is_not() {
     invalid(rig.services.get_transaction(Request::new(nobody)).await, "by", "xid");
     let nothing = pb::ExecuteRequest { name: "checkout".to_owned(), ..Default::default() };
     invalid(rig.services.execute(Request::new(nothing)).await, "branches", "empty");
-    let unexplained = pb::ResolveBranchRequest { xid: xid.clone(), branch_id: "1".to_owned(), ..Default::default() };
+    let unexplained = pb::ResolveBranchRequest {
+        xid: xid.clone(),
+        branch_id: "1".to_owned(),
+        ..Default::default()
+    };
     invalid(rig.services.resolve_branch(Request::new(unexplained)).await, "operator", "empty");
     let long = pb::ListTransactionsRequest { limit: 1001, ..Default::default() };
     invalid(rig.services.list_transactions(Request::new(long)).await, "limit", "1000");
     let refusal = Some(pb::Refusal { message: "x".repeat(5000), ..Default::default() });
-    let wordy =
-        pb::DecideRequest { xid: xid.clone(), decision: pb::Decision::Cancel.into(), refusal, ..Default::default() };
+    let wordy = pb::DecideRequest {
+        xid: xid.clone(),
+        decision: pb::Decision::Cancel.into(),
+        refusal,
+        ..Default::default()
+    };
     invalid(rig.decide(wordy).await, "refusal", "4096");
     assert_eq!(rig.get(&xid).await.unwrap().state(), pb::TransactionState::Trying);
 }

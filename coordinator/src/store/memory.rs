@@ -173,7 +173,10 @@ impl Store for MemoryStore {
             .map(|(xid, global)| (*xid, global.begun_at, global.finished_at))
             .collect();
         let mut deleted = 0;
-        for (xid, ..) in seen.iter().filter(|(.., finished_at)| finished_at.is_some_and(|at| at < finished_before)) {
+        for (xid, ..) in seen
+            .iter()
+            .filter(|(.., finished_at)| finished_at.is_some_and(|at| at < finished_before))
+        {
             if let Some(key) = tables.transactions.remove(xid).and_then(|global| global.key) {
                 tables.keys.remove(&key.hash);
             }

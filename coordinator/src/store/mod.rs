@@ -233,10 +233,10 @@ fn judge(
     for guard in &batch.guards {
         match recorded(guard.partition) {
             Some((epoch, position)) if epoch == guard.epoch && position + 1 == guard.position => {
-                next += 1
+                next += 1;
             }
             Some((epoch, position)) if epoch == guard.epoch && position == guard.position => {
-                landed += 1
+                landed += 1;
             }
             Some((epoch, _)) if epoch > guard.epoch => fenced.push(guard.partition),
             other => {

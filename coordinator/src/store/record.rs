@@ -277,7 +277,12 @@ impl BranchRow {
             },
             attempts: match branch_state {
                 BranchState::Acknowledged if self.state == 1 => 1,
-                _ => u32::try_from(self.attempts).map_err(|_| "attempts")?,
+                BranchState::Acknowledged
+                | BranchState::Registered
+                | BranchState::Tried
+                | BranchState::Resolved(_) => {
+                    u32::try_from(self.attempts).map_err(|_| "attempts")?
+                }
             },
             state: branch_state,
             timeouts: 0,

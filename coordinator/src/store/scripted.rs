@@ -71,7 +71,6 @@ impl ScriptedStore {
     pub(crate) fn key_looks(&self) -> Vec<usize> {
         lock(&self.key_looks).clone()
     }
-
 }
 
 async fn answered(held: &watch::Sender<bool>) {
@@ -126,7 +125,11 @@ impl Store for ScriptedStore {
         self.inner.due(partition, until, after, limit).await
     }
 
-    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Vec<GlobalTransaction>, Error> {
+    async fn list(
+        &self,
+        filter: &ListFilter,
+        limit: usize,
+    ) -> Result<Vec<GlobalTransaction>, Error> {
         self.inner.list(filter, limit).await
     }
 

@@ -116,7 +116,8 @@ pub enum Weight {
 
 impl Change {
     const NOTHING: Self = Self { weight: Weight::Nothing, head: false, branches: BranchSet::EMPTY };
-    const REGISTERED: Self = Self { weight: Weight::Durable, head: false, branches: BranchSet::EMPTY };
+    const REGISTERED: Self =
+        Self { weight: Weight::Durable, head: false, branches: BranchSet::EMPTY };
     const DECIDED: Self = Self { weight: Weight::Durable, head: true, branches: BranchSet::EMPTY };
 
     /// The branch at `index` has changed, and with it when the transaction is due, or over.
@@ -448,7 +449,10 @@ impl GlobalTransaction {
         if self.branches.iter().any(Branch::is_open) {
             // In the first round acknowledgements wait for the completion, which tells them all in one row.
             let first_round = self.branches.iter().all(|branch| branch.last_error.is_none());
-return Change::of_branch(index, if first_round { Weight::Later } else { Weight::Lazy });
+            return Change::of_branch(
+                index,
+                if first_round { Weight::Later } else { Weight::Lazy },
+            );
         }
         self.finish(now);
         Change::of_branch(index, Weight::Lazy)

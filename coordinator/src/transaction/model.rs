@@ -164,7 +164,9 @@ impl fmt::Display for CancelCause {
             Self::Refused { branch_id: Some(id), refusal } => {
                 write!(f, "branch {id} refused: {} {}", refusal.reason, refusal.message)
             }
-            Self::Refused { branch_id: None, refusal } => write!(f, "refused: {} {}", refusal.reason, refusal.message),
+            Self::Refused { branch_id: None, refusal } => {
+                write!(f, "refused: {} {}", refusal.reason, refusal.message)
+            }
             Self::TimedOut => f.write_str("timed out"),
             Self::TryUnknown { branch_id, error } => {
                 write!(f, "the Try of branch {branch_id} had no clear answer: {error}")

@@ -65,10 +65,10 @@ impl GlobalTransaction {
             match branch.call {
                 Call::InFlight(_) => {} // its return is the event
                 Call::Idle { due_at } if due_at <= now => {
-                    plan.calls.push(DueCall { branch: index, phase })
+                    plan.calls.push(DueCall { branch: index, phase });
                 }
                 Call::Idle { due_at } => {
-                    plan.wake_at = Some(plan.wake_at.map_or(due_at, |at| at.min(due_at)))
+                    plan.wake_at = Some(plan.wake_at.map_or(due_at, |at| at.min(due_at)));
                 }
             }
         }

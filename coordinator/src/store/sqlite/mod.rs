@@ -107,6 +107,10 @@ impl SqliteStore {
 }
 
 impl From<sqlx::Error> for Error {
+    #[allow(
+        clippy::wildcard_enum_match_arm,
+        reason = "whatever else goes wrong may go well the next time"
+    )]
     fn from(error: sqlx::Error) -> Self {
         match error {
             // What cannot be decoded will not be the next time either.

@@ -83,7 +83,9 @@ pub(super) async fn due(
     let more = heads.len() > limit;
     heads.truncate(limit);
     let next = match heads.last() {
-        Some(TransactionRow { due_at: Some(due_at), xid, .. }) if more => Some((Timestamp(*due_at), record::xid(xid)?)),
+        Some(TransactionRow { due_at: Some(due_at), xid, .. }) if more => {
+            Some((Timestamp(*due_at), record::xid(xid)?))
+        }
         _ => None,
     };
     let transactions = undamaged(&mut tx, heads).await?;
@@ -202,19 +204,27 @@ async fn transactions(
 }
 
 /// Puts transactions together. One that makes no sense must not stand in the way of the others: it is left out, loudly.
-async fn undamaged(tx: &mut SqliteConnection, heads: Vec<TransactionRow>) -> Result<Vec<GlobalTransaction>, Error> {
+async fn undamaged(
+    tx: &mut SqliteConnection,
+    heads: Vec<TransactionRow>,
+) -> Result<Vec<GlobalTransaction>, Error> {
     let mut found = Vec::with_capacity(heads.len());
     for head in heads {
         match with_branches(tx, head).await {
             Ok(global) => found.push(global),
-            Err(Error::Corrupt(what)) => error!(what, "a damaged record is left alone; a person must look"),
+            Err(Error::Corrupt(what)) => {
+                error!(what, "a damaged record is left alone; a person must look");
+            }
             Err(unavailable @ Error::Unavailable(_)) => return Err(unavailable),
         }
     }
     Ok(found)
 }
 
-async fn with_branches(tx: &mut SqliteConnection, head: TransactionRow) -> Result<GlobalTransaction, Error> {
+async fn with_branches(
+    tx: &mut SqliteConnection,
+    head: TransactionRow,
+) -> Result<GlobalTransaction, Error> {
     let mut query = QueryBuilder::new(BRANCH);
     query.push("WHERE b.xid = ").push_bind(head.xid.clone()).push(" ORDER BY b.position");
     let branches: Vec<BranchRow> = query.build_query_as().fetch_all(&mut *tx).await?;

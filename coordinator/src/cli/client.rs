@@ -1,0 +1,349 @@
+//! `handfast list`, `show`, `retry`, `resolve`: they ask a coordinator over gRPC, and use nothing of it but AdminService and
+//! GetTransaction.
+
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use handfast_coordinator::{
+    clock::{Clock as _, SystemClock},
+    transaction::Timestamp,
+};
+use handfast_proto::{
+    BranchId, Xid, limits,
+    v1::{
+        self as pb, admin_service_client::AdminServiceClient,
+        coordinator_service_client::CoordinatorServiceClient, get_transaction_request::By,
+        list_transactions_request::Show as Which,
+    },
+};
+use http::{Uri, uri::Scheme};
+use jiff::tz::TimeZone;
+use tonic::{
+    Response, Status,
+    transport::{Channel, Endpoint},
+};
+
+use super::{Failure, json, talk, tell, text};
+
+/// Where `serve` and `dev` listen by default.
+pub(super) const SERVER_DEFAULT: &str = "http://127.0.0.1:7420";
+
+/// Lists the newest transactions, newest first.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+With -o json: {\"transactions\": [...], \"more\": false}. Each is as `handfast show -o json` tells it; more says that \
+there are older ones.
+
+Examples:
+  handfast list --stuck -o json | jq -r '.transactions[].xid'
+  handfast list --open --name checkout")]
+pub(super) struct List {
+    /// Only those whose phase two keeps failing
+    #[arg(long, conflicts_with = "open")]
+    stuck: bool,
+    /// Only those that are not finished
+    #[arg(long)]
+    open: bool,
+    /// Only those of this name
+    #[arg(long)]
+    name: Option<String>,
+    /// How many at most
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    limit: u32,
+    #[command(flatten)]
+    server: Server,
+}
+
+/// Tells what is known of a transaction: its state, the decision and why, and how far each branch has come.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+With -o json: one object. No key is ever missing, it is null; times are RFC 3339 in UTC:
+  xid, name, drive (initiator, coordinator), labels {}, timeout_ms, stuck (true, false)
+  state        trying, confirming, cancelling, confirmed, cancelled
+  decision     confirm, cancel, null
+  begun_at, expires_at, decided_at, finished_at
+  cancel       null, or why: {cause, reason, branch_id,
+                 refusal {reason, domain, message, metadata {}}}
+                 cause: requested, refused, timed_out, try_unknown, coordinator_restarted
+  branches     [{branch_id, action, participant, target, state, attempts, next_attempt_at,
+                 last_error {code, message, at}, resolution {operator, reason, at}}]
+                 state: registered, tried, confirmed, cancelled, resolved
+
+Examples:
+  handfast show 3-7-1042-9f3c01d2 -o json | jq -r .state
+  handfast show 3-7-1042-9f3c01d2")]
+pub(super) struct Show {
+    /// The transaction's name, as `handfast list` tells it
+    xid: Xid,
+    #[command(flatten)]
+    server: Server,
+}
+
+/// Makes every attempt of a transaction that waits for its pause to end due now.
+///
+/// Changes nothing for one that is not decided, or finished.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  handfast retry 3-7-1042-9f3c01d2")]
+pub(super) struct Retry {
+    /// The transaction's name, as `handfast list` tells it
+    xid: Xid,
+    #[command(flatten)]
+    server: Server,
+}
+
+/// Answers for a branch whose participant never will.
+///
+/// No more calls go to it, and it counts as done. Recorded for ever, with who and why; it cannot be taken back. Use it when the
+/// participant is gone and its data was mended by other means.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  handfast resolve 3-7-1042-9f3c01d2 2 --reason \"points service retired; 40 points given back by hand, ticket 812\"")]
+pub(super) struct Resolve {
+    /// The transaction's name, as `handfast list` tells it
+    xid: Xid,
+    /// The branch's name, as `handfast show` tells it
+    #[arg(value_name = "BRANCH")]
+    branch_id: BranchId,
+    /// What was done instead
+    #[arg(long, value_name = "TEXT")]
+    reason: String,
+    /// Who says so
+    #[arg(long, value_name = "NAME", env = "USER", hide_env_values = true)]
+    operator: String,
+    #[command(flatten)]
+    server: Server,
+}
+
+/// Whom to ask, and how to tell the answer.
+#[derive(Debug, Args)]
+struct Server {
+    /// Where the coordinator is
+    #[arg(long = "server", value_name = "URL", env = "HANDFAST_SERVER", hide_env_values = true, default_value = SERVER_DEFAULT, value_parser = server_url)]
+    url: String,
+    /// How long to wait for its answer
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+    /// For people, or for programs
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+fn server_url(text: &str) -> Result<String, String> {
+    let is_plain = |uri: &Uri| {
+        uri.scheme() == Some(&Scheme::HTTP)
+            && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
+            && matches!(uri.path(), "" | "/")
+            && uri.query().is_none()
+    };
+    match text.parse::<Uri>() {
+        Ok(uri) if is_plain(&uri) => Ok(text.trim_end_matches('/').to_owned()),
+        _ => Err(format!("one looks like {SERVER_DEFAULT}")),
+    }
+}
+
+impl Server {
+    /// Connects and asks. `what` could not be done if that fails.
+    async fn ask<T>(
+        &self,
+        what: &str,
+        ask: impl AsyncFnOnce(Channel) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
+        let answer = async {
+            let endpoint = Endpoint::from_shared(self.url.clone())
+                .map_err(|error| Failure::unreachable(&self.url, &error))?;
+            let channel = endpoint
+                .connect()
+                .await
+                .map_err(|error| Failure::unreachable(&self.url, &error))?;
+            let answer = ask(channel).await;
+            answer.map_err(|status| Failure::refused(what, &self.url, &status))
+        };
+        match tokio::time::timeout(self.timeout, answer).await {
+            Ok(answer) => Ok(answer?.into_inner()),
+            Err(_) => Err(Failure::timed_out(what, &self.url, self.timeout)),
+        }
+    }
+
+    async fn ask_admin<T>(
+        &self,
+        what: &str,
+        ask: impl AsyncFnOnce(AdminServiceClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
+        let client = |channel| {
+            AdminServiceClient::new(channel)
+                .max_encoding_message_size(limits::REQUEST_BYTES_MAX)
+                .max_decoding_message_size(limits::RESPONSE_BYTES_MAX)
+        };
+        self.ask(what, async |channel| ask(client(channel)).await).await
+    }
+
+    /// Tells about a transaction.
+    fn tell(
+        &self,
+        answer: Option<pb::Transaction>,
+        for_people: impl FnOnce(&pb::Transaction) -> String,
+    ) -> Result<(), Failure> {
+        let transaction = answer.unwrap_or_default();
+        match self.output {
+            Output::Table => tell(&for_people(&transaction)),
+            Output::Json => tell(&json::line(&json::Transaction::from(transaction))),
+        }
+    }
+}
+
+impl List {
+    pub(super) async fn run(self) -> Result<(), Failure> {
+        let show = match (self.stuck, self.open) {
+            (true, _) => Which::Stuck,
+            (false, true) => Which::Open,
+            (false, false) => Which::All,
+        };
+        let name = self.name.unwrap_or_default();
+        let request = pb::ListTransactionsRequest { show: show.into(), name, limit: self.limit };
+        let ask =
+            async |mut client: AdminServiceClient<Channel>| client.list_transactions(request).await;
+        let answer = self.server.ask_admin("cannot list transactions", ask).await?;
+        if self.server.output == Output::Json {
+            return tell(&json::line(&json::Transactions::from(answer)));
+        }
+        if answer.transactions.is_empty() {
+            talk("found no transactions");
+        } else {
+            tell(&text::list(&answer.transactions, now()))?;
+        }
+        if answer.more {
+            talk(&format!("there are older ones: --limit N, up to {}", limits::LIST_MAX));
+        }
+        Ok(())
+    }
+}
+
+impl Show {
+    pub(super) async fn run(self) -> Result<(), Failure> {
+        let by = Some(By::Xid(self.xid.to_string()));
+        let ask = async |channel| {
+            let mut client = CoordinatorServiceClient::new(channel)
+                .max_encoding_message_size(limits::REQUEST_BYTES_MAX)
+                .max_decoding_message_size(limits::RESPONSE_BYTES_MAX);
+            client.get_transaction(pb::GetTransactionRequest { by }).await
+        };
+        let answer = self.server.ask(&format!("cannot show {}", self.xid), ask).await?;
+        self.server.tell(answer.transaction, |transaction| {
+            text::show(transaction, now(), &TimeZone::system())
+        })
+    }
+}
+
+impl Retry {
+    pub(super) async fn run(self) -> Result<(), Failure> {
+        let request = pb::RetryTransactionRequest { xid: self.xid.to_string() };
+        let ask =
+            async |mut client: AdminServiceClient<Channel>| client.retry_transaction(request).await;
+        let answer = self.server.ask_admin(&format!("cannot retry {}", self.xid), ask).await?;
+        self.server.tell(answer.transaction, text::retried)
+    }
+}
+
+impl Resolve {
+    pub(super) async fn run(self) -> Result<(), Failure> {
+        let Self { xid, branch_id, reason, operator, server } = self;
+        let request = pb::ResolveBranchRequest {
+            xid: xid.to_string(),
+            branch_id: branch_id.to_string(),
+            reason,
+            operator,
+        };
+        let ask =
+            async |mut client: AdminServiceClient<Channel>| client.resolve_branch(request).await;
+        let what = format!("cannot resolve branch {branch_id} of {xid}");
+        let answer = server.ask_admin(&what, ask).await?;
+        server
+            .tell(answer.transaction, |transaction| text::resolved(transaction, branch_id.as_str()))
+    }
+}
+
+fn now() -> Timestamp {
+    SystemClock::default().now()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Parser as _, error::ErrorKind};
+
+    use super::{super::Cli, *};
+
+    fn refused(line: &str) -> (ErrorKind, String) {
+        let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
+        (error.kind(), error.to_string())
+    }
+
+    #[test]
+    fn names_are_checked_before_anybody_is_asked() {
+        for command in ["show 3-7", "retry 3-7", "resolve 3-7 2 --reason x --operator y"] {
+            let (kind, text) = refused(&format!("handfast {command}"));
+            assert_eq!(kind, ErrorKind::ValueValidation);
+            assert!(
+                text.contains(r#""3-7" is no xid: one looks like 3-7-1042-9f3c01d2"#),
+                "{text}"
+            );
+        }
+        let (_, text) = refused("handfast resolve 3-7-1042-9f3c01d2 Stock --reason x --operator y");
+        assert!(text.contains(r#""Stock" is no branch id"#), "{text}");
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        assert_eq!(refused("handfast list --stuck --open").0, ErrorKind::ArgumentConflict);
+        assert_eq!(refused("handfast list --limit 0").0, ErrorKind::ValueValidation);
+        assert_eq!(refused("handfast list --limit 1001").0, ErrorKind::ValueValidation);
+        assert_eq!(refused("handfast list --timeout 10").0, ErrorKind::ValueValidation);
+        assert_eq!(
+            refused("handfast resolve 3-7-1042-9f3c01d2 2 --operator y").0,
+            ErrorKind::MissingRequiredArgument
+        );
+    }
+
+    #[test]
+    fn a_server_is_a_plain_url() {
+        for url in ["http://127.0.0.1:7420", "http://handfast.shop:7420/", "http://[::1]:7420"] {
+            assert_eq!(server_url(url).as_deref(), Ok(url.trim_end_matches('/')));
+        }
+        for url in
+            ["", "127.0.0.1:7420", "https://a:1", "http://a:1/b", "http://u:p@a:1", "http://"]
+        {
+            assert!(server_url(url).unwrap_err().contains(SERVER_DEFAULT), "{url}");
+        }
+    }
+
+    async fn listed(url: &str, timeout: Duration) -> Failure {
+        let server = Server { url: url.to_owned(), timeout, output: Output::Table };
+        let list = List { stuck: false, open: false, name: None, limit: 1, server };
+        list.run().await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn nobody_there_is_told_with_the_reason() {
+        // Taken and given back: nobody listens there.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let failure = listed(&format!("http://{address}"), Duration::from_secs(10)).await;
+        assert_eq!(failure.code, super::super::failure::Code::Unreachable);
+        assert_eq!(failure.what, format!("cannot reach the coordinator at http://{address}"));
+        assert!(failure.cause.contains("refused"), "{failure}");
+    }
+
+    #[tokio::test]
+    async fn somebody_who_does_not_answer_is_not_waited_for_longer_than_asked() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        let failure = listed(&url, Duration::from_millis(50)).await;
+        assert_eq!(failure.code, super::super::failure::Code::TimedOut);
+        assert_eq!(failure.cause, format!("no answer from {url} within 50ms"));
+    }
+}

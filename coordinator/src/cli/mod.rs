@@ -1,0 +1,136 @@
+//! The command line. What programs read goes to stdout, talk to stderr; whatever fails says what, why, and what to do, and
+//! ends with a code that a script can tell apart.
+
+mod client;
+mod dev;
+mod failure;
+mod json;
+mod serve;
+mod text;
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+use self::failure::Failure;
+
+/// Shown below `handfast --help`.
+const CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  wrong usage or configuration
+  3  there is no such transaction or branch
+  4  a conflict: its state does not allow it
+  5  cannot reach the coordinator, or it cannot say now: ask again
+  6  waited too long; it may have happened all the same
+  8  serve, dev: another coordinator has taken over
+  9  serve, dev: the store holds what cannot be; a person must look
+
+Examples:
+  handfast dev                                      try things out; needs nothing
+  handfast serve --store sqlite:handfast.db         the real thing
+  handfast list --stuck                             what an operator should look at";
+
+/// Handfast: all of it or none of it, across services.
+///
+/// A coordinator of TCC (Try, Confirm, Cancel) transactions.
+#[derive(Debug, Parser)]
+#[command(name = "handfast", version, after_help = CODES, max_term_width = 120, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::Serve),
+    Dev(dev::Dev),
+    /// Prints a commented configuration file with all keys and their defaults.
+    #[command(
+        after_help = "Example:\n  handfast config > handfast.toml && handfast serve --config handfast.toml --check"
+    )]
+    Config,
+    List(client::List),
+    Show(client::Show),
+    Retry(client::Retry),
+    Resolve(client::Resolve),
+}
+
+impl Cli {
+    pub(crate) async fn run(self) -> ExitCode {
+        let ended = match self.command {
+            Command::Serve(serve) => serve.run().await,
+            Command::Dev(dev) => dev.run().await,
+            Command::Config => tell(&handfast_coordinator::config::Config::template()),
+            Command::List(list) => list.run().await,
+            Command::Show(show) => show.run().await,
+            Command::Retry(retry) => retry.run().await,
+            Command::Resolve(resolve) => resolve.run().await,
+        };
+        match ended {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(failure) => {
+                talk(&failure.to_string());
+                failure.code.into()
+            }
+        }
+    }
+}
+
+/// Writes to stdout. That nobody reads to the end, as in `handfast list | head -1`, is no failure.
+fn tell(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(printable(text).as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::cannot_write(&error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line or more to stderr. If that fails there is nowhere left to say so.
+fn talk(text: &str) {
+    let _nowhere_left = writeln!(io::stderr().lock(), "{}", printable(text));
+}
+
+/// Names and errors come from other programs; a terminal must not obey what is in them.
+fn printable(text: &str) -> String {
+    let safe = |char: char| if char.is_control() && char != '\n' { '\u{fffd}' } else { char };
+    text.chars().map(safe).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_makes_sense() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_ends_its_help_with_an_example() {
+        let mut cli = Cli::command();
+        cli.build();
+        for command in cli.get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let example = format!("  handfast {}", command.get_name());
+            assert!(
+                help.lines().last().unwrap_or_default().starts_with(&example),
+                "{example}: {help}"
+            );
+            assert!(command.get_about().is_some(), "{example}");
+        }
+    }
+
+    #[test]
+    fn a_terminal_obeys_nobody_else() {
+        assert_eq!(printable("a\u{1b}[31mb\nc\r"), "a\u{fffd}[31mb\nc\u{fffd}");
+    }
+}

@@ -1,0 +1,189 @@
+//! `handfast serve`
+
+use std::{env, fs, path::PathBuf};
+
+use clap::Args;
+use handfast_coordinator::{
+    config::{Config, Sources},
+    server::{self, Exit},
+    telemetry,
+};
+use tracing::warn;
+
+use super::{Failure, failure::Code, tell};
+
+const HELP: &str = "\
+Every key of the configuration has a variable too, HANDFAST_ and its name: HANDFAST_LISTEN, HANDFAST_CALLS_TIMEOUT. \
+A flag wins over a variable, that over the file. `handfast config` prints all keys.
+
+Logs go to stdout as JSON, one object in each line; or as text to stderr, if stdout is a terminal. --log-format says \
+which. SIGTERM or Ctrl-C stops in order within --shutdown-grace; a second one at once.
+
+Examples:
+  handfast serve --store sqlite:handfast.db
+  handfast serve --config /etc/handfast.toml --check";
+
+/// Runs the coordinator until it is told to stop.
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(super) struct Serve {
+    /// Read this file; a variable wins over it, and a flag over both
+    #[arg(long, value_name = "FILE", env = "HANDFAST_CONFIG", hide_env_values = true)]
+    config: Option<PathBuf>,
+    /// Only check the configuration
+    #[arg(long)]
+    check: bool,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// Keys that are flags too. Their texts are checked with everything else of the configuration.
+#[derive(Debug, Default, Args)]
+pub(super) struct Flags {
+    /// Where callers connect [default: 127.0.0.1:7420]
+    #[arg(long, value_name = "IP:PORT")]
+    pub(super) listen: Option<String>,
+    /// Listen beyond this machine although there is no authentication yet
+    #[arg(long)]
+    insecure: bool,
+    /// Where transactions are recorded
+    #[arg(long, value_name = "sqlite:PATH")]
+    pub(super) store: Option<String>,
+    /// What is logged: a level, and others for parts of the program [default: info]
+    #[arg(long, value_name = "LEVEL,PART=LEVEL")]
+    log: Option<String>,
+    /// How it is logged [default: auto: text if stdout is a terminal, else json]
+    #[arg(long, value_name = "auto|text|json")]
+    log_format: Option<String>,
+    /// How long an orderly end may take [default: 20s]
+    #[arg(long, value_name = "TIME")]
+    shutdown_grace: Option<String>,
+}
+
+impl Flags {
+    pub(super) fn given(&self) -> Vec<(&'static str, String)> {
+        let insecure = self.insecure.then(|| "true".to_owned());
+        let flags = [
+            ("listen", &self.listen),
+            ("insecure", &insecure),
+            ("store", &self.store),
+            ("log", &self.log),
+            ("log_format", &self.log_format),
+            ("shutdown_grace", &self.shutdown_grace),
+        ];
+        flags.into_iter().filter_map(|(key, text)| Some((key, text.clone()?))).collect()
+    }
+}
+
+impl Serve {
+    pub(super) async fn run(self) -> Result<(), Failure> {
+        let config = Config::load(&self.sources()?)?;
+        if self.check {
+            return tell(&format!(
+                "the configuration is fine: the coordinator would listen on {} and record in {}\n",
+                config.listen, config.store
+            ));
+        }
+        telemetry::init(&config.log, config.log_format);
+        if !config.listen.ip().is_loopback() {
+            warn!(address = %config.listen, "other machines can connect, and there is no authentication yet (insecure)");
+        }
+        ended(server::run(config, |_| {}).await?)
+    }
+
+    fn sources(&self) -> Result<Sources, Failure> {
+        let file = self.config.as_ref().map(|path| {
+            let name = path.display().to_string();
+            match fs::read_to_string(path) {
+                Ok(text) => Ok((name, text)),
+                Err(error) => Err(Failure::new(
+                    Code::Usage,
+                    format!("cannot read {name}"),
+                    error.to_string(),
+                    "it is what --config or HANDFAST_CONFIG names; `handfast config` prints one to start with",
+                )),
+            }
+        });
+        let mut env = Vec::new();
+        for (name, value) in env::vars_os() {
+            let Ok(name) = name.into_string() else { continue }; // ours are plain
+            if name.starts_with("HANDFAST_") {
+                let value = value.into_string().map_err(|_| {
+                    Failure::new(Code::Usage, format!("{name} is no text in UTF-8"), "", "")
+                })?;
+                env.push((name, value));
+            }
+        }
+        Ok(Sources { flags: self.flags.given(), env, file: file.transpose()? })
+    }
+}
+
+/// What the end of a run means for whoever started it.
+pub(super) fn ended(exit: Exit) -> Result<(), Failure> {
+    match exit {
+        Exit::Stopped => Ok(()),
+        Exit::Fenced => Err(Failure::new(
+            Code::Fenced,
+            "another coordinator has taken over this store",
+            "it owns the partitions now, so this one has stopped",
+            "if that was not meant to be, find out who else uses the store; nothing is lost",
+        )),
+        Exit::Corrupt => Err(Failure::new(
+            Code::Corrupt,
+            "the store holds what cannot be",
+            "the log says what; what is durable stands, and this coordinator has stopped",
+            "keep a copy of the store as it is before anything else is tried",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        serve: Serve,
+    }
+
+    #[test]
+    fn every_flag_is_a_key() {
+        let flags = [
+            ("listen", "127.0.0.1:1"),
+            ("store", "sqlite:a.db"),
+            ("log", "debug"),
+            ("log-format", "json"),
+            ("shutdown-grace", "1s"),
+        ];
+        let given = flags.map(|(flag, text)| format!("--{flag}={text}"));
+        let line = Line::parse_from(
+            ["serve".to_owned(), "--insecure".to_owned()].into_iter().chain(given),
+        );
+        let flags = line.serve.flags.given();
+        assert_eq!(flags.len(), 6);
+        let config = Config::load(&Sources { flags, ..Sources::default() }).unwrap();
+        assert!(config.insecure);
+        assert_eq!(config.listen.to_string(), "127.0.0.1:1");
+        assert_eq!(config.store.to_string(), "sqlite:a.db");
+        assert_eq!(
+            format!("{:?} {:?}", config.log, config.log_format),
+            r#"LogFilter("debug") Json"#
+        );
+        assert_eq!(config.shutdown_grace.as_secs(), 1);
+    }
+
+    #[test]
+    fn without_flags_nothing_is_given() {
+        assert_eq!(Line::parse_from(["serve"]).serve.flags.given(), []);
+    }
+
+    #[test]
+    fn the_end_has_a_code() {
+        assert!(ended(Exit::Stopped).is_ok());
+        assert_eq!(ended(Exit::Fenced).unwrap_err().code, Code::Fenced);
+        assert_eq!(ended(Exit::Corrupt).unwrap_err().code, Code::Corrupt);
+    }
+}

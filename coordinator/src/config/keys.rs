@@ -1,0 +1,254 @@
+//! The keys of the configuration: names, defaults, what they mean, and how they must fit each other. Their comments are what
+//! `handfast config` prints.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use handfast_proto::limits::{TIMEOUT_MAX, TIMEOUT_MIN};
+use humantime::format_duration as print;
+
+use super::{Config, LogFilter, LogFormat, StoreUrl, value};
+use crate::{
+    dispatch::{
+        self,
+        address::{Address, AllowList},
+    },
+    transaction::{StuckAfter, retry::RetryPolicy},
+};
+
+/// Shortest retention: a repeat of a Decide that was answered must find the transaction.
+const RETENTION_MIN: Duration = Duration::from_secs(1);
+/// Shortest pause between attempts, and shortest deadline of a call: a pause of nothing is a storm, and nobody answers in less.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+
+/// Configuration of the Handfast coordinator: handfast serve --config FILE
+///
+/// A flag wins over an environment variable, that over this file, and this file over the defaults, which stand here.
+/// The variable of `listen` is HANDFAST_LISTEN, that of `timeout` in `[calls]` is HANDFAST_CALLS_TIMEOUT.
+/// Lengths of time have a unit: 500ms, 20s, 2m, 7d.
+#[derive(confique::Config)]
+pub(super) struct Keys {
+    /// Where callers connect. An address that other machines reach needs `insecure` too.
+    /// Flag: --listen
+    #[config(env = "HANDFAST_LISTEN", default = "127.0.0.1:7420", deserialize_with = value::listen)]
+    pub(super) listen: SocketAddr,
+
+    /// Listen beyond this machine although there is no authentication yet: only in a network where everybody who
+    /// can connect may do everything.
+    /// Flag: --insecure
+    #[config(env = "HANDFAST_INSECURE", default = false, deserialize_with = value::yes_or_no)]
+    pub(super) insecure: bool,
+
+    /// Where transactions are recorded. Has no default.
+    /// Flag: --store
+    #[config(env = "HANDFAST_STORE", deserialize_with = value::parsed)]
+    pub(super) store: StoreUrl,
+
+    /// What is logged: a level (error, warn, info, debug, trace), and others for parts of the program:
+    /// "info,handfast_coordinator::dispatch=debug".
+    /// Flag: --log
+    #[config(env = "HANDFAST_LOG", default = "info", deserialize_with = value::parsed)]
+    pub(super) log: LogFilter,
+
+    /// text, for people, on stderr; json, one object in each line, on stdout; auto: text if stdout is a terminal, else json.
+    /// Flag: --log-format
+    #[config(env = "HANDFAST_LOG_FORMAT", default = "auto", deserialize_with = value::parsed)]
+    pub(super) log_format: LogFormat,
+
+    /// How long an orderly end may take, from the signal on. Below what sends the signal waits before it kills (Kubernetes: 30s).
+    /// Flag: --shutdown-grace
+    #[config(env = "HANDFAST_SHUTDOWN_GRACE", default = "20s", deserialize_with = value::length)]
+    pub(super) shutdown_grace: Duration,
+
+    /// How long finished transactions, and their idempotency keys, are kept. At least 1s.
+    #[config(env = "HANDFAST_RETENTION", default = "7d", deserialize_with = value::length)]
+    pub(super) retention: Duration,
+
+    /// Where participants are, by name. Wins over the address that a branch brought, at each call, so that a service that
+    /// moved can be pointed at again. Best as a table, `[participants]` at the end of this file, with lines such as:
+    /// inventory = "http://127.0.0.1:7001"
+    /// In the environment: inventory=http://127.0.0.1:7001,points=http://127.0.0.1:7002
+    #[config(env = "HANDFAST_PARTICIPANTS", default = {}, deserialize_with = value::participants)]
+    pub(super) participants: BTreeMap<String, Address>,
+
+    /// Of global transactions.
+    #[config(nested)]
+    pub(super) transaction: Transaction,
+
+    /// Pauses between attempts of a Confirm or a Cancel: exponential backoff with full jitter, for ever.
+    #[config(nested)]
+    pub(super) retry: Retry,
+
+    /// When a transaction is shown as stuck, whichever comes first. It is retried all the same.
+    #[config(nested)]
+    pub(super) stuck: Stuck,
+
+    /// Calls to participants.
+    #[config(nested)]
+    pub(super) calls: Calls,
+
+    /// How much is taken at a time.
+    #[config(nested)]
+    pub(super) limits: Limits,
+
+    /// Which addresses the coordinator may call, of those that branches bring: it calls from its own place in the network.
+    #[config(nested)]
+    pub(super) targets: Targets,
+}
+
+#[derive(confique::Config)]
+pub(super) struct Transaction {
+    /// How long phase one may take if the initiator names nothing: 1ms to 1h. Then the transaction is cancelled.
+    #[config(env = "HANDFAST_TRANSACTION_TIMEOUT", default = "30s", deserialize_with = value::length)]
+    pub(super) timeout: Duration,
+}
+
+#[derive(confique::Config)]
+pub(super) struct Retry {
+    /// Longest pause after the first attempt; doubles with each further one.
+    #[config(env = "HANDFAST_RETRY_INITIAL", default = "200ms", deserialize_with = value::length)]
+    pub(super) initial: Duration,
+
+    /// Longest pause at all.
+    #[config(env = "HANDFAST_RETRY_MAX", default = "60s", deserialize_with = value::length)]
+    pub(super) max: Duration,
+}
+
+#[derive(confique::Config)]
+pub(super) struct Stuck {
+    /// So many attempts of one branch have failed.
+    #[config(env = "HANDFAST_STUCK_AFTER_ATTEMPTS", default = 8, deserialize_with = value::count)]
+    pub(super) after_attempts: u32,
+
+    /// So long after the decision some branch has not acknowledged it.
+    #[config(env = "HANDFAST_STUCK_AFTER", default = "2m", deserialize_with = value::length)]
+    pub(super) after: Duration,
+}
+
+#[derive(confique::Config)]
+pub(super) struct Calls {
+    /// How long one call may take; doubles after each one that took longer.
+    #[config(env = "HANDFAST_CALLS_TIMEOUT", default = "5s", deserialize_with = value::length)]
+    pub(super) timeout: Duration,
+
+    /// How long one call may take at the very most.
+    #[config(env = "HANDFAST_CALLS_TIMEOUT_MAX", default = "60s", deserialize_with = value::length)]
+    pub(super) timeout_max: Duration,
+
+    /// Calls to one address at a time; others wait.
+    #[config(env = "HANDFAST_CALLS_PER_PARTICIPANT", default = 64, deserialize_with = value::count)]
+    pub(super) per_participant: usize,
+}
+
+#[derive(confique::Config)]
+pub(super) struct Limits {
+    /// Open transactions in memory. Above that, Begin and Execute answer RESOURCE_EXHAUSTED.
+    #[config(env = "HANDFAST_LIMITS_OPEN", default = 100_000, deserialize_with = value::count)]
+    pub(super) open: usize,
+
+    /// Connections of callers. Above that, new ones are closed.
+    #[config(env = "HANDFAST_LIMITS_CONNECTIONS", default = 10_000, deserialize_with = value::count)]
+    pub(super) connections: usize,
+}
+
+#[derive(confique::Config)]
+pub(super) struct Targets {
+    /// "loopback", this machine, or "host:port": "inventory:7001", "*.shop.internal:7001", "10.0.0.5:*".
+    /// In the environment joined by commas. What stands in `participants` is always allowed.
+    #[config(env = "HANDFAST_TARGETS_ALLOW", default = ["loopback"], deserialize_with = value::allow_list)]
+    pub(super) allow: AllowList,
+}
+
+/// Values that are wrong, or do not fit each other.
+pub(super) struct Problem {
+    /// Whose: the first of them that was set says where.
+    pub(super) keys: &'static [&'static str],
+    pub(super) what: String,
+    pub(super) hint: &'static str,
+}
+
+impl Keys {
+    /// Checks what each value by itself cannot show, and hands the values to those who need them.
+    pub(super) fn check(self) -> Result<Config, Problem> {
+        if let Some(problem) = self.problem() {
+            return Err(problem);
+        }
+        Ok(Config {
+            listen: self.listen,
+            insecure: self.insecure,
+            store: self.store,
+            log: self.log,
+            log_format: self.log_format,
+            shutdown_grace: self.shutdown_grace,
+            retention: self.retention,
+            transaction_timeout: self.transaction.timeout,
+            retry: RetryPolicy { initial: self.retry.initial, max: self.retry.max },
+            stuck: StuckAfter { attempts: self.stuck.after_attempts, time: self.stuck.after },
+            calls: super::Calls {
+                timeout: self.calls.timeout,
+                timeout_max: self.calls.timeout_max,
+            },
+            limits: super::Limits { open: self.limits.open, connections: self.limits.connections },
+            targets: dispatch::Targets {
+                participants: self.participants,
+                allow: self.targets.allow,
+                calls_max: self.calls.per_participant,
+            },
+        })
+    }
+
+    fn problem(&self) -> Option<Problem> {
+        let Self { listen, insecure, retention, transaction, retry, calls, .. } = self;
+        if !listen.ip().is_loopback() && !insecure {
+            return Some(Problem {
+                keys: &["listen"],
+                what: format!(
+                    "other machines can connect to {listen}, and there is no authentication yet"
+                ),
+                hint: "listen on 127.0.0.1; or, where everybody who can connect may do everything, set `insecure = true` \
+                       (--insecure, HANDFAST_INSECURE=true)",
+            });
+        }
+        let ranges: [(&'static [&'static str], Duration, [Duration; 2], &'static str); 4] = [
+            (
+                &["retention"],
+                *retention,
+                [RETENTION_MIN, value::LENGTH_MAX],
+                "the default is 7d: answers to repeated calls come from what is kept",
+            ),
+            (
+                &["transaction.timeout"],
+                transaction.timeout,
+                [TIMEOUT_MIN, TIMEOUT_MAX],
+                "the default is 30s: reservations that last longer than an hour want another design",
+            ),
+            (
+                &["retry.initial", "retry.max"],
+                retry.initial,
+                [PAUSE_MIN, retry.max],
+                "the defaults are 200ms and 60s",
+            ),
+            (
+                &["calls.timeout", "calls.timeout_max"],
+                calls.timeout,
+                [PAUSE_MIN, calls.timeout_max],
+                "the defaults are 5s and 60s",
+            ),
+        ];
+        let wrong =
+            ranges.into_iter().find(|(_, length, [min, max], _)| length < min || length > max);
+        wrong.map(|(keys, length, [min, max], hint)| {
+            let bound = match keys {
+                [_, max_key] if length > max => {
+                    format!("at most `{max_key}`, which is {}", print(max))
+                }
+                _ if length > max => format!("at most {}", print(max)),
+                _ => format!("at least {}", print(min)),
+            };
+            Problem {
+                keys,
+                what: format!("`{}` is {}; it must be {bound}", keys[0], print(length)),
+                hint,
+            }
+        })
+    }
+}

@@ -1,0 +1,188 @@
+//! How values are written: text or TOML in, checked types out. Each error says what was found and what it is not.
+
+use std::{
+    collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration,
+};
+
+use handfast_proto::limits::PARTICIPANT_BYTES_MAX;
+use serde::{Deserialize, Deserializer, de::Error as _};
+use toml::Value;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+
+use crate::dispatch::address::{Address, AllowList};
+
+/// Largest number of anything that is counted: above what one machine can hold, below what semaphores and sums can.
+const COUNT_MAX: u32 = 10_000_000;
+/// Longest length of time, so that moments computed from it exist.
+pub(super) const LENGTH_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// Where transactions are recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreUrl {
+    /// `sqlite:PATH`
+    Sqlite(PathBuf),
+}
+
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for StoreUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |why| Err(format!("{text:?} {why}"));
+        match text.split_once(':') {
+            Some(("memory", _)) => wrong(
+                "forgets every decision when the coordinator stops; it is for tests and benchmarks only",
+            ),
+            Some(("mysql" | "mariadb", _)) => {
+                wrong("is no store that Handfast knows yet: MySQL is to come, SQLite is there")
+            }
+            Some(("sqlite", "" | ":memory:")) => wrong("names no file"),
+            Some(("sqlite", path)) if path.starts_with("//") => wrong(
+                "has two slashes too many: a file is sqlite:handfast.db or sqlite:/var/lib/handfast.db",
+            ),
+            Some(("sqlite", path)) => Ok(Self::Sqlite(PathBuf::from(path))),
+            _ => wrong("is no store"),
+        }
+    }
+}
+
+/// What is logged: directives of `tracing_subscriber::EnvFilter`, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogFilter(String);
+
+impl LogFilter {
+    /// As the subscriber wants it.
+    #[must_use]
+    pub fn to_env_filter(&self) -> EnvFilter {
+        EnvFilter::new(&self.0)
+    }
+}
+
+impl FromStr for LogFilter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let levels = "levels are off, error, warn, info, debug, trace";
+        EnvFilter::try_new(text).map_err(|error| format!("{text:?} is no log filter: {error}"))?;
+        // A word that is no level is legal, and means: everything of that target, nothing else. Nobody means that.
+        for word in text.split(',') {
+            if !word.contains(['=', '[', ']', '{', '}', '"'])
+                && word.parse::<LevelFilter>().is_err()
+            {
+                return Err(format!("{text:?} is no log filter: {word:?} is no level; {levels}"));
+            }
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// As text if stdout is a terminal, else as JSON.
+    Auto,
+    /// For people, on stderr.
+    Text,
+    /// For programs, on stdout: one object in each line.
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(format!("{text:?} is no log format: those are auto, text, json")),
+        }
+    }
+}
+
+/// What has a text form of its own.
+pub(super) fn parsed<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: fmt::Display>,
+{
+    let value = Value::deserialize(deserializer)?;
+    let text =
+        value.as_str().ok_or_else(|| D::Error::custom(format!("{value} is no text in quotes")))?;
+    text.parse().map_err(D::Error::custom)
+}
+
+pub(super) fn listen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    let text: String = parsed(deserializer)?;
+    text.parse().map_err(|_| {
+        D::Error::custom(format!(
+            "{text:?} is no address to listen on: those are IP:PORT, or [IPv6]:PORT"
+        ))
+    })
+}
+
+pub(super) fn yes_or_no<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let answer = value.as_bool();
+    answer.ok_or_else(|| D::Error::custom(format!("{value} is neither true nor false")))
+}
+
+pub(super) fn length<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let length = value.as_str().and_then(|text| humantime::parse_duration(text).ok());
+    length.filter(|length| *length <= LENGTH_MAX).ok_or_else(|| {
+        D::Error::custom(format!(
+            "{value} is no length of time: those are a number and its unit (ms, s, m, h, d)"
+        ))
+    })
+}
+
+pub(super) fn count<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: TryFrom<u32>,
+{
+    let value = Value::deserialize(deserializer)?;
+    let number = value.as_integer().and_then(|number| u32::try_from(number).ok());
+    let number = number.filter(|number| (1..=COUNT_MAX).contains(number));
+    number
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or_else(|| D::Error::custom(format!("{value} is no number from 1 to {COUNT_MAX}")))
+}
+
+pub(super) fn allow_list<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<AllowList, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let rules: Option<Vec<&str>> =
+        value.as_array().and_then(|rules| rules.iter().map(Value::as_str).collect());
+    let rules =
+        rules.ok_or_else(|| D::Error::custom(format!("{value} is no list of texts in quotes")))?;
+    AllowList::parse(rules).map_err(D::Error::custom)
+}
+
+pub(super) fn participants<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, Address>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let Value::Table(table) = value else {
+        return Err(D::Error::custom(format!("{value} is no table of names and addresses")));
+    };
+    let participants = table.into_iter().map(|(name, value)| {
+        if !(1..=PARTICIPANT_BYTES_MAX).contains(&name.len()) {
+            return Err(format!(
+                "{name:?} is no name: those have 1 to {PARTICIPANT_BYTES_MAX} bytes"
+            ));
+        }
+        let text = value.as_str().ok_or_else(|| format!("{value} is no text in quotes"))?;
+        Ok((name, text.parse::<Address>().map_err(|error| error.to_string())?))
+    });
+    participants.collect::<Result<_, _>>().map_err(D::Error::custom)
+}

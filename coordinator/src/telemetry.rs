@@ -1,0 +1,88 @@
+//! Log lines: text for people, on stderr; JSON for programs, on stdout, one flat object in each line:
+//!
+//! ```json
+//! {"timestamp":"2026-11-21T09:14:03.123456Z","level":"INFO","message":"decided","xid":"3-7-1042-9f3c01d2","name":"checkout","decision":"CONFIRM","target":"handfast_coordinator::partition"}
+//! ```
+
+use std::io::{self, IsTerminal as _};
+
+use tracing::Subscriber;
+use tracing_subscriber::{
+    fmt::{Subscriber as Lines, writer::MakeWriter},
+    util::SubscriberInitExt as _,
+};
+
+use crate::config::{LogFilter, LogFormat};
+
+/// Sends everything that is logged from now on to where it belongs. A second call changes nothing.
+pub fn init(filter: &LogFilter, format: LogFormat) {
+    let is_json = match format {
+        LogFormat::Json => true,
+        LogFormat::Text => false,
+        LogFormat::Auto => !io::stdout().is_terminal(),
+    };
+    // Fails only when it has been done before: by a test, say.
+    let _done_before = if is_json {
+        json(filter, io::stdout).try_init()
+    } else {
+        let text = Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(io::stderr);
+        text.with_ansi(io::stderr().is_terminal()).finish().try_init()
+    };
+}
+
+fn json<W>(filter: &LogFilter, writer: W) -> impl Subscriber + Send + Sync
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let lines = Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(writer);
+    lines.json().flatten_event(true).with_target(true).with_span_list(false).finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_program_can_draw_a_timeline_from_json_lines() {
+        let lines = Written::default();
+        let writer = lines.clone();
+        let subscriber = json(&"info".parse().unwrap(), move || writer.clone());
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!("not asked for");
+            tracing::info!(target: "handfast_coordinator::partition", xid = %"0-1-2-00000003", took_ms = 7, "finished");
+        });
+        let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let line: serde_json::Value = serde_json::from_str(&lines).unwrap(); // one line, one object
+        let timestamp = line["timestamp"].as_str().unwrap();
+        assert!(
+            timestamp.parse::<jiff::Timestamp>().is_ok() && timestamp.ends_with('Z'),
+            "{timestamp}"
+        );
+        assert_eq!(
+            line,
+            serde_json::json!({
+                "timestamp": timestamp,
+                "level": "INFO",
+                "target": "handfast_coordinator::partition",
+                "message": "finished",
+                "xid": "0-1-2-00000003",
+                "took_ms": 7
+            })
+        );
+    }
+}

@@ -1,0 +1,470 @@
+//! What an initiator is told, and what is left in the participants' databases, whatever fails in between.
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use super::{super::Fault, *};
+use crate::{CallError, Outcome, Phase, Remote, TransactionError};
+
+/// As both should be after an order of three pieces from the east and two from the west.
+const CONFIRMED: [Stock; 2] = [(7, 0, 3), (8, 0, 2)];
+
+impl Shop {
+    fn remotes(&self) -> (Remote, Remote) {
+        (self.coordinator.remote("east"), self.coordinator.remote("west"))
+    }
+
+    fn order(&self) -> crate::TransactionBuilder {
+        self.coordinator.handfast().transaction("order").until_decided()
+    }
+
+    /// Orders three pieces from the east and `from_west` from the west.
+    async fn run(
+        &self,
+        order: crate::TransactionBuilder,
+        from_west: i64,
+    ) -> Result<crate::Confirmed<i64>, TransactionError> {
+        let (east, west) = self.remotes();
+        order
+            .run(async |global| {
+                let (left, _) = tokio::try_join!(
+                    global.call::<Deduct>(&east, Json(3)),
+                    global.call::<Deduct>(&west, Json(from_west)),
+                )?;
+                Ok(left.0)
+            })
+            .await
+    }
+
+    async fn confirmed(&self, xid: crate::Xid) {
+        assert_eq!(self.coordinator.finished(xid).await, Outcome::Confirmed { completed: true });
+        assert_eq!(self.stocks().await, CONFIRMED);
+    }
+}
+
+#[tokio::test]
+async fn an_order_that_succeeds() {
+    let shop = Shop::new().await;
+    let order = shop.coordinator.handfast().transaction("order").label("customer", "ann");
+    let done = shop.run(order, 2).await.unwrap();
+    assert_eq!((done.value, done.completed), (Some(7), true));
+    assert_eq!(shop.stocks().await, CONFIRMED);
+    assert_eq!(
+        shop.coordinator.handfast().outcome(done.xid).await.unwrap(),
+        Outcome::Confirmed { completed: true }
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_reaches_the_initiator_as_it_was_written_and_everything_is_given_back() {
+    let shop = Shop::new().await;
+    let error = shop.run(shop.order(), 11).await.unwrap_err();
+    let TransactionError::Refused { xid, branch_id, refusal } = error else { panic!("{error:?}") };
+    assert_eq!(branch_id.unwrap().as_str(), "2");
+    assert_eq!((refusal.reason.as_str(), refusal.domain.as_str()), ("OUT_OF_STOCK", "west"));
+    assert_eq!(
+        (refusal.message.as_str(), refusal.metadata["wanted"].as_str()),
+        ("not enough on hand", "11")
+    );
+    let Outcome::Cancelled { reason, .. } = shop.coordinator.finished(xid).await else {
+        panic!("not cancelled")
+    };
+    assert!(reason.contains("OUT_OF_STOCK"), "{reason}");
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
+async fn a_swallowed_refusal_still_cancels() {
+    let shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let run = shop.order().run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        let swallowed = global.call::<Deduct>(&west, Json(11)).await;
+        assert!(matches!(swallowed, Err(CallError::Refused { .. })));
+        Ok(())
+    });
+    let error = run.await.unwrap_err();
+    assert!(matches!(error, TransactionError::Refused { .. }), "{error:?}");
+    shop.coordinator.finished(error.xid().unwrap()).await;
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
+async fn a_swallowed_unknown_still_cancels() {
+    let shop = Shop::new().await;
+    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::None, Fault::Garbage]);
+    let (east, west) = shop.remotes();
+    let run = shop.order().run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        let swallowed = global.call::<Deduct>(&west, Json(2)).await;
+        assert!(matches!(swallowed, Err(CallError::Unknown { .. })), "{swallowed:?}");
+        Ok(())
+    });
+    let error = run.await.unwrap_err();
+    assert!(matches!(error, TransactionError::Cancelled { .. }), "{error:?}");
+    assert!(error.to_string().contains("garbage"), "{error}");
+    shop.coordinator.finished(error.xid().unwrap()).await;
+    assert_eq!(
+        shop.stocks().await,
+        UNTOUCHED,
+        "the Try had taken effect, and its answer was garbage"
+    );
+}
+
+#[tokio::test]
+async fn an_error_of_the_closure_cancels() {
+    let shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let run = shop.order().run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        Err::<(), _>("the customer is\nunderage".into())
+    });
+    let error = run.await.unwrap_err();
+    assert!(
+        matches!(&error, TransactionError::Cancelled { cause, .. } if cause.to_string().contains("underage"))
+    );
+    let Outcome::Cancelled { reason, .. } = shop.coordinator.finished(error.xid().unwrap()).await
+    else {
+        panic!()
+    };
+    assert_eq!(reason, "requested: the customer is underage");
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
+async fn a_call_that_is_given_up_cancels() {
+    let shop = Shop::new().await;
+    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::None, Fault::Silence]);
+    let (east, west) = shop.remotes();
+    let run = shop.order().run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        let hasty =
+            tokio::time::timeout(Duration::from_millis(100), global.call::<Deduct>(&west, Json(2)))
+                .await;
+        assert!(hasty.is_err());
+        Ok(())
+    });
+    let error = run.await.unwrap_err();
+    assert!(error.to_string().contains("given up"), "{error}");
+    shop.coordinator.finished(error.xid().unwrap()).await;
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
+async fn phase_one_that_takes_too_long_is_cancelled() {
+    let shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let run = shop.order().timeout(Duration::from_millis(300)).run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        std::future::pending::<()>().await;
+        Ok(())
+    });
+    let error = run.await.unwrap_err();
+    assert!(matches!(error, TransactionError::TimedOut { .. }), "{error:?}");
+    shop.coordinator.finished(error.xid().unwrap()).await;
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+    // By the coordinator's clock, not by ours.
+    let run = shop.order().run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        shop.coordinator.advance(Duration::from_secs(31));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        Ok(())
+    });
+    let error = run.await.unwrap_err();
+    assert!(matches!(error, TransactionError::TimedOut { .. }), "{error:?}");
+    shop.coordinator.finished(error.xid().unwrap()).await;
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
+async fn a_future_that_is_dropped_before_the_decision_cancels() {
+    let shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let tried = tokio::sync::Notify::new();
+    let run = shop.order().run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        tried.notify_one();
+        std::future::pending::<()>().await;
+        Ok(())
+    });
+    tokio::select! {
+        _ = run => panic!("it never ends"),
+        () = tried.notified() => {}
+    }
+    shop.until(UNTOUCHED).await;
+    // Dropped while Begin is under way.
+    let run = shop.run(shop.order(), 2);
+    assert!(tokio::time::timeout(Duration::ZERO, run).await.is_err());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    shop.until(UNTOUCHED).await;
+}
+
+#[tokio::test]
+async fn a_lost_answer_to_a_try_is_asked_for_again() {
+    let shop = Shop::new().await;
+    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::AnswerLost, Fault::Unavailable]);
+    let done = shop.run(shop.order(), 2).await.unwrap();
+    assert_eq!(done.value, Some(7), "the stored reply of the first Try, whose answer was lost");
+    shop.confirmed(done.xid).await;
+}
+
+#[tokio::test]
+async fn a_participant_that_fails_its_confirm_is_asked_until_it_does_not() {
+    let shop = Shop::new().await;
+    let faults =
+        [Fault::Unavailable, Fault::AnswerLost, Fault::Silence, Fault::Garbage, Fault::Unavailable];
+    shop.coordinator.script(Deduct::NAME, Phase::Confirm, faults);
+    let order = shop.coordinator.handfast().transaction("order");
+    let done = shop.run(order, 2).await.unwrap();
+    assert!(!done.completed, "decided, and still on its way");
+    shop.confirmed(done.xid).await;
+}
+
+#[tokio::test]
+async fn a_coordinator_that_is_killed_after_the_decision_carries_it_out_when_it_is_back() {
+    let mut shop = Shop::new().await;
+    shop.coordinator.script(Deduct::NAME, Phase::Confirm, [Fault::Unavailable; 4]);
+    let done = shop.run(shop.order(), 2).await.unwrap();
+    shop.coordinator.restart().await;
+    shop.confirmed(done.xid).await;
+}
+
+#[tokio::test]
+async fn a_coordinator_that_is_killed_in_phase_one_does_not_disturb_the_initiator() {
+    let mut shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let open = shop.order().begin().await.unwrap();
+    open.call::<Deduct>(&east, Json(3)).await.unwrap();
+    shop.coordinator.restart().await;
+    open.call::<Deduct>(&west, Json(2)).await.unwrap();
+    shop.coordinator.restart().await;
+    let done = open.confirm().await.unwrap();
+    shop.confirmed(done.xid).await;
+}
+
+#[tokio::test]
+async fn a_coordinator_that_stays_away_leaves_the_initiator_with_an_xid_to_ask_about() {
+    let mut shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let open = shop.order().patience(Duration::from_millis(300)).begin().await.unwrap();
+    open.call::<Deduct>(&east, Json(3)).await.unwrap();
+    open.call::<Deduct>(&west, Json(2)).await.unwrap();
+    shop.coordinator.kill();
+    let error = open.confirm().await.unwrap_err();
+    let TransactionError::Unknown { xid, .. } = error else { panic!("{error:?}") };
+    let xid = xid.unwrap();
+    // When it is back it can be asked: it was never told, so the transaction runs out of time.
+    shop.coordinator.restart().await;
+    assert_eq!(shop.coordinator.handfast().outcome(xid).await.unwrap(), Outcome::Undecided);
+    assert!(matches!(shop.coordinator.finished(xid).await, Outcome::Cancelled { .. }));
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
+async fn without_a_coordinator_nothing_is_tried() {
+    let mut shop = Shop::new().await;
+    shop.coordinator.kill();
+    let order =
+        shop.order().timeout(Duration::from_millis(300)).patience(Duration::from_millis(300));
+    let error = shop.run(order, 2).await.unwrap_err();
+    assert!(matches!(error, TransactionError::NotBegun { .. }), "{error:?}");
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
+async fn the_same_key_runs_once() {
+    let mut shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let runs = AtomicUsize::new(0);
+    let order = |key: &str, n: i64| {
+        let (runs, east) = (&runs, &east);
+        shop.order().idempotency_key(key).run(async move |global| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            Ok(global.call::<Deduct>(east, Json(n)).await?.0)
+        })
+    };
+    let first = order("a", 3).await.unwrap();
+    let again = order("a", 3).await.unwrap();
+    assert_eq!((first.xid, first.value, again.value), (again.xid, Some(7), None));
+    assert_eq!(runs.load(Ordering::Relaxed), 1, "the closure ran again");
+    // A refusal stands too, and is told again.
+    for _ in 0..2 {
+        let error = order("b", 11).await.unwrap_err();
+        let TransactionError::Refused { refusal, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(refusal.reason, "OUT_OF_STOCK");
+    }
+    assert_eq!(runs.load(Ordering::Relaxed), 2);
+    let handfast = shop.coordinator.handfast();
+    assert!(matches!(handfast.outcome_of_key("a").await.unwrap(), Outcome::Confirmed { .. }));
+    assert!(matches!(handfast.outcome_of_key("b").await.unwrap(), Outcome::Cancelled { .. }));
+    // After a restart of the coordinator as well.
+    drop(handfast);
+    shop.coordinator.restart().await;
+    assert_eq!(
+        shop.order().idempotency_key("a").run(async |_| Ok(0)).await.unwrap().xid,
+        first.xid
+    );
+}
+
+#[tokio::test]
+async fn two_runs_of_one_key_at_the_same_time_are_one_order() {
+    let shop = Shop::new().await;
+    let order = || shop.run(shop.order().idempotency_key("a"), 2);
+    let (one, two) = tokio::join!(order(), order());
+    let (one, two) = (one.unwrap(), two.unwrap());
+    assert_eq!(one.xid, two.xid);
+    shop.confirmed(one.xid).await;
+}
+
+#[tokio::test]
+async fn a_run_that_was_cut_off_is_taken_up_by_the_next_one_with_its_key() {
+    let shop = Shop::new().await;
+    // The first initiator dies after its Trys: as if, by forgetting it.
+    let (east, west) = shop.remotes();
+    let open = shop.order().idempotency_key("a").begin().await.unwrap();
+    let (one, two) =
+        tokio::join!(open.call::<Deduct>(&east, Json(3)), open.call::<Deduct>(&west, Json(2)));
+    one.unwrap();
+    two.unwrap();
+    let xid = open.xid().await.unwrap();
+    std::mem::forget(open);
+    let done = shop.order().idempotency_key("a").run(async |global| {
+        let (one, two) = tokio::join!(
+            global.call::<Deduct>(&east, Json(3)),
+            global.call::<Deduct>(&west, Json(2))
+        );
+        Ok((one?.0, two?.0))
+    });
+    let done = done.await.unwrap();
+    assert_eq!(
+        (done.xid, done.value),
+        (xid, Some((7, 8))),
+        "the same transaction, the replies of its first Trys"
+    );
+    shop.confirmed(xid).await;
+}
+
+#[tokio::test]
+async fn begin_and_decide_in_different_places() {
+    let shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let open = shop.order().begin().await.unwrap();
+    open.call::<Deduct>(&east, Json(3)).await.unwrap();
+    open.cancel("no longer wanted").await.unwrap();
+    shop.until(UNTOUCHED).await;
+
+    let open = shop.order().begin().await.unwrap();
+    open.call::<Deduct>(&east, Json(3)).await.unwrap();
+    drop(open); // somebody forgot it
+    shop.until(UNTOUCHED).await;
+
+    let open = shop.order().begin().await.unwrap();
+    open.call::<Deduct>(&east, Json(3)).await.unwrap();
+    open.call::<Deduct>(&west, Json(11)).await.unwrap_err();
+    let error = open.confirm().await.unwrap_err();
+    assert!(
+        matches!(error, TransactionError::Refused { .. }),
+        "confirm does not confirm what was refused: {error:?}"
+    );
+    shop.until(UNTOUCHED).await;
+}
+
+#[tokio::test]
+async fn whoever_calls_nobody_confirms_nothing() {
+    let shop = Shop::new().await;
+    let done = shop.order().run(async |_| Ok("nothing to do")).await.unwrap();
+    assert_eq!(done.value, Some("nothing to do"));
+    assert_eq!(shop.coordinator.finished(done.xid).await, Outcome::Confirmed { completed: true });
+}
+
+#[tokio::test]
+async fn what_the_coordinator_does_not_take_is_told() {
+    let shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let long = shop.order().idempotency_key("x".repeat(129));
+    let error = long.run(async |_| Ok(())).await.unwrap_err();
+    assert!(
+        matches!(error, TransactionError::NotBegun { .. }) && error.to_string().contains("128"),
+        "{error}"
+    );
+    let elsewhere = Remote::connect("east", "http://10.1.2.3:1").unwrap();
+    let error = shop
+        .order()
+        .run(async |global| Ok(global.call::<Deduct>(&elsewhere, Json(1)).await?))
+        .await;
+    let error = error.unwrap_err();
+    assert!(error.to_string().contains("not allowed"), "{error}");
+    // The key of another operation.
+    let keyed = || shop.order().idempotency_key("a");
+    keyed().run(async |global| Ok(global.call::<Deduct>(&east, Json(1)).await?)).await.unwrap();
+    let other = shop
+        .coordinator
+        .handfast()
+        .transaction("refund")
+        .idempotency_key("a")
+        .begin()
+        .await
+        .unwrap_err();
+    assert!(other.to_string().contains("confirmed"), "{other}");
+    assert!(Remote::connect("east", "inventory:7001").unwrap_err().to_string().contains("http://"));
+}
+
+#[tokio::test]
+async fn the_coordinator_can_run_it_all() {
+    let shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let handfast = shop.coordinator.handfast();
+    let execute = |key: &str, from_west: i64| {
+        let builder = handfast.execute("order").idempotency_key(key).in_order();
+        builder.call::<Deduct>(&east, &Json(3)).call::<Deduct>(&west, &Json(from_west)).run()
+    };
+    let done = execute("a", 2).await.unwrap();
+    assert!(done.completed);
+    assert_eq!(done.reply::<Deduct>(0).unwrap(), Some(Json(7)));
+    assert_eq!(done.reply::<Deduct>(1).unwrap(), Some(Json(8)));
+    assert_eq!(shop.stocks().await, CONFIRMED);
+    // Again: not twice, and without the replies.
+    let again = execute("a", 2).await.unwrap();
+    assert_eq!((again.xid, again.reply::<Deduct>(0).unwrap()), (done.xid, None));
+    assert_eq!(shop.stocks().await, CONFIRMED);
+    // Other arguments under the same key are another order.
+    let other = execute("a", 1).await.unwrap_err();
+    assert!(matches!(other, TransactionError::NotBegun { .. }), "{other:?}");
+    // Refused.
+    let error = execute("b", 9).await.unwrap_err();
+    let TransactionError::Refused { branch_id, refusal, .. } = error else { panic!("{error:?}") };
+    assert_eq!((branch_id.unwrap().as_str(), refusal.reason.as_str()), ("2", "OUT_OF_STOCK"));
+    shop.until(CONFIRMED).await;
+}
+
+#[tokio::test]
+async fn what_the_coordinator_runs_survives_lost_answers_and_not_its_own_death() {
+    let mut shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let handfast = shop.coordinator.handfast();
+    let execute = |key: &str| {
+        let builder = handfast.execute("order").idempotency_key(key);
+        builder.call::<Deduct>(&east, &Json(3)).call::<Deduct>(&west, &Json(2))
+    };
+    // Trys whose answers are lost are repeated, once the clock has moved.
+    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::AnswerLost, Fault::Unavailable]);
+    let running = tokio::spawn(execute("a").run());
+    while !running.is_finished() {
+        shop.coordinator.advance(Duration::from_millis(100));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let done = running.await.unwrap().unwrap();
+    shop.confirmed(done.xid).await;
+    // Killed in phase one, it cancels when it is back; whoever asks again is told.
+    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::None, Fault::Silence]);
+    let running = tokio::spawn(execute("b").run());
+    while shop.stocks().await == CONFIRMED {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    shop.coordinator.restart().await;
+    let error = running.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("restarted"), "{error}");
+    shop.until(CONFIRMED).await;
+}

@@ -1,0 +1,209 @@
+//! The laws hold for an action as it should be, and find the bugs that people write.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{
+    super::{BrokenLaw, Report, World, laws},
+    *,
+};
+
+/// What is wrong with an action that is otherwise as it should be.
+enum Bug {
+    CancelGivesBackTooLittle,
+    CancelGivesBackWhatItDoesNotHold,
+    /// It remembers beside the database that it has been done, so a repeat after a rollback does nothing.
+    ConfirmIsNotRepeatable(AtomicBool),
+    /// What it writes there stays when `tx` is rolled back.
+    TryWritesOutsideOfTx(SqlitePool),
+    /// In a third step the pieces are on no side.
+    ConfirmLosesPieces,
+    ConfirmAlwaysFails,
+    CancelWaitsForever,
+}
+
+struct Buggy(Bug);
+
+impl Action for Buggy {
+    type Contract = Deduct;
+    type Db = Sqlite;
+
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        args: &Json<i64>,
+    ) -> Result<Json<i64>, TryError> {
+        if let Bug::TryWritesOutsideOfTx(elsewhere) = &self.0 {
+            sqlx::query("UPDATE audit SET tries = tries + 1").execute(elsewhere).await?;
+        }
+        Inventory.on_try(tx, branch, args).await
+    }
+
+    async fn on_confirm(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        args: &Json<i64>,
+    ) -> Result<(), Failed> {
+        match &self.0 {
+            Bug::ConfirmIsNotRepeatable(done) if done.swap(true, Ordering::Relaxed) => Ok(()),
+            Bug::ConfirmLosesPieces => {
+                sqlx::query("UPDATE stock SET held = held - ?")
+                    .bind(args.0)
+                    .execute(&mut **tx)
+                    .await?;
+                Ok(())
+            }
+            Bug::ConfirmAlwaysFails => Err(std::io::Error::other("no"))?,
+            _ => Inventory.on_confirm(tx, branch, args).await,
+        }
+    }
+
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        args: &Json<i64>,
+    ) -> Result<(), Failed> {
+        match &self.0 {
+            Bug::CancelGivesBackTooLittle => {
+                Inventory.on_cancel(tx, branch, &Json(args.0 - 1)).await
+            }
+            Bug::CancelGivesBackWhatItDoesNotHold => {
+                // All that is held, not only this branch's part: alone it looks right.
+                sqlx::query("UPDATE stock SET free = free + held, held = 0")
+                    .execute(&mut **tx)
+                    .await?;
+                Ok(())
+            }
+            Bug::CancelWaitsForever => std::future::pending().await,
+            _ => Inventory.on_cancel(tx, branch, args).await,
+        }
+    }
+}
+
+fn nothing_is_lost((free, held, sold): &Stock) -> bool {
+    free + held + sold == 10
+}
+
+async fn check<A: Action<Contract = Deduct, Db = Sqlite>>(
+    action: impl Fn() -> A,
+) -> Result<Report, BrokenLaw> {
+    let new_world = async || {
+        let db = Database::new(SCHEMA).await;
+        let participant = participant("inventory", &db, action()).await;
+        World::new(participant, async move || stock(&db.pool()).await)
+    };
+    laws::<Deduct, _>(Json(2), new_world, nothing_is_lost).await
+}
+
+#[tokio::test]
+async fn an_action_as_it_should_be_keeps_them() {
+    let report = check(|| Inventory).await.unwrap();
+    assert!(report.stories > 80 && report.deliveries > 150, "{report:?}");
+    assert!(report.given_up > 25, "each call was given up at each of its suspensions: {report:?}");
+}
+
+#[tokio::test]
+async fn a_cancel_that_gives_back_too_little_is_found() {
+    let broken = check(|| Buggy(Bug::CancelGivesBackTooLittle)).await.unwrap_err();
+    assert_eq!(
+        (broken.story.as_str(), broken.found.as_str()),
+        ("try, cancel", "(9, 1, 0)"),
+        "{broken}"
+    );
+    assert!(broken.to_string().contains("expected: (10, 0, 0)"), "{broken}");
+}
+
+#[tokio::test]
+async fn a_confirm_that_is_not_repeatable_is_found() {
+    let broken =
+        check(|| Buggy(Bug::ConfirmIsNotRepeatable(AtomicBool::new(false)))).await.unwrap_err();
+    assert!(broken.story.contains("confirm given up at its"), "{broken}");
+    assert_eq!(
+        (broken.expected.as_str(), broken.found.as_str()),
+        ("(8, 0, 2)", "(8, 2, 0)"),
+        "{broken}"
+    );
+}
+
+#[tokio::test]
+async fn code_that_writes_outside_the_given_transaction_is_found() {
+    // To another database, where nothing stops it: its tries are counted there, and part of the state.
+    let new_world = async || {
+        let db = Database::new(SCHEMA).await;
+        let elsewhere =
+            Database::new("CREATE TABLE audit (tries INTEGER); INSERT INTO audit VALUES (0)").await;
+        let participant =
+            participant("inventory", &db, Buggy(Bug::TryWritesOutsideOfTx(elsewhere.pool()))).await;
+        World::new(participant, async move || {
+            let sql = "SELECT tries FROM audit";
+            let tries: i64 = sqlx::query_scalar(sql).fetch_one(&elsewhere.pool()).await.unwrap();
+            // Counting is not wrong as such; counting what was undone is.
+            let (free, ..) = stock(&db.pool()).await;
+            (free, if free == 10 { tries } else { 0 })
+        })
+    };
+    let broken = laws::<Deduct, _>(Json(2), new_world, |_| true).await.unwrap_err();
+    assert_eq!(broken.law, "a cancelled branch leaves no trace", "{broken}");
+}
+
+#[tokio::test]
+async fn code_that_writes_to_the_same_database_outside_the_transaction_is_found() {
+    let new_world = async || {
+        let schema = "CREATE TABLE stock (free INTEGER NOT NULL, held INTEGER NOT NULL, sold INTEGER NOT NULL); \
+                      INSERT INTO stock VALUES (10, 0, 0); PRAGMA busy_timeout = 10; \
+                      CREATE TABLE audit (tries INTEGER); INSERT INTO audit VALUES (0)";
+        let db = Database::new(schema).await;
+        let options = (*db.pool().connect_options())
+            .clone()
+            .busy_timeout(std::time::Duration::from_millis(10));
+        let outside = SqlitePool::connect_lazy_with(options);
+        let participant =
+            participant("inventory", &db, Buggy(Bug::TryWritesOutsideOfTx(outside))).await;
+        World::new(participant, async move || stock(&db.pool()).await)
+    };
+    // SQLite has one writer, and that is `tx`: the other connection waits for it in vain.
+    let broken = laws::<Deduct, _>(Json(2), new_world, nothing_is_lost).await.unwrap_err();
+    assert!(broken.found.contains("locked"), "{broken}");
+}
+
+#[tokio::test]
+async fn a_cancel_that_takes_its_neighbours_part_is_found() {
+    let broken = check(|| Buggy(Bug::CancelGivesBackWhatItDoesNotHold)).await.unwrap_err();
+    assert_eq!(broken.law, "what one branch does leaves its neighbour alone", "{broken}");
+}
+
+#[tokio::test]
+async fn the_authors_invariant_is_checked_in_every_state() {
+    let broken = check(|| Buggy(Bug::ConfirmLosesPieces)).await.unwrap_err();
+    assert_eq!(broken.law, "the invariant holds in every state", "{broken}");
+    assert_eq!(broken.story, "try, confirm");
+}
+
+#[tokio::test]
+async fn a_confirm_that_never_succeeds_is_found() {
+    let broken = check(|| Buggy(Bug::ConfirmAlwaysFails)).await.unwrap_err();
+    assert!(broken.law.contains("succeed"), "{broken}");
+    assert!(broken.found.contains("no"), "{broken}");
+}
+
+#[tokio::test]
+async fn a_call_that_never_ends_is_found() {
+    let broken = check(|| Buggy(Bug::CancelWaitsForever)).await.unwrap_err();
+    assert!(broken.law.contains("succeed"), "{broken}");
+    assert!(broken.found.contains("within"), "{broken}");
+}
+
+#[tokio::test]
+async fn arguments_that_change_nothing_check_nothing() {
+    let new_world = async || {
+        let db = Database::new(SCHEMA).await;
+        let participant = participant("inventory", &db, Inventory).await;
+        World::new(participant, async move || stock(&db.pool()).await)
+    };
+    let vacuous = laws::<Deduct, _>(Json(0), new_world, nothing_is_lost).await.unwrap_err();
+    assert!(vacuous.law.contains("nothing can be checked"), "{vacuous}");
+    let refused = laws::<Deduct, _>(Json(11), new_world, nothing_is_lost).await.unwrap_err();
+    assert!(refused.found.contains("OUT_OF_STOCK"), "{refused}");
+}

@@ -1,0 +1,121 @@
+//! The initiator's side of the SDK, and the test kit itself, over the real coordinator in this process.
+
+mod initiator;
+mod laws;
+mod wire;
+
+use sqlx::{Sqlite, SqlitePool};
+
+use super::{Coordinator, Database};
+use crate::{Action, Branch, Contract, Failed, Fence, Json, Participant, Refusal, TryError, Tx};
+
+const SCHEMA: &str = "CREATE TABLE stock (free INTEGER NOT NULL, held INTEGER NOT NULL, sold INTEGER NOT NULL); \
+                      INSERT INTO stock VALUES (10, 0, 0)";
+
+/// Free, held, sold.
+type Stock = (i64, i64, i64);
+
+struct Deduct;
+
+impl Contract for Deduct {
+    const NAME: &'static str = "inventory.deduct";
+    type Args = Json<i64>;
+    type Reply = Json<i64>;
+}
+
+/// As it should be.
+struct Inventory;
+
+impl Action for Inventory {
+    type Contract = Deduct;
+    type Db = Sqlite;
+
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        _: &Branch,
+        Json(n): &Json<i64>,
+    ) -> Result<Json<i64>, TryError> {
+        let sql = "UPDATE stock SET free = free - ?1, held = held + ?1 WHERE free >= ?1";
+        if sqlx::query(sql).bind(n).execute(&mut **tx).await?.rows_affected() == 0 {
+            return Err(Refusal::new("OUT_OF_STOCK")
+                .message("not enough on hand")
+                .with("wanted", n)
+                .into());
+        }
+        Ok(Json(sqlx::query_scalar("SELECT free FROM stock").fetch_one(&mut **tx).await?))
+    }
+
+    async fn on_confirm(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        _: &Branch,
+        Json(n): &Json<i64>,
+    ) -> Result<(), Failed> {
+        let sql = "UPDATE stock SET held = held - ?1, sold = sold + ?1";
+        sqlx::query(sql).bind(n).execute(&mut **tx).await?;
+        Ok(())
+    }
+
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        _: &Branch,
+        Json(n): &Json<i64>,
+    ) -> Result<(), Failed> {
+        let sql = "UPDATE stock SET held = held - ?1, free = free + ?1";
+        sqlx::query(sql).bind(n).execute(&mut **tx).await?;
+        Ok(())
+    }
+}
+
+async fn stock(pool: &SqlitePool) -> Stock {
+    sqlx::query_as("SELECT free, held, sold FROM stock").fetch_one(pool).await.unwrap()
+}
+
+/// A participant `name` that serves `action` over a database of its own.
+async fn participant<A: Action<Db = Sqlite>>(
+    name: &'static str,
+    db: &Database,
+    action: A,
+) -> Participant {
+    let fence = Fence::new(db.pool());
+    fence.create_table_if_missing().await.unwrap();
+    Participant::builder(name).action(&fence, action).build()
+}
+
+/// Two inventories with ten pieces each, and a coordinator.
+struct Shop {
+    coordinator: Coordinator,
+    east: Database,
+    west: Database,
+}
+
+impl Shop {
+    async fn new() -> Self {
+        let (east, west) = (Database::new(SCHEMA).await, Database::new(SCHEMA).await);
+        let participants = [
+            participant("east", &east, Inventory).await,
+            participant("west", &west, Inventory).await,
+        ];
+        Self { coordinator: Coordinator::start(participants).await, east, west }
+    }
+
+    async fn stocks(&self) -> [Stock; 2] {
+        [stock(&self.east.pool()).await, stock(&self.west.pool()).await]
+    }
+
+    /// Waits until both are what they should be, and moves the clock on meanwhile.
+    async fn until(&self, expected: [Stock; 2]) {
+        for _ in 0..1000 {
+            if self.stocks().await == expected {
+                return;
+            }
+            self.coordinator.advance(std::time::Duration::from_millis(500));
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        panic!("expected {expected:?}, and it stays {:?}", self.stocks().await);
+    }
+}
+
+const UNTOUCHED: [Stock; 2] = [(10, 0, 0), (10, 0, 0)];

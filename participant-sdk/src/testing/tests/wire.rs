@@ -1,0 +1,172 @@
+//! What travels to the coordinator, as a coordinator sees it that only takes notes.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use handfast_proto::v1::{
+    self as pb,
+    coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
+};
+use tonic::{Request, Response, Status};
+
+use super::{super::network::Network, *};
+use crate::{Handfast, Remote};
+
+/// Takes notes, and says yes to everything.
+#[derive(Clone, Default)]
+struct Notes {
+    calls: Arc<Mutex<Vec<String>>>,
+    /// So many calls are refused as unavailable before they are taken.
+    unavailable: Arc<Mutex<usize>>,
+}
+
+impl Notes {
+    fn note(&self, call: String) -> Result<pb::Transaction, Status> {
+        let mut unavailable = self.unavailable.lock().unwrap();
+        if *unavailable > 0 {
+            *unavailable -= 1;
+            self.calls.lock().unwrap().push("(unavailable)".to_owned());
+            return Err(Status::unavailable("later"));
+        }
+        self.calls.lock().unwrap().push(call);
+        let state = pb::TransactionState::Confirmed.into();
+        Ok(pb::Transaction { xid: "3-7-1042-9f3c01d2".to_owned(), state, ..Default::default() })
+    }
+}
+
+fn ids(branches: &[pb::BranchSpec]) -> String {
+    branches.iter().map(|branch| branch.branch_id.as_str()).collect::<Vec<_>>().join(",")
+}
+
+#[tonic::async_trait]
+impl CoordinatorService for Notes {
+    async fn begin(
+        &self,
+        request: Request<pb::BeginRequest>,
+    ) -> Result<Response<pb::BeginResponse>, Status> {
+        let transaction = self.note(format!("begin {}", ids(&request.get_ref().branches)))?;
+        Ok(Response::new(pb::BeginResponse { transaction: Some(transaction), existed: false }))
+    }
+
+    async fn register_branch(
+        &self,
+        request: Request<pb::RegisterBranchRequest>,
+    ) -> Result<Response<pb::RegisterBranchResponse>, Status> {
+        let transaction = self.note(format!("register {}", ids(&request.get_ref().branches)))?;
+        Ok(Response::new(pb::RegisterBranchResponse { transaction: Some(transaction) }))
+    }
+
+    async fn decide(
+        &self,
+        request: Request<pb::DecideRequest>,
+    ) -> Result<Response<pb::DecideResponse>, Status> {
+        let request = request.into_inner();
+        let transaction =
+            self.note(format!("{:?} {}", request.decision(), request.tried_branch_ids.join(",")))?;
+        Ok(Response::new(pb::DecideResponse { transaction: Some(transaction) }))
+    }
+
+    async fn execute(
+        &self,
+        _: Request<pb::ExecuteRequest>,
+    ) -> Result<Response<pb::ExecuteResponse>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn get_transaction(
+        &self,
+        _: Request<pb::GetTransactionRequest>,
+    ) -> Result<Response<pb::GetTransactionResponse>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn wait_transaction(
+        &self,
+        _: Request<pb::WaitTransactionRequest>,
+    ) -> Result<Response<pb::WaitTransactionResponse>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+}
+
+async fn rig() -> (Notes, Handfast, Remote) {
+    let (network, notes) = (Network::default(), Notes::default());
+    let incoming = network.host("coordinator");
+    let service = CoordinatorServiceServer::new(notes.clone());
+    tokio::spawn(
+        tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming),
+    );
+    let handfast =
+        Handfast::from_channels(network.connect("coordinator"), network.connect("coordinator"));
+    let db = Box::leak(Box::new(Database::new(SCHEMA).await)); // as long as the test
+    let inventory = participant("inventory", db, Inventory).await;
+    (notes, handfast, Remote::here(&inventory, "http://127.0.0.1:7001"))
+}
+
+impl Notes {
+    fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_are_awaited_together_are_registered_together_and_with_begin() {
+    let (notes, handfast, inventory) = rig().await;
+    let run = handfast.transaction("order").run(async |global| {
+        tokio::try_join!(
+            global.call::<Deduct>(&inventory, Json(1)),
+            global.call::<Deduct>(&inventory, Json(1)),
+            global.call::<Deduct>(&inventory, Json(1)),
+        )?;
+        global.call::<Deduct>(&inventory, Json(1)).await?;
+        tokio::try_join!(
+            global.call::<Deduct>(&inventory, Json(1)),
+            global.call::<Deduct>(&inventory, Json(1)),
+        )?;
+        Ok(())
+    });
+    run.await.unwrap();
+    let expected = ["begin 1,2,3", "register 4", "register 5,6", "Confirm 1,2,3,4,5,6"];
+    assert_eq!(notes.calls(), expected);
+}
+
+#[tokio::test]
+async fn whatever_the_coordinator_offers_may_be_asked_for_again() {
+    let (notes, handfast, inventory) = rig().await;
+    *notes.unavailable.lock().unwrap() = 2;
+    let run = handfast.transaction("order").run(async |global| {
+        global.call::<Deduct>(&inventory, Json(1)).await?;
+        *notes.unavailable.lock().unwrap() = 2;
+        Ok(())
+    });
+    run.await.unwrap();
+    let twice = "(unavailable)";
+    assert_eq!(notes.calls(), [twice, twice, "begin 1", twice, twice, "Confirm 1"]);
+}
+
+#[tokio::test]
+async fn a_refused_try_asks_for_cancel_and_names_no_branches() {
+    let (notes, handfast, inventory) = rig().await;
+    let run = handfast.transaction("order").run(async |global| {
+        global.call::<Deduct>(&inventory, Json(11)).await?;
+        Ok(())
+    });
+    run.await.unwrap_err();
+    assert_eq!(notes.calls(), ["begin 1", "Cancel "]);
+}
+
+#[tokio::test]
+async fn branch_ids_follow_the_order_of_the_calls_not_of_their_polls() {
+    let (notes, handfast, inventory) = rig().await;
+    let run = handfast.transaction("order").run(async |global| {
+        let first = global.call::<Deduct>(&inventory, Json(1));
+        let second = global.call::<Deduct>(&inventory, Json(1));
+        second.await?;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        first.await?;
+        Ok(())
+    });
+    run.await.unwrap();
+    assert_eq!(notes.calls(), ["begin 2", "register 1", "Confirm 1,2"]);
+}

@@ -113,7 +113,7 @@ impl Clock for ManualClock {
         let mut now = self.now.subscribe();
         Box::pin(async move {
             if now.wait_for(|now| *now >= at).await.is_err() {
-                std::future::pending().await; // the clock is gone: the moment never comes
+                std::future::pending::<()>().await; // the clock is gone: the moment never comes
             }
         })
     }

@@ -41,6 +41,8 @@ mod contract;
 mod participant;
 mod service;
 
+mod inquiry;
+
 pub mod fence;
 
 mod answer;
@@ -68,4 +70,5 @@ pub use branch::{Branch, InvalidBranch, Phase};
 pub use contract::{Contract, Json, Payload, Proto};
 pub use error::{BoxError, Failed, Refusal, TryError};
 pub use fence::{Fence, Tx};
+pub use inquiry::{Inquiry, InquiryTask};
 pub use participant::{Action, Participant, ParticipantBuilder};

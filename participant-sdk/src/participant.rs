@@ -179,6 +179,15 @@ impl Participant {
         Refusal::of_handfast(reason::ACTION_UNKNOWN, message)
     }
 
+    /// Of every action, Cancels of branches that are still tried long after the end of phase one.
+    pub(crate) async fn overdue(&self) -> Result<Vec<Branch>, sqlx::Error> {
+        let mut overdue = Vec::new();
+        for served in self.actions.values() {
+            overdue.append(&mut served.overdue().await?);
+        }
+        Ok(overdue)
+    }
+
     /// Each action with the content types of its arguments and its reply.
     pub(crate) fn content_types(&self) -> impl Iterator<Item = (&'static str, ContentTypes)> {
         self.actions.iter().map(|(name, served)| (*name, served.content_types()))
@@ -217,6 +226,8 @@ impl ParticipantBuilder {
 trait Served: Send + Sync {
     fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer>;
     fn content_types(&self) -> ContentTypes;
+    /// Cancels of branches that are still tried long after the end of phase one. To be asked about, not to be made at once.
+    fn overdue(&self) -> BoxFuture<'_, Result<Vec<Branch>, sqlx::Error>>;
 }
 
 pub(crate) struct ContentTypes {
@@ -249,6 +260,15 @@ impl<A: Action> Served for Fenced<A> {
 
     fn content_types(&self) -> ContentTypes {
         ContentTypes { args: Args::<A>::CONTENT_TYPE, reply: Reply::<A>::CONTENT_TYPE }
+    }
+
+    fn overdue(&self) -> BoxFuture<'_, Result<Vec<Branch>, sqlx::Error>> {
+        Box::pin(async {
+            let name = <A::Contract as Contract>::NAME;
+            let overdue = self.fence.overdue(name).await?;
+            let cancel = |(xid, branch_id)| Branch::new(xid, branch_id, name, Phase::Cancel);
+            Ok(overdue.into_iter().map(cancel).collect())
+        })
     }
 }
 

@@ -345,9 +345,15 @@ impl OpenTransaction {
             Err(status) => match Reason::of(&status) {
                 Reason::AlreadyDecided => self.what_stands(xid, status).await,
                 Reason::NeverRecorded => Err(error), // nothing was tried
-                // Nobody but this run could have confirmed it, and it never will: it is cancelled when its time runs out.
-                _ if self.global.key().is_none() => Err(error),
-                _ => Err(self.unknown(xid, status_error(status))),
+                Reason::Forgotten
+                | Reason::KeyUnknown
+                | Reason::KeyTaken
+                | Reason::BranchesDiffer
+                | Reason::Other => match self.global.key() {
+                    // Nobody but this run could have confirmed it, and it never will: it is cancelled when its time runs out.
+                    None => Err(error),
+                    Some(_) => Err(self.unknown(xid, status_error(status))),
+                },
             },
         }
     }

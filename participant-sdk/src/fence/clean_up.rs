@@ -6,12 +6,13 @@
 
 use std::{fmt, io::ErrorKind, time::Duration};
 
+use handfast_proto::{BranchId, Xid};
 use sqlx::Error;
 use tokio::{task::JoinHandle, time};
 
 use super::{
     Fence,
-    db::{FenceDb, Old},
+    db::{FenceDb, Key, Old, Overdue},
     millis,
     tx::Tx,
 };
@@ -66,6 +67,16 @@ impl<DB: FenceDb> Fence<DB> {
                 Err(error)
             }
         }
+    }
+
+    /// Some branches of this action that are still tried though phase one ended [`EXPIRY_MARGIN`] ago, the oldest first.
+    pub(crate) async fn overdue(&self, action: &str) -> Result<Vec<(Xid, BranchId)>, Error> {
+        let overdue =
+            Overdue { action, margin_millis: millis(EXPIRY_MARGIN), limit: i64::from(BATCH) };
+        let mut tx = Tx::begin(&self.pool).await?;
+        let rows = DB::overdue(&mut tx, &overdue).await;
+        tx.rollback().await; // nothing was changed
+        Ok(rows?.iter().filter_map(|(xid, branch_id)| Key::read(xid, branch_id)).collect())
     }
 
     /// Cleans up in the background: one pass after each `interval` (an hour is a good one), until the guard is dropped. Several

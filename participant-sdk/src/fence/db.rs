@@ -8,6 +8,7 @@
 
 use std::{future::Future, time::Duration};
 
+use handfast_proto::{BranchId, Xid};
 use sqlx::{Database, Error, Pool, pool::PoolConnection};
 
 use super::verdict::State;
@@ -75,6 +76,12 @@ pub trait Statements: Database {
         old: &Old,
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
+    /// Some of the rows of an action that are still tried, though phase one ended `margin` ago or longer: xid and branch id.
+    fn overdue(
+        connection: &mut Self::Connection,
+        overdue: &Overdue<'_>,
+    ) -> impl Future<Output = Result<Vec<KeyRow>, Error>> + Send;
+
     /// The table as it is: each column's name, its type, and whether it is in the primary key. Empty: there is no table.
     fn columns(
         connection: &mut Self::Connection,
@@ -104,7 +111,17 @@ impl Key {
     pub(crate) fn of(branch: &Branch) -> Self {
         Self { xid: branch.xid.to_bytes(), branch_id: branch.branch_id.to_fixed() }
     }
+
+    /// The branch that a row belongs to. `None`: the SDK did not write this row.
+    pub(crate) fn read(xid: &[u8], branch_id: &[u8]) -> Option<(Xid, BranchId)> {
+        let text = branch_id.split(|byte| *byte == 0).next().unwrap_or_default();
+        let branch_id = std::str::from_utf8(text).ok()?.parse().ok()?;
+        Some((Xid::from_bytes(xid.try_into().ok()?), branch_id))
+    }
 }
+
+/// A [`Key`] as it is selected: xid and branch id.
+pub(crate) type KeyRow = (Vec<u8>, Vec<u8>);
 
 /// The row that a Try or a Cancel makes, unless there is one.
 pub struct Claim<'a> {
@@ -130,6 +147,15 @@ pub struct Settle<'a> {
 #[derive(Debug)]
 pub struct Old {
     pub(crate) retention_millis: i64,
+    pub(crate) margin_millis: i64,
+    /// At most so many of them.
+    pub(crate) limit: i64,
+}
+
+/// Which rows are overdue: of this action, still tried, and expired at least `margin` ago.
+#[derive(Debug)]
+pub struct Overdue<'a> {
+    pub(crate) action: &'a str,
     pub(crate) margin_millis: i64,
     /// At most so many of them.
     pub(crate) limit: i64,

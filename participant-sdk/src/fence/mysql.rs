@@ -6,7 +6,7 @@
 
 use sqlx::{Error, MySql, MySqlConnection, pool::PoolConnection};
 
-use super::db::{Claim, FenceDb, Key, Old, Record, RecordRow, Settle, Statements};
+use super::db::{Claim, FenceDb, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements};
 
 // The time is UTC_TIMESTAMP, that is when its statement began. So it is read by statements that follow the one which may wait;
 // and unlike UNIX_TIMESTAMP(SYSDATE(3)) it is not an hour off in the night when the session's time zone ends summer time.
@@ -39,6 +39,12 @@ AND changed_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV
 AND (expires_at IS NULL
     OR expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?)
 ORDER BY changed_at, xid, branch_id LIMIT ?";
+
+const OVERDUE: &str = "
+SELECT xid, branch_id FROM handfast_fence
+WHERE state = 1 AND action = ?
+AND expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?
+ORDER BY expires_at LIMIT ?";
 
 const COLUMNS: &str = "
 SELECT CAST(column_name AS CHAR), CAST(data_type AS CHAR), CAST(column_key = 'PRI' AS SIGNED)
@@ -122,6 +128,18 @@ BEGIN";
             .execute(connection)
             .await?;
         Ok(done.rows_affected())
+    }
+
+    async fn overdue(
+        connection: &mut MySqlConnection,
+        overdue: &Overdue<'_>,
+    ) -> Result<Vec<KeyRow>, Error> {
+        sqlx::query_as(OVERDUE)
+            .bind(overdue.action)
+            .bind(overdue.margin_millis)
+            .bind(overdue.limit)
+            .fetch_all(connection)
+            .await
     }
 
     async fn columns(

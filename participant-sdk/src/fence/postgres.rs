@@ -2,7 +2,7 @@
 
 use sqlx::{Error, PgConnection, Postgres, pool::PoolConnection};
 
-use super::db::{Claim, FenceDb, Key, Old, Record, RecordRow, Settle, Statements};
+use super::db::{Claim, FenceDb, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements};
 
 // `clock_timestamp()` and not `now()`: that is the time when the local transaction began, which may be before it waited.
 
@@ -36,6 +36,11 @@ DELETE FROM handfast_fence WHERE (xid, branch_id) IN (
     AND (expires_at IS NULL OR expires_at <= (extract(epoch FROM now()) * 1000)::bigint - $2)
     ORDER BY changed_at LIMIT $3 FOR UPDATE SKIP LOCKED
 )";
+
+const OVERDUE: &str = "
+SELECT xid, branch_id FROM handfast_fence
+WHERE state = 1 AND action = $1 AND expires_at <= (extract(epoch FROM now()) * 1000)::bigint - $2
+ORDER BY expires_at LIMIT $3";
 
 const COLUMNS: &str = "
 SELECT a.attname::text, format_type(a.atttypid, NULL), coalesce(a.attnum = ANY (i.indkey), false)
@@ -113,6 +118,18 @@ impl Statements for Postgres {
             .execute(connection)
             .await?;
         Ok(done.rows_affected())
+    }
+
+    async fn overdue(
+        connection: &mut PgConnection,
+        overdue: &Overdue<'_>,
+    ) -> Result<Vec<KeyRow>, Error> {
+        sqlx::query_as(OVERDUE)
+            .bind(overdue.action)
+            .bind(overdue.margin_millis)
+            .bind(overdue.limit)
+            .fetch_all(connection)
+            .await
     }
 
     async fn columns(connection: &mut PgConnection) -> Result<Vec<(String, String, bool)>, Error> {

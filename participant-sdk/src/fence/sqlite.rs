@@ -7,7 +7,7 @@ use sqlx::{Connection as _, Error, Pool, Sqlite, SqliteConnection, pool::PoolCon
 use sqlx_core::transaction::TransactionManager as _;
 
 use super::{
-    db::{Claim, FenceDb, Key, Old, Record, RecordRow, Settle, Statements},
+    db::{Claim, FenceDb, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements},
     tx::GIVE_BACK_WITHIN,
 };
 
@@ -39,6 +39,11 @@ DELETE FROM handfast_fence WHERE rowid IN (
     AND (expires_at IS NULL OR expires_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?2)
     ORDER BY changed_at LIMIT ?3
 )";
+
+const OVERDUE: &str = "
+SELECT xid, branch_id FROM handfast_fence
+WHERE state = 1 AND action = ?1 AND expires_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?2
+ORDER BY expires_at LIMIT ?3";
 
 const COLUMNS: &str = "SELECT name, type, pk > 0 FROM pragma_table_info('handfast_fence')";
 
@@ -118,6 +123,18 @@ impl Statements for Sqlite {
             .execute(connection)
             .await?;
         Ok(done.rows_affected())
+    }
+
+    async fn overdue(
+        connection: &mut SqliteConnection,
+        overdue: &Overdue<'_>,
+    ) -> Result<Vec<KeyRow>, Error> {
+        sqlx::query_as(OVERDUE)
+            .bind(overdue.action)
+            .bind(overdue.margin_millis)
+            .bind(overdue.limit)
+            .fetch_all(connection)
+            .await
     }
 
     async fn columns(

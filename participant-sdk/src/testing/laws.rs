@@ -338,13 +338,12 @@ impl<W, I> Play<W, I> {
             }
             Step::StrayConfirm => {
                 self.report.deliveries += 1;
-                return match self.call(world, branch_id, Phase::Confirm).await {
-                    Answer::Refused(_) => Ok(false),
-                    other => {
-                        let law = "what was never tried is not confirmed".to_owned();
-                        Err(self.broken(story, law, "a refusal", &other))
-                    }
-                };
+                let answer = self.call(world, branch_id, Phase::Confirm).await;
+                if matches!(answer, Answer::Refused(_)) {
+                    return Ok(false);
+                }
+                let law = "what was never tried is not confirmed".to_owned();
+                return Err(self.broken(story, law, "a refusal", &answer));
             }
         };
         self.report.deliveries += answers.len();

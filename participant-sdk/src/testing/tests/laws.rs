@@ -23,6 +23,7 @@ enum Bug {
 
 struct Buggy(Bug);
 
+#[allow(clippy::wildcard_enum_match_arm, reason = "each bug is in one of them")]
 impl Action for Buggy {
     type Contract = Deduct;
     type Db = Sqlite;

@@ -1,6 +1,7 @@
 //! The initiator's side of the SDK, and the test kit itself, over the real coordinator in this process.
 
 mod initiator;
+mod inquiry;
 mod laws;
 mod wire;
 

@@ -1,0 +1,111 @@
+//! Reservations that nobody comes for. A branch that is still tried long after the end of phase one should have been confirmed
+//! or cancelled by now: the coordinator may have been away, or its store restored from an older copy, and then nobody asks for
+//! this branch any more. So the participant asks, and no reservation is left for ever because nobody did.
+
+use std::{fmt, time::Duration};
+
+use tokio::task::JoinHandle;
+use tracing::{error, info, warn};
+
+use crate::{
+    answer::Answer, branch::Branch, client::Handfast, error::BoxError, outcome::Outcome,
+    participant::Participant,
+};
+
+/// What came of asking about overdue branches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Inquiry {
+    /// Branches that were given back, since their transaction was cancelled or never recorded.
+    pub cancelled: usize,
+    /// Branches that are left as they are, since their transaction is confirmed, undecided or forgotten. A person should look:
+    /// each is in the log.
+    pub reported: usize,
+}
+
+impl Participant {
+    /// Asks the coordinator about branches that are still tried an hour after the end of phase one, and cancels those whose
+    /// transaction was cancelled or was never recorded. Never confirms: that is the coordinator's.
+    ///
+    /// # Errors
+    ///
+    /// When the database or the coordinator does not answer. What was done stays done; the rest is done another time.
+    ///
+    /// # Cancel safety
+    ///
+    /// As after an error.
+    pub async fn inquire(&self, handfast: &Handfast) -> Result<Inquiry, BoxError> {
+        let mut inquiry = Inquiry::default();
+        for branch in self.overdue().await? {
+            let outcome = handfast.outcome(branch.xid).await?;
+            if self.settle(&branch, &outcome).await {
+                inquiry.cancelled += 1;
+            } else {
+                inquiry.reported += 1;
+            }
+        }
+        Ok(inquiry)
+    }
+
+    /// Whether the branch has been cancelled.
+    async fn settle(&self, branch: &Branch, outcome: &Outcome) -> bool {
+        let Branch { xid, branch_id, action, .. } = branch;
+        match outcome {
+            Outcome::Cancelled { .. } | Outcome::NeverRecorded => {
+                let answer = self.handle(branch, &[]).await;
+                let done = matches!(answer, Answer::Done(_));
+                if done {
+                    info!(%xid, %branch_id, action, ?outcome, "an overdue reservation was given back");
+                } else {
+                    warn!(%xid, %branch_id, action, ?answer, "an overdue reservation cannot be given back yet");
+                }
+                done
+            }
+            Outcome::Confirmed { completed: true } => {
+                error!(%xid, %branch_id, action, "a reservation of a transaction that is confirmed and over is still there");
+                false
+            }
+            Outcome::Forgotten => {
+                error!(%xid, %branch_id, action, "a reservation of a transaction that nobody knows any more is still there");
+                false
+            }
+            Outcome::Undecided | Outcome::Confirmed { completed: false } => {
+                warn!(%xid, %branch_id, action, ?outcome, "a reservation has been waiting for long; the coordinator will come");
+                false
+            }
+        }
+    }
+
+    /// Inquires in the background, once in each `interval` (an hour is a good one), until the guard is dropped. Several processes
+    /// may do so at once.
+    pub fn inquire_every(&self, interval: Duration, handfast: &Handfast) -> InquiryTask {
+        let (participant, handfast) = (self.clone(), handfast.clone());
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(interval).await;
+                if let Err(error) = participant.inquire(&handfast).await {
+                    warn!(%error, "cannot ask about overdue reservations; trying again after the interval");
+                }
+            }
+        });
+        InquiryTask { task }
+    }
+}
+
+/// Stops the inquiries when it is dropped.
+#[must_use = "the inquiries stop when this is dropped"]
+pub struct InquiryTask {
+    task: JoinHandle<()>,
+}
+
+impl Drop for InquiryTask {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl fmt::Debug for InquiryTask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("InquiryTask")
+    }
+}

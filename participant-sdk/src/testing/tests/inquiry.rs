@@ -1,0 +1,62 @@
+//! A participant asks about reservations that nobody comes for.
+
+use std::time::Duration;
+
+use super::*;
+use crate::{Answer, Outcome, Phase, Xid};
+
+/// Makes all rows of the fence look as if phase one had ended so long ago.
+async fn age(db: &Database, by: Duration) {
+    let sql =
+        "UPDATE handfast_fence SET expires_at = CAST(unixepoch('subsec') * 1000 AS INTEGER) - ?";
+    sqlx::query(sql)
+        .bind(i64::try_from(by.as_millis()).unwrap())
+        .execute(&db.pool())
+        .await
+        .unwrap();
+}
+
+async fn reserve(participant: &Participant, xid: Xid) {
+    let branch = Branch::new(xid, "1".parse().unwrap(), Deduct::NAME, Phase::Try);
+    assert!(matches!(participant.handle(&branch, b"3").await, Answer::Done(_)));
+}
+
+#[tokio::test]
+async fn what_was_cancelled_or_never_recorded_is_given_back_and_the_rest_is_left_alone() {
+    let db = Database::new(SCHEMA).await;
+    let inventory = participant("inventory", &db, Inventory).await;
+    let coordinator = Coordinator::start([inventory.clone()]).await;
+    let handfast = coordinator.handfast();
+
+    // A transaction that was never recorded: as if the coordinator's store had been lost with its last commits.
+    let open = handfast.transaction("order").begin().await.unwrap();
+    let known = open.xid().await.unwrap();
+    let lost = Xid { sequence: known.sequence + 7, ..known };
+    reserve(&inventory, lost).await;
+    age(&db, Duration::from_secs(3500)).await;
+    assert_eq!(inventory.inquire(&handfast).await.unwrap().cancelled, 0, "too early");
+    age(&db, Duration::from_secs(3700)).await;
+    let inquiry = inventory.inquire(&handfast).await.unwrap();
+    assert_eq!((inquiry.cancelled, inquiry.reported), (1, 0));
+    assert_eq!(stock(&db.pool()).await, (10, 0, 0));
+
+    // One that was cancelled, and its Cancel never came here.
+    open.cancel("no longer wanted").await.unwrap();
+    assert!(matches!(coordinator.finished(known).await, Outcome::Cancelled { .. }));
+    reserve(&inventory, known).await;
+    age(&db, Duration::from_secs(3700)).await;
+    assert_eq!(inventory.inquire(&handfast).await.unwrap().cancelled, 1);
+    assert_eq!(stock(&db.pool()).await, (10, 0, 0));
+
+    // Confirmed, undecided, forgotten: not ours to settle.
+    let confirmed = handfast.transaction("order").run(async |_| Ok(())).await.unwrap();
+    let undecided = handfast.transaction("order").begin().await.unwrap();
+    let forgotten = Xid { nonce: !known.nonce, ..known };
+    for xid in [confirmed.xid, undecided.xid().await.unwrap(), forgotten] {
+        reserve(&inventory, xid).await;
+    }
+    age(&db, Duration::from_secs(3700)).await;
+    let inquiry = inventory.inquire(&handfast).await.unwrap();
+    assert_eq!((inquiry.cancelled, inquiry.reported), (0, 3));
+    assert_eq!(stock(&db.pool()).await, (1, 9, 0));
+}

@@ -143,6 +143,19 @@ impl<E: Error + Send + Sync + 'static> From<E> for Failed {
     }
 }
 
+/// Why the closure of a [`run`](crate::TransactionBuilder::run) wants its transaction cancelled.
+///
+/// `?` makes one of every error, and `.into()` of every text. Like `anyhow::Error`, and for the same reason, this is not itself an
+/// [`Error`].
+#[derive(Debug)]
+pub struct WorkError(pub(crate) BoxError);
+
+impl<E: Into<BoxError>> From<E> for WorkError {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
 /// An error and what caused it, in one line.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();

@@ -36,6 +36,9 @@ use crate::{
 
 /// How long one attempt of a Try may take.
 const TRY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much more time a participant is given than we wait, so that it is we who notice the end of it: tonic's own timers, here and
+/// there, would say CANCELLED.
+const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
 /// Attempts of one Try. A repeat is harmless, since Trys are fenced.
 const TRY_ATTEMPTS_MAX: u32 = 3;
 /// Pause before a Try is repeated; doubles.
@@ -332,7 +335,9 @@ impl Global {
                         context: Some(branch.to_context()),
                         payload: Some(payload.clone()),
                     });
-                    request.set_timeout(ends.saturating_duration_since(Instant::now()));
+                    request.set_timeout(
+                        ends.saturating_duration_since(Instant::now()) + DEADLINE_MARGIN,
+                    );
                     let ascii = |text: String| {
                         MetadataValue::try_from(text).expect("xids and branch ids are plain ASCII")
                     };

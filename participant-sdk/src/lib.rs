@@ -68,7 +68,7 @@ pub use transaction::{OpenTransaction, TransactionBuilder};
 
 pub use branch::{Branch, InvalidBranch, Phase};
 pub use contract::{Contract, Json, Payload, Proto};
-pub use error::{BoxError, Failed, Refusal, TryError};
+pub use error::{BoxError, Failed, Refusal, TryError, WorkError};
 pub use fence::{Fence, Tx};
 pub use inquiry::{Inquiry, InquiryTask};
 pub use participant::{Action, Participant, ParticipantBuilder};

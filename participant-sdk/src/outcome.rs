@@ -97,13 +97,11 @@ pub enum Outcome {
     /// No decision yet. This carries no promise: the next moment it may be confirmed, or cancelled.
     Undecided,
     /// Confirmed, for ever.
-    #[non_exhaustive]
     Confirmed {
         /// Every participant has acknowledged.
         completed: bool,
     },
     /// Cancelled, for ever.
-    #[non_exhaustive]
     Cancelled {
         /// Every participant has acknowledged.
         completed: bool,

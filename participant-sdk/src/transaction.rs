@@ -9,7 +9,7 @@ use tonic::Status;
 use crate::{
     async_func::AsyncFunc,
     client::{ASK_PATIENCE, Handfast, Reason, status_error},
-    error::{BoxError, cut},
+    error::{BoxError, WorkError, cut},
     global::{CallError, Calls, Global, NewTransaction},
     outcome::{Confirmed, TransactionError, standing},
     propagation,
@@ -109,7 +109,7 @@ impl TransactionBuilder {
     /// that, the outcome is unknown, as after a crash.
     pub async fn run<T, F>(self, work: F) -> Result<Confirmed<T>, TransactionError>
     where
-        F: for<'g> AsyncFunc<&'g Global, Result<T, BoxError>, Future: Send>,
+        F: for<'g> AsyncFunc<&'g Global, Result<T, WorkError>, Future: Send>,
     {
         if let Some(standing) = self.standing().await? {
             return standing;
@@ -120,7 +120,7 @@ impl TransactionBuilder {
         let worked = tokio::time::timeout_at(global.deadline(), within).await;
         let (value, failed) = match worked {
             Ok(Ok(value)) => (Some(value), None),
-            Ok(Err(error)) => (None, Some(Failure::Work(error))),
+            Ok(Err(WorkError(error))) => (None, Some(Failure::Work(error))),
             Err(_) => (None, Some(Failure::TimedOut)),
         };
         let confirmed = open.end(failed).await?;

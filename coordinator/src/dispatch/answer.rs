@@ -25,9 +25,9 @@ pub(super) fn outcome(
         // alone will not mend it.
         Code::Aborted => (false, is_try),
         Code::FailedPrecondition | Code::Unimplemented => (false, true),
-        Code::DeadlineExceeded => (true, false),
+        // CANCELLED is what some servers say when they notice first that the time is over.
+        Code::DeadlineExceeded | Code::Cancelled => (true, false),
         Code::Ok
-        | Code::Cancelled
         | Code::Unknown
         | Code::InvalidArgument
         | Code::NotFound
@@ -120,6 +120,7 @@ mod tests {
                     | Code::Aborted
                     | Code::Unimplemented
                     | Code::DeadlineExceeded
+                    | Code::Cancelled
             );
             for phase in [Phase::Try, Phase::Confirm, Phase::Cancel].into_iter().filter(|_| !named)
             {
@@ -134,6 +135,7 @@ mod tests {
             assert_eq!(unknown(phase, Code::Unimplemented), (false, true), "stuck at once");
             assert_eq!(unknown(phase, Code::Aborted), (false, false));
             assert_eq!(unknown(phase, Code::DeadlineExceeded), (true, false));
+            assert_eq!(unknown(phase, Code::Cancelled), (true, false));
         }
     }
 

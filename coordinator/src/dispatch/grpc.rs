@@ -39,6 +39,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a connection with calls on it is asked whether it lives, and how long it may take to say so.
 const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(5)];
 
+/// How much more time a participant is given than we wait, so that it is we who notice the end of it: tonic's own timers, here and
+/// there, would say CANCELLED.
+const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
+
 /// Makes connections. The one place to put another network: none at all, or a simulated one.
 pub trait Dialler: fmt::Debug + Send + Sync + 'static {
     /// A channel that connects when it is first used, and again when the connection is lost.
@@ -265,6 +269,6 @@ async fn send(channel: Channel, call: &CallRequest) -> Result<Option<Payload>, S
 
 fn request<T>(call: &CallRequest, message: T) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(call.deadline);
+    request.set_timeout(call.deadline + DEADLINE_MARGIN);
     request
 }

@@ -105,12 +105,39 @@ pub async fn laws<C: Contract, S: PartialEq + Debug>(
     new_world: impl AsyncFn() -> World<S>,
     invariant: impl Fn(&S) -> bool,
 ) -> Result<Report, BrokenLaw> {
+    let payload = payload::<C>(&args);
+    check(C::NAME, [payload.clone(), payload], new_world, invariant).await
+}
+
+/// The same, for an action that cannot be tried twice with the same arguments: because an order has one row, say. Where there
+/// are two branches, the other one is tried with `neighbour`.
+///
+/// # Errors
+///
+/// As [`laws`].
+pub async fn laws_with_neighbour<C: Contract, S: PartialEq + Debug>(
+    args: C::Args,
+    neighbour: C::Args,
+    new_world: impl AsyncFn() -> World<S>,
+    invariant: impl Fn(&S) -> bool,
+) -> Result<Report, BrokenLaw> {
+    let payloads = [payload::<C>(&args), payload::<C>(&neighbour)];
+    check(C::NAME, payloads, new_world, invariant).await
+}
+
+fn payload<C: Contract>(args: &C::Args) -> Bytes {
+    args.encode().unwrap_or_else(|error| panic!("the arguments cannot be written: {error}"))
+}
+
+async fn check<S: PartialEq + Debug>(
+    action: &'static str,
+    payloads: [Bytes; 2],
+    new_world: impl AsyncFn() -> World<S>,
+    invariant: impl Fn(&S) -> bool,
+) -> Result<Report, BrokenLaw> {
     use Step::{Cancel, CancelCancel, Confirm, ConfirmConfirm, GiveUp, Try, TryCancel, TryTry};
 
-    let payload =
-        args.encode().unwrap_or_else(|error| panic!("the arguments cannot be written: {error}"));
-    let mut play =
-        Play { action: C::NAME, payload, new_world, invariant, report: Report::default() };
+    let mut play = Play { action, payloads, new_world, invariant, report: Report::default() };
 
     let untouched = play.story(&[], &[]).await?.state;
     let tried = play.story(&[Try], &[]).await?.state;
@@ -183,15 +210,18 @@ pub async fn laws<C: Contract, S: PartialEq + Debug>(
     }
     // Two branches: the one is cancelled, the other confirmed.
     let neighbours = "what one branch does leaves its neighbour alone";
+    let other_confirmed = play.story(&[], &[Try, Confirm]).await?.state;
     for other in [&[Try, Cancel][..], &[Cancel, Try], &[Try, Try, Cancel, Cancel]] {
-        for (first, second) in [(&[Try, Confirm][..], other), (other, &[Try, Confirm])] {
+        for (first, second, expected) in
+            [(&[Try, Confirm][..], other, &confirmed), (other, &[Try, Confirm], &other_confirmed)]
+        {
             let end = play.story(first, second).await?.state;
             let story = format!(
                 "{}; and in turn with it, of another branch: {}",
                 words(first),
                 words(second)
             );
-            play.same(&story, neighbours, &confirmed, &end)?;
+            play.same(&story, neighbours, expected, &end)?;
         }
     }
     // What was never tried cannot be confirmed.
@@ -243,7 +273,8 @@ struct Played<S> {
 
 struct Play<W, I> {
     action: &'static str,
-    payload: Bytes,
+    /// What the Try of the one branch gets, and that of the other.
+    payloads: [Bytes; 2],
     new_world: W,
     invariant: I,
     report: Report,
@@ -389,7 +420,11 @@ impl<W, I> Play<W, I> {
         let xid = Xid { partition: 0, epoch: 1, sequence: 1, nonce: 1 };
         let branch_id = branch_id.parse().expect("a branch id");
         let branch = Branch::new(xid, branch_id, self.action, phase);
-        let payload: &[u8] = if phase == Phase::Try { &self.payload } else { &[] };
+        let payload: &[u8] = match (phase, branch.branch_id.as_str()) {
+            (Phase::Confirm | Phase::Cancel, _) => &[],
+            (Phase::Try, "1") => &self.payloads[0],
+            (Phase::Try, _) => &self.payloads[1],
+        };
         world.participant.handle(&branch, payload).await
     }
 

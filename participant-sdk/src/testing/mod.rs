@@ -57,4 +57,4 @@ mod tests;
 pub use coordinator::{Coordinator, Fault};
 #[cfg(feature = "sqlite")]
 pub use database::Database;
-pub use laws::{BrokenLaw, Report, World, laws};
+pub use laws::{BrokenLaw, Report, World, laws, laws_with_neighbour};

@@ -1,0 +1,14 @@
+//! Handfast as a whole.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "these are tests, their helpers too")]
+
+mod serve;
+
+mod crash;
+mod mishaps;
+mod nested;
+
+mod operators;
+mod shop;
+
+mod tidy;

@@ -1,0 +1,122 @@
+//! The command line, as operators use it, against a coordinator with a transaction that is stuck.
+
+use handfast::{Json, Outcome, Remote};
+use handfast_tests::{
+    process::{Coordinator, handfast},
+    wait_for,
+    warehouse::{Deduct, Warehouse},
+};
+use serde_json::Value;
+
+/// Runs a command for operators. Returns its exit code, and what it printed.
+async fn run(coordinator: &Coordinator, arguments: &[&str]) -> (i32, String, String) {
+    let url = coordinator.url();
+    let output = handfast(&[arguments, &["--server", &url]].concat()).await;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+async fn json(coordinator: &Coordinator, arguments: &[&str]) -> Value {
+    let (code, printed, words) = run(coordinator, &[arguments, &["-o", "json"]].concat()).await;
+    assert_eq!(code, 0, "{arguments:?}: {words}");
+    serde_json::from_str(&printed).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("handfast.toml");
+    std::fs::write(
+        &config,
+        "[stuck]\nafter_attempts = 2\n[retry]\ninitial = \"10ms\"\nmax = \"1h\"\n",
+    )
+    .unwrap();
+    let flags = ["--config", config.to_str().unwrap()];
+    let coordinator = Coordinator::start(&folder.path().join("store.db"), &flags).await;
+    let (east, west) = (
+        Warehouse::open("east", folder.path()).await,
+        Warehouse::open("west", folder.path()).await,
+    );
+    // The west is tried, and then nobody is there any more.
+    let initiator = coordinator.handfast();
+    let open = initiator
+        .transaction("order")
+        .label("customer", "ann")
+        .until_decided()
+        .begin()
+        .await
+        .unwrap();
+    open.call::<Deduct>(&east.remote(), Json(3)).await.unwrap();
+    let gone = Remote::here(&west.participant, "http://127.0.0.1:9"); // the discard port: closed
+    open.call::<Deduct>(&gone, Json(2)).await.unwrap();
+    let xid = open.confirm().await.unwrap().xid;
+    let text = xid.to_string();
+
+    let listed = wait_for("it is listed as stuck", async || {
+        let list = json(&coordinator, &["list", "--stuck"]).await;
+        list["transactions"].as_array().unwrap().first().cloned()
+    });
+    let listed = listed.await;
+    assert_eq!(
+        (listed["xid"].as_str(), listed["state"].as_str()),
+        (Some(&*text), Some("confirming"))
+    );
+    assert_eq!(listed["branches"][1]["last_error"]["code"], "UNAVAILABLE");
+    let (code, table, _) = run(&coordinator, &["list", "--open", "--name", "order"]).await;
+    assert_eq!(code, 0);
+    assert!(table.contains(&text) && table.contains("stuck"), "{table}");
+
+    let (code, shown, _) = run(&coordinator, &["show", &text]).await;
+    assert_eq!(code, 0);
+    for word in
+        ["CONFIRMING", "customer=ann", "west", "UNAVAILABLE", "handfast retry", "handfast resolve"]
+    {
+        assert!(shown.contains(word), "{word} is not in:\n{shown}");
+    }
+    // Its next attempt may be far away; it goes out now, past the breaker too.
+    let attempts = |shown: &Value| shown["branches"][1]["attempts"].as_u64().unwrap();
+    let before = attempts(&json(&coordinator, &["show", &text]).await);
+    run(&coordinator, &["retry", &text]).await;
+    let again = wait_for("one more attempt", async || {
+        (attempts(&json(&coordinator, &["show", &text]).await) > before).then_some(())
+    });
+    again.await;
+
+    // Mistakes are told, each in its way.
+    for (arguments, expected, says) in [
+        (&["show", "3-7-1042"][..], 2, "3-7-1042-9f3c01d2"),
+        (&["show", "3-1-999999-00000000"], 3, "not known"),
+        (&["resolve", &text, "7", "--reason", "x", "--operator", "ann"], 3, "no branch 7"),
+        (&["resolve", &text, "1", "--reason", "x", "--operator", "ann"], 4, "acknowledged"),
+        (&["resolve", &text, "2"], 2, "--reason"),
+        (&["list", "--limit", "1001"], 2, "1000"),
+    ] {
+        let (code, _, words) = run(&coordinator, arguments).await;
+        assert_eq!(code, expected, "{arguments:?}: {words}");
+        assert!(words.contains(says), "{arguments:?} does not say {says:?}: {words}");
+    }
+
+    let resolve = ["resolve", &text, "2", "--reason", "booked by hand", "--operator", "ann"];
+    for _ in 0..2 {
+        let (code, told, words) = run(&coordinator, &resolve).await;
+        assert_eq!(code, 0, "{words}");
+        assert!(told.contains("resolved"), "{told}");
+    }
+    assert_eq!(initiator.outcome(xid).await.unwrap(), Outcome::Confirmed { completed: true });
+    assert_eq!(east.stock().await.2, 3);
+    let shown = json(&coordinator, &["show", &text]).await;
+    assert_eq!(shown["branches"][1]["state"], "resolved");
+    assert_eq!(shown["branches"][1]["resolution"]["reason"], "booked by hand");
+    assert_eq!(
+        json(&coordinator, &["list", "--stuck"]).await["transactions"].as_array().unwrap().len(),
+        0
+    );
+}
+
+#[tokio::test]
+async fn without_a_coordinator_the_commands_say_so() {
+    let output = handfast(&["list", "--server", "http://127.0.0.1:9", "--timeout", "2s"]).await;
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(5), "{words}");
+    assert!(words.contains("handfast dev"), "{words}");
+}

@@ -1,0 +1,211 @@
+//! The coordinator as its users run it: a process of its own.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{ExitStatus, Output, Stdio},
+    sync::{Arc, Mutex, OnceLock},
+};
+
+use handfast::Handfast;
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::{Child, Command},
+};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::{PATIENCE, wait_for};
+
+/// Where cargo puts binaries, next to the program that is running.
+fn target_folder() -> PathBuf {
+    let program = std::env::current_exe().expect("this program is somewhere");
+    let folder = program.parent().and_then(Path::parent).expect("target/debug/deps/it-…");
+    folder.to_owned()
+}
+
+/// The binary of this name, built if need be.
+///
+/// # Panics
+///
+/// When it cannot be built.
+pub fn binary(package: &str, name: &str) -> PathBuf {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        // Cargo builds no binaries of other packages for tests.
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+        let built = std::process::Command::new(cargo)
+            .args(["build", "--quiet", "--package", "handfast-coordinator", "--bins"])
+            .args(["--target-dir".as_ref(), target_folder().parent().expect("target").as_os_str()])
+            .status()
+            .expect("cargo runs");
+        assert!(built.success(), "the binaries cannot be built");
+    });
+    let binary = target_folder().join(name);
+    assert!(binary.exists(), "{} of {package} is not there", binary.display());
+    binary
+}
+
+/// Runs `handfast` with these arguments to its end.
+///
+/// # Panics
+///
+/// When it cannot be run, or does not end.
+pub async fn handfast(arguments: &[&str]) -> Output {
+    let mut command = Command::new(binary("handfast-coordinator", "handfast"));
+    let output = command.args(arguments).kill_on_drop(true).stdin(Stdio::null()).output();
+    tokio::time::timeout(PATIENCE, output).await.expect("it ends").expect("it runs")
+}
+
+/// A coordinator that is running. Killed when it is dropped.
+#[derive(Debug)]
+pub struct Coordinator {
+    child: Child,
+    /// Where it listens.
+    pub address: String,
+    log: Log,
+}
+
+/// What a process has logged so far.
+#[derive(Debug, Clone, Default)]
+pub struct Log(Arc<Mutex<Vec<Value>>>);
+
+impl Log {
+    /// All lines.
+    ///
+    /// # Panics
+    ///
+    /// Never, unless a test has panicked here before.
+    #[must_use]
+    pub fn lines(&self) -> Vec<Value> {
+        self.0.lock().expect("nothing panics while it is locked").clone()
+    }
+
+    /// The lines with this message.
+    #[must_use]
+    pub fn with_message(&self, message: &str) -> Vec<Value> {
+        self.lines().into_iter().filter(|line| line["message"] == message).collect()
+    }
+}
+
+impl Coordinator {
+    /// Starts one on this store, with these flags too, and waits until it serves.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    pub async fn start(store: &Path, flags: &[&str]) -> Self {
+        let store = format!("sqlite:{}", store.display());
+        let mut command = Command::new(binary("handfast-coordinator", "handfast"));
+        command.args(["serve", "--log-format", "json", "--store", &store]).args(flags);
+        if !flags.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        Self::spawn(command).await
+    }
+
+    /// Waits until what `command` starts is serving.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    pub async fn spawn(mut command: Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("it can be started");
+        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let log = Log::default();
+        let taking = log.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                taking.0.lock().expect("nothing panics while it is locked").push(line);
+            }
+        });
+        let serving = wait_for("the coordinator serves", async || {
+            if let Ok(Some(status)) = child.try_wait() {
+                panic!("the coordinator has ended: {status}, {:?}", log.lines());
+            }
+            log.with_message("serving").pop()
+        });
+        let serving = serving.await;
+        let address = serving["address"].as_str().expect("an address").to_owned();
+        Self { child, address, log }
+    }
+
+    /// Its URL.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// An initiator's connection to it.
+    ///
+    /// # Panics
+    ///
+    /// Never: the address is one.
+    #[must_use]
+    pub fn handfast(&self) -> Handfast {
+        Handfast::connect(&self.url()).expect("an address")
+    }
+
+    /// A plain connection to it.
+    ///
+    /// # Panics
+    ///
+    /// Never: the address is one.
+    #[must_use]
+    pub fn channel(&self) -> Channel {
+        Endpoint::from_shared(self.url()).expect("an address").connect_lazy()
+    }
+
+    /// What it has logged.
+    #[must_use]
+    pub fn log(&self) -> Log {
+        self.log.clone()
+    }
+
+    /// Its process id.
+    ///
+    /// # Panics
+    ///
+    /// When it has ended.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("it is running")
+    }
+
+    /// Kills it: SIGKILL, at once.
+    ///
+    /// # Panics
+    ///
+    /// When it has ended before.
+    pub async fn kill(mut self) {
+        self.child.kill().await.expect("it was running");
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    ///
+    /// When there is no shell.
+    pub async fn signal(&self, name: &str) {
+        let kill = format!("kill -{name} {}", self.pid());
+        let sent = Command::new("sh").args(["-c", &kill]).status().await.expect("a shell");
+        assert!(sent.success());
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    pub async fn ended(&mut self) -> ExitStatus {
+        tokio::time::timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("it ends")
+            .expect("it was started")
+    }
+}

@@ -23,7 +23,7 @@ CREATE TABLE global_transaction (
     drive            INTEGER NOT NULL,  -- who calls the Trys: 1 the initiator, 2 the coordinator at once, 3 in order
     state            INTEGER NOT NULL,  -- 1 trying, 2 confirming, 3 cancelling, 4 confirmed, 5 cancelled
     labels           TEXT NOT NULL,     -- JSON object of strings, from the initiator
-    begun_at         INTEGER NOT NULL,
+    begun_at         INTEGER NOT NULL,  -- when the coordinator took it in
     expires_at       INTEGER NOT NULL,  -- end of phase one
     decided_at       INTEGER,           -- NULL while trying
     finished_at      INTEGER,           -- NULL until every branch has acknowledged
@@ -41,8 +41,8 @@ CREATE TABLE branch (
     xid             BLOB NOT NULL,      -- whose
     position        INTEGER NOT NULL,   -- 0, 1, …: order of registration
     branch_id       TEXT NOT NULL,      -- its name within the transaction
-    action          TEXT NOT NULL,
-    participant     TEXT NOT NULL,
+    action          TEXT NOT NULL,      -- which of the participant's actions
+    participant     TEXT NOT NULL,      -- whose; the configuration may know its address
     target          TEXT NOT NULL,      -- address that the branch brought; '': none
     payload         BLOB,               -- only if the coordinator was asked to carry it
     payload_type    TEXT,               -- content type of the payload
@@ -52,8 +52,8 @@ CREATE TABLE branch (
     needs_attention INTEGER NOT NULL,   -- 1: the participant has asked for a person
     due_at          INTEGER,            -- after a failed attempt: when the next one is due
     error_code      TEXT,               -- of the latest failed attempt: gRPC code
-    error_message   TEXT,
-    error_at        INTEGER,
+    error_message   TEXT,               -- of the same attempt, in words
+    error_at        INTEGER,            -- when it was noticed
     PRIMARY KEY (xid, position)
 ) WITHOUT ROWID;
 
@@ -65,19 +65,19 @@ CREATE TABLE idempotency (
 
 -- What operators answered for participants. Kept for ever, also when the transaction itself is deleted.
 CREATE TABLE resolution (
-    xid       BLOB NOT NULL,
-    branch_id TEXT NOT NULL,
+    xid       BLOB NOT NULL,            -- of which transaction
+    branch_id TEXT NOT NULL,            -- for which of its branches
     decision  INTEGER NOT NULL,         -- 1 confirm, 2 cancel: what the participant should have done
     name      TEXT NOT NULL,            -- of the transaction
     action    TEXT NOT NULL,            -- of the branch
-    operator  TEXT NOT NULL,
-    reason    TEXT NOT NULL,
-    at        INTEGER NOT NULL,
+    operator  TEXT NOT NULL,            -- who answered
+    reason    TEXT NOT NULL,            -- why, and what was done instead
+    at        INTEGER NOT NULL,         -- when
     PRIMARY KEY (xid, branch_id)
 ) WITHOUT ROWID;
 
 CREATE TABLE purged (
-    partition INTEGER PRIMARY KEY,
+    partition INTEGER PRIMARY KEY,      -- of which partition
     through   BLOB NOT NULL             -- the largest xid that was ever deleted after its retention
 ) WITHOUT ROWID;
 

@@ -11,6 +11,11 @@ use std::time::Duration;
 #[doc = include_str!("../../README.md")]
 pub struct Readme;
 
+/// And in its Chinese twin.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.zh-CN.md")]
+pub struct ReadmeZh;
+
 /// The generated code of package `gift.v1`.
 #[allow(
     missing_docs,

@@ -57,6 +57,8 @@ pub const COMMANDS_MAX: usize = 4096;
 const RETURNED_MAX: usize = 4096;
 /// Events that are taken in before timers and durability are looked at again.
 const EVENTS_IN_A_ROW_MAX: usize = 1024;
+/// So many answers may wait for one change before those are dropped that nobody waits for any more.
+const WAITING_ANSWERS: usize = 32;
 /// A transaction whose next attempt is further away than this leaves memory, and comes back when it is due.
 const PARK_AFTER: Duration = Duration::from_secs(5);
 
@@ -603,7 +605,14 @@ impl Partition {
         if awaits <= self.durable.upto {
             Self::answer_now(reply, answer);
         } else {
-            self.effects.entry(awaits).or_default().push(Effect::Answer(reply, answer));
+            let effects = self.effects.entry(awaits).or_default();
+            // While the store is silent, whoever asked may have given up, and asked again.
+            if effects.len() >= WAITING_ANSWERS && effects.len().is_power_of_two() {
+                effects.retain(
+                    |effect| !matches!(effect, Effect::Answer(reply, _) if reply.is_closed()),
+                );
+            }
+            effects.push(Effect::Answer(reply, answer));
         }
     }
 

@@ -287,19 +287,18 @@ pub(super) async fn purge(
     finished: &[Xid],
 ) -> Result<(), Error> {
     let mut tx = connection.begin_with(BEGIN).await?;
-    for xid in finished {
-        let xid = xid.to_bytes().to_vec();
-        sqlx::query(
-            "DELETE FROM idempotency WHERE key_hash = (SELECT key_hash FROM global_transaction WHERE xid = ?)",
-        )
-        .bind(&xid)
-        .execute(&mut *tx)
-        .await?;
-        sqlx::query("DELETE FROM branch WHERE xid = ?").bind(&xid).execute(&mut *tx).await?;
-        sqlx::query("DELETE FROM global_transaction WHERE xid = ?")
-            .bind(&xid)
-            .execute(&mut *tx)
-            .await?;
+    for sql in [
+        "DELETE FROM idempotency WHERE key_hash IN (SELECT key_hash FROM global_transaction WHERE xid IN (",
+        "DELETE FROM branch WHERE xid IN (",
+        "DELETE FROM global_transaction WHERE xid IN (",
+    ] {
+        let mut query = QueryBuilder::new(sql);
+        let mut xids = query.separated(", ");
+        for xid in finished {
+            xids.push_bind(xid.to_bytes().to_vec());
+        }
+        query.push(if sql.contains("SELECT") { "))" } else { ")" });
+        query.build().execute(&mut *tx).await?;
     }
     let through = finished.iter().max().expect("at least one").to_bytes().to_vec();
     sqlx::query(

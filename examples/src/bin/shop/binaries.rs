@@ -1,0 +1,79 @@
+//! Builds the programs that the walk starts, and finds them: the coordinator, and the three services.
+
+use std::{
+    env,
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use anyhow::{Context as _, bail};
+use tokio::process::Command;
+
+/// Where the programs are.
+#[derive(Debug, Clone)]
+pub(crate) struct Binaries {
+    folder: PathBuf,
+}
+
+const PROGRAMS: [&str; 4] = ["handfast", "order", "inventory", "points"];
+
+impl Binaries {
+    /// Builds what is missing or old, with the cargo that has started this program and into the same folder. Cargo shows its own
+    /// progress, on stderr.
+    pub(crate) async fn build() -> anyhow::Result<Self> {
+        let this = env::current_exe().context("cannot tell where this program is")?;
+        let folder = this.parent().context("this program is in no folder")?.to_owned();
+        if let Some(cargo) = env::var_os("CARGO") {
+            build(&cargo, &folder).await?;
+        }
+        let binaries = Self { folder };
+        for program in PROGRAMS {
+            if !binaries.path(program).is_file() {
+                let folder = binaries.folder.display();
+                bail!(
+                    "there is no program `{program}` in {folder}: start the shop with `cargo shop`, which builds it"
+                );
+            }
+        }
+        Ok(binaries)
+    }
+
+    pub(crate) fn path(&self, program: &str) -> PathBuf {
+        self.folder.join(program)
+    }
+}
+
+async fn build(cargo: &OsStr, folder: &Path) -> anyhow::Result<()> {
+    // target/debug and target/release are profiles `dev` and `release`; others are called as their folders are.
+    let profile = match folder.file_name().and_then(OsStr::to_str) {
+        Some("debug") | None => "dev",
+        Some(profile) => profile,
+    };
+    let target = folder.parent().context("this program is not where cargo puts programs")?;
+    let status = Command::new(cargo)
+        .args(["build", "--profile", profile])
+        .args(["--package", "handfast-coordinator", "--bin", "handfast"])
+        .args([
+            "--package",
+            "handfast-shop",
+            "--bin",
+            "order",
+            "--bin",
+            "inventory",
+            "--bin",
+            "points",
+        ])
+        .arg("--target-dir")
+        .arg(target)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .status()
+        .await
+        .with_context(|| format!("cannot run {}", cargo.display()))?;
+    if !status.success() {
+        bail!("the coordinator or a service cannot be built: see above");
+    }
+    Ok(())
+}

@@ -1,0 +1,261 @@
+//! The walk through the shop: starts a coordinator and three services as processes of their own, places orders, breaks things on
+//! purpose, and checks in the services' databases that every order is all or nothing.
+//!
+//! Read `steps.rs` for what happens, and `../order.rs`, `../inventory.rs`, `../points.rs` for how a service is written.
+
+mod steps;
+
+mod burst;
+mod walk;
+
+mod audit;
+mod books;
+mod ledger;
+mod timeline;
+
+mod events;
+mod network;
+mod world;
+
+mod binaries;
+mod process;
+mod screen;
+
+use std::{cell::Cell, collections::BTreeMap, process::ExitCode, time::Instant};
+
+use clap::Parser;
+use serde::Serialize;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use self::{
+    audit::Answer,
+    binaries::Binaries,
+    burst::Size,
+    screen::Screen,
+    steps::STEPS,
+    walk::Walk,
+    world::{COORDINATOR, INVENTORY, NAMES, World},
+};
+
+const HELP: &str = "\
+Exit codes:
+  0    every order is all or nothing
+  1    one is not, or the walk could not be walked
+  2    wrong usage
+
+Examples:
+  cargo shop
+  cargo shop --only 1,5 --keep
+  cargo shop --orders 2000 --concurrency 64 --json
+  cargo shop --only 8 --orders 2000 --kill 20";
+
+/// Handfast's demo: orders across three services, and what can go wrong between them.
+///
+/// Starts a coordinator and the services order, inventory and points, each a process with its own database in a temporary
+/// folder; walks through eight steps; and audits the databases.
+#[derive(Debug, Parser)]
+#[command(name = "cargo shop", bin_name = "cargo shop", after_help = HELP, max_term_width = 100)]
+struct Flags {
+    /// Orders in the burst, step 8
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    orders: u32,
+    /// Orders at a time in the burst
+    #[arg(long, value_name = "C", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    concurrency: u16,
+    /// How often the coordinator is killed (SIGKILL) during the burst, at random moments
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    kill: u32,
+    /// Walk only these steps, from 1 to 8
+    #[arg(long, value_name = "STEPS", value_delimiter = ',', value_parser = step)]
+    only: Vec<u8>,
+    /// Leave everything running at the end, until Ctrl-C
+    #[arg(long)]
+    keep: bool,
+    /// Print one JSON object at the end on stdout, and everything else on stderr
+    #[arg(long)]
+    json: bool,
+}
+
+fn step(text: &str) -> Result<u8, String> {
+    let step = text.trim().parse().ok().filter(|step| (1..=STEPS).contains(step));
+    step.ok_or_else(|| format!("the steps are 1 to {STEPS}, as in --only 1,5"))
+}
+
+impl Flags {
+    /// What is wrong beyond what each flag by itself can tell.
+    fn problem(&self) -> Option<&'static str> {
+        let burst = self.only.is_empty() || self.only.contains(&8);
+        (self.kill > 0 && !burst)
+            .then_some("--kill is about the burst, step 8, which --only leaves out")
+    }
+
+    fn steps(&self) -> Vec<u8> {
+        let mut steps =
+            if self.only.is_empty() { (1..=STEPS).collect() } else { self.only.clone() };
+        steps.sort_unstable();
+        steps.dedup();
+        steps
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let flags = Flags::parse();
+    if let Some(problem) = flags.problem() {
+        use clap::CommandFactory as _;
+        Flags::command().error(clap::error::ErrorKind::ArgumentConflict, problem).exit();
+    }
+    let screen = Screen::new(flags.json);
+    // Beside what runs, so that it can be taken down in order whatever that does.
+    let (mut world, ended) = (None, Cell::new(None));
+    let code = tokio::select! {
+        walked = run(&flags, screen, &mut world, &ended) => match walked {
+            Ok(holds) => ExitCode::from(u8::from(!holds)),
+            Err(error) => {
+                Screen::new(true).line(&format!("error: {error:#}"));
+                ExitCode::FAILURE
+            }
+        },
+        code = stopped() => ended.get().map_or(code, |holds: bool| ExitCode::from(u8::from(!holds))),
+    };
+    if let Some(world) = world
+        && let Err(error) = world.stop().await
+    {
+        Screen::new(true).line(&format!("error: {error:#}"));
+    }
+    code
+}
+
+/// Builds, starts, walks. Returns whether the audit holds; with `--keep` it tells that to `ended`, and never returns.
+async fn run(
+    flags: &Flags,
+    screen: Screen,
+    slot: &mut Option<World>,
+    ended: &Cell<Option<bool>>,
+) -> anyhow::Result<bool> {
+    let binaries = Binaries::build().await?;
+    let began = Instant::now();
+    let (world, mut died) = World::start(binaries).await?;
+    let world = slot.insert(world);
+    introduce(world, screen);
+    let walked = tokio::select! {
+        walked = walk(flags, screen, world) => Ok(walked?),
+        name = death(&mut died) => Err(name),
+    };
+    let (answers, violations) = match walked {
+        Ok(walked) => walked,
+        Err(name) => anyhow::bail!(world.obituary(name).await),
+    };
+    if flags.json {
+        print_json(&answers, &violations, began)?;
+    }
+    if flags.keep {
+        ended.set(Some(violations.is_empty()));
+        keep(world, screen);
+        let name = death(&mut died).await;
+        anyhow::bail!(world.obituary(name).await);
+    }
+    screen.line(&screen.paint.dim(&format!("\n{:.1} s", began.elapsed().as_secs_f64())));
+    Ok(violations.is_empty())
+}
+
+type Walked = (BTreeMap<i64, Answer>, Vec<String>);
+
+async fn walk(flags: &Flags, screen: Screen, world: &mut World) -> anyhow::Result<Walked> {
+    let size = Size { orders: flags.orders, concurrency: flags.concurrency, kills: flags.kill };
+    let mut walk = Walk::begin(world, screen, flags.orders).await?;
+    for step in flags.steps() {
+        walk.step(step, size).await?;
+    }
+    let violations = walk.end().await?;
+    Ok((walk.answers, violations))
+}
+
+fn introduce(world: &World, screen: Screen) {
+    let paint = screen.paint;
+    screen
+        .title("Handfast's shop: an order touches three services, each with a database of its own");
+    for name in NAMES {
+        screen.inner(&format!("{name:<12} {}", paint.dim(&world.url(name))));
+    }
+    screen.inner("Each picture is one transaction: who was asked for what, what came of it, when, and how long");
+    screen.inner(
+        "that took; on the right the same as a drawing. It is made from what the processes log.",
+    );
+}
+
+fn keep(world: &World, screen: Screen) {
+    let (server, handfast) = (world.url(COORDINATOR), world.program("handfast"));
+    let handfast = handfast.display();
+    screen.title("Everything is left running");
+    for name in NAMES {
+        let database = world.database(name);
+        screen.inner(&format!("{name:<12} {}   {}", world.url(name), database.display()));
+    }
+    screen.line("");
+    for line in [
+        format!("{handfast} list --server {server}"),
+        format!("{handfast} show --server {server} XID"),
+        format!("sqlite3 -readonly {} 'SELECT * FROM stock'", world.database(INVENTORY).display()),
+        format!("tail -f {}/*.log", world.folder().display()),
+        String::new(),
+        "Stop: Ctrl-C".to_owned(),
+    ] {
+        screen.inner(&line);
+    }
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'w> {
+    orders: usize,
+    placed: usize,
+    cancelled: usize,
+    refused: usize,
+    violations: &'w [String],
+    /// With one decimal.
+    seconds: f64,
+}
+
+#[allow(clippy::print_stdout, reason = "this is what --json is for")]
+fn print_json(
+    answers: &BTreeMap<i64, Answer>,
+    violations: &[String],
+    began: Instant,
+) -> anyhow::Result<()> {
+    let count = |wanted| answers.values().filter(|answer| **answer == wanted).count();
+    let report = Report {
+        orders: answers.len(),
+        placed: count(Answer::Placed),
+        cancelled: count(Answer::Cancelled),
+        refused: count(Answer::Refused),
+        violations,
+        seconds: (began.elapsed().as_secs_f64() * 10.0).round() / 10.0,
+    };
+    println!("{}", serde_json::to_string(&report)?);
+    Ok(())
+}
+
+/// The name of a process that has died by itself.
+async fn death(died: &mut mpsc::Receiver<&'static str>) -> &'static str {
+    match died.recv().await {
+        Some(name) => name,
+        None => std::future::pending().await, // the world is gone
+    }
+}
+
+/// Ctrl-C or SIGTERM, and the exit code that goes with it.
+async fn stopped() -> ExitCode {
+    let (Ok(mut interrupted), Ok(mut terminated)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await; // then they end this process at once
+    };
+    tokio::select! {
+        _ = interrupted.recv() => ExitCode::from(130),
+        _ = terminated.recv() => ExitCode::from(143),
+    }
+}

@@ -1,0 +1,218 @@
+//! The processes: a coordinator and three services on free ports of this machine, in a temporary folder, and the networks in
+//! front of two of the services. Everything is gone when this is dropped.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use handfast::Handfast;
+use handfast_shop::v1::order_service_client::OrderServiceClient;
+use tempfile::TempDir;
+use tokio::{process::Command, sync::mpsc};
+use tonic::transport::{Channel, Endpoint};
+
+use super::{
+    binaries::Binaries,
+    events::{Event, Events, What},
+    network::Network,
+    process::Process,
+};
+
+pub(crate) const COORDINATOR: &str = "coordinator";
+pub(crate) const ORDER: &str = "order";
+pub(crate) const INVENTORY: &str = "inventory";
+pub(crate) const POINTS: &str = "points";
+/// All of them, in the order in which they are started.
+pub(crate) const NAMES: [&str; 4] = [COORDINATOR, INVENTORY, POINTS, ORDER];
+
+/// Ports are taken from here: below those that the system gives to outgoing connections, so that nobody takes the port of a
+/// process while it is down.
+const PORTS: std::ops::Range<u16> = 20_000..30_000;
+/// How often one is looked for.
+const PORT_ATTEMPTS_MAX: usize = 1000;
+
+/// See the module's comment. What is dropped first stands first: the folder goes last.
+#[derive(Debug)]
+pub(crate) struct World {
+    processes: BTreeMap<&'static str, Process>,
+    /// In front of inventory and points, as long as calls go through it.
+    networks: Option<Networks>,
+    addresses: BTreeMap<&'static str, SocketAddr>,
+    /// All that the processes say.
+    pub(crate) events: Events,
+    deaths: mpsc::Sender<&'static str>,
+    binaries: Binaries,
+    folder: TempDir,
+}
+
+#[derive(Debug)]
+pub(crate) struct Networks {
+    pub(crate) inventory: Network,
+    pub(crate) points: Network,
+}
+
+impl World {
+    /// Starts all. The name of a process that dies by itself comes out of the receiver.
+    pub(crate) async fn start(
+        binaries: Binaries,
+    ) -> anyhow::Result<(Self, mpsc::Receiver<&'static str>)> {
+        let folder = tempfile::Builder::new().prefix("handfast-shop-").tempdir();
+        let folder = folder.context("cannot make a temporary folder (TMPDIR says where)")?;
+        let (deaths, died) = mpsc::channel(NAMES.len());
+        let addresses: BTreeMap<_, _> = NAMES.into_iter().zip(free_addresses()?).collect();
+        let events = Events::default();
+        let mut world = Self {
+            processes: BTreeMap::new(),
+            networks: None,
+            addresses,
+            events,
+            deaths,
+            binaries,
+            folder,
+        };
+        world.networks = Some(Networks {
+            inventory: Network::to(world.channel(INVENTORY)?, &world.events)?,
+            points: Network::to(world.channel(POINTS)?, &world.events)?,
+        });
+        for name in NAMES {
+            world.start_process(name).await?;
+        }
+        Ok((world, died))
+    }
+
+    /// SIGKILL for one of them.
+    pub(crate) async fn kill(&mut self, name: &'static str) -> anyhow::Result<()> {
+        let process = self.processes.remove(name);
+        process.with_context(|| format!("{name} is not running"))?.kill().await?;
+        self.events.add(Event::now(What::Done(format!("{name} is killed (SIGKILL)"))));
+        Ok(())
+    }
+
+    /// Starts one that was killed: the same program, at the same place, on the same file.
+    pub(crate) async fn start_again(&mut self, name: &'static str) -> anyhow::Result<()> {
+        self.start_process(name).await?;
+        self.events.add(Event::now(What::Done(format!("{name} is started again"))));
+        Ok(())
+    }
+
+    /// The networks, to tell them what to do.
+    pub(crate) fn networks(&self) -> anyhow::Result<&Networks> {
+        self.networks.as_ref().context("the services are called directly now")
+    }
+
+    /// From here on the order service calls the others without a network between that costs time and does nothing.
+    pub(crate) async fn call_directly(&mut self) -> anyhow::Result<()> {
+        if self.networks.take().is_some() {
+            self.kill(ORDER).await?;
+            self.start_process(ORDER).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends all, the one that begins transactions first.
+    pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
+        for name in NAMES.into_iter().rev() {
+            if let Some(process) = self.processes.remove(name) {
+                process.kill().await?;
+            }
+        }
+        self.folder.close().context("cannot remove the temporary folder")
+    }
+
+    /// How a process died, and what it said last.
+    pub(crate) async fn obituary(&mut self, name: &str) -> String {
+        match self.processes.get_mut(name) {
+            Some(process) => process.obituary().await,
+            None => format!("{name} has died"),
+        }
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn database(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.db"))
+    }
+
+    pub(crate) fn url(&self, name: &str) -> String {
+        format!("http://{}", self.addresses[name])
+    }
+
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.binaries.path(name)
+    }
+
+    /// A connection to one of them. It is made when it is first used, and again when it was lost.
+    pub(crate) fn channel(&self, name: &str) -> anyhow::Result<Channel> {
+        let endpoint = Endpoint::from_shared(self.url(name))?;
+        Ok(endpoint.connect_timeout(Duration::from_secs(2)).tcp_nodelay(true).connect_lazy())
+    }
+
+    pub(crate) fn handfast(&self) -> anyhow::Result<Handfast> {
+        Ok(Handfast::connect(&self.url(COORDINATOR))?)
+    }
+
+    pub(crate) fn orders(&self) -> anyhow::Result<OrderServiceClient<Channel>> {
+        Ok(OrderServiceClient::new(self.channel(ORDER)?))
+    }
+
+    async fn start_process(&mut self, name: &'static str) -> anyhow::Result<()> {
+        let (folder, events) = (self.folder.path(), &self.events);
+        let process =
+            Process::start(name, self.command(name), folder, events, &self.deaths).await?;
+        self.processes.insert(name, process);
+        Ok(())
+    }
+
+    fn command(&self, name: &str) -> Command {
+        let mut command = if name == COORDINATOR {
+            let mut command = Command::new(self.program("handfast"));
+            command.args(["serve", "--log-format", "json"]);
+            command.arg(format!("--store=sqlite:{}", self.database(name).display()));
+            command
+        } else {
+            let mut command = Command::new(self.program(name));
+            command.arg("--database").arg(self.database(name));
+            command.args(["--coordinator", &self.url(COORDINATOR)]);
+            command
+        };
+        command.arg(format!("--listen={}", self.addresses[name]));
+        if name == ORDER {
+            let urls = match &self.networks {
+                Some(networks) => {
+                    [networks.inventory.url().to_owned(), networks.points.url().to_owned()]
+                }
+                None => [self.url(INVENTORY), self.url(POINTS)],
+            };
+            command.args(["--inventory", &urls[0], "--points", &urls[1]]);
+        }
+        // The demo is the same everywhere, whatever coordinator this shell is set up for.
+        for (variable, _) in env::vars_os() {
+            if variable.to_string_lossy().starts_with("HANDFAST_") {
+                command.env_remove(variable);
+            }
+        }
+        command
+    }
+}
+
+/// Addresses of this machine that nobody listens on.
+fn free_addresses() -> anyhow::Result<Vec<SocketAddr>> {
+    let mut held = Vec::new(); // until all are found, so that they differ
+    for _ in 0..PORT_ATTEMPTS_MAX {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, rand::random_range(PORTS)));
+        if let Ok(listener) = TcpListener::bind(address) {
+            held.push((address, listener));
+        }
+        if held.len() == NAMES.len() {
+            return Ok(held.into_iter().map(|(address, _)| address).collect());
+        }
+    }
+    bail!("there are no free ports between {} and {} on this machine", PORTS.start, PORTS.end)
+}

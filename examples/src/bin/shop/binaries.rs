@@ -16,6 +16,9 @@ pub(crate) struct Binaries {
     folder: PathBuf,
 }
 
+/// How the variables begin that describe the package that is run.
+const ABOUT_THIS_PACKAGE: [&[u8]; 3] = [b"CARGO_PKG_", b"CARGO_MANIFEST_", b"OUT_DIR"];
+
 const PROGRAMS: [&str; 4] = ["handfast", "order", "inventory", "points"];
 
 impl Binaries {
@@ -51,22 +54,22 @@ async fn build(cargo: &OsStr, folder: &Path) -> anyhow::Result<()> {
         Some(profile) => profile,
     };
     let target = folder.parent().context("this program is not where cargo puts programs")?;
-    let status = Command::new(cargo)
+    let mut command = Command::new(cargo);
+    command
         .args(["build", "--profile", profile])
         .args(["--package", "handfast-coordinator", "--bin", "handfast"])
-        .args([
-            "--package",
-            "handfast-shop",
-            "--bin",
-            "order",
-            "--bin",
-            "inventory",
-            "--bin",
-            "points",
-        ])
-        .arg("--target-dir")
+        .args(["--package", "handfast-shop", "--bin", "order", "--bin", "inventory"])
+        .args(["--bin", "points", "--target-dir"])
         .arg(target)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    // `cargo run` tells this program of its own package. Build scripts that look at that would run, and all that stands on them be
+    // built, again.
+    for (name, _) in env::vars_os() {
+        if ABOUT_THIS_PACKAGE.iter().any(|start| name.as_encoded_bytes().starts_with(start)) {
+            command.env_remove(name);
+        }
+    }
+    let status = command
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .status()

@@ -231,7 +231,8 @@ fn present(transaction: Option<pb::Transaction>) -> Result<pb::Transaction, Stat
 }
 
 /// Asks, and asks again while there is no answer that settles it, until `deadline`. Only for what may be repeated: everything
-/// that the coordinator offers. The last error is the one that is reported.
+/// that the coordinator offers. The last error is reported; but once an attempt had no answer at all, nobody may conclude from
+/// a later "too busy" that nothing has happened, and so the last of those without an answer is.
 async fn repeated<Q: Clone, T, F>(
     client: Client,
     request: Q,
@@ -248,6 +249,7 @@ where
         .without_max_times()
         .with_jitter()
         .build();
+    let mut unanswered = None;
     loop {
         let attempt_ends = deadline.min(Instant::now() + attempt_timeout);
         let error =
@@ -258,8 +260,14 @@ where
                 Err(_) => Status::deadline_exceeded("no answer in time"),
             };
         let pause = pauses.next().unwrap_or(REPEAT_PAUSES[1]);
-        if !may_be_repeated(&error) || Instant::now() + pause >= deadline {
+        if !may_be_repeated(&error) {
             return Err(error);
+        }
+        if leaves_open(&error) {
+            unanswered = Some(error.clone());
+        }
+        if Instant::now() + pause >= deadline {
+            return Err(unanswered.unwrap_or(error));
         }
         tokio::time::sleep(pause).await;
     }
@@ -285,6 +293,11 @@ pub(crate) fn may_be_repeated(status: &Status) -> bool {
         | Code::DataLoss
         | Code::Unauthenticated => false,
     }
+}
+
+/// Whether an answer leaves open what happened: it may have been done.
+pub(crate) fn leaves_open(status: &Status) -> bool {
+    may_be_repeated(status) && status.code() != Code::ResourceExhausted
 }
 
 /// What the coordinator's errors are told apart by.
@@ -382,5 +395,33 @@ impl Remote {
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Remote({} at {})", self.name, self.target)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// What is reported in the end, when these are the answers, one after the other.
+    async fn check(answers: &[Code], reported: Code) {
+        let left = Mutex::new(answers.iter().copied());
+        let client = Handfast::connect("http://127.0.0.1:1").unwrap().client(false);
+        let ask = |_, ()| {
+            let code = left.lock().unwrap().next();
+            async move { Err::<tonic::Response<()>, _>(Status::new(code.unwrap_or(Code::Ok), "")) }
+        };
+        // Time for two answers.
+        let deadline = Instant::now() + REPEAT_PAUSES[0] * 3;
+        let error = repeated(client, (), ATTEMPT_TIMEOUT, deadline, ask).await.unwrap_err();
+        assert_eq!(error.code(), reported, "{answers:?}");
+    }
+
+    #[tokio::test]
+    async fn after_no_answer_too_busy_is_no_answer_either() {
+        check(&[Code::Unavailable, Code::ResourceExhausted], Code::Unavailable).await;
+        check(&[Code::ResourceExhausted, Code::ResourceExhausted], Code::ResourceExhausted).await;
+        check(&[Code::Unavailable, Code::InvalidArgument], Code::InvalidArgument).await;
     }
 }

@@ -28,7 +28,7 @@ use tonic::{Code, Request, Status, metadata::MetadataValue};
 
 use crate::{
     branch::{Branch, Phase},
-    client::{Handfast, Reach, Reason, Remote, may_be_repeated, status_error},
+    client::{Handfast, Reach, Reason, Remote, leaves_open, may_be_repeated, status_error},
     contract::{Contract, Payload},
     error::{BoxError, Refusal},
     propagation::Context,
@@ -88,6 +88,8 @@ struct Registrar {
     closed: bool,
     /// Found by its key, and decided before.
     standing: Option<pb::Transaction>,
+    /// Begin had no clear answer.
+    unanswered: bool,
 }
 
 /// A registration, and who waits for it.
@@ -501,6 +503,7 @@ impl Global {
                 return Ok(taken);
             }
         }
+        self.registrar().unanswered = leaves_open(&status);
         Err(not_registered(status))
     }
 
@@ -545,6 +548,11 @@ impl Global {
     /// What was decided before, if the key led to a transaction that was.
     pub(crate) fn standing(&self) -> Option<pb::Transaction> {
         self.registrar().standing.clone()
+    }
+
+    /// Begin had no clear answer, so a transaction of this run's key may be there.
+    pub(crate) fn unanswered(&self) -> bool {
+        self.registrar().unanswered
     }
 
     pub(crate) fn key(&self) -> Option<String> {

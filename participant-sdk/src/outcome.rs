@@ -49,7 +49,8 @@ pub enum TransactionError {
         /// Which.
         xid: Xid,
     },
-    /// A decision was asked for and its answer was lost: it may be confirmed. Ask [`Handfast::outcome`](crate::Handfast::outcome),
+    /// It may be confirmed: a decision was asked for and its answer was lost, or there is a key and nobody could be asked what was
+    /// decided under it before. Ask [`Handfast::outcome`](crate::Handfast::outcome),
     /// or [`Handfast::outcome_of_key`](crate::Handfast::outcome_of_key); never guess.
     #[error("nobody knows yet whether {} is confirmed; ask for its outcome: {cause}", match (xid, idempotency_key) {
         (Some(xid), _) => xid.to_string(),
@@ -66,7 +67,8 @@ pub enum TransactionError {
         #[source]
         cause: BoxError,
     },
-    /// It was not begun, so nothing was tried.
+    /// It was not begun, so nothing was tried. If it has an idempotency key, then no other run with that key was known when this
+    /// one began; where that could not be found out it is [`TransactionError::Unknown`].
     #[error("the transaction was not begun, so nothing was tried: {cause}")]
     #[non_exhaustive]
     NotBegun {

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt, time::Duration};
 
 use handfast_proto::{BranchId, Xid, time::wire_duration, v1 as pb};
 use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::{
     async_func::AsyncFunc,
@@ -173,7 +173,15 @@ impl TransactionBuilder {
                 Err(error) => Err(TransactionError::NotBegun { cause: Box::new(error) }),
             },
             Err(status) if Reason::of(&status) == Reason::KeyUnknown => Ok(None),
-            Err(status) => Err(TransactionError::NotBegun { cause: status_error(status) }),
+            Err(status) if status.code() == Code::InvalidArgument => {
+                Err(TransactionError::NotBegun { cause: status_error(status) })
+            }
+            // An earlier run with this key may be confirmed.
+            Err(status) => Err(TransactionError::Unknown {
+                xid: None,
+                idempotency_key: Some(self.new.key.clone()),
+                cause: status_error(status),
+            }),
         }
     }
 }
@@ -258,7 +266,14 @@ impl OpenTransaction {
             Some(begun) => begun.xid,
             None => {
                 self.decided = true;
-                return Err(not_begun(failure, calls));
+                let cause = why_not_begun(failure, calls);
+                return Err(match global.key() {
+                    // It may have been begun all the same, and then another run with this key may confirm it.
+                    Some(key) if global.unanswered() => {
+                        TransactionError::Unknown { xid: None, idempotency_key: Some(key), cause }
+                    }
+                    _ => TransactionError::NotBegun { cause },
+                });
             }
         };
         match (failure, calls) {
@@ -400,14 +415,13 @@ impl OpenTransaction {
 }
 
 /// None of its calls got as far as the coordinator.
-fn not_begun(failure: Option<Failure>, calls: Calls) -> TransactionError {
-    let cause: BoxError = match (failure, calls) {
+fn why_not_begun(failure: Option<Failure>, calls: Calls) -> BoxError {
+    match (failure, calls) {
         (Some(Failure::Work(cause)), _) => cause,
         (_, Calls::Failed(error)) => error.into(),
         (Some(Failure::TimedOut), Calls::Tried(_)) => "the time for phase one ran out".into(),
         (None, Calls::Tried(_)) => "the coordinator does not answer".into(),
-    };
-    TransactionError::NotBegun { cause }
+    }
 }
 
 impl Drop for OpenTransaction {

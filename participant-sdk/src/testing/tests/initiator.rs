@@ -274,6 +274,39 @@ async fn without_a_coordinator_nothing_is_tried() {
 }
 
 #[tokio::test]
+async fn without_a_coordinator_nobody_knows_what_a_key_led_to() {
+    let mut shop = Shop::new().await;
+    let done = shop.run(shop.order().idempotency_key("a"), 2).await.unwrap();
+    let handfast = shop.coordinator.handfast();
+    shop.coordinator.kill();
+    let order = || handfast.transaction("order").idempotency_key("a").until_decided();
+    let error = shop.run(order(), 2).await.unwrap_err();
+    let TransactionError::Unknown { xid: None, idempotency_key, .. } = &error else {
+        panic!("a customer would be told that what was confirmed is not: {error:?}")
+    };
+    assert_eq!(idempotency_key.as_deref(), Some("a"));
+    shop.coordinator.restart().await;
+    assert_eq!(shop.run(order(), 2).await.unwrap().xid, done.xid);
+}
+
+#[tokio::test]
+async fn a_begin_without_an_answer_may_have_begun_what_its_key_leads_to() {
+    let mut shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let order = shop.order().idempotency_key("a").timeout(Duration::from_millis(300));
+    let error = order
+        .run(async |global| {
+            // The key was looked up before; from here on nobody answers.
+            shop.coordinator.kill();
+            Ok(global.call::<Deduct>(&east, Json(3)).await?)
+        })
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TransactionError::Unknown { xid: None, .. }), "{error:?}");
+    assert_eq!(shop.stocks().await, UNTOUCHED);
+}
+
+#[tokio::test]
 async fn the_same_key_runs_once() {
     let mut shop = Shop::new().await;
     let (east, _) = shop.remotes();

@@ -292,7 +292,7 @@ async fn a_full_disk_refuses_new_work_loses_nothing_and_is_got_over() {
     // No file of this process may grow beyond a megabyte, and the signal that says so is ignored: writes fail.
     let mut command = Command::new("sh");
     let limited = "trap '' XFSZ; ulimit -S -f 2048; exec \"$0\" serve --log-format json --listen 127.0.0.1:0 --store \"sqlite:$1\"";
-    command.args(["-c", limited]).arg(binary("handfast-coordinator", "handfast")).arg(&store);
+    command.args(["-c", limited]).arg(binary("handfast")).arg(&store);
     let coordinator = Coordinator::spawn(command).await;
     let mut client = CoordinatorServiceClient::new(coordinator.channel());
     let begin = || {

@@ -159,7 +159,7 @@ async fn a_store_that_cannot_be_used_is_refused_with_a_sentence() {
 
 #[tokio::test]
 async fn dev_needs_nothing_and_says_what_to_do_next() {
-    let mut dev = std::process::Command::new(binary("handfast-coordinator", "handfast"))
+    let mut dev = std::process::Command::new(binary("handfast"))
         .args(["dev", "--listen", "127.0.0.1:0"])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

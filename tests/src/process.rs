@@ -28,21 +28,30 @@ fn target_folder() -> PathBuf {
 /// # Panics
 ///
 /// When it cannot be built.
-pub fn binary(package: &str, name: &str) -> PathBuf {
+pub fn binary(name: &str) -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        // Cargo builds no binaries of other packages for tests.
-        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-        let built = std::process::Command::new(cargo)
-            .args(["build", "--quiet", "--package", "handfast-coordinator", "--bins"])
-            .args(["--target-dir".as_ref(), target_folder().parent().expect("target").as_os_str()])
-            .status()
-            .expect("cargo runs");
-        assert!(built.success(), "the binaries cannot be built");
-    });
+    BUILT.get_or_init(build);
     let binary = target_folder().join(name);
-    assert!(binary.exists(), "{} of {package} is not there", binary.display());
+    assert!(binary.exists(), "{} is not there", binary.display());
     binary
+}
+
+/// Cargo builds no binaries of other packages for tests. This builds what `cargo test --workspace --all-features` does, and so
+/// nothing but the binaries is left to do.
+fn build() {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let mut command = std::process::Command::new(cargo);
+    command
+        .args(["build", "--quiet", "--workspace", "--all-features", "--all-targets"])
+        .args(["--target-dir".as_ref(), target_folder().parent().expect("target").as_os_str()])
+        .env_remove("OUT_DIR");
+    // Of this package. Build scripts that look at them would run, and what stands on them be built, again.
+    for (variable, _) in std::env::vars() {
+        if variable.starts_with("CARGO_PKG_") || variable.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(variable);
+        }
+    }
+    assert!(command.status().expect("cargo runs").success(), "the binaries cannot be built");
 }
 
 /// Runs `handfast` with these arguments to its end.
@@ -51,7 +60,7 @@ pub fn binary(package: &str, name: &str) -> PathBuf {
 ///
 /// When it cannot be run, or does not end.
 pub async fn handfast(arguments: &[&str]) -> Output {
-    let mut command = Command::new(binary("handfast-coordinator", "handfast"));
+    let mut command = Command::new(binary("handfast"));
     let output = command.args(arguments).kill_on_drop(true).stdin(Stdio::null()).output();
     tokio::time::timeout(PATIENCE, output).await.expect("it ends").expect("it runs")
 }
@@ -95,7 +104,7 @@ impl Coordinator {
     /// When it does not.
     pub async fn start(store: &Path, flags: &[&str]) -> Self {
         let store = format!("sqlite:{}", store.display());
-        let mut command = Command::new(binary("handfast-coordinator", "handfast"));
+        let mut command = Command::new(binary("handfast"));
         command.args(["serve", "--log-format", "json", "--store", &store]).args(flags);
         if !flags.contains(&"--listen") {
             command.args(["--listen", "127.0.0.1:0"]);

@@ -26,6 +26,8 @@ const REPEATS_MAX: usize = 50;
 const REPEAT_PAUSE: Duration = Duration::from_millis(5);
 /// A call that takes longer than this never ends.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the state is read until it is taken as it is, if it never stays the same.
+const READS_MAX: usize = 20;
 /// How often what happens side by side is tried: who comes first is up to chance.
 const ROUNDS: usize = 10;
 
@@ -41,8 +43,21 @@ impl<S> World<S> {
         Self { participant, state: Box::new(state) }
     }
 
-    async fn state(&self) -> S {
-        self.state.read().await
+    /// What a call that was given up has begun, its COMMIT say, may be carried out a moment later, between two queries of one
+    /// read. So this reads until two reads in a row agree.
+    async fn state(&self) -> S
+    where
+        S: PartialEq,
+    {
+        let mut state = self.state.read().await;
+        for _ in 0..READS_MAX {
+            let again = self.state.read().await;
+            if again == state {
+                break;
+            }
+            state = again;
+        }
+        state
     }
 }
 

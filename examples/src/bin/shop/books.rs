@@ -1,6 +1,6 @@
 //! What the three services have written down, read straight from their databases, which are opened for reading only.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use anyhow::Context as _;
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
@@ -64,6 +64,20 @@ pub(crate) struct OrderRow {
     pub(crate) quantity: i64,
     pub(crate) amount_cents: i64,
     pub(crate) status: String,
+}
+
+impl fmt::Display for Deduction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { sku, quantity, state } = self;
+        write!(f, "{quantity} × {sku}, {state}")
+    }
+}
+
+impl fmt::Display for Booking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { customer, points, state } = self;
+        write!(f, "{points} points for {customer}, {state}")
+    }
 }
 
 impl Books {

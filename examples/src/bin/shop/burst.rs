@@ -215,7 +215,7 @@ fn per_second(count: usize, took: Duration) -> u128 {
     count as u128 * 1000 / took.as_millis().max(1)
 }
 
-/// In a line or three.
+/// In a few lines.
 fn summary(counts: Counts, times: &[Duration], took: Duration, kills: u32) -> Vec<String> {
     let Counts { answered, placed, refused, cancelled, unknown } = counts;
     let mut outcomes = format!("{placed} placed, {refused} refused");
@@ -238,5 +238,9 @@ fn summary(counts: Counts, times: &[Duration], took: Duration, kills: u32) -> Ve
     );
     let killed =
         (kills > 0).then(|| format!("the coordinator was killed and started again {kills} times"));
-    [outcomes, speed].into_iter().chain(killed).collect()
+    let debug = cfg!(debug_assertions).then(|| {
+        "this is a debug build: examples/README.md says how to see what a release build does"
+            .to_owned()
+    });
+    [outcomes, speed].into_iter().chain(killed).chain(debug).collect()
 }

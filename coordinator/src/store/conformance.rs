@@ -25,6 +25,15 @@ macro_rules! on_every_store {
                 super::$name(&store).await;
             })*
         }
+        mod mysql {
+            $($(#[$doc])* #[tokio::test] async fn $name() {
+                for server in super::super::mysql::fixture::servers() {
+                    let database = super::super::mysql::fixture::Database::new(&server).await;
+                    super::$name(&database.store().await).await;
+                    database.drop().await;
+                }
+            })*
+        }
     };
 }
 

@@ -12,12 +12,13 @@
 #[cfg(test)]
 mod conformance;
 pub mod memory;
+pub mod mysql;
 mod record;
 #[cfg(test)]
 pub(crate) mod scripted;
 pub mod sqlite;
 
-use std::{error::Error as StdError, fmt, sync::Arc};
+use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use handfast_proto::Xid;
 
@@ -35,6 +36,19 @@ pub struct Ownership {
     pub epoch: u32,
     /// Random, and part of every xid of this epoch.
     pub nonce: u32,
+}
+
+/// Who owns a partition, as it is recorded. While it changes, the owner is alive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seat {
+    /// Which partition.
+    pub partition: u16,
+    /// Of the owner.
+    pub epoch: u32,
+    /// Number of its latest batch.
+    pub position: u64,
+    /// For people; `None`: it was handed back.
+    pub owner: Option<String>,
 }
 
 /// Changes that become durable together, or not at all.
@@ -164,10 +178,44 @@ impl Error {
     }
 }
 
+impl From<sqlx::Error> for Error {
+    #[allow(
+        clippy::wildcard_enum_match_arm,
+        reason = "whatever else goes wrong may go well the next time"
+    )]
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            // What cannot be decoded will not be the next time either.
+            sqlx::Error::ColumnDecode { .. }
+            | sqlx::Error::Decode(_)
+            | sqlx::Error::ColumnNotFound(_) => Self::Corrupt(error.to_string()),
+            // Nor will what breaks a constraint, or does not fit its column (SQLSTATE classes 22 and 23), be taken the next time.
+            sqlx::Error::Database(refused)
+                if refused.kind() != sqlx::error::ErrorKind::Other
+                    || refused.code().is_some_and(|code| code.starts_with("22")) =>
+            {
+                Self::Corrupt(error.to_string())
+            }
+            _ => Self::unavailable(error),
+        }
+    }
+}
+
 /// Keeps global transactions. All methods may be called at any time, from any task; every call has an end, also when the
 /// database does not answer.
 #[async_trait::async_trait]
 pub trait Store: fmt::Debug + Send + Sync + 'static {
+    /// How often an owner with nothing to write must append an empty batch, to show that it is there and to learn that it was
+    /// replaced; `None`: nobody can replace it while it lives.
+    fn heartbeat(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Who owns the partitions. Empty where nobody else can: [`Store::acquire`] need not wait for anybody.
+    async fn seats(&self) -> Result<Vec<Seat>, Error> {
+        Ok(Vec::new())
+    }
+
     /// Takes over all partitions, each with an epoch that is one larger and a new nonce. When it returns, batches of earlier
     /// owners change nothing any more. `owner` names this process for people. A repeat is another takeover.
     async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error>;

@@ -1,4 +1,7 @@
 //! How a global transaction is written into columns, and read back: the same for every database.
+//!
+//! A batch becomes [`Rows`] of a few tables, which each database writes in its own words; rows that were read become
+//! transactions again.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +9,156 @@ use bytes::Bytes;
 use handfast_proto::{BranchId, Xid};
 use serde::{Deserialize, Serialize};
 
-use super::Error;
+use super::{Error, Head, Write};
 use crate::transaction::{
-    AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Drive, GlobalTransaction,
-    Key, Payload, Refusal, Resolution, State, Timestamp,
+    AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
+    GlobalTransaction, Key, Payload, Refusal, Resolution, State, Timestamp,
 };
+
+/// What stands in one column of one row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Cell {
+    Int(Option<i64>),
+    Text(Option<String>),
+    Bytes(Option<Vec<u8>>),
+}
+
+impl From<i64> for Cell {
+    fn from(value: i64) -> Self {
+        Self::Int(Some(value))
+    }
+}
+
+impl From<Option<i64>> for Cell {
+    fn from(value: Option<i64>) -> Self {
+        Self::Int(value)
+    }
+}
+
+impl From<bool> for Cell {
+    fn from(value: bool) -> Self {
+        Self::Int(Some(value.into()))
+    }
+}
+
+impl From<String> for Cell {
+    fn from(value: String) -> Self {
+        Self::Text(Some(value))
+    }
+}
+
+impl From<Option<String>> for Cell {
+    fn from(value: Option<String>) -> Self {
+        Self::Text(value)
+    }
+}
+
+impl From<Vec<u8>> for Cell {
+    fn from(value: Vec<u8>) -> Self {
+        Self::Bytes(Some(value))
+    }
+}
+
+impl From<Option<Vec<u8>>> for Cell {
+    fn from(value: Option<Vec<u8>>) -> Self {
+        Self::Bytes(value)
+    }
+}
+
+/// Rows of one table that are new, or that change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Rows {
+    pub(super) table: &'static str,
+    pub(super) columns: &'static [&'static str],
+    /// So many columns at the beginning say which row changes; 0: the rows are new.
+    pub(super) keys: usize,
+    /// Row after row.
+    pub(super) cells: Vec<Cell>,
+}
+
+impl Rows {
+    /// How many.
+    pub(super) fn len(&self) -> usize {
+        self.cells.len() / self.columns.len()
+    }
+}
+
+/// Rows of `table`: these columns of these rows.
+macro_rules! rows {
+    ($table:literal, $keys:literal, $rows:expr => $($column:ident)*) => {
+        Rows {
+            table: $table,
+            columns: &[$(stringify!($column)),*],
+            keys: $keys,
+            cells: $rows.flat_map(|row| [$(Cell::from(row.$column)),*]).collect(),
+        }
+    };
+}
+
+/// What `writes` do to the tables, in the order in which it is to be done.
+pub(super) fn rows(writes: &[Write]) -> [Rows; 6] {
+    let heads = |head| {
+        let written = writes.iter().filter(move |write| write.head == head);
+        written.map(|write| TransactionRow::of(&write.global))
+    };
+    let keys = heads(Head::Insert).filter(|row| row.key_hash.is_some());
+    let new_branches = writes.iter().flat_map(|write| {
+        let positions = write.new_branches..write.global.branches.len();
+        positions.map(|position| BranchRow::of(&write.global, position))
+    });
+    let changed_branches = writes.iter().flat_map(|write| {
+        let known = write.changed_branches.iter().filter(|position| *position < write.new_branches);
+        known.map(|position| BranchRow::of(&write.global, position))
+    });
+    let resolutions = writes.iter().flat_map(|write| {
+        let changed = write.changed_branches.iter();
+        changed.filter_map(|position| ResolutionRow::of(&write.global, position))
+    });
+    [
+        rows!("global_transaction", 0, heads(Head::Insert) => xid name drive state labels begun_at expires_at decided_at
+            finished_at due_at cancel_cause cancel_branch_id cancel_reason refusal key_hash),
+        rows!("idempotency", 0, keys => key_hash xid key_digest),
+        rows!("global_transaction", 1, heads(Head::Update) => xid state decided_at finished_at due_at cancel_cause
+            cancel_branch_id cancel_reason refusal),
+        rows!("branch", 0, new_branches => xid position branch_id action participant target payload payload_type state
+            attempts needs_attention due_at error_code error_message error_at),
+        rows!("branch", 2, changed_branches => xid position state attempts needs_attention due_at error_code
+            error_message error_at),
+        rows!("resolution", 0, resolutions => xid branch_id decision name action operator reason at),
+    ]
+}
+
+/// A row of `resolution`: what an operator has answered for a branch.
+struct ResolutionRow {
+    xid: Vec<u8>,
+    branch_id: String,
+    decision: i64,
+    name: String,
+    action: String,
+    operator: String,
+    reason: String,
+    at: i64,
+}
+
+impl ResolutionRow {
+    fn of(global: &GlobalTransaction, position: usize) -> Option<Self> {
+        let branch = &global.branches[position];
+        let BranchState::Resolved(resolution) = &branch.state else { return None };
+        Some(Self {
+            xid: global.xid.to_bytes().to_vec(),
+            branch_id: branch.spec.branch_id.to_string(),
+            decision: match global.state.decision().expect("only what is decided is resolved") {
+                Decision::Confirm => 1,
+                Decision::Cancel => 2,
+            },
+            name: global.name.clone(),
+            action: branch.spec.action.clone(),
+            operator: resolution.operator.clone(),
+            reason: resolution.reason.clone(),
+            at: resolution.at.0,
+        })
+    }
+}
 
 /// A row of `global_transaction`. The columns' comments in the schema say what each means.
 #[derive(Debug, sqlx::FromRow)]

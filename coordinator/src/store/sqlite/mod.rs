@@ -4,7 +4,11 @@
 //! batch checks epoch and position: a lost answer to COMMIT (a full disk, an I/O error) is settled by them.
 
 mod file;
+#[path = "../sql/read.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod read;
+#[path = "../sql/write.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod write;
 
 pub use file::OpenError;
@@ -13,13 +17,17 @@ use std::{path::Path, time::Duration};
 
 use handfast_proto::Xid;
 use sqlx::{
-    Connection as _, SqliteConnection, SqlitePool,
+    Connection as _, QueryBuilder, Sqlite as Db, SqliteConnection as Connection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 use tokio::sync::Mutex;
 use tracing::warn;
 
-use super::{Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary};
+use self::write::push_cell;
+use super::{
+    Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary,
+    record::{Cell, Rows},
+};
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
 /// Longest wait for one call. SQLite answers in milliseconds; what takes this long has a sick disk below it.
@@ -32,6 +40,37 @@ const READERS: u32 = 4;
 const JOURNAL_BYTES_KEPT: u32 = 64 * 1024 * 1024;
 /// Bytes of the WAL file above which something is wrong: most likely a reader that never ends.
 const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
+
+/// IMMEDIATE: from here on nobody else writes, so what is read still holds at COMMIT.
+const BEGIN_WRITING: &str = "BEGIN IMMEDIATE";
+const BEGIN_READING: &str = "BEGIN";
+/// Bind: partition, xid, xid.
+const UPSERT_PURGED: &str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
+                             ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
+
+/// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`
+fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<Item = Cell>) {
+    let equal = |(n, column): (usize, &&str)| format!("{column} = v.column{}", n + 1);
+    let (keys, values): (Vec<_>, Vec<_>) =
+        shape.columns.iter().enumerate().partition(|(n, _)| *n < shape.keys);
+    let values: Vec<_> = values.into_iter().map(equal).collect();
+    let keys: Vec<_> = keys.into_iter().map(equal).collect();
+    query
+        .push("UPDATE ")
+        .push(shape.table)
+        .push(" SET ")
+        .push(values.join(", "))
+        .push(" FROM (VALUES (");
+    for (n, cell) in cells.enumerate() {
+        query.push(match (n, n % shape.columns.len()) {
+            (0, _) => "",
+            (_, 0) => "), (",
+            _ => ", ",
+        });
+        push_cell(query, cell);
+    }
+    query.push(")) AS v WHERE ").push(keys.join(" AND "));
+}
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -46,7 +85,7 @@ pub struct SqliteStore {
 struct Writer {
     options: SqliteConnectOptions,
     /// `None`: the last one was thrown away, in doubt.
-    connection: Option<SqliteConnection>,
+    connection: Option<Connection>,
 }
 
 impl SqliteStore {
@@ -82,13 +121,13 @@ impl SqliteStore {
     /// and with it the local transaction that was open.
     async fn writing<T>(
         &self,
-        work: impl AsyncFnOnce(&mut SqliteConnection) -> Result<T, Error>,
+        work: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let mut writer = self.writer.lock().await;
         let result = tokio::time::timeout(CALL_TIMEOUT, async {
             let mut connection = match writer.connection.take() {
                 Some(connection) => connection,
-                None => SqliteConnection::connect_with(&writer.options).await?,
+                None => Connection::connect_with(&writer.options).await?,
             };
             let result = work(&mut connection).await;
             if result.is_ok() {
@@ -99,26 +138,15 @@ impl SqliteStore {
         result.await.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
     }
 
-    async fn reading<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        tokio::time::timeout(CALL_TIMEOUT, work)
+    /// Runs `work` on a connection that reads.
+    async fn reading<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let read = async { work(&mut *self.readers.acquire().await?).await };
+        tokio::time::timeout(CALL_TIMEOUT, read)
             .await
             .unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
-    }
-}
-
-impl From<sqlx::Error> for Error {
-    #[allow(
-        clippy::wildcard_enum_match_arm,
-        reason = "whatever else goes wrong may go well the next time"
-    )]
-    fn from(error: sqlx::Error) -> Self {
-        match error {
-            // What cannot be decoded will not be the next time either.
-            sqlx::Error::ColumnDecode { .. }
-            | sqlx::Error::Decode(_)
-            | sqlx::Error::ColumnNotFound(_) => Self::Corrupt(error.to_string()),
-            other => Self::unavailable(other),
-        }
     }
 }
 
@@ -133,11 +161,11 @@ impl Store for SqliteStore {
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
-        self.reading(read::load(&self.readers, xid)).await
+        self.reading(async |connection| read::load(connection, xid).await).await
     }
 
     async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
-        self.reading(read::find_keys(&self.readers, hashes)).await
+        self.reading(async |connection| read::find_keys(connection, hashes).await).await
     }
 
     async fn due(
@@ -147,7 +175,8 @@ impl Store for SqliteStore {
         after: Option<(Timestamp, Xid)>,
         limit: usize,
     ) -> Result<DuePage, Error> {
-        self.reading(read::due(&self.readers, partition, until, after, limit)).await
+        self.reading(async |connection| read::due(connection, partition, until, after, limit).await)
+            .await
     }
 
     async fn list(
@@ -155,7 +184,7 @@ impl Store for SqliteStore {
         filter: &ListFilter,
         limit: usize,
     ) -> Result<Vec<GlobalTransaction>, Error> {
-        self.reading(read::list(&self.readers, filter, limit)).await
+        self.reading(async |connection| read::list(connection, filter, limit).await).await
     }
 
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
@@ -166,7 +195,7 @@ impl Store for SqliteStore {
                 "the store's WAL file grows: does another program hold the file open for reading?"
             );
         }
-        self.reading(read::summary(&self.readers, now, stuck)).await
+        self.reading(async |connection| read::summary(connection, now, stuck).await).await
     }
 
     async fn purge(
@@ -177,7 +206,9 @@ impl Store for SqliteStore {
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let (finished, next) = self
-            .reading(read::finished(&self.readers, partition, finished_before, after, limit))
+            .reading(async |connection| {
+                read::finished(connection, partition, finished_before, after, limit).await
+            })
             .await?;
         let deleted = u64::try_from(finished.len()).expect("a page of them");
         if !finished.is_empty() {

@@ -60,7 +60,7 @@ CREATE TABLE branch (
 CREATE TABLE idempotency (
     key_hash BLOB PRIMARY KEY,          -- SHA-256 of the key
     xid      BLOB NOT NULL,             -- the transaction that it gave
-    digest   BLOB NOT NULL              -- SHA-256 of what must be the same in a repeat
+    key_digest BLOB NOT NULL            -- SHA-256 of what must be the same in a repeat
 ) WITHOUT ROWID;
 
 -- What operators answered for participants. Kept for ever, also when the transaction itself is deleted.

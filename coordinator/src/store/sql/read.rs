@@ -1,18 +1,21 @@
-//! Everything that reads the embedded store. Each function sees one moment of it, and lets go of it before it returns: an open
-//! reader makes the WAL file grow.
+//! Everything that reads a store in an SQL database: compiled once in the module of each. Each function sees one moment of it, and
+//! lets go of it before it returns: what is old cannot be cleaned up while somebody looks at it.
 
 use handfast_proto::Xid;
-use sqlx::{QueryBuilder, Sqlite, SqliteConnection, SqlitePool};
+use sqlx::{Connection as _, QueryBuilder};
 use tracing::error;
 
-use super::super::{
-    DuePage, Error, ListFilter, Lookup, PARTITIONS, Show, Summary,
-    record::{self, BranchRow, TransactionRow},
-    xids_of,
+use super::{
+    super::{
+        DuePage, Error, ListFilter, Lookup, PARTITIONS, Show, Summary,
+        record::{self, BranchRow, TransactionRow},
+        xids_of,
+    },
+    BEGIN_READING, Connection, Db,
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
-const TRANSACTION: &str = "SELECT g.*, i.digest AS key_digest FROM global_transaction AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ";
+const TRANSACTION: &str = "SELECT g.*, i.key_digest FROM global_transaction AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ";
 const BRANCH: &str = "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at FROM branch AS b \
                       LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id ";
 /// What [`GlobalTransaction::is_stuck`] says, in SQL. Bind: decided before, attempts.
@@ -20,20 +23,20 @@ const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_a
                      WHERE b.xid = g.xid AND b.state = 1 AND b.error_at IS NOT NULL \
                      AND (b.needs_attention OR b.attempts >= ?)))";
 
-pub(super) async fn load(readers: &SqlitePool, xid: Xid) -> Result<Lookup, Error> {
-    let mut tx = readers.begin().await?;
+pub(super) async fn load(connection: &mut Connection, xid: Xid) -> Result<Lookup, Error> {
+    let mut tx = connection.begin_with(BEGIN_READING).await?;
     let mut query = QueryBuilder::new(TRANSACTION);
     query.push("WHERE g.xid = ").push_bind(xid.to_bytes().to_vec());
     if let Some(head) = query.build_query_as().fetch_optional(&mut *tx).await? {
         return Ok(Lookup::Found(Box::new(with_branches(&mut tx, head).await?)));
     }
     let purged_through: Option<Vec<u8>> =
-        sqlx::query_scalar("SELECT through FROM purged WHERE partition = ?")
+        sqlx::query_scalar("SELECT through FROM purged WHERE `partition` = ?")
             .bind(xid.partition)
             .fetch_optional(&mut *tx)
             .await?;
     let nonce: Option<u32> =
-        sqlx::query_scalar("SELECT nonce FROM epoch WHERE partition = ? AND epoch = ?")
+        sqlx::query_scalar("SELECT nonce FROM epoch WHERE `partition` = ? AND epoch = ?")
             .bind(xid.partition)
             .bind(xid.epoch)
             .fetch_optional(&mut *tx)
@@ -45,10 +48,10 @@ pub(super) async fn load(readers: &SqlitePool, xid: Xid) -> Result<Lookup, Error
 }
 
 pub(super) async fn find_keys(
-    readers: &SqlitePool,
+    connection: &mut Connection,
     hashes: &[[u8; 32]],
 ) -> Result<Vec<Option<Xid>>, Error> {
-    let mut tx = readers.begin().await?;
+    let mut tx = connection.begin_with(BEGIN_READING).await?;
     let mut found = Vec::with_capacity(hashes.len());
     for hash in hashes {
         let xid: Option<Vec<u8>> =
@@ -62,21 +65,25 @@ pub(super) async fn find_keys(
 }
 
 pub(super) async fn due(
-    readers: &SqlitePool,
+    connection: &mut Connection,
     partition: u16,
     until: Timestamp,
     after: Option<(Timestamp, Xid)>,
     limit: usize,
 ) -> Result<DuePage, Error> {
-    let mut tx = readers.begin().await?;
+    let mut tx = connection.begin_with(BEGIN_READING).await?;
     let (first, last) = xids_of(partition);
     let mut query = QueryBuilder::new(TRANSACTION);
     query.push("WHERE g.due_at <= ").push_bind(until.0);
     query.push(" AND g.xid BETWEEN ").push_bind(first.to_bytes().to_vec());
     query.push(" AND ").push_bind(last.to_bytes().to_vec());
     if let Some((due_at, xid)) = after {
-        query.push(" AND (g.due_at, g.xid) > (").push_bind(due_at.0);
-        query.push(", ").push_bind(xid.to_bytes().to_vec()).push(")");
+        query
+            .push(" AND (g.due_at > ")
+            .push_bind(due_at.0)
+            .push(" OR g.due_at = ")
+            .push_bind(due_at.0);
+        query.push(" AND g.xid > ").push_bind(xid.to_bytes().to_vec()).push(")");
     }
     query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(rows(limit + 1));
     let mut heads: Vec<TransactionRow> = query.build_query_as().fetch_all(&mut *tx).await?;
@@ -105,11 +112,11 @@ pub(super) async fn due(
 }
 
 pub(super) async fn list(
-    readers: &SqlitePool,
+    connection: &mut Connection,
     filter: &ListFilter,
     limit: usize,
 ) -> Result<Vec<GlobalTransaction>, Error> {
-    let mut tx = readers.begin().await?;
+    let mut tx = connection.begin_with(BEGIN_READING).await?;
     let mut found = Vec::new();
     match filter.show {
         // What is open is few, and has an index.
@@ -142,11 +149,11 @@ pub(super) async fn list(
 }
 
 pub(super) async fn summary(
-    readers: &SqlitePool,
+    connection: &mut Connection,
     now: Timestamp,
     after: StuckAfter,
 ) -> Result<Summary, Error> {
-    let mut tx = readers.begin().await?;
+    let mut tx = connection.begin_with(BEGIN_READING).await?;
     let (open, oldest): (i64, Option<i64>) = sqlx::query_as(
         "SELECT count(*), min(begun_at) FROM global_transaction WHERE due_at IS NOT NULL",
     )
@@ -162,20 +169,27 @@ pub(super) async fn summary(
     })
 }
 
+/// A transaction that finished, and the hash of its key.
+pub(super) struct Finished {
+    pub(super) xid: Xid,
+    pub(super) key_hash: Option<Vec<u8>>,
+}
+
 /// Of the next `limit` transactions of a partition after `after`: those that finished before that moment; and the last one
 /// looked at, if there may be more. (Xids of a partition are sorted by age: what follows one that began later did not finish
 /// before.)
 pub(super) async fn finished(
-    readers: &SqlitePool,
+    connection: &mut Connection,
     partition: u16,
     before: Timestamp,
     after: Option<Xid>,
     limit: usize,
-) -> Result<(Vec<Xid>, Option<Xid>), Error> {
+) -> Result<(Vec<Finished>, Option<Xid>), Error> {
+    type Row = (Vec<u8>, i64, Option<i64>, Option<Vec<u8>>);
     let (first, last) = xids_of(partition);
-    let mut tx = readers.begin().await?;
-    let rows: Vec<(Vec<u8>, i64, Option<i64>)> = sqlx::query_as(
-        "SELECT xid, begun_at, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
+    let mut tx = connection.begin_with(BEGIN_READING).await?;
+    let found: Vec<Row> = sqlx::query_as(
+        "SELECT xid, begun_at, finished_at, key_hash FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
     )
     .bind(after.unwrap_or(first).to_bytes().to_vec())
     .bind(last.to_bytes().to_vec())
@@ -183,12 +197,12 @@ pub(super) async fn finished(
     .fetch_all(&mut *tx)
     .await?;
     let (mut finished, mut next) = (Vec::new(), None);
-    let full = rows.len() == limit;
-    for (xid, begun_at, finished_at) in rows {
+    let full = found.len() == limit;
+    for (xid, begun_at, finished_at, key_hash) in found {
         let xid = record::xid(&xid)?;
         next = (full && begun_at < before.0).then_some(xid);
         if finished_at.is_some_and(|at| at < before.0) {
-            finished.push(xid);
+            finished.push(Finished { xid, key_hash });
         }
     }
     Ok((finished, next))
@@ -196,8 +210,8 @@ pub(super) async fn finished(
 
 /// Runs a query for transactions, and puts those together that can be.
 async fn transactions(
-    tx: &mut SqliteConnection,
-    mut query: QueryBuilder<Sqlite>,
+    tx: &mut Connection,
+    mut query: QueryBuilder<Db>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let heads = query.build_query_as().fetch_all(&mut *tx).await?;
     undamaged(tx, heads).await
@@ -205,7 +219,7 @@ async fn transactions(
 
 /// Puts transactions together. One that makes no sense must not stand in the way of the others: it is left out, loudly.
 async fn undamaged(
-    tx: &mut SqliteConnection,
+    tx: &mut Connection,
     heads: Vec<TransactionRow>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let mut found = Vec::with_capacity(heads.len());
@@ -222,7 +236,7 @@ async fn undamaged(
 }
 
 async fn with_branches(
-    tx: &mut SqliteConnection,
+    tx: &mut Connection,
     head: TransactionRow,
 ) -> Result<GlobalTransaction, Error> {
     let mut query = QueryBuilder::new(BRANCH);
@@ -231,7 +245,7 @@ async fn with_branches(
     head.into_transaction(branches)
 }
 
-fn push_stuck(query: &mut QueryBuilder<Sqlite>, now: Timestamp, after: StuckAfter) {
+fn push_stuck(query: &mut QueryBuilder<Db>, now: Timestamp, after: StuckAfter) {
     let mut parts = STUCK.split('?');
     let decided_before =
         now.0.saturating_sub(i64::try_from(after.time.as_millis()).unwrap_or(i64::MAX));
@@ -240,7 +254,7 @@ fn push_stuck(query: &mut QueryBuilder<Sqlite>, now: Timestamp, after: StuckAfte
     query.push(parts.next().unwrap_or_default());
 }
 
-fn push_name(query: &mut QueryBuilder<Sqlite>, filter: &ListFilter) {
+fn push_name(query: &mut QueryBuilder<Db>, filter: &ListFilter) {
     if let Some(name) = &filter.name {
         query.push(" AND g.name = ").push_bind(name.clone());
     }

@@ -1,0 +1,112 @@
+//! The tables, and which version of them is there. Only `migrate` changes them: a coordinator that starts looks, and refuses what
+//! it does not know.
+
+use sqlx::{AssertSqlSafe, Connection as _};
+
+use super::{Connection, OpenError, server};
+
+/// Each step from one version to the next, oldest first; never changed once it was released. A step that was killed half way is run
+/// again, so it must be repeatable: `IF NOT EXISTS` throughout.
+const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
+const VERSION: usize = MIGRATIONS.len();
+
+/// Where it is written down which steps were done.
+const VERSIONS: &str = "CREATE TABLE IF NOT EXISTS handfast_schema (
+    version    INT NOT NULL PRIMARY KEY COMMENT 'of the tables of this coordinator, after this step',
+    applied_at TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP COMMENT 'when',
+    program    VARCHAR(64) NOT NULL COMMENT 'which version of the program has done it'
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin COMMENT = 'steps of handfast migrate'";
+
+/// The tables are not what this program needs.
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaError {
+    /// There are none, or older ones.
+    #[error(
+        "the store has {}, and this program needs version {VERSION}: run `handfast migrate --store URL` first \
+         (with --dry-run it only prints what it would do)",
+        match found { 0 => "no tables yet".to_owned(), version => format!("schema version {version}") }
+    )]
+    Older {
+        /// What is there; 0: nothing.
+        found: usize,
+    },
+    /// A newer program was here.
+    #[error(
+        "the store has schema version {found}, and this program knows versions up to {VERSION}; a newer Handfast has been here: use that one"
+    )]
+    Newer {
+        /// What is there.
+        found: usize,
+    },
+}
+
+/// Passes if the tables are of this program's version.
+pub(super) async fn check(connection: &mut Connection) -> Result<(), OpenError> {
+    let found = found(connection).await?;
+    if found > VERSION {
+        return Err(SchemaError::Newer { found }.into());
+    }
+    if found < VERSION {
+        return Err(SchemaError::Older { found }.into());
+    }
+    Ok(())
+}
+
+async fn found(connection: &mut Connection) -> Result<usize, sqlx::Error> {
+    let there: i64 = sqlx::query_scalar(
+        "SELECT COUNT(*) FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = 'handfast_schema'",
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    if there == 0 {
+        return Ok(0);
+    }
+    let version: Option<i64> =
+        sqlx::query_scalar("SELECT CAST(MAX(version) AS SIGNED) FROM handfast_schema")
+            .fetch_one(connection)
+            .await?;
+    Ok(version.and_then(|version| usize::try_from(version).ok()).unwrap_or(0))
+}
+
+/// The SQL that [`migrate`] would run, step by step; empty if there is nothing to do.
+///
+/// # Errors
+///
+/// See [`OpenError`].
+pub async fn pending(url: &str) -> Result<Vec<&'static str>, OpenError> {
+    let mut connection = server::connect(&server::options(url)?).await?;
+    let found = found(&mut connection).await?;
+    drop(connection.close().await);
+    if found > VERSION {
+        return Err(SchemaError::Newer { found }.into());
+    }
+    Ok(MIGRATIONS[found..].to_vec())
+}
+
+/// Makes the tables, or brings them up to this program's version. Returns from which version to which. A repeat does nothing; two at
+/// once wait for each other.
+///
+/// # Errors
+///
+/// See [`OpenError`]. What was done until then stays, and the next run goes on from there.
+pub async fn migrate(url: &str) -> Result<(usize, usize), OpenError> {
+    let mut connection = server::connect(&server::options(url)?).await?;
+    sqlx::query("SELECT GET_LOCK(CONCAT('handfast_migrate_', DATABASE()), 60)")
+        .execute(&mut connection)
+        .await?;
+    let from = found(&mut connection).await?;
+    if from > VERSION {
+        return Err(SchemaError::Newer { found: from }.into());
+    }
+    sqlx::raw_sql(VERSIONS).execute(&mut connection).await?;
+    for (n, sql) in MIGRATIONS.iter().enumerate().skip(from) {
+        sqlx::raw_sql(AssertSqlSafe(*sql)).execute(&mut connection).await?;
+        sqlx::query("INSERT INTO handfast_schema (version, program) VALUES (?, ?)")
+            .bind(i64::try_from(n + 1).unwrap_or(i64::MAX))
+            .bind(env!("CARGO_PKG_VERSION"))
+            .execute(&mut connection)
+            .await?;
+    }
+    drop(connection.close().await); // and with it the lock
+    Ok((from, VERSION))
+}

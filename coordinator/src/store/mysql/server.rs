@@ -1,0 +1,148 @@
+//! The server: how it is connected to, and whether it keeps what it has acknowledged.
+
+use std::str::FromStr as _;
+
+use sqlx::{AssertSqlSafe, Connection as _, Row as _, mysql::MySqlConnectOptions};
+use tracing::warn;
+
+use super::{CALL_TIMEOUT, Connection, SchemaError};
+
+/// Bytes that `max_allowed_packet` must have. A batch stays below a quarter of it.
+const PACKET_BYTES_MIN: i64 = 16 * 1024 * 1024;
+/// Values of `innodb_doublewrite` with which a page that was written by half cannot be mended.
+const NO_DOUBLEWRITE: [&str; 4] = ["0", "OFF", "DETECT_ONLY", "off"];
+
+/// Why a store cannot be opened. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The URL is none.
+    #[error(
+        "the store's URL is none of a database: {0}; one looks like mysql://user:password@host:3306/database"
+    )]
+    Url(String),
+    /// The server cannot be reached, or does not let us in.
+    #[error("cannot connect to the store: {0}")]
+    Connect(#[source] sqlx::Error),
+    /// It does not answer.
+    #[error("the store does not answer within {} seconds", CALL_TIMEOUT.as_secs())]
+    TimedOut(#[from] tokio::time::error::Elapsed),
+    /// The tables are not there, or not these.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// The server would lose what it has acknowledged, or takes no writes.
+    #[error("the store's server is not set up to be trusted:{}", .0.iter().map(|flaw| format!("\n  - {flaw}")).collect::<String>())]
+    Unsafe(Vec<String>),
+    /// It refuses to say.
+    #[error("cannot ask the store's server how it is set up: {0}")]
+    Ask(#[from] sqlx::Error),
+}
+
+pub(super) fn options(url: &str) -> Result<MySqlConnectOptions, OpenError> {
+    // The text itself may have a password in it, so it is not repeated.
+    let options =
+        MySqlConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
+    if options.get_database().is_none_or(str::is_empty) {
+        return Err(OpenError::Url("it names no database".to_owned()));
+    }
+    Ok(options)
+}
+
+pub(super) async fn connect(options: &MySqlConnectOptions) -> Result<Connection, OpenError> {
+    let connecting = Connection::connect_with(options);
+    tokio::time::timeout(CALL_TIMEOUT, connecting).await?.map_err(OpenError::Connect)
+}
+
+/// Makes a connection one that may write. It is never in READ COMMITTED by chance, and ends when its owner is silent.
+pub(super) async fn set_up_writer(
+    connection: &mut Connection,
+    silence_max_seconds: u32,
+) -> Result<(), sqlx::Error> {
+    let is_mariadb = version(connection).await?.contains("MariaDB");
+    // MySQL ends a silent connection by wait_timeout also in the middle of a transaction; MariaDB has a variable of its own too.
+    let idle = if is_mariadb { ", idle_write_transaction_timeout = {}" } else { "" };
+    let idle = idle.replace("{}", &silence_max_seconds.to_string());
+    sqlx::raw_sql(AssertSqlSafe(format!(
+        "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
+         SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', \
+         wait_timeout = {silence_max_seconds}, net_read_timeout = {silence_max_seconds}, \
+         innodb_lock_wait_timeout = {silence_max_seconds}{idle}"
+    )))
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn version(connection: &mut Connection) -> Result<String, sqlx::Error> {
+    sqlx::query_scalar("SELECT VERSION()").fetch_one(connection).await
+}
+
+/// Looks for everything that would lose what was acknowledged.
+pub(super) async fn check(
+    connection: &mut Connection,
+    allow_unsafe: bool,
+) -> Result<(), OpenError> {
+    let flaws = tokio::time::timeout(CALL_TIMEOUT, flaws(connection)).await??;
+    if flaws.is_empty() {
+        return Ok(());
+    }
+    if !allow_unsafe {
+        return Err(OpenError::Unsafe(flaws));
+    }
+    for flaw in flaws {
+        warn!(
+            flaw,
+            "the store's server is not set up to be trusted, and store_unsafe allows it: decisions may be lost"
+        );
+    }
+    Ok(())
+}
+
+/// What is wrong, each with what mends it.
+async fn flaws(connection: &mut Connection) -> Result<Vec<String>, sqlx::Error> {
+    let settings = sqlx::query(
+        "SELECT CAST(@@innodb_flush_log_at_trx_commit AS SIGNED), CAST(@@log_bin AS SIGNED), CAST(@@sync_binlog AS SIGNED), \
+         CAST(@@innodb_doublewrite AS CHAR), CAST(@@read_only AS SIGNED), CAST(@@max_allowed_packet AS SIGNED)",
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    let [flush, log_bin, sync_binlog] = [0, 1, 2].map(|n| settings.try_get::<i64, _>(n));
+    let doublewrite: String = settings.try_get(3)?;
+    let [read_only, packet] = [4, 5].map(|n| settings.try_get::<i64, _>(n));
+    let mut flaws = Vec::new();
+    let flush = flush?;
+    if flush != 1 {
+        flaws.push(format!(
+            "innodb_flush_log_at_trx_commit is {flush}: a crash loses commits. SET GLOBAL innodb_flush_log_at_trx_commit = 1 (and in its configuration)"
+        ));
+    }
+    let sync_binlog = sync_binlog?;
+    if log_bin? == 1 && sync_binlog != 1 {
+        flaws.push(format!(
+            "sync_binlog is {sync_binlog}: a crash loses commits from the binary log. SET GLOBAL sync_binlog = 1 (and in its configuration)"
+        ));
+    }
+    if NO_DOUBLEWRITE.contains(&doublewrite.as_str()) {
+        flaws.push(format!(
+            "innodb_doublewrite is {doublewrite}: a crash may tear a page for ever. Set innodb_doublewrite = ON in its configuration, and restart it"
+        ));
+    }
+    if read_only? == 1 {
+        flaws.push(
+            "it is read-only (read_only = 1), and a coordinator has to write. Connect to the primary, or SET GLOBAL read_only = 0"
+                .to_owned(),
+        );
+    }
+    let packet = packet?;
+    if packet < PACKET_BYTES_MIN {
+        flaws.push(format!(
+            "max_allowed_packet is {packet}, and must be {PACKET_BYTES_MIN} or more. SET GLOBAL max_allowed_packet = {PACKET_BYTES_MIN} (and in its configuration)"
+        ));
+    }
+    // Who may not ask is not told; then the read_only of a replica, which has it as a rule, has to do.
+    if let Ok(replicas) = sqlx::raw_sql("SHOW REPLICA STATUS").fetch_all(connection).await
+        && !replicas.is_empty()
+    {
+        flaws.push("it is a replica: what is written here is not on its source, and may be overwritten. Connect to the source".to_owned());
+    }
+    Ok(flaws)
+}

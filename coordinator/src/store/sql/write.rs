@@ -1,0 +1,217 @@
+//! Everything that changes a store in an SQL database: compiled once in the module of each, which says what differs between them.
+//! Each function is one local transaction.
+
+use std::collections::BTreeMap;
+
+use sqlx::{Connection as _, QueryBuilder};
+
+use super::{
+    super::{
+        Appended, Batch, Error, Guard, Ownership, Seat, Write, judge,
+        record::{self, Cell, Rows},
+    },
+    BEGIN_WRITING, Connection, Db, UPSERT_PURGED, push_update,
+    read::Finished,
+};
+use crate::transaction::Timestamp;
+
+/// Rows of one statement. A few fixed sizes, so that statements are prepared once and reused.
+pub(super) const ROWS: [usize; 4] = [64, 16, 4, 1];
+/// Guards of one statement.
+pub(super) const GUARDS: [usize; 3] = [1, 4, 16];
+
+pub(super) async fn acquire(
+    connection: &mut Connection,
+    owner: &str,
+    now: Timestamp,
+) -> Result<Vec<Ownership>, Error> {
+    let mut tx = connection.begin_with(BEGIN_WRITING).await?;
+    // First the UPDATE: from here on the rows are ours, and what is read is what was written.
+    sqlx::query("UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = ?")
+        .bind(owner)
+        .execute(&mut *tx)
+        .await?;
+    let recorded = recorded(&mut tx).await?;
+    let ownerships: Vec<_> = recorded
+        .into_iter()
+        .map(|(partition, (epoch, _))| Ownership { partition, epoch, nonce: rand::random() })
+        .collect();
+    for Ownership { partition, epoch, nonce } in &ownerships {
+        sqlx::query(
+            "INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) VALUES (?, ?, ?, ?, ?)",
+        )
+        .bind(partition)
+        .bind(epoch)
+        .bind(nonce)
+        .bind(owner)
+        .bind(now.0)
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
+    Ok(ownerships)
+}
+
+pub(super) async fn append(connection: &mut Connection, batch: &Batch) -> Result<Appended, Error> {
+    let mut tx = connection.begin_with(BEGIN_WRITING).await?;
+    // First the UPDATE: it waits for an earlier attempt whose COMMIT is still under way.
+    let moved = move_positions(&mut tx, &batch.guards).await?;
+    if moved == batch.guards.len() as u64 {
+        write_all(&mut tx, &batch.writes).await?;
+        tx.commit().await?;
+        return Ok(Appended::Durable);
+    }
+    // Inside the same local transaction: what others have recorded there stays.
+    let recorded = recorded(&mut tx).await?;
+    tx.rollback().await?;
+    match judge(batch, |partition| recorded.get(&partition).copied())? {
+        Some(Appended::Durable) if moved > 0 => {
+            Err(Error::Corrupt(format!("half of a batch is recorded: {:?}", batch.guards)))
+        }
+        Some(appended) => Ok(appended),
+        None => Err(Error::Corrupt(format!("a batch fits, and is not taken: {:?}", batch.guards))),
+    }
+}
+
+/// Who owns the partitions.
+#[allow(dead_code, reason = "SQLite has nobody who waits for them")]
+pub(super) async fn seats(connection: &mut Connection) -> Result<Vec<Seat>, Error> {
+    let rows: Vec<(u16, u32, i64, Option<String>)> =
+        sqlx::query_as("SELECT `partition`, epoch, position, owner FROM `partition`")
+            .fetch_all(connection)
+            .await?;
+    let seat = |(partition, epoch, position, owner): (_, _, i64, _)| Seat {
+        partition,
+        epoch,
+        position: position.cast_unsigned(),
+        owner,
+    };
+    Ok(rows.into_iter().map(seat).collect())
+}
+
+/// Epoch and position of every partition.
+async fn recorded(tx: &mut Connection) -> Result<BTreeMap<u16, (u32, u64)>, Error> {
+    let rows: Vec<(u16, u32, i64)> =
+        sqlx::query_as("SELECT `partition`, epoch, position FROM `partition`")
+            .fetch_all(&mut *tx)
+            .await?;
+    let row =
+        |(partition, epoch, position): (_, _, i64)| (partition, (epoch, position.cast_unsigned()));
+    Ok(rows.into_iter().map(row).collect())
+}
+
+/// Moves the partitions' positions by one, where epoch and position are as the guards say. Returns how many it has moved.
+async fn move_positions(tx: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
+    let last = guards.last().ok_or_else(|| Error::Corrupt("a batch without a guard".to_owned()))?;
+    let size = GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
+    let mut query = QueryBuilder::new("UPDATE `partition` SET position = position + 1 WHERE ");
+    // Said twice it still counts once.
+    for (n, guard) in guards.iter().chain(std::iter::repeat(last)).take(size).enumerate() {
+        query.push(if n == 0 { "(`partition` = " } else { " OR (`partition` = " });
+        query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
+        query.push(" AND position = ").push_bind(guard.position.cast_signed() - 1).push(")");
+    }
+    Ok(query.build().execute(&mut *tx).await?.rows_affected())
+}
+
+/// Writes all of them, and checks that each row counted.
+async fn write_all(tx: &mut Connection, writes: &[Write]) -> Result<(), Error> {
+    for rows in record::rows(writes) {
+        let mut left = rows.len();
+        let (shape, mut cells) = (Rows { cells: Vec::new(), ..rows }, rows.cells.into_iter());
+        while left > 0 {
+            let size = ROWS.into_iter().find(|size| *size <= left).expect("one is 1");
+            left -= size;
+            let mut query = QueryBuilder::new("");
+            let chunk = cells.by_ref().take(size * shape.columns.len());
+            if shape.keys == 0 {
+                push_insert(&mut query, &shape, chunk);
+            } else {
+                push_update(&mut query, &shape, chunk);
+            }
+            let written = query.build().execute(&mut *tx).await?.rows_affected();
+            if written != size as u64 {
+                return Err(Error::Corrupt(format!(
+                    "{written} of {size} rows of `{}` were there to be changed",
+                    shape.table
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<Item = Cell>) {
+    query.push("INSERT INTO ").push(shape.table).push(" (").push(shape.columns.join(", "));
+    for (n, cell) in cells.enumerate() {
+        query.push(match (n, n % shape.columns.len()) {
+            (0, _) => ") VALUES (",
+            (_, 0) => "), (",
+            _ => ", ",
+        });
+        push_cell(query, cell);
+    }
+    query.push(")");
+}
+
+pub(super) fn push_cell(query: &mut QueryBuilder<Db>, cell: Cell) {
+    match cell {
+        Cell::Int(value) => query.push_bind(value),
+        Cell::Text(value) => query.push_bind(value),
+        Cell::Bytes(value) => query.push_bind(value),
+    };
+}
+
+/// Deletes what [`super::read::finished`] has found, and remembers how far it went.
+pub(super) async fn purge(
+    connection: &mut Connection,
+    partition: u16,
+    finished: &[Finished],
+) -> Result<(), Error> {
+    let Some(through) = finished.iter().map(|finished| finished.xid).max() else { return Ok(()) };
+    let xids = || finished.iter().map(|finished| finished.xid.to_bytes().to_vec());
+    let keys: Vec<_> = finished.iter().filter_map(|finished| finished.key_hash.clone()).collect();
+    let mut tx = connection.begin_with(BEGIN_WRITING).await?;
+    delete(&mut tx, "DELETE FROM idempotency WHERE key_hash IN (", keys).await?;
+    delete(&mut tx, "DELETE FROM branch WHERE xid IN (", xids().collect()).await?;
+    delete(&mut tx, "DELETE FROM global_transaction WHERE xid IN (", xids().collect()).await?;
+    let through = through.to_bytes().to_vec();
+    sqlx::query(UPSERT_PURGED)
+        .bind(partition)
+        .bind(through.clone())
+        .bind(through)
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+async fn delete(tx: &mut Connection, sql: &str, ids: Vec<Vec<u8>>) -> Result<(), Error> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let mut query = QueryBuilder::new(sql);
+    let mut listed = query.separated(", ");
+    for id in ids {
+        listed.push_bind(id);
+    }
+    // As long as there are rows: such a statement would only drive others out of the cache.
+    query.push(")").build().persistent(false).execute(&mut *tx).await?;
+    Ok(())
+}
+
+pub(super) async fn release(
+    connection: &mut Connection,
+    ownerships: &[Ownership],
+) -> Result<(), Error> {
+    let mut tx = connection.begin_with(BEGIN_WRITING).await?;
+    for ownership in ownerships {
+        sqlx::query("UPDATE `partition` SET owner = NULL WHERE `partition` = ? AND epoch = ?")
+            .bind(ownership.partition)
+            .bind(ownership.epoch)
+            .execute(&mut *tx)
+            .await?;
+    }
+    tx.commit().await?;
+    Ok(())
+}

@@ -11,6 +11,9 @@ use tokio::sync::watch;
 
 use crate::transaction::Timestamp;
 
+/// Longest sleep before the time is looked at again.
+const SLEEP_MAX: Duration = Duration::from_secs(10);
+
 /// Tells the time. Correctness never rests on it: a wrong clock can end phase one early, it cannot split a decision.
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
     /// The present moment; never before one that was told earlier.
@@ -73,7 +76,8 @@ impl Clock for SystemClock {
                 if now >= at {
                     return;
                 }
-                tokio::time::sleep(at - now).await;
+                // Not all the way: while the machine is suspended tokio's clock may stand still, and this one does not.
+                tokio::time::sleep((at - now).min(SLEEP_MAX)).await;
             }
         })
     }

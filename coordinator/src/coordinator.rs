@@ -157,15 +157,19 @@ impl Coordinator {
             return Err(Error::OwnedElsewhere(xid));
         }
         let may_be_refused = matches!(what, What::Register(_));
-        let command = |reply| Command::Ask(Ask { xid, what, until, reply });
+        // First what became of it, then how far the transaction comes: a rejection that is late must not be lost.
+        let command = |reply| Command::Ask(Ask { xid, what, until: Until::Now, reply });
         let answer = if may_be_refused {
             self.offer(partition, command)?
         } else {
             self.send(partition, command).await?
         };
-        if until == Until::Now {
-            return Self::answered(answer, ANSWER_TIMEOUT).await;
+        let answer = Self::answered(answer, ANSWER_TIMEOUT).await?;
+        if until.is_reached(&answer.global) || patience.is_zero() {
+            return Ok(answer);
         }
+        let command = |reply| Command::Ask(Ask { xid, what: What::Get, until, reply });
+        let answer = self.send(partition, command).await?;
         match tokio::time::timeout(patience, answer).await {
             Ok(answer) => answer.unwrap_or(Err(Error::Stopping)),
             Err(_) => {

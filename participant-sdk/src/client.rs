@@ -184,7 +184,11 @@ impl Handfast {
     ) -> Result<pb::Transaction, Status> {
         let ask = |mut client: Client, request| async move { client.decide(request).await };
         let client = self.client(!wait.is_zero());
-        present(repeated(client, request, ATTEMPT_TIMEOUT + wait, deadline, ask).await?.transaction)
+        present(
+            repeated(client, request, ATTEMPT_TIMEOUT.saturating_add(wait), deadline, ask)
+                .await?
+                .transaction,
+        )
     }
 
     pub(crate) async fn run_execute(
@@ -194,7 +198,8 @@ impl Handfast {
         deadline: Instant,
     ) -> Result<pb::ExecuteResponse, Status> {
         let ask = |mut client: Client, request| async move { client.execute(request).await };
-        repeated(self.client(true), request, ATTEMPT_TIMEOUT + wait, deadline, ask).await
+        repeated(self.client(true), request, ATTEMPT_TIMEOUT.saturating_add(wait), deadline, ask)
+            .await
     }
 
     pub(crate) async fn get(
@@ -230,6 +235,12 @@ fn present(transaction: Option<pb::Transaction>) -> Result<pb::Transaction, Stat
     transaction.ok_or_else(|| Status::internal("the coordinator's answer has no transaction in it"))
 }
 
+/// The moment after so long, or after some decades, if that is later than any clock goes.
+pub(crate) fn from_now(after: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(after).unwrap_or(now + Duration::from_secs(30 * 365 * 24 * 3600))
+}
+
 /// Asks, and asks again while there is no answer that settles it, until `deadline`. Only for what may be repeated: everything
 /// that the coordinator offers. The last error is reported; but once an attempt had no answer at all, nobody may conclude from
 /// a later "too busy" that nothing has happened, and so the last of those without an answer is.
@@ -251,7 +262,7 @@ where
         .build();
     let mut unanswered = None;
     loop {
-        let attempt_ends = deadline.min(Instant::now() + attempt_timeout);
+        let attempt_ends = deadline.min(from_now(attempt_timeout));
         let error =
             match tokio::time::timeout_at(attempt_ends, ask(client.clone(), request.clone())).await
             {

@@ -5,11 +5,10 @@ use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use handfast_proto::{Xid, time::wire_duration, v1 as pb};
-use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use crate::{
-    client::{Handfast, Remote, status_error},
+    client::{Handfast, Remote, from_now, status_error},
     contract::{Contract, Payload},
     error::BoxError,
     global::NewTransaction,
@@ -138,8 +137,8 @@ impl ExecuteBuilder {
             until: until.into(),
             wait: Some(wire_duration(self.wait)),
         };
-        let lasts = self.new.timeout.unwrap_or(TIMEOUT) + self.wait;
-        let deadline = Instant::now() + lasts + PATIENCE;
+        let lasts = self.new.timeout.unwrap_or(TIMEOUT).saturating_add(self.wait);
+        let deadline = from_now(lasts.saturating_add(PATIENCE));
         let response = match self.handfast.run_execute(request, lasts, deadline).await {
             Ok(response) => response,
             Err(status) => return Err(failed(status, key)),

@@ -28,7 +28,9 @@ use tonic::{Code, Request, Status, metadata::MetadataValue};
 
 use crate::{
     branch::{Branch, Phase},
-    client::{Handfast, Reach, Reason, Remote, leaves_open, may_be_repeated, status_error},
+    client::{
+        Handfast, Reach, Reason, Remote, from_now, leaves_open, may_be_repeated, status_error,
+    },
     contract::{Contract, Payload},
     error::{BoxError, Refusal},
     propagation::Context,
@@ -53,6 +55,13 @@ pub(crate) struct NewTransaction {
     pub(crate) timeout: Option<Duration>,
     pub(crate) labels: std::collections::BTreeMap<String, String>,
     pub(crate) key: String,
+}
+
+impl NewTransaction {
+    /// Whether this one, found under the same key, was begun for the same purpose. Branch by branch the coordinator sees to it.
+    pub(crate) fn is_begun_as(&self, found: &pb::Transaction) -> bool {
+        found.name == self.name && found.drive() == pb::Drive::Initiator
+    }
 }
 
 /// A global transaction while it is being tried. `&self` everywhere, so calls can run side by side; cheap to clone.
@@ -88,6 +97,8 @@ struct Registrar {
     closed: bool,
     /// Found by its key, and decided before.
     standing: Option<pb::Transaction>,
+    /// Its key led to one that was there before.
+    existed: bool,
     /// Begin had no clear answer.
     unanswered: bool,
 }
@@ -195,7 +206,7 @@ impl Global {
             parent: report.as_ref().map(|context| context.branch_id.clone()),
             report,
             next_branch: AtomicUsize::new(1),
-            deadline: Instant::now() + timeout,
+            deadline: from_now(timeout),
             registrar: Mutex::new(registrar),
             idle: Notify::new(),
             ledger: Mutex::default(),
@@ -384,6 +395,12 @@ impl Global {
     }
 
     /// Notes that an ordinary call within the transaction failed.
+    /// Notes that a call was not even made. If the closure swallows it, the transaction is cancelled all the same.
+    pub(crate) fn call_not_made(&self, error: CallError) -> CallError {
+        self.ledger().failed(error.clone());
+        error
+    }
+
     pub(crate) fn ordinary_call_failed(&self, branch_id: BranchId, cause: String) {
         self.ledger().failed(CallError::Unknown {
             branch_id,
@@ -433,7 +450,7 @@ impl Global {
             tokio::spawn(self.clone().send_registrations());
         }
         answer.await.unwrap_or_else(|_| {
-            Err(CallError::NotRegistered { cause: "the runtime is stopping".to_owned() })
+            Err(CallError::NotRegistered { cause: "it was given up before that".to_owned() })
         })
     }
 
@@ -480,6 +497,7 @@ impl Global {
         let begun = begun(&transaction)?;
         self.registrar().begun = Some(begun);
         if existed {
+            self.registrar().existed = true;
             if transaction.decision() != pb::Decision::Unspecified {
                 self.registrar().standing = Some(transaction);
                 return Err(CallError::NotRegistered {
@@ -497,10 +515,14 @@ impl Global {
     async fn begun_otherwise(&self, status: Status) -> Result<pb::Transaction, CallError> {
         if Reason::of(&status) == Reason::KeyTaken {
             let by = pb::get_transaction_request::By::IdempotencyKey(self.inner.new.key.clone());
-            let taken =
-                self.inner.handfast.get(by, self.inner.deadline).await.map_err(not_registered)?;
-            if taken.name == self.inner.new.name && taken.drive() == pb::Drive::Initiator {
-                return Ok(taken);
+            match self.inner.handfast.get(by, self.inner.deadline).await {
+                Ok(taken) if self.inner.new.is_begun_as(&taken) => return Ok(taken),
+                Ok(_) => {}
+                Err(status) => {
+                    // Another run with this key is there, and may confirm.
+                    self.registrar().unanswered = true;
+                    return Err(not_registered(status));
+                }
             }
         }
         self.registrar().unanswered = leaves_open(&status);
@@ -548,6 +570,11 @@ impl Global {
     /// What was decided before, if the key led to a transaction that was.
     pub(crate) fn standing(&self) -> Option<pb::Transaction> {
         self.registrar().standing.clone()
+    }
+
+    /// Its key led to a transaction that another run had begun.
+    pub(crate) fn existed(&self) -> bool {
+        self.registrar().existed
     }
 
     /// Begin had no clear answer, so a transaction of this run's key may be there.

@@ -29,22 +29,35 @@ impl Participant {
     ///
     /// # Errors
     ///
-    /// When the database or the coordinator does not answer. What was done stays done; the rest is done another time.
+    /// When the database does not answer, or the coordinator, about one or more of them. What was done stays done; the rest is
+    /// done another time.
     ///
     /// # Cancel safety
     ///
     /// As after an error.
     pub async fn inquire(&self, handfast: &Handfast) -> Result<Inquiry, BoxError> {
         let mut inquiry = Inquiry::default();
+        let mut unanswered = None;
         for branch in self.overdue().await? {
-            let outcome = handfast.outcome(branch.xid).await?;
+            // One that nobody can answer for must not stand in the way of the others.
+            let outcome = match handfast.outcome(branch.xid).await {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    warn!(xid = %branch.xid, branch_id = %branch.branch_id, %error, "nobody can say now what became of an overdue reservation");
+                    unanswered = Some(error);
+                    continue;
+                }
+            };
             if self.settle(&branch, &outcome).await {
                 inquiry.cancelled += 1;
             } else {
                 inquiry.reported += 1;
             }
         }
-        Ok(inquiry)
+        match unanswered {
+            None => Ok(inquiry),
+            Some(error) => Err(error.into()),
+        }
     }
 
     /// Whether the branch has been cancelled.

@@ -67,8 +67,8 @@ pub enum TransactionError {
         #[source]
         cause: BoxError,
     },
-    /// It was not begun, so nothing was tried. If it has an idempotency key, then no other run with that key was known when this
-    /// one began; where that could not be found out it is [`TransactionError::Unknown`].
+    /// It was not begun, so nothing was tried. If it has an idempotency key, then no other run of this operation with that key was
+    /// known when this one began; where that could not be found out it is [`TransactionError::Unknown`].
     #[error("the transaction was not begun, so nothing was tried: {cause}")]
     #[non_exhaustive]
     NotBegun {

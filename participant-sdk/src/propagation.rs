@@ -205,8 +205,9 @@ where
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
         Box::pin(async move {
-            let xid = global.xid().await?; // not known to the coordinator, no call
-            let branch_id = global.next_branch_id()?;
+            // Not known to the coordinator, no call.
+            let xid = global.xid().await.map_err(|error| global.call_not_made(error))?;
+            let branch_id = global.next_branch_id().map_err(|error| global.call_not_made(error))?;
             let ascii = |text: &str| {
                 HeaderValue::from_str(text).expect("xids and branch ids are plain ASCII")
             };

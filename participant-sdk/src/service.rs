@@ -290,10 +290,10 @@ mod tests {
         sqlx::query("UPDATE shelf SET sold = 0").execute(&mut *other).await.unwrap();
         drop(other);
         cancel(&mut client, context(1)).await.unwrap();
-        assert_eq!(
-            (shop.shelf().await, shop.state(1).await.unwrap()),
-            ((STOCK, 0, 0), "suspended".to_owned())
-        );
+        assert_eq!(shop.shelf().await, (STOCK, 0, 0));
+        // On a busy machine the Try may have come first, and was cancelled.
+        let state = shop.state(1).await.unwrap();
+        assert!(["suspended", "cancelled"].contains(&state.as_str()), "{state}");
     }
 
     #[tokio::test]

@@ -8,13 +8,15 @@ use tonic::{Code, Status};
 
 use crate::{
     async_func::AsyncFunc,
-    client::{ASK_PATIENCE, Handfast, Reason, status_error},
+    client::{ASK_PATIENCE, Handfast, Reason, from_now, status_error},
     error::{BoxError, WorkError, cut},
     global::{CallError, Calls, Global, NewTransaction},
     outcome::{Confirmed, TransactionError, standing},
     propagation,
 };
 
+/// What is unknown when a decision is answered without one.
+const NO_DECISION: &str = "the coordinator's answer has no decision in it";
 /// How long phase one may take, if nobody says.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long `run` waits for participants to acknowledge, once it is decided.
@@ -168,6 +170,13 @@ impl TransactionBuilder {
         }
         let by = pb::get_transaction_request::By::IdempotencyKey(self.new.key.clone());
         match self.handfast.get(by, Instant::now() + ASK_PATIENCE).await {
+            Ok(transaction) if !self.new.is_begun_as(&transaction) => {
+                let cause = format!(
+                    "its idempotency key belongs to {}, which is another operation: {}",
+                    transaction.xid, transaction.name
+                );
+                Err(TransactionError::NotBegun { cause: cause.into() })
+            }
             Ok(transaction) => match transaction.xid.parse() {
                 Ok(xid) => Ok(standing(xid, &transaction)),
                 Err(error) => Err(TransactionError::NotBegun { cause: Box::new(error) }),
@@ -316,10 +325,11 @@ impl OpenTransaction {
         };
         self.decided = true;
         match self.decide(xid, request).await {
-            Ok(transaction) => {
-                let completed = transaction.state() == pb::TransactionState::Confirmed;
-                Ok(Confirmed { xid, value: Some(()), completed })
-            }
+            Ok(transaction) => match standing::<()>(xid, &transaction) {
+                Some(Ok(confirmed)) => Ok(Confirmed { value: Some(()), ..confirmed }),
+                Some(Err(error)) => Err(error),
+                None => Err(self.unknown(xid, NO_DECISION.into())),
+            },
             Err(status) => match Reason::of(&status) {
                 Reason::AlreadyDecided => self.what_stands(xid, status).await,
                 Reason::BranchesDiffer => {
@@ -356,7 +366,11 @@ impl OpenTransaction {
         self.decided = true;
         let request = pb::DecideRequest { decision: pb::Decision::Cancel.into(), ..request };
         match self.decide(xid, request).await {
-            Ok(_) => Err(error),
+            Ok(transaction) => match standing(xid, &transaction) {
+                Some(Ok(confirmed)) => Ok(confirmed), // by another run with this key
+                Some(Err(_)) => Err(error),           // ours says more
+                None => Err(self.unknown(xid, NO_DECISION.into())),
+            },
             Err(status) => match Reason::of(&status) {
                 Reason::AlreadyDecided => self.what_stands(xid, status).await,
                 Reason::NeverRecorded => Err(error), // nothing was tried
@@ -410,7 +424,7 @@ impl OpenTransaction {
             wait: Some(wire_duration(self.wait)),
             ..request
         };
-        self.global.handfast().decide(request, self.wait, Instant::now() + self.patience).await
+        self.global.handfast().decide(request, self.wait, from_now(self.patience)).await
     }
 }
 
@@ -436,8 +450,9 @@ impl Drop for OpenTransaction {
         runtime.spawn(async move {
             let abandoned =
                 Self { global: global.clone(), wait: Duration::ZERO, patience, decided: true };
+            // Begun by another run with the same key, it is that one's too; if nobody decides, its time will run out.
             if let Some(begun) = global.close().await
-                && global.standing().is_none()
+                && !global.existed()
             {
                 let cause = "the initiator gave up before it decided".into();
                 let outcome = abandoned.cancel_for(begun.xid, cause).await;

@@ -1,5 +1,8 @@
 //! What a participant's answer means: the table of `participant.proto`, read. The only place that reads gRPC codes.
 
+use std::collections::BTreeMap;
+
+use handfast_proto::limits;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
@@ -53,17 +56,25 @@ pub(crate) fn one_line(text: &str) -> String {
 fn refusal(status: &Status) -> Refusal {
     let message = one_line(status.message());
     match status.get_details_error_info() {
-        Some(info) => Refusal {
-            reason: info.reason,
-            domain: info.domain,
-            message,
-            metadata: info.metadata.into_iter().collect(),
-        },
+        Some(info) => {
+            let (reason, domain) = (one_line(&info.reason), one_line(&info.domain));
+            let mut left = limits::REFUSAL_BYTES_MAX
+                .saturating_sub(reason.len() + domain.len() + message.len());
+            // What does not fit is left out: the refusal counts, whatever comes with it.
+            let mut metadata: BTreeMap<_, _> = info.metadata.into_iter().collect();
+            metadata.retain(|key, value| {
+                let bytes = key.len() + value.len();
+                let fits = bytes <= left;
+                left -= if fits { bytes } else { 0 };
+                fits
+            });
+            Refusal { reason, domain, message, metadata }
+        }
         None => Refusal {
             reason: code_name(Code::FailedPrecondition).to_owned(),
             domain: String::new(),
             message,
-            metadata: std::collections::BTreeMap::new(),
+            metadata: BTreeMap::new(),
         },
     }
 }

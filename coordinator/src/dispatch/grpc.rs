@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    transaction::{Outcome, Payload, Phase},
+    transaction::{Outcome, Payload, Phase, Timestamp},
 };
 
 /// Addresses with a connection at a time. Idle ones make room for new ones.
@@ -170,7 +170,8 @@ impl Dispatch for GrpcDispatch {
         if self.closing.is_cancelled() {
             return Err(Later(LANES_FULL_PAUSE)); // the next owner makes it
         }
-        let (clock, returned) = (self.clock.clone(), returned.clone());
+        let (clock, closing) = (self.clock.clone(), self.closing.clone());
+        let returned = returned.clone();
         let address = match self.targets.address(&call.participant, &call.target) {
             Ok(address) => address,
             Err(unreachable) => {
@@ -185,7 +186,15 @@ impl Dispatch for GrpcDispatch {
         };
         let place = self.lane(&address)?.enter(self.clock.now(), call.hurried)?;
         self.calls.spawn(async move {
-            let outcome = make(&place, &call, &*clock).await;
+            let waiting = place.turn();
+            let turn = tokio::select! {
+                turn = waiting => Some(turn),
+                () = closing.cancelled() => None,
+            };
+            let outcome = match turn {
+                Some(_turn) if !call.is_too_late(clock.now()) => make(&place, &call, &*clock).await,
+                _ => not_made(&call, clock.now()),
+            };
             drop(place);
             report(&returned, &call, outcome).await;
         });
@@ -199,8 +208,16 @@ async fn report(returned: &mpsc::Sender<Returned>, call: &CallRequest, outcome: 
     drop(returned.send(Returned { xid, branch, phase, outcome }).await);
 }
 
+/// The process ends, or phase one did, before it was this call's turn.
+fn not_made(call: &CallRequest, now: Timestamp) -> Outcome {
+    outcome(
+        call.phase,
+        Err(Status::unavailable("waited too long for its turn, and was not made")),
+        now,
+    )
+}
+
 async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
-    let _permit = place.turn().await;
     let lane = place.lane();
     let answer = tokio::time::timeout(call.deadline, send(lane.channel.clone(), call)).await;
     let (answer, answered) = match answer {

@@ -96,6 +96,8 @@ struct Breaker {
     failures: u32,
     /// While open: until when nobody is let through.
     open_until: Option<Timestamp>,
+    /// Since it opened somebody was let through, and is not back.
+    probing: bool,
 }
 
 impl Breaker {
@@ -108,6 +110,7 @@ impl Breaker {
         }
         // This one is the probe; the others stay away until it is back, or was lost.
         self.open_until = Some(now + self.pause());
+        self.probing = true;
         Ok(())
     }
 
@@ -115,6 +118,9 @@ impl Breaker {
         if answered {
             *self = Self::default();
             return;
+        }
+        if self.open_until.is_some() && !std::mem::take(&mut self.probing) {
+            return; // it was under way when the breaker opened, and says nothing new
         }
         self.failures = self.failures.saturating_add(1);
         if self.failures >= BREAKER_FAILURES {
@@ -181,5 +187,18 @@ mod tests {
         );
         drop(places);
         assert!(lane.is_idle());
+    }
+
+    #[test]
+    fn calls_that_fail_together_keep_it_open_no_longer_than_one_does() {
+        let mut breaker = Breaker::default();
+        for _ in 0..64 {
+            breaker.admit(Timestamp(0)).unwrap();
+        }
+        for _ in 0..64 {
+            breaker.returned(false, Timestamp(0)); // one connection broke
+        }
+        let Later(wait) = breaker.admit(Timestamp(0)).unwrap_err();
+        assert!(wait <= BREAKER_PAUSES[0] * 2, "{wait:?}");
     }
 }

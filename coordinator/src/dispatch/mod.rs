@@ -49,6 +49,13 @@ pub struct CallRequest {
     pub hurried: bool,
 }
 
+impl CallRequest {
+    /// Whether it is not worth making any more: a Try after the end of phase one.
+    fn is_too_late(&self, now: Timestamp) -> bool {
+        self.phase == Phase::Try && now >= self.expires_at
+    }
+}
+
 /// What became of a call.
 #[derive(Debug)]
 pub struct Returned {

@@ -107,6 +107,9 @@ impl Outbox {
         let mut waiting = self.waiting();
         waiting.latest += 1;
         let number = waiting.latest;
+        if self.durable.borrow().ended.is_some() {
+            return number; // it never will be durable
+        }
         let xid = write.global.xid;
         let place = *waiting.places.entry(xid).or_insert(number);
         match waiting.writes.entry(place) {
@@ -185,6 +188,11 @@ impl Outbox {
     }
 
     fn end(&self, why: Ended) {
+        let mut waiting = self.waiting();
+        waiting.writes.clear();
+        waiting.places.clear();
+        (waiting.awaited, waiting.lazy_since) = (false, None);
+        drop(waiting);
         self.durable.send_modify(|durable| durable.ended = Some(why));
     }
 
@@ -296,10 +304,12 @@ impl Journal {
             })
         };
         let outboxes: Vec<_> = ownerships.iter().map(outbox).collect();
+        // A start is the end of an outage: the initiators' Decides may be on their way again.
+        let started_at = clock.now().0;
         let health = Arc::new(JournalHealth {
             clock,
             begun_at: AtomicI64::new(0),
-            outage_ended_at: AtomicI64::new(0),
+            outage_ended_at: AtomicI64::new(started_at),
             batches: AtomicU64::new(0),
             transactions: AtomicU64::new(0),
         });

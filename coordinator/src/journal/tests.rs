@@ -241,6 +241,9 @@ async fn a_batch_that_is_refused_for_its_data_stops_its_partitions_loudly() {
 #[tokio::test]
 async fn an_outage_of_the_store_holds_expiry_back_for_a_while() {
     let mut rig = Rig::new().await;
+    // A start counts as one.
+    assert_eq!(rig.health.expiry_held_until(), Some(rig.clock.now() + OUTAGE_GRACE));
+    rig.clock.advance(OUTAGE_GRACE);
     assert_eq!(rig.health.expiry_held_until(), None);
     rig.store.hold();
     let global = rig.begin(0);
@@ -272,4 +275,19 @@ async fn stopping_writes_what_is_left() {
     (&mut rig.journal).await.unwrap();
     assert_eq!(rig.stored(&lazy).await, Some(State::Trying));
     assert_eq!(rig.stored(&awaited).await, Some(State::Trying));
+}
+
+#[tokio::test]
+async fn what_is_fenced_does_not_keep_the_journal_busy() {
+    let mut rig = Rig::new().await;
+    rig.store.acquire("other", rig.clock.now()).await.unwrap();
+    let (one, two, three) = (rig.begin(0), rig.begin(0), rig.begin(0));
+    rig.store.hold();
+    rig.put(&one, Head::Insert, Urgency::Awaited);
+    rig.until_batches(1).await;
+    rig.put(&two, Head::Insert, Urgency::Lazy);
+    rig.store.release();
+    rig.until_durable(0, 1).await;
+    rig.put(&three, Head::Insert, Urgency::Awaited);
+    assert!(rig.outboxes[0].is_empty(), "it waits for what never comes");
 }

@@ -45,12 +45,17 @@ impl KeyAsk {
 impl Keys {
     /// A transaction has entered memory.
     pub(super) fn known(&mut self, global: &GlobalTransaction) {
-        self.known.extend(global.key.map(|key| (key.hash, global.xid)));
+        if let Some(key) = global.key {
+            // An old one, whose key has been forgotten and used again, may have been read just before.
+            self.known.entry(key.hash).or_insert(global.xid);
+        }
     }
 
     /// A transaction has left memory.
     pub(super) fn left(&mut self, global: &GlobalTransaction) {
-        if let Some(key) = global.key {
+        if let Some(key) = global.key
+            && self.known.get(&key.hash) == Some(&global.xid)
+        {
             self.known.remove(&key.hash);
         }
     }
@@ -137,6 +142,9 @@ impl Partition {
             }
             (Ok(Some(xid)), KeyAsk::Find { reply }) => {
                 return self.ask(Ask { xid, what: What::Get, until: Until::Now, reply });
+            }
+            (Ok(None), KeyAsk::Begin { reply, .. }) if reply.is_closed() => {
+                return; // it has been given up while the store was silent
             }
             (Ok(None), KeyAsk::Begin { new, until, reply, .. }) => {
                 return self.begin_new(new, until, reply);

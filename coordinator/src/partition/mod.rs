@@ -45,8 +45,9 @@ use crate::{
     journal::{Durable, Ended, JournalHealth, Outbox, Urgency},
     store::{Ownership, Store},
     transaction::{
-        BranchSpec, Call, Change, Decision, DecisionRequest, DueCall, Event, GlobalTransaction,
-        NewTransaction, Outcome, Phase, Rejection, Resolution, StuckAfter, Timestamp, Weight,
+        BranchSet, BranchSpec, Call, Change, Decision, DecisionRequest, DueCall, Event,
+        GlobalTransaction, NewTransaction, Outcome, Phase, Rejection, Resolution, StuckAfter,
+        Timestamp, Weight,
         retry::{self, RetryPolicy},
     },
 };
@@ -89,7 +90,7 @@ pub enum Until {
 }
 
 impl Until {
-    fn is_reached(self, global: &GlobalTransaction) -> bool {
+    pub(crate) fn is_reached(self, global: &GlobalTransaction) -> bool {
         match self {
             Self::Now => true,
             Self::Decided => global.state.decision().is_some(),
@@ -387,10 +388,7 @@ impl Partition {
         let global = GlobalTransaction::begin(xid, new, self.now());
         info!(%xid, name = global.name, branches = global.branches.len(), "begun");
         self.insert(Entry::begun(global));
-        self.record(
-            xid,
-            Change { weight, head: true, branches: crate::transaction::BranchSet::EMPTY },
-        );
+        self.record(xid, Change { weight, head: true, branches: BranchSet::EMPTY });
         self.drive(xid, Hurry::No);
         self.respond(xid, until, false, reply);
     }
@@ -572,8 +570,14 @@ impl Partition {
             Ok(()) => Event::CallStarted { branch, phase },
             Err(Later(wait)) => Event::CallPostponed { branch, until: now + wait },
         };
+        let parks = matches!(event, Event::CallPostponed { until, .. } if until > now + PARK_AFTER);
         if let Err(rejection) = global.apply(event, now) {
             debug_assert!(false, "only commands are rejected: {rejection}");
+        }
+        if parks && phase != Phase::Try {
+            // Its record must say until when, so that it can leave memory and is not found due at once.
+            let branches = BranchSet::only(branch);
+            self.record(xid, Change { weight: Weight::Lazy, head: true, branches });
         }
     }
 
@@ -584,7 +588,7 @@ impl Partition {
             let answer = Answer { global: entry.global.clone(), existed };
             self.answer(xid, reply, Ok(answer));
         } else {
-            entry.watchers.retain(|watcher| !watcher.reply.is_closed()); // those who have given up
+            entry.watchers.retain(|watcher| !watcher.reply.is_closed());
             entry.watchers.push(Watcher { until, existed, reply });
         }
     }
@@ -656,7 +660,10 @@ impl Partition {
                     entry.timer = Some(until);
                     self.timers.insert((until, xid));
                 }
-                _ => self.apply_fitting(xid, Event::Ticked),
+                _ => {
+                    self.apply_fitting(xid, Event::Ticked);
+                    self.leave_if_idle(xid);
+                }
             }
         }
     }
@@ -673,7 +680,8 @@ impl Partition {
     /// Lets a transaction go if its record tells everything and nothing is due soon.
     fn leave_if_idle(&mut self, xid: Xid) {
         let now = self.now();
-        let Some(entry) = self.entries.get(&xid) else { return };
+        let Some(entry) = self.entries.get_mut(&xid) else { return };
+        entry.watchers.retain(|watcher| !watcher.reply.is_closed()); // those who have given up
         let global = &entry.global;
         let nothing_soon = match global.state.decision() {
             None => false,

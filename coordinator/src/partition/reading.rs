@@ -49,6 +49,8 @@ pub(super) struct Reading {
     scan_after: Option<(Timestamp, Xid)>,
     /// One look is under way, or there will be none any more.
     scan_blocked: bool,
+    /// When the first of those is due that have left memory since this look began: it may have passed them by.
+    left_due: Option<Timestamp>,
 }
 
 /// What was read.
@@ -70,6 +72,7 @@ impl Reading {
             scan_at: Some(now),
             scan_after: None,
             scan_blocked: false,
+            left_due: None,
         }
     }
 
@@ -84,7 +87,11 @@ impl Reading {
             self.moment += 1;
             self.left.insert(xid, self.moment);
         }
-        self.scan_by(due_at);
+        if self.scan_blocked || self.scan_after.is_some() {
+            self.left_due = [self.left_due, due_at].into_iter().flatten().min();
+        } else {
+            self.scan_by(due_at);
+        }
     }
 
     fn scan_by(&mut self, at: Option<Timestamp>) {
@@ -233,7 +240,9 @@ impl Partition {
                     if !self.entries.contains_key(&global.xid)
                         && !self.reading.is_stale(global.xid, began)
                     {
+                        let xid = global.xid;
                         self.take_in(global);
+                        self.leave_if_idle(xid);
                     }
                 }
                 if page.next.is_some() {
@@ -241,6 +250,8 @@ impl Partition {
                     self.reading.scan_by(Some(until)); // at once
                 } else {
                     self.reading.scan_by(page.next_due_at.map(|at| at.max(soon)));
+                    let left_due = self.reading.left_due.take();
+                    self.reading.scan_by(left_due);
                 }
             }
         }

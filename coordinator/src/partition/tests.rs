@@ -24,13 +24,15 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 struct Script {
     calls: Mutex<VecDeque<(CallRequest, mpsc::Sender<Returned>)>>,
     busy: Mutex<bool>,
+    /// How long whoever is turned away is to wait; `None`: a second.
+    later: Mutex<Option<Duration>>,
     submitted: tokio::sync::Notify,
 }
 
 impl Dispatch for Script {
     fn submit(&self, call: CallRequest, returned: &mpsc::Sender<Returned>) -> Result<(), Later> {
         if *self.busy.lock().unwrap() {
-            return Err(Later(Duration::from_secs(1)));
+            return Err(Later(self.later.lock().unwrap().unwrap_or(Duration::from_secs(1))));
         }
         self.calls.lock().unwrap().push_back((call, returned.clone()));
         self.submitted.notify_one();
@@ -857,4 +859,140 @@ async fn a_refused_try_decides_without_waiting_for_the_others() {
     rig.no_call().await; // the second Try is still under way
     two.done().await;
     assert_eq!(rig.call().await.call.branch, 1);
+}
+
+#[tokio::test]
+async fn a_caller_who_gave_up_does_not_keep_a_transaction_in_memory() {
+    let far = Duration::from_secs(3600 * 24 * 365);
+    let mut rig = Rig::new().await;
+    rig.settings.retry = RetryPolicy { initial: far, max: far };
+    let rig = rig.restart().await;
+    let xid = rig.begun().await;
+    let tried = ["1", "2"].map(|id| id.parse().unwrap()).into();
+    let waiting = rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Completed);
+    rig.call().await.done().await;
+    let second = rig.call().await;
+    drop(waiting); // the SDK waits for two seconds
+    second.fails().await;
+    rig.until_memory_holds(0).await;
+}
+
+#[tokio::test]
+async fn what_the_breaker_postpones_leaves_memory_too() {
+    let rig = Rig::new().await;
+    *rig.script.later.lock().unwrap() = Some(Duration::from_secs(3));
+    *rig.script.busy.lock().unwrap() = true;
+    let xid = rig.begun().await;
+    rig.confirm(xid).answer().await.unwrap();
+    settle().await;
+    *rig.script.later.lock().unwrap() = Some(Duration::from_secs(15));
+    for _ in 0..10 {
+        rig.clock.advance(Duration::from_secs(15));
+        settle().await;
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    rig.until_memory_holds(0).await;
+}
+
+#[tokio::test]
+async fn a_branch_that_was_resolved_while_its_call_was_under_way_keeps_nothing_in_memory() {
+    let far = Duration::from_secs(3600 * 24 * 365);
+    let mut rig = Rig::new().await;
+    rig.settings.retry = RetryPolicy { initial: far, max: far };
+    let rig = rig.restart().await;
+    let xid = rig.begun().await;
+    rig.confirm(xid).answer().await.unwrap();
+    let (one, two) = (rig.call().await, rig.call().await);
+    let branch_id: BranchId = "1".parse().unwrap();
+    let (operator, reason) = ("ann".to_owned(), "by hand".to_owned());
+    rig.ask(xid, What::Resolve { branch_id, operator, reason }, Until::Now).answer().await.unwrap();
+    one.fails().await;
+    two.fails().await;
+    rig.until_memory_holds(0).await;
+}
+
+#[tokio::test]
+async fn an_old_row_does_not_take_its_key_back() {
+    let rig = Rig::new().await;
+    let old = rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid;
+    rig.cancel(old).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    // Somebody asks for the old one; the row is read; before it arrives the old one is purged and its key begins anew.
+    rig.store.hold_loads(true);
+    let asked = rig.ask(old, What::Get, Until::Now);
+    while rig.store.loads().is_empty() {
+        settle().await;
+    }
+    rig.store.purge(PARTITION, Timestamp(i64::MAX), None, 100).await.unwrap();
+    rig.store.hold();
+    let first = rig.begin(keyed(7, 1));
+    settle().await;
+    rig.store.hold_loads(false);
+    asked.answer().await.unwrap();
+    settle().await;
+    let second = rig.begin(keyed(7, 1));
+    settle().await;
+    rig.store.release();
+    assert_eq!(
+        first.answer().await.unwrap().global.xid,
+        second.answer().await.unwrap().global.xid,
+        "one key, two transactions"
+    );
+}
+
+#[tokio::test]
+async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
+    let first = Rig::new().await;
+    let count = 600;
+    let mut xids = Vec::new();
+    for _ in 0..count {
+        let xid = first.begun().await;
+        first.confirm(xid).answer().await.unwrap();
+        xids.push(xid);
+    }
+    // The next owner. The first page is read, and its answer is on the way.
+    first.store.hold_dues(true);
+    let rig = first.restart().await;
+    *rig.script.later.lock().unwrap() = Some(Duration::from_secs(15));
+    *rig.script.busy.lock().unwrap() = true;
+    let seen = rig.store.dues();
+    while rig.store.dues() == seen {
+        settle().await;
+    }
+    // Somebody asks for one of that page: it comes into memory, its participant is away for a while, it leaves.
+    rig.ask(xids[0], What::Get, Until::Now).answer().await.unwrap();
+    rig.until_memory_holds(0).await;
+    *rig.script.busy.lock().unwrap() = false;
+    first.store.hold_dues(false);
+    for _ in 0..2 * (count - 1) {
+        rig.call().await.done().await;
+    }
+    settle().await;
+    rig.clock.advance(Duration::from_secs(16));
+    settle().await;
+    rig.clock.advance(Duration::from_secs(3600 * 24));
+    settle().await;
+    assert_eq!(rig.call().await.call.xid, xids[0], "nobody looks at it any more");
+}
+
+/// A read that fails says nothing: neither that a key is free, nor that a transaction was never recorded.
+#[tokio::test]
+async fn what_cannot_be_read_is_not_taken_for_absent() {
+    let rig = Rig::new().await;
+    let xid = rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid;
+    rig.cancel(xid).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    rig.store.fail_reads(true);
+    let again = rig.begin(keyed(7, 1)).answer().await;
+    assert!(matches!(again, Err(Error::StoreSilent)), "{again:?}");
+    let asked = rig.ask(xid, What::Get, Until::Now).answer().await;
+    assert!(matches!(asked, Err(Error::StoreSilent)), "{asked:?}");
+    rig.store.fail_reads(false);
+    assert_eq!(rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid, xid);
 }

@@ -102,11 +102,14 @@ impl CoordinatorService for Services {
         &self,
         request: Request<pb::DecideRequest>,
     ) -> Result<Response<pb::DecideResponse>, Status> {
-        let until = match convert::until(request.get_ref().until()) {
-            Until::Completed => Until::Completed,
-            Until::Now | Until::Decided => Until::Now, // it is, once it is answered
+        // Decided it is, once it is answered. For more there may be no place to wait; a decision is never refused for that.
+        let (_place, until) = match convert::until(request.get_ref().until()) {
+            Until::Completed => match wait_place(&request) {
+                Ok(place) => (place, Until::Completed),
+                Err(_) => (None, Until::Now),
+            },
+            Until::Now | Until::Decided => (None, Until::Now),
         };
-        let _place = if until == Until::Completed { wait_place(&request)? } else { None };
         let request = request.into_inner();
         let wait = convert::wait(request.wait)?;
         let (xid, what) = convert::decide(request)?;

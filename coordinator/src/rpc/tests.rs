@@ -39,6 +39,7 @@ impl Dispatch for Willing {
 }
 
 struct Rig {
+    store: Arc<MemoryStore>,
     services: Services,
     clock: ManualClock,
     _running: Running,
@@ -60,7 +61,7 @@ impl Rig {
         let store = Arc::new(MemoryStore::default());
         let retention = Duration::from_secs(3600);
         let (coordinator, running) = Coordinator::start(
-            store,
+            store.clone(),
             Arc::new(Willing),
             Arc::new(clock.clone()),
             settings,
@@ -77,7 +78,7 @@ impl Rig {
             calls_max: 64,
         };
         let services = Services::new(coordinator, Arc::new(targets), Duration::from_secs(30));
-        Self { services, clock, _running: running }
+        Self { store, services, clock, _running: running }
     }
 
     async fn begin(&self, request: pb::BeginRequest) -> Result<pb::BeginResponse, Status> {
@@ -630,4 +631,64 @@ async fn a_transaction_that_timed_out_says_so() {
     assert_eq!(rig.completed(&xid).await.cancel_cause(), pb::CancelCause::TimedOut);
     let status = rig.confirm(&xid, &["1"]).await.unwrap_err();
     assert_eq!(detail(&status, reason::CANCEL_CAUSE), "TIMED_OUT");
+}
+
+#[tokio::test]
+async fn a_rejected_confirm_is_never_answered_ok_however_slow_the_store_is() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1"]).await;
+    rig.store.delay(Duration::from_millis(300));
+    rig.clock.advance(Duration::from_secs(31)); // timed out: cancelled, and not durable yet
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let answer = rig
+        .decide(pb::DecideRequest {
+            xid,
+            decision: pb::Decision::Confirm.into(),
+            tried_branch_ids: vec!["1".to_owned()],
+            until: pb::Until::Completed.into(),
+            wait: Some(wire_duration(Duration::from_millis(100))),
+            ..Default::default()
+        })
+        .await;
+    assert!(answer.is_err(), "{:?}", answer.map(|global| global.state()));
+}
+
+#[tokio::test]
+async fn a_confirm_of_another_set_is_never_answered_ok() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1", "2"]).await;
+    let answer = rig
+        .decide(pb::DecideRequest {
+            xid,
+            decision: pb::Decision::Confirm.into(),
+            tried_branch_ids: vec!["1".to_owned()],
+            until: pb::Until::Completed.into(),
+            wait: Some(wire_duration(Duration::ZERO)),
+            ..Default::default()
+        })
+        .await;
+    assert!(answer.is_err(), "{:?}", answer.map(|global| global.state()));
+}
+
+#[tokio::test]
+async fn a_decision_is_never_refused_for_load() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1"]).await;
+    let connection = Connection::new(tokio::io::empty(), None);
+    let allowance = tonic::transport::server::Connected::connect_info(&connection);
+    let with = |message| {
+        let mut request = Request::new(message);
+        request.extensions_mut().insert(allowance.clone());
+        request
+    };
+    let _places: Vec<_> =
+        (0..512).map(|_| wait_place(&with(pb::DecideRequest::default())).unwrap()).collect();
+    let decide = pb::DecideRequest {
+        xid,
+        decision: pb::Decision::Confirm.into(),
+        tried_branch_ids: vec!["1".to_owned()],
+        until: pb::Until::Completed.into(),
+        ..Default::default()
+    };
+    rig.services.decide(with(decide)).await.unwrap();
 }

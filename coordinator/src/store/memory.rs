@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Mutex, MutexGuard},
+    time::Duration,
 };
 
 use handfast_proto::Xid;
@@ -18,6 +19,8 @@ use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 #[derive(Debug, Default)]
 pub struct MemoryStore {
     tables: Mutex<Tables>,
+    /// How long a batch takes.
+    delay: Mutex<Duration>,
 }
 
 #[derive(Debug, Default)]
@@ -32,6 +35,15 @@ struct Tables {
 }
 
 impl MemoryStore {
+    /// From now on each batch takes so long.
+    ///
+    /// # Panics
+    ///
+    /// Never: nothing panics while it is locked.
+    pub fn delay(&self, each: Duration) {
+        *self.delay.lock().expect("nothing panics while it is locked") = each;
+    }
+
     fn tables(&self) -> MutexGuard<'_, Tables> {
         self.tables.lock().expect("nothing panics while it is locked")
     }
@@ -54,6 +66,10 @@ impl Store for MemoryStore {
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
+        let delay = *self.delay.lock().expect("nothing panics while it is locked");
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
+        }
         let mut tables = self.tables();
         if let Some(appended) =
             judge(batch, |partition| tables.partitions.get(&partition).copied())?

@@ -2,7 +2,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
 use tokio::sync::watch;
@@ -32,6 +35,11 @@ pub(crate) struct ScriptedStore {
     held: watch::Sender<bool>,
     /// While true, looks for one transaction have read, and are not answered.
     loads_held: watch::Sender<bool>,
+    /// While true, looks for one transaction and for keys fail.
+    reads_fail: AtomicBool,
+    /// While true, looks for what is due have read, and are not answered.
+    dues_held: watch::Sender<bool>,
+    dues: AtomicUsize,
     loads: Mutex<Vec<Xid>>,
     key_looks: Mutex<Vec<usize>>,
 }
@@ -55,6 +63,27 @@ impl ScriptedStore {
     /// Whether looks for one transaction read and are then not answered.
     pub(crate) fn hold_loads(&self, hold: bool) {
         self.loads_held.send_replace(hold);
+    }
+
+    pub(crate) fn fail_reads(&self, fail: bool) {
+        self.reads_fail.store(fail, Ordering::SeqCst);
+    }
+
+    fn readable(&self) -> Result<(), Error> {
+        match self.reads_fail.load(Ordering::SeqCst) {
+            true => Err(Error::unavailable("it was told to fail")),
+            false => Ok(()),
+        }
+    }
+
+    /// The same for looks for what is due.
+    pub(crate) fn hold_dues(&self, hold: bool) {
+        self.dues_held.send_replace(hold);
+    }
+
+    /// How many looks for what is due have read.
+    pub(crate) fn dues(&self) -> usize {
+        self.dues.load(Ordering::SeqCst)
     }
 
     /// Every batch that was appended so far, repeats too.
@@ -105,6 +134,7 @@ impl Store for ScriptedStore {
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
         lock(&self.loads).push(xid);
+        self.readable()?;
         let lookup = self.inner.load(xid).await; // what was there when the read began
         answered(&self.loads_held).await;
         lookup
@@ -112,6 +142,7 @@ impl Store for ScriptedStore {
 
     async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
         lock(&self.key_looks).push(hashes.len());
+        self.readable()?;
         self.inner.find_keys(hashes).await
     }
 
@@ -122,7 +153,10 @@ impl Store for ScriptedStore {
         after: Option<(Timestamp, Xid)>,
         limit: usize,
     ) -> Result<DuePage, Error> {
-        self.inner.due(partition, until, after, limit).await
+        let page = self.inner.due(partition, until, after, limit).await;
+        self.dues.fetch_add(1, Ordering::SeqCst);
+        answered(&self.dues_held).await;
+        page
     }
 
     async fn list(

@@ -339,6 +339,9 @@ impl GlobalTransaction {
         };
         let branch = &mut self.branches[index];
         if phase != asked || !branch.is_open() {
+            if branch.call == Call::InFlight(phase) {
+                branch.call = Call::Idle { due_at: now };
+            }
             return Change::NOTHING; // an operator has answered for it meanwhile
         }
         match outcome {

@@ -150,6 +150,11 @@ impl Coordinator {
         }
     }
 
+    /// From now on the store needs so long for each batch of changes.
+    pub fn delay_store(&self, each: Duration) {
+        self.store.delay(each);
+    }
+
     /// A connection to it.
     #[must_use]
     pub fn handfast(&self) -> Handfast {

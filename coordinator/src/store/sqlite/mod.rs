@@ -275,6 +275,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_committed_is_on_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+        let settings = store.writing(async |connection| {
+            let journal: String =
+                sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *connection).await?;
+            let synchronous: i64 =
+                sqlx::query_scalar("PRAGMA synchronous").fetch_one(connection).await?;
+            Ok((journal, synchronous))
+        });
+        assert_eq!(settings.await.unwrap(), ("wal".to_owned(), 2), "2 is FULL");
+    }
+
+    #[tokio::test]
     async fn people_can_read_it() {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
@@ -307,5 +321,38 @@ mod tests {
             row,
             (xid.to_string(), "trying".to_owned(), "2023-11-14 22:13:20.123".to_owned())
         );
+    }
+
+    #[tokio::test]
+    async fn what_is_there_twice_is_an_alarm() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+        let Ownership { epoch, nonce, .. } = store.acquire("test", Timestamp(0)).await.unwrap()[3];
+        let new = NewTransaction {
+            name: "checkout".to_owned(),
+            drive: Drive::Initiator,
+            timeout: Duration::from_secs(30),
+            labels: BTreeMap::new(),
+            key: Some(crate::transaction::Key { hash: [1; 32], digest: [1; 32] }),
+            branches: Vec::new(),
+        };
+        for n in 1..=2 {
+            let xid = Xid { partition: 3, epoch, sequence: n, nonce };
+            let global = Arc::new(GlobalTransaction::begin(xid, new.clone(), Timestamp(0)));
+            let write = Write {
+                global,
+                head: Head::Insert,
+                new_branches: 0,
+                changed_branches: BranchSet::EMPTY,
+            };
+            let batch = Batch {
+                guards: vec![Guard { partition: 3, epoch, position: n }],
+                writes: vec![write],
+            };
+            let answer = store.append(&batch).await;
+            if n == 2 {
+                assert!(matches!(answer, Err(Error::Corrupt(_))), "{answer:?}");
+            }
+        }
     }
 }

@@ -182,18 +182,23 @@ async fn phase_one_that_takes_too_long_is_cancelled() {
 async fn a_future_that_is_dropped_before_the_decision_cancels() {
     let shop = Shop::new().await;
     let (east, _) = shop.remotes();
-    let tried = tokio::sync::Notify::new();
+    let (tried, mut xid) = tokio::sync::oneshot::channel();
     let run = shop.order().run(async |global| {
         global.call::<Deduct>(&east, Json(3)).await?;
-        tried.notify_one();
+        tried.send(global.xid().await?).unwrap();
         std::future::pending::<()>().await;
         Ok(())
     });
-    tokio::select! {
+    let xid = tokio::select! {
         _ = run => panic!("it never ends"),
-        () = tried.notified() => {}
-    }
+        xid = &mut xid => xid.unwrap(),
+    };
     shop.until(UNTOUCHED).await;
+    let Outcome::Cancelled { reason, .. } = shop.coordinator.finished(xid).await else { panic!() };
+    assert!(
+        reason.contains("gave up"),
+        "its time has run out, and nobody has cancelled it: {reason}"
+    );
     // Dropped while Begin is under way.
     let run = shop.run(shop.order(), 2);
     assert!(tokio::time::timeout(Duration::ZERO, run).await.is_err());
@@ -441,7 +446,7 @@ async fn what_the_coordinator_does_not_take_is_told() {
         .begin()
         .await
         .unwrap_err();
-    assert!(other.to_string().contains("confirmed"), "{other}");
+    assert!(other.to_string().contains("another operation"), "{other}");
     assert!(Remote::connect("east", "inventory:7001").unwrap_err().to_string().contains("http://"));
 }
 
@@ -501,4 +506,63 @@ async fn what_the_coordinator_runs_survives_lost_answers_and_not_its_own_death()
     let error = running.await.unwrap().unwrap_err();
     assert!(error.to_string().contains("restarted"), "{error}");
     shop.until(CONFIRMED).await;
+}
+
+#[tokio::test]
+async fn what_is_cancelled_is_not_told_confirmed_however_slow_the_store_is() {
+    let shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let open = shop.order().begin().await.unwrap();
+    open.call::<Deduct>(&east, Json(3)).await.unwrap();
+    open.call::<Deduct>(&west, Json(2)).await.unwrap();
+    // It has run out of time, and that is not durable for longer than anybody waits for completion.
+    shop.coordinator.delay_store(Duration::from_secs(3));
+    shop.coordinator.advance(Duration::from_secs(31));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let told = open.confirm().await;
+    shop.coordinator.delay_store(Duration::ZERO);
+    assert!(matches!(told, Err(TransactionError::TimedOut { .. })), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_key_of_another_operation_is_not_told_confirmed() {
+    let shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let handfast = shop.coordinator.handfast();
+    let run = async |name: &str| {
+        let operation = handfast.transaction(name).idempotency_key("1042");
+        operation.run(async |global| Ok(global.call::<Deduct>(&east, Json(1)).await?)).await
+    };
+    run("order").await.unwrap();
+    let error = run("refund").await.unwrap_err();
+    assert!(matches!(error, TransactionError::NotBegun { .. }), "{error:?}");
+    assert!(error.to_string().contains("another operation: order"), "{error}");
+}
+
+#[tokio::test]
+async fn endless_patience_is_no_reason_to_panic() {
+    let shop = Shop::new().await;
+    shop.run(shop.order().patience(Duration::MAX), 2).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_impatient_second_run_that_is_dropped_leaves_the_first_alone() {
+    let shop = Shop::new().await;
+    let (east, west) = shop.remotes();
+    let first = shop.order().idempotency_key("a").begin().await.unwrap();
+    first.call::<Deduct>(&east, Json(3)).await.unwrap();
+    let tried = tokio::sync::Notify::new();
+    let second = shop.order().idempotency_key("a").run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        tried.notify_one();
+        std::future::pending::<()>().await;
+        Ok(())
+    });
+    tokio::select! {
+        _ = second => panic!("it never ends"),
+        () = tried.notified() => {}
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    first.call::<Deduct>(&west, Json(2)).await.unwrap();
+    first.confirm().await.unwrap();
 }

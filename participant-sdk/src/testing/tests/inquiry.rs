@@ -60,3 +60,20 @@ async fn what_was_cancelled_or_never_recorded_is_given_back_and_the_rest_is_left
     assert_eq!((inquiry.cancelled, inquiry.reported), (0, 3));
     assert_eq!(stock(&db.pool()).await, (1, 9, 0));
 }
+
+#[tokio::test]
+async fn a_branch_that_nobody_can_answer_for_does_not_stand_in_the_way_of_others() {
+    let db = Database::new(SCHEMA).await;
+    let inventory = participant("inventory", &db, Inventory).await;
+    let coordinator = Coordinator::start([inventory.clone()]).await;
+    let handfast = coordinator.handfast();
+    let open = handfast.transaction("order").begin().await.unwrap();
+    let known = open.xid().await.unwrap();
+    // The store is a new one: its epochs begin again.
+    reserve(&inventory, Xid { epoch: known.epoch + 7, ..known }).await;
+    age(&db, Duration::from_secs(3700)).await;
+    reserve(&inventory, Xid { sequence: known.sequence + 7, ..known }).await;
+    age(&db, Duration::from_secs(3700)).await;
+    inventory.inquire(&handfast).await.unwrap_err();
+    assert_eq!(stock(&db.pool()).await, (7, 3, 0));
+}

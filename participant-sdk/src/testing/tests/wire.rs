@@ -65,6 +65,7 @@ impl CoordinatorService for Notes {
         let request = request.into_inner();
         let transaction =
             self.note(format!("{:?} {}", request.decision(), request.tried_branch_ids.join(",")))?;
+        let transaction = pb::Transaction { decision: request.decision, ..transaction };
         Ok(Response::new(pb::DecideResponse { transaction: Some(transaction) }))
     }
 

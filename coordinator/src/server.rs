@@ -27,9 +27,11 @@ use crate::{
     journal::Ended,
     partition::Settings,
     rpc::{Connection, STREAMS_MAX, Services},
+    standby,
     store::{
         self, Store,
-        sqlite::{OpenError, SqliteStore},
+        mysql::{self, MySqlStore},
+        sqlite::{self, SqliteStore},
     },
 };
 
@@ -40,7 +42,8 @@ const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(
 /// How often readiness is looked at.
 const READINESS_INTERVAL: Duration = Duration::from_millis(500);
 /// Names that can be asked for with grpc.health.v1: the process, and its services.
-const HEALTH_NAMES: [&str; 3] = ["", "handfast.v1.CoordinatorService", "handfast.v1.AdminService"];
+pub(crate) const HEALTH_NAMES: [&str; 3] =
+    ["", "handfast.v1.CoordinatorService", "handfast.v1.AdminService"];
 
 /// What is told once the coordinator serves.
 #[derive(Debug, Clone)]
@@ -67,7 +70,10 @@ pub enum Exit {
 pub enum Error {
     /// The store's file is not to be had.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    OpenFile(#[from] sqlite::OpenError),
+    /// The store's server is not to be had, or not to be trusted.
+    #[error(transparent)]
+    OpenServer(#[from] mysql::OpenError),
     /// The store does not answer.
     #[error("the store cannot be taken over: {0}")]
     Acquire(#[from] store::Error),
@@ -88,22 +94,49 @@ pub enum Error {
     Signals(#[source] std::io::Error),
 }
 
+/// What to do about a coordinator that has the store now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// Wait until it hands back, or shows no life any more.
+    Wait,
+    /// Take over from it.
+    AtOnce,
+}
+
 /// Runs the coordinator until SIGTERM or SIGINT, or until it is replaced. `announce` is called once it serves. A second signal
 /// ends the process at once.
 ///
 /// # Errors
 ///
 /// See [`Error`]; nothing is left half done.
-pub async fn run(config: Config, announce: impl FnOnce(&Started)) -> Result<Exit, Error> {
+pub async fn run(
+    config: Config,
+    turn: Turn,
+    announce: impl FnOnce(&Started),
+) -> Result<Exit, Error> {
     let stop = stop_signal().map_err(Error::Signals)?;
-    let StoreUrl::Sqlite(path) = &config.store;
-    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(path).await?);
+    let store: Arc<dyn Store> = match &config.store {
+        StoreUrl::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
+        StoreUrl::MySql(url) => {
+            Arc::new(MySqlStore::open(url.secret(), config.store_unsafe).await?)
+        }
+    };
     let address = config.listen;
     let failed = |source| Error::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let started =
         Started { grpc: listener.local_addr().map_err(failed)?, store: config.store.to_string() };
 
+    let listener = match turn {
+        Turn::AtOnce => listener,
+        Turn::Wait => {
+            let waited = standby::wait(&*store, listener);
+            tokio::select! {
+                listener = waited => listener.map_err(failed)?,
+                () = stop.cancelled() => return Ok(Exit::Stopped),
+            }
+        }
+    };
     let clock = Arc::new(SystemClock::default());
     let targets = Arc::new(config.targets.clone());
     let dispatch = Arc::new(GrpcDispatch::new(targets.clone(), Arc::new(Tcp), clock.clone()));

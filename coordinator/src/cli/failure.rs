@@ -164,7 +164,8 @@ impl From<server::Error> for Failure {
                 (Code::Corrupt, "keep a copy of the store as it is before anything else is tried")
             }
             server::Error::Acquire(store::Error::Unavailable(_))
-            | server::Error::Open(_)
+            | server::Error::OpenFile(_)
+            | server::Error::OpenServer(_)
             | server::Error::Serve(_)
             | server::Error::Signals(_) => (Code::Failed, ""),
         };

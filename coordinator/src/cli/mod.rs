@@ -5,6 +5,7 @@ mod client;
 mod dev;
 mod failure;
 mod json;
+mod migrate;
 mod serve;
 mod text;
 
@@ -54,6 +55,7 @@ enum Command {
         after_help = "Example:\n  handfast config > handfast.toml && handfast serve --config handfast.toml --check"
     )]
     Config,
+    Migrate(migrate::Migrate),
     List(client::List),
     Show(client::Show),
     Retry(client::Retry),
@@ -66,6 +68,7 @@ impl Cli {
             Command::Serve(serve) => serve.run().await,
             Command::Dev(dev) => dev.run().await,
             Command::Config => tell(&handfast_coordinator::config::Config::template()),
+            Command::Migrate(migrate) => migrate.run().await,
             Command::List(list) => list.run().await,
             Command::Show(show) => show.run().await,
             Command::Retry(retry) => retry.run().await,

@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf};
 use clap::Args;
 use handfast_coordinator::{
     config::{Config, Sources},
-    server::{self, Exit},
+    server::{self, Exit, Turn},
     telemetry,
 };
 use tracing::warn;
@@ -19,8 +19,12 @@ A flag wins over a variable, that over the file. `handfast config` prints all ke
 Logs go to stdout as JSON, one object in each line; or as text to stderr, if stdout is a terminal. --log-format says \
 which. SIGTERM or Ctrl-C stops in order within --shutdown-grace; a second one at once.
 
+On MySQL, `handfast migrate` makes the tables. A second coordinator on the same store is a standby: it waits until the \
+first one stops, or shows no life for ten seconds.
+
 Examples:
   handfast serve --store sqlite:handfast.db
+  handfast serve --store mysql://handfast@127.0.0.1:3306/handfast
   handfast serve --config /etc/handfast.toml --check";
 
 /// Runs the coordinator until it is told to stop.
@@ -33,6 +37,9 @@ pub(super) struct Serve {
     /// Only check the configuration
     #[arg(long)]
     check: bool,
+    /// Take a MySQL store over at once from the coordinator that has it, which then stops
+    #[arg(long)]
+    take_over: bool,
     #[command(flatten)]
     flags: Flags,
 }
@@ -47,7 +54,7 @@ pub(super) struct Flags {
     #[arg(long)]
     insecure: bool,
     /// Where transactions are recorded
-    #[arg(long, value_name = "sqlite:PATH")]
+    #[arg(long, value_name = "sqlite:PATH|mysql://…")]
     pub(super) store: Option<String>,
     /// What is logged: a level, and others for parts of the program [default: info]
     #[arg(long, value_name = "LEVEL,PART=LEVEL")]
@@ -88,7 +95,8 @@ impl Serve {
         if !config.listen.ip().is_loopback() {
             warn!(address = %config.listen, "other machines can connect, and there is no authentication yet (insecure)");
         }
-        ended(server::run(config, |_| {}).await?)
+        let turn = if self.take_over { Turn::AtOnce } else { Turn::Wait };
+        ended(server::run(config, turn, |_| {}).await?)
     }
 
     fn sources(&self) -> Result<Sources, Failure> {

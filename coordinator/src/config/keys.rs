@@ -38,10 +38,14 @@ pub(super) struct Keys {
     #[config(env = "HANDFAST_INSECURE", default = false, deserialize_with = value::yes_or_no)]
     pub(super) insecure: bool,
 
-    /// Where transactions are recorded. Has no default.
+    /// Where transactions are recorded: a file, sqlite:PATH, or a server, mysql://user:password@host:3306/database. Has no default.
     /// Flag: --store
     #[config(env = "HANDFAST_STORE", deserialize_with = value::parsed)]
     pub(super) store: StoreUrl,
+
+    /// Use a MySQL server that would lose what it has acknowledged (innodb_flush_log_at_trx_commit, sync_binlog): for tries only.
+    #[config(env = "HANDFAST_STORE_UNSAFE", default = false, deserialize_with = value::yes_or_no)]
+    pub(super) store_unsafe: bool,
 
     /// What is logged: a level (error, warn, info, debug, trace), and others for parts of the program:
     /// "info,handfast_coordinator::dispatch=debug".
@@ -176,6 +180,7 @@ impl Keys {
             listen: self.listen,
             insecure: self.insecure,
             store: self.store,
+            store_unsafe: self.store_unsafe,
             log: self.log,
             log_format: self.log_format,
             shutdown_grace: self.shutdown_grace,

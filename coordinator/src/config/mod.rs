@@ -12,7 +12,7 @@ use std::{net::SocketAddr, time::Duration};
 
 pub use self::{
     load::{Invalid, Sources},
-    value::{LogFilter, LogFormat, StoreUrl},
+    value::{LogFilter, LogFormat, MySqlUrl, StoreUrl},
 };
 use crate::{
     dispatch::Targets,
@@ -28,6 +28,8 @@ pub struct Config {
     pub insecure: bool,
     /// `store`
     pub store: StoreUrl,
+    /// `store_unsafe`
+    pub store_unsafe: bool,
     /// `log`
     pub log: LogFilter,
     /// `log_format`

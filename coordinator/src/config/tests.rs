@@ -4,7 +4,7 @@ use super::*;
 
 /// Each key: its section and name, its variable, a value in TOML and as text, and what the configuration says of it, by default
 /// and with that value.
-const KEYS: [(&str, &str, &str, &str, &str, &str); 19] = [
+const KEYS: [(&str, &str, &str, &str, &str, &str); 20] = [
     (
         "listen",
         "HANDFAST_LISTEN",
@@ -22,6 +22,7 @@ const KEYS: [(&str, &str, &str, &str, &str, &str); 19] = [
         "sqlite:default.db",
         "sqlite:a.db",
     ),
+    ("store_unsafe", "HANDFAST_STORE_UNSAFE", "true", "true", "false", "true"),
     (
         "log",
         "HANDFAST_LOG",
@@ -67,6 +68,7 @@ fn told(config: &Config, path: &str) -> String {
         "listen" => config.listen.to_string(),
         "insecure" => config.insecure.to_string(),
         "store" => config.store.to_string(),
+        "store_unsafe" => config.store_unsafe.to_string(),
         "log" => format!("{:?}", config.log),
         "log_format" => format!("{:?}", config.log_format),
         "shutdown_grace" => format!("{:?}", config.shutdown_grace),
@@ -104,7 +106,8 @@ fn sources(file: &str, env: &[(&str, &str)], flags: &[(&'static str, &str)]) -> 
     let flags = flags.iter().map(|(path, value)| (*path, (*value).to_owned()));
     // The last of its kind loses.
     let default_store = ("store", "sqlite:default.db".to_owned());
-    let has_store = file.contains("store") || env.clone().any(|(name, _)| name == "HANDFAST_STORE");
+    let has_store =
+        file.contains("store =") || env.clone().any(|(name, _)| name == "HANDFAST_STORE");
     Sources {
         flags: flags.chain((!has_store).then_some(default_store)).collect(),
         env: env.collect(),
@@ -388,7 +391,8 @@ fn a_store_is_named_and_of_a_kind_that_exists() {
             "memory:",
             "forgets every decision when the coordinator stops; it is for tests and benchmarks only",
         ),
-        ("mysql://root@127.0.0.1/handfast", "MySQL is to come"),
+        ("mysql://root@127.0.0.1", "names no database"),
+        ("mysql:handfast", "one looks like mysql://user:password@host:3306/database"),
         ("sqlite:", "names no file"),
         ("sqlite::memory:", "names no file"),
         ("sqlite://handfast.db", "two slashes too many"),
@@ -397,6 +401,19 @@ fn a_store_is_named_and_of_a_kind_that_exists() {
         let invalid = Config::load(&sources("", &[("HANDFAST_STORE", store)], &[])).unwrap_err();
         assert!(invalid.what.contains(why), "{invalid:?}");
         assert_eq!(invalid.hint, "such as: HANDFAST_STORE=sqlite:handfast.db");
+    }
+}
+
+#[test]
+fn a_password_is_shown_nowhere() {
+    let url = "mysql://ann:s3cret@db.internal/handfast";
+    let config = Config::load(&sources("", &[("HANDFAST_STORE", url)], &[])).unwrap();
+    assert_eq!(config.store.to_string(), "mysql://ann@db.internal:3306/handfast");
+    assert!(!format!("{config:?}").contains("s3cret"));
+    for wrong in ["mysql://ann:s3cret@db.internal", "mysql://ann:s3cret@db.internal:port/handfast"]
+    {
+        let invalid = Config::load(&sources("", &[("HANDFAST_STORE", wrong)], &[])).unwrap_err();
+        assert!(!format!("{invalid:?}").contains("s3cret"), "{invalid:?}");
     }
 }
 

@@ -9,7 +9,10 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use toml::Value;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
-use crate::dispatch::address::{Address, AllowList};
+use crate::{
+    dispatch::address::{Address, AllowList},
+    store::mysql,
+};
 
 /// Largest number of anything that is counted: above what one machine can hold, below what semaphores and sums can.
 const COUNT_MAX: u32 = 10_000_000;
@@ -21,12 +24,42 @@ pub(super) const LENGTH_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 360
 pub enum StoreUrl {
     /// `sqlite:PATH`
     Sqlite(PathBuf),
+    /// `mysql://user:password@host:3306/database`
+    MySql(MySqlUrl),
+}
+
+/// A MySQL store's URL. Its password is in no log and in no error.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MySqlUrl {
+    secret: String,
+    shown: String,
+}
+
+impl MySqlUrl {
+    /// As it was given, with the password.
+    #[must_use]
+    pub fn secret(&self) -> &str {
+        &self.secret
+    }
+}
+
+impl fmt::Display for MySqlUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown)
+    }
+}
+
+impl fmt::Debug for MySqlUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown)
+    }
 }
 
 impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+            Self::MySql(url) => url.fmt(f),
         }
     }
 }
@@ -41,7 +74,12 @@ impl FromStr for StoreUrl {
                 "forgets every decision when the coordinator stops; it is for tests and benchmarks only",
             ),
             Some(("mysql" | "mariadb", _)) => {
-                wrong("is no store that Handfast knows yet: MySQL is to come, SQLite is there")
+                let options = mysql::options(text).map_err(|error| error.to_string())?;
+                let (user, host) = (options.get_username(), options.get_host());
+                let (port, database) = (options.get_port(), options.get_database());
+                let database = database.unwrap_or_default();
+                let shown = format!("mysql://{user}@{host}:{port}/{database}");
+                Ok(Self::MySql(MySqlUrl { secret: text.to_owned(), shown }))
             }
             Some(("sqlite", "" | ":memory:")) => wrong("names no file"),
             Some(("sqlite", path)) if path.starts_with("//") => wrong(

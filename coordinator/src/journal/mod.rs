@@ -170,11 +170,17 @@ impl Outbox {
             waiting.awaited = false;
             waiting.lazy_since = None;
         }
+        drop(waiting);
         if batch.writes.len() > before {
-            waiting.position += 1;
-            let Ownership { partition, epoch, .. } = self.ownership;
-            batch.guards.push(Guard { partition, epoch, position: waiting.position });
+            batch.guards.push(self.next_guard());
         }
+    }
+
+    fn next_guard(&self) -> Guard {
+        let mut waiting = self.waiting();
+        waiting.position += 1;
+        let Ownership { partition, epoch, .. } = self.ownership;
+        Guard { partition, epoch, position: waiting.position }
     }
 
     /// What was taken is durable.
@@ -320,21 +326,43 @@ impl Journal {
 
     /// Writes until `stop`, then what is left, and ends.
     pub async fn run(mut self, stop: CancellationToken) {
+        let beat_every = self.store.heartbeat();
+        let mut appended_at = Instant::now();
         loop {
             let stopping = stop.is_cancelled();
-            let batch = if stopping || self.is_due() { self.collect() } else { Batch::default() };
-            if !batch.writes.is_empty() {
+            let batch = if stopping || self.is_due() {
+                self.collect()
+            } else if beat_every.is_some_and(|every| appended_at.elapsed() >= every) {
+                self.heartbeat()
+            } else {
+                Batch::default()
+            };
+            if !batch.guards.is_empty() {
                 self.append(batch).await;
+                appended_at = Instant::now();
             } else if stopping {
                 return;
             } else {
                 tokio::select! {
                     () = self.wake.notified() => {}
                     () = self.lazy_wait() => {}
+                    () = Self::until_beat(beat_every, appended_at) => {}
                     () = stop.cancelled() => {}
                 }
             }
         }
+    }
+
+    /// Completes when the next heartbeat is due.
+    async fn until_beat(every: Option<Duration>, appended_at: Instant) {
+        let Some(every) = every else { return std::future::pending().await };
+        tokio::time::sleep_until(appended_at + every).await;
+    }
+
+    /// An empty batch of all partitions that are still ours.
+    fn heartbeat(&self) -> Batch {
+        let live = self.outboxes.iter().filter(|outbox| outbox.durable.borrow().ended.is_none());
+        Batch { guards: live.map(|outbox| outbox.next_guard()).collect(), writes: Vec::new() }
     }
 
     fn is_due(&self) -> bool {

@@ -18,7 +18,7 @@ mod read;
 mod write;
 
 pub use schema::{SchemaError, migrate, pending};
-pub use server::OpenError;
+pub use server::{OpenError, options};
 
 use std::time::Duration;
 
@@ -113,7 +113,7 @@ impl MySqlStore {
     ///
     /// See [`OpenError`]. Nothing was changed.
     pub async fn open(url: &str, allow_unsafe: bool) -> Result<Self, OpenError> {
-        let options = server::options(url)?;
+        let options = options(url)?;
         let mut connection = server::connect(&options).await?;
         schema::check(&mut connection).await?;
         server::check(&mut connection, allow_unsafe).await?;

@@ -37,8 +37,15 @@ pub enum OpenError {
     Ask(#[from] sqlx::Error),
 }
 
-pub(super) fn options(url: &str) -> Result<MySqlConnectOptions, OpenError> {
-    // The text itself may have a password in it, so it is not repeated.
+/// Reads a store's URL.
+///
+/// # Errors
+///
+/// [`OpenError::Url`], which does not repeat the text: there may be a password in it.
+pub fn options(url: &str) -> Result<MySqlConnectOptions, OpenError> {
+    if !url.contains("://") {
+        return Err(OpenError::Url("it has no host".to_owned()));
+    }
     let options =
         MySqlConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
     if options.get_database().is_none_or(str::is_empty) {

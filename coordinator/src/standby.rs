@@ -1,0 +1,83 @@
+//! Waiting for a store that another coordinator has: alive, and not ready. The wait ends when that one hands the partitions back, or
+//! when nothing that it owns has changed for a while by this process's own clock: an owner with nothing else to write writes an
+//! empty batch every few seconds. To be wrong about it is safe: a takeover fences the other off, whatever it is doing.
+
+use std::time::Duration;
+
+use tokio::{
+    net::TcpListener,
+    time::{Instant, sleep},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
+use tonic_health::ServingStatus;
+use tracing::{info, warn};
+
+use crate::{server::HEALTH_NAMES, store::Store};
+
+/// How often the owner is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// An owner of whom nothing was seen for so long is gone.
+const STILL_MAX: Duration = Duration::from_secs(10);
+
+/// Returns when it is this process's turn. Meanwhile it answers who asks after its health; everybody else is told to come again.
+pub(crate) async fn wait(store: &dyn Store, listener: TcpListener) -> std::io::Result<TcpListener> {
+    let listener = listener.into_std()?;
+    let incoming = TcpIncoming::from(TcpListener::from_std(listener.try_clone()?)?);
+    let closing = CancellationToken::new();
+    let server = tonic::transport::Server::builder()
+        .add_routes(routes().await)
+        .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
+    let server = tokio::spawn(server);
+    turn(store).await;
+    closing.cancel();
+    server.abort(); // also with connections that are open: their clients come again
+    drop(server.await);
+    TcpListener::from_std(listener)
+}
+
+async fn routes() -> Routes {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    for name in HEALTH_NAMES {
+        reporter.set_service_status(name, ServingStatus::NotServing).await;
+    }
+    let turned_away = async || {
+        let status =
+            Status::unavailable("this coordinator is a standby: another one has the store");
+        status.into_http::<Body>()
+    };
+    Routes::from(Routes::new(health).into_axum_router().fallback(turned_away))
+}
+
+async fn turn(store: &dyn Store) {
+    let mut seen: Option<(_, Instant)> = None;
+    loop {
+        match store.seats().await {
+            Ok(seats) if seats.iter().all(|seat| seat.owner.is_none()) => return,
+            Ok(seats) => match &seen {
+                Some((before, since)) if *before == seats => {
+                    if since.elapsed() >= STILL_MAX {
+                        warn!(
+                            still_seconds = STILL_MAX.as_secs(),
+                            "the owner shows no life; taking over"
+                        );
+                        return;
+                    }
+                }
+                before => {
+                    if before.is_none() {
+                        let owner = seats.iter().find_map(|seat| seat.owner.as_deref());
+                        info!(owner, "another coordinator has the store; waiting as its standby");
+                    }
+                    seen = Some((seats, Instant::now()));
+                }
+            },
+            Err(error) => {
+                warn!(%error, "the store cannot be looked at");
+                // The owner's heartbeat may stand still for the same reason.
+                seen = seen.map(|(seats, _)| (seats, Instant::now()));
+            }
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}

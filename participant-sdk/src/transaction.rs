@@ -44,6 +44,9 @@ impl TransactionBuilder {
 
     /// The same key gives the same transaction, until that is deleted after its retention: a repeat of the same operation, after
     /// a crash or by an impatient user, does not happen twice. At most 128 bytes.
+    ///
+    /// The first decision stands: a later run with a key that is confirmed is told so, and its closure is not run, so its arguments
+    /// are not compared; one with a key that is cancelled is told that. Another attempt needs another key.
     pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
         self.new.key = key.into();
         self

@@ -149,6 +149,11 @@ fn server_url(text: &str) -> Result<String, String> {
 }
 
 impl Server {
+    /// What a command that is printed needs to reach the same coordinator.
+    fn flag(&self) -> String {
+        if self.url == SERVER_DEFAULT { String::new() } else { format!(" --server {}", self.url) }
+    }
+
     /// Connects and asks. `what` could not be done if that fails.
     async fn ask<T>(
         &self,
@@ -236,7 +241,7 @@ impl Show {
         };
         let answer = self.server.ask(&format!("cannot show {}", self.xid), ask).await?;
         self.server.tell(answer.transaction, |transaction| {
-            text::show(transaction, now(), &TimeZone::system())
+            text::show(transaction, now(), &TimeZone::system(), &self.server.flag())
         })
     }
 }
@@ -247,7 +252,8 @@ impl Retry {
         let ask =
             async |mut client: AdminServiceClient<Channel>| client.retry_transaction(request).await;
         let answer = self.server.ask_admin(&format!("cannot retry {}", self.xid), ask).await?;
-        self.server.tell(answer.transaction, text::retried)
+        self.server
+            .tell(answer.transaction, |transaction| text::retried(transaction, &self.server.flag()))
     }
 }
 

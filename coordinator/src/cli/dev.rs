@@ -70,7 +70,7 @@ fn no_folder(error: io::Error) -> Failure {
 
 fn welcome(Started { grpc, store }: &Started, is_kept: bool, taken: bool) -> String {
     let server = format!("http://{grpc}");
-    let port = if taken { "   (7420 is taken)" } else { "" };
+    let port = if taken { "   (not the usual port: 7420 is taken)" } else { "" };
     let kept = if is_kept { "" } else { "   (gone when this stops; --store sqlite:PATH keeps it)" };
     let elsewhere =
         if server == SERVER_DEFAULT { String::new() } else { format!(" --server {server}") };
@@ -82,7 +82,7 @@ fn welcome(Started { grpc, store }: &Started, is_kept: bool, taken: bool) -> Str
 
 Next, in another terminal:
   handfast list{elsewhere}
-  cargo shop                the README's example, from its folder: an order across three services
+  README.md                 has a service that takes part, and one that begins, to copy
 
 Stop: Ctrl-C
 ",
@@ -116,7 +116,10 @@ mod tests {
         let started =
             Started { grpc: "127.0.0.1:39123".parse().unwrap(), store: "sqlite:try.db".to_owned() };
         let text = welcome(&started, true, true);
-        assert!(text.contains("http://127.0.0.1:39123   (7420 is taken)\n"), "{text}");
+        assert!(
+            text.contains("http://127.0.0.1:39123   (not the usual port: 7420 is taken)\n"),
+            "{text}"
+        );
         assert!(text.contains("handfast list --server http://127.0.0.1:39123\n"), "{text}");
         assert!(!text.contains("gone"), "{text}");
     }

@@ -34,7 +34,12 @@ pub(super) fn list(transactions: &[pb::Transaction], now: Timestamp) -> String {
 }
 
 /// Everything that a person wants to know of one transaction.
-pub(super) fn show(transaction: &pb::Transaction, now: Timestamp, zone: &TimeZone) -> String {
+pub(super) fn show(
+    transaction: &pb::Transaction,
+    now: Timestamp,
+    zone: &TimeZone,
+    server: &str,
+) -> String {
     let moment = |at: &Option<prost_types::Timestamp>| {
         at.as_ref().map(|at| format!("{} ({})", local(at, zone), ago(now, at))).unwrap_or_default()
     };
@@ -101,18 +106,18 @@ pub(super) fn show(transaction: &pb::Transaction, now: Timestamp, zone: &TimeZon
     format!(
         "{}\n\n{facts}\n{branches}{gap}{resolved}{}",
         headline(transaction),
-        waits_for(transaction)
+        waits_for(transaction, server)
     )
 }
 
 /// What `retry` has done.
-pub(super) fn retried(transaction: &pb::Transaction) -> String {
+pub(super) fn retried(transaction: &pb::Transaction, server: &str) -> String {
     let done = match transaction.state() {
         State::Confirming | State::Cancelling => {
             let open: Vec<_> =
                 transaction.branches.iter().filter(|branch| is_open(branch)).map(name).collect();
             format!(
-                "Trying again now: {}.\nHow it went:  handfast show {}",
+                "Trying again now: {}.\nHow it went:  handfast show{server} {}",
                 open.join(", "),
                 transaction.xid
             )
@@ -149,8 +154,8 @@ fn headline(transaction: &pb::Transaction) -> String {
     format!("{name} {xid} {stands}")
 }
 
-/// Who is waited for, and how to hurry it, if somebody fails.
-fn waits_for(transaction: &pb::Transaction) -> String {
+/// Who is waited for, and how to hurry it, if somebody fails. `server` is what the commands need to reach this coordinator.
+fn waits_for(transaction: &pb::Transaction, server: &str) -> String {
     let word = match transaction.state() {
         State::Confirming => "confirm",
         State::Cancelling => "cancel",
@@ -167,11 +172,12 @@ fn waits_for(transaction: &pb::Transaction) -> String {
     let mut text = format!("\n{stuck} waits for {}, and keeps asking.\n", who.join(", "));
     if let Some(branch) = open.iter().find(|branch| branch.last_error.is_some()) {
         let (xid, id) = (&transaction.xid, &branch.branch_id);
-        let _always_fits = writeln!(text, "  to ask again now:        handfast retry {xid}");
+        let _always_fits =
+            writeln!(text, "  to ask again now:        handfast retry{server} {xid}");
         if transaction.stuck {
             let _always_fits = writeln!(
                 text,
-                "  if it can never answer:  handfast resolve {xid} {id} --reason \"what was done instead\""
+                "  if it can never answer:  handfast resolve{server} {xid} {id} --operator NAME --reason \"what was done instead\""
             );
         }
     }
@@ -405,7 +411,7 @@ XID                NAME      STATE               BEGUN   DONE  NOTE
     fn a_stuck_one_says_what_it_waits_for_and_how_to_hurry_it() {
         let [stuck, ..] = samples();
         assert_eq!(
-            show(&stuck, NOW, &TimeZone::fixed(jiff::tz::offset(1))),
+            show(&stuck, NOW, &TimeZone::fixed(jiff::tz::offset(1)), " --server http://b:1"),
             "\
 checkout 3-7-1042-9f3c01d2 is CONFIRMING. It will be confirmed; nothing can change that.
 
@@ -421,8 +427,8 @@ BRANCH  ACTION        PARTICIPANT                     STATE       ATTEMPTS  NEXT
 Branch 3 was resolved by ann, 2026-11-21 10:16:03.123 +01:00 (1m ago): mail is gone
 
 It is stuck: it waits for points to confirm branch 2 (points.spend), and keeps asking.
-  to ask again now:        handfast retry 3-7-1042-9f3c01d2
-  if it can never answer:  handfast resolve 3-7-1042-9f3c01d2 2 --reason \"what was done instead\"
+  to ask again now:        handfast retry --server http://b:1 3-7-1042-9f3c01d2
+  if it can never answer:  handfast resolve --server http://b:1 3-7-1042-9f3c01d2 2 --operator NAME --reason \"what was done instead\"
 "
         );
     }
@@ -431,7 +437,7 @@ It is stuck: it waits for points to confirm branch 2 (points.spend), and keeps a
     fn a_refused_one_says_why() {
         let [_, cancelled, ..] = samples();
         assert_eq!(
-            show(&cancelled, NOW, &TimeZone::UTC),
+            show(&cancelled, NOW, &TimeZone::UTC, ""),
             "\
 checkout 3-7-1041-9f3c01d2 is CANCELLED.
 
@@ -451,7 +457,7 @@ BRANCH  ACTION            PARTICIPANT  STATE      ATTEMPTS  NEXT  LAST ERROR
     fn one_that_is_trying_says_until_when() {
         let [_, _, trying, _] = samples();
         assert_eq!(
-            show(&trying, NOW, &TimeZone::UTC),
+            show(&trying, NOW, &TimeZone::UTC, ""),
             "\
 transfer 3-7-1043-9f3c01d2 is TRYING: there is no decision yet.
 
@@ -467,13 +473,13 @@ It has no branches.
     fn one_that_goes_well_is_not_to_be_hurried() {
         let [mut stuck, ..] = samples();
         stuck.stuck = false;
-        let failing = show(&stuck, NOW, &TimeZone::UTC);
+        let failing = show(&stuck, NOW, &TimeZone::UTC, "");
         assert!(
             failing.contains("handfast retry") && !failing.contains("handfast resolve"),
             "{failing}"
         );
         stuck.branches[1].last_error = None;
-        let well = show(&stuck, NOW, &TimeZone::UTC);
+        let well = show(&stuck, NOW, &TimeZone::UTC, "");
         assert!(
             well.contains("\nIt waits for points to confirm") && !well.contains("handfast"),
             "{well}"
@@ -484,13 +490,15 @@ It has no branches.
     fn what_was_done_is_said() {
         let [stuck, _, trying, confirmed] = samples();
         assert_eq!(
-            retried(&stuck),
+            retried(&stuck, ""),
             "checkout 3-7-1042-9f3c01d2 is CONFIRMING. It will be confirmed; nothing can change that.\n\
              Trying again now: branch 2 (points.spend).\n\
              How it went:  handfast show 3-7-1042-9f3c01d2\n"
         );
-        assert!(retried(&trying).ends_with("There was nothing to try again: it is not decided.\n"));
-        assert!(retried(&confirmed).ends_with("There was nothing to try again.\n"));
+        assert!(
+            retried(&trying, "").ends_with("There was nothing to try again: it is not decided.\n")
+        );
+        assert!(retried(&confirmed, "").ends_with("There was nothing to try again.\n"));
         assert_eq!(
             resolved(&stuck, "3"),
             "Branch 3 is resolved, by ann: mail is gone\n\
@@ -502,7 +510,7 @@ It has no branches.
     fn what_nobody_should_send_does_no_harm() {
         let far = Some(prost_types::Timestamp { seconds: i64::MAX, nanos: -1 });
         let odd = pb::Transaction { state: 99, begun_at: far, ..pb::Transaction::default() };
-        assert!(show(&odd, NOW, &TimeZone::UTC).contains("does not exist"));
+        assert!(show(&odd, NOW, &TimeZone::UTC, "").contains("does not exist"));
         assert!(list(&[odd], Timestamp(i64::MIN)).contains("unspecified"));
         assert!(resolved(&pb::Transaction::default(), "9").starts_with("Branch 9"));
     }

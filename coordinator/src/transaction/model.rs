@@ -161,11 +161,12 @@ impl fmt::Display for CancelCause {
         match self {
             Self::Requested { reason } if reason.is_empty() => f.write_str("requested"),
             Self::Requested { reason } => write!(f, "requested: {reason}"),
-            Self::Refused { branch_id: Some(id), refusal } => {
-                write!(f, "branch {id} refused: {} {}", refusal.reason, refusal.message)
-            }
-            Self::Refused { branch_id: None, refusal } => {
-                write!(f, "refused: {} {}", refusal.reason, refusal.message)
+            Self::Refused { branch_id, refusal: Refusal { reason, message, .. } } => {
+                if let Some(id) = branch_id {
+                    write!(f, "branch {id} ")?;
+                }
+                write!(f, "refused: {reason}")?;
+                if message.is_empty() { Ok(()) } else { write!(f, " {message}") }
             }
             Self::TimedOut => f.write_str("timed out"),
             Self::TryUnknown { branch_id, error } => {

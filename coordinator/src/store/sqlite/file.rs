@@ -8,6 +8,7 @@ use std::{
 };
 
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
+use tracing::warn;
 
 use super::super::PARTITIONS;
 
@@ -91,10 +92,6 @@ impl LockedFile {
             let path = path.to_owned();
             move |source| OpenError::File { path, source }
         };
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        if let Some(folder) = folder {
-            fs::create_dir_all(folder).map_err(failed(folder))?;
-        }
         // Root may write what is marked read-only, but whoever marked it did not want that.
         if fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly()) {
             return Err(OpenError::ReadOnly { path: path.to_owned() });
@@ -147,6 +144,7 @@ impl LockedFile {
         }
         // Version 0: new, or killed before its tables were there. Made in one go, so that they are there or not.
         if version == 0 {
+            warn!(path = %self.path.display(), "there was no store: this is a new one, and knows no transactions");
             create(&mut connection).await.map_err(failed)?;
         }
         Ok(connection)
@@ -228,7 +226,9 @@ mod tests {
     #[tokio::test]
     async fn one_process_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("new/folder/store.db");
+        // No folder is made: a name that is wrong, or a disk that is missing, must not become a coordinator that knows nothing.
+        assert!(error(&folder.path().join("missing/store.db")).await.contains("No such file"));
+        let path = folder.path().join("store.db");
         let store = SqliteStore::open(&path).await.unwrap();
         let error = error(&path).await;
         assert!(error.contains(&format!("(process {})", std::process::id())), "{error}");

@@ -29,7 +29,12 @@ pub(crate) fn draw(before: &Books, after: &Books, paint: Paint) -> Vec<String> {
         let orders = books.orders.values().filter(|order| order.status == status).count();
         i64::try_from(orders).unwrap_or(i64::MAX)
     };
-    lines.push(paint.dim(&line("orders", orders)));
+    lines.push(
+        paint.dim(&format!(
+            "{}   (no row: cancelled before it was written)",
+            line("orders", orders)
+        )),
+    );
     lines
         .push(line("", orders.map(|status| change((count(before, status), count(after, status))))));
     lines
@@ -69,7 +74,7 @@ stock            available          frozen            sold
 mouse               10 → 8               0           0 → 2
 points             balance         pending
 ada                      5               0
-orders              placed       cancelled         pending
+orders              placed       cancelled         pending   (no row: cancelled before it was written)
                      0 → 1               0               0";
         let drawn = draw(&before, &after, Paint { colour: false });
         assert_eq!(format!("\n{}", drawn.join("\n")), expected);

@@ -11,6 +11,7 @@ use std::{
 
 use handfast::{Confirmed, Handfast, Json, Outcome, Remote, TransactionError, Xid};
 use handfast_tests::{
+    database::{Database, servers},
     process::Coordinator,
     wait_for,
     warehouse::{Deduct, PIECES, Warehouse},
@@ -78,14 +79,27 @@ async fn initiate(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn twenty_kills_lose_nothing() {
+async fn twenty_kills_lose_nothing_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
-    let store = folder.path().join("store.db");
+    kills_lose_nothing(&format!("sqlite:{}", folder.path().join("store.db").display())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_kills_lose_nothing_on_mysql() {
+    for server in servers() {
+        let database = Database::migrated(&server).await;
+        kills_lose_nothing(&database.url()).await;
+        database.drop().await;
+    }
+}
+
+async fn kills_lose_nothing(store: &str) {
+    let folder = tempfile::tempdir().unwrap();
     let (east, west) = (
         Warehouse::open("east", folder.path()).await,
         Warehouse::open("west", folder.path()).await,
     );
-    let mut coordinator = Coordinator::start(&store, &[]).await;
+    let mut coordinator = Coordinator::start_on(store, &[]).await;
     let (address, url) = (coordinator.address.clone(), coordinator.url());
     let (next, stop) = (Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
     let initiators: Vec<_> = (0..INITIATORS)
@@ -102,7 +116,8 @@ async fn twenty_kills_lose_nothing() {
     for _ in 0..KILLS {
         tokio::time::sleep(Duration::from_millis(rand::random_range(20..400))).await;
         coordinator.kill().await;
-        coordinator = Coordinator::start(&store, &["--listen", &address]).await;
+        // On SQLite nobody has to be taken over: the lock is gone with the process.
+        coordinator = Coordinator::start_on(store, &["--listen", &address, "--take-over"]).await;
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
     stop.store(true, Ordering::Relaxed);
@@ -159,7 +174,7 @@ async fn twenty_kills_lose_nothing() {
         confirmed.len()
     );
     println!(
-        "{KILLS} kills: {} confirmed, {} cancelled, {} unknown, {} sold",
+        "{store}: {KILLS} kills: {} confirmed, {} cancelled, {} unknown, {} sold",
         confirmed.len(),
         cancelled.len(),
         unknown.len(),

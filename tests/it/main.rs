@@ -6,6 +6,7 @@ mod serve;
 
 mod crash;
 mod mishaps;
+mod mysql;
 mod nested;
 
 mod operators;

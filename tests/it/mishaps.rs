@@ -158,11 +158,10 @@ async fn what_a_bad_participant_does_is_told_and_it_can_be_pointed_at_again() {
     let warehouse = Warehouse::open("warehouse", folder.path()).await;
     let coordinator = hasty(&store, "").await;
     let mut client = CoordinatorServiceClient::new(coordinator.channel());
-    let nobody = {
-        let (listener, url) = listen().await;
-        drop(listener);
-        url
-    };
+    // Bound, so that nobody else gets it, and not listened on.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let nobody = format!("http://{}", socket.local_addr().unwrap());
     let mut xids = Vec::new();
     for (what, target, code) in [
         ("nobody is there", nobody, &["UNAVAILABLE"][..]),

@@ -1,6 +1,7 @@
 //! What the tests of the whole share: the coordinator as a process that can be killed, a participant with a database of its own,
 //! and waiting for a condition.
 
+pub mod database;
 pub mod process;
 pub mod warehouse;
 

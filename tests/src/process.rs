@@ -97,19 +97,33 @@ impl Log {
 }
 
 impl Coordinator {
-    /// Starts one on this store, with these flags too, and waits until it serves.
+    /// Starts one on this file, with these flags too, and waits until it serves.
     ///
     /// # Panics
     ///
     /// When it does not.
     pub async fn start(store: &Path, flags: &[&str]) -> Self {
-        let store = format!("sqlite:{}", store.display());
+        Self::start_on(&format!("sqlite:{}", store.display()), flags).await
+    }
+
+    /// The same on the store of this URL.
+    ///
+    /// # Panics
+    ///
+    /// When it does not serve.
+    pub async fn start_on(store: &str, flags: &[&str]) -> Self {
+        Self::spawn(Self::command(store, flags)).await
+    }
+
+    /// What starts one.
+    #[must_use]
+    pub fn command(store: &str, flags: &[&str]) -> Command {
         let mut command = Command::new(binary("handfast"));
-        command.args(["serve", "--log-format", "json", "--store", &store]).args(flags);
+        command.args(["serve", "--log-format", "json", "--store", store]).args(flags);
         if !flags.contains(&"--listen") {
             command.args(["--listen", "127.0.0.1:0"]);
         }
-        Self::spawn(command).await
+        command
     }
 
     /// Waits until what `command` starts is serving.

@@ -5,7 +5,7 @@ use sqlx::{AssertSqlSafe, Connection as _};
 use super::{Connection, MySqlStore, migrate};
 
 /// Which servers: URLs without a database, separated by commas. `scripts/test` starts some, and sets it.
-const SERVERS: &str = "HANDFAST_TEST_MYSQL";
+const SERVERS: &str = "TEST_MYSQL_SERVERS";
 
 /// All servers to test with. None, without that variable: then there is nothing to see here.
 pub(in super::super) fn servers() -> Vec<String> {

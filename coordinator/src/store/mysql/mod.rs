@@ -30,7 +30,6 @@ use sqlx::{
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
-use self::write::push_cell;
 use super::{
     Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
     record::{Cell, Rows},
@@ -57,34 +56,56 @@ const BEGIN_READING: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ON
 const UPSERT_PURGED: &str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
                              ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
 
-/// `UPDATE (SELECT …) AS v STRAIGHT_JOIN … SET …`: the rows that change stand first, and each is found by its primary key.
+/// `UPDATE JSON_TABLE(…) AS v STRAIGHT_JOIN … SET …`: all rows are one parameter, so the statement is the same for any number of
+/// them; they stand first, and each is found by its primary key.
 fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<Item = Cell>) {
-    let width = shape.columns.len();
+    let mut kinds = Vec::new();
+    let mut values = String::new();
     for (n, cell) in cells.enumerate() {
-        query.push(match (n, n % width) {
-            (0, _) => "UPDATE (SELECT ",
-            (_, 0) => " UNION ALL SELECT ",
-            _ => ", ",
+        values.push_str(match (n, n % shape.columns.len()) {
+            (0, _) => "[[",
+            (_, 0) => "],[",
+            _ => ",",
         });
-        // Without it the server would take every value for a text.
-        let kind = match cell {
-            Cell::Int(_) => " AS SIGNED)",
-            Cell::Text(_) => " AS CHAR)",
-            Cell::Bytes(_) => " AS BINARY)",
+        let (kind, value) = match cell {
+            Cell::Int(value) => ("BIGINT", json(&value)),
+            Cell::Text(value) => ("TEXT", json(&value)),
+            Cell::Bytes(value) => ("CHAR(64)", json(&value.map(hex))),
         };
-        query.push("CAST(");
-        push_cell(query, cell);
-        query.push(kind);
-        if n < width {
-            query.push(" AS ").push(shape.columns[n]);
+        values.push_str(&value);
+        if n < shape.columns.len() {
+            kinds.push(kind);
         }
     }
-    let equal = |column: &&str| format!("t.{column} = v.{column}");
-    let (keys, values) = shape.columns.split_at(shape.keys);
-    let keys: Vec<_> = keys.iter().map(equal).collect();
-    let values: Vec<_> = values.iter().map(equal).collect();
-    query.push(") AS v STRAIGHT_JOIN ").push(shape.table).push(" AS t ON ");
-    query.push(keys.join(" AND ")).push(" SET ").push(values.join(", "));
+    values.push_str("]]");
+    query.push("UPDATE JSON_TABLE(").push_bind(values).push(", '$[*]' COLUMNS (");
+    for (n, (column, kind)) in shape.columns.iter().zip(&kinds).enumerate() {
+        let comma = if n == 0 { "" } else { ", " };
+        query.push(format_args!("{comma}{column} {kind} PATH '$[{n}]'"));
+    }
+    query.push(")) AS v STRAIGHT_JOIN ").push(shape.table).push(" AS t ON ");
+    for (n, column) in shape.columns.iter().enumerate() {
+        query.push(match n {
+            0 => "",
+            n if n < shape.keys => " AND ",
+            n if n == shape.keys => " SET ",
+            _ => ", ",
+        });
+        let value = if kinds[n] == "CHAR(64)" {
+            format!("UNHEX(v.{column})")
+        } else {
+            format!("v.{column}")
+        };
+        query.push(format_args!("t.{column} = {value}"));
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).expect("numbers and texts always become JSON")
+}
+
+fn hex(bytes: Vec<u8>) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// See the module's comment.

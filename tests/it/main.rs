@@ -5,6 +5,7 @@
 mod serve;
 
 mod crash;
+mod fence;
 mod mishaps;
 mod mysql;
 mod nested;

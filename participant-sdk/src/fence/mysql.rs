@@ -56,9 +56,10 @@ impl FenceDb for MySql {}
 
 impl Statements for MySql {
     // One packet, one round trip. There is no such limit for a local transaction alone; `restore` gives the session its own back.
+    // (To MySQL the least of two integers is no integer; it has to be made one again.)
     const BEGIN: &'static str = "
 SET @handfast_lock_wait = @@SESSION.innodb_lock_wait_timeout;
-SET SESSION innodb_lock_wait_timeout = LEAST(3, @@SESSION.innodb_lock_wait_timeout);
+SET SESSION innodb_lock_wait_timeout = CAST(LEAST(3, @@SESSION.innodb_lock_wait_timeout) AS SIGNED);
 BEGIN";
     const SCHEMA: &'static str = super::SCHEMA_MYSQL;
     const SCHEMA_FILE: &'static str = "schema/mysql.sql";

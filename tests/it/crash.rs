@@ -11,13 +11,14 @@ use std::{
 
 use handfast::{Confirmed, Handfast, Json, Outcome, Remote, TransactionError, Xid};
 use handfast_tests::{
-    database::{Database, servers},
+    database::{Database, Server, kinds, servers},
     process::Coordinator,
     wait_for,
     warehouse::{Deduct, PIECES, Warehouse},
 };
 
 const KILLS: usize = 20;
+const DATABASE_KILLS: usize = 5;
 const INITIATORS: usize = 8;
 
 /// What initiators were told.
@@ -81,19 +82,35 @@ async fn initiate(
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_kills_lose_nothing_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
-    kills_lose_nothing(&format!("sqlite:{}", folder.path().join("store.db").display())).await;
+    let store = format!("sqlite:{}", folder.path().join("store.db").display());
+    kills_lose_nothing(&store, Victim::Coordinator).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_kills_lose_nothing_on_mysql() {
     for server in servers() {
         let database = Database::migrated(&server).await;
-        kills_lose_nothing(&database.url()).await;
+        kills_lose_nothing(&database.url(), Victim::Coordinator).await;
         database.drop().await;
     }
 }
 
-async fn kills_lose_nothing(store: &str) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_killed_loses_nothing() {
+    for kind in kinds() {
+        let server = Server::start(&kind).await;
+        let database = Database::migrated(&server.url()).await;
+        kills_lose_nothing(&database.url(), Victim::Database(&server)).await;
+    }
+}
+
+/// Who is killed.
+enum Victim<'a> {
+    Coordinator,
+    Database(&'a Server),
+}
+
+async fn kills_lose_nothing(store: &str, victim: Victim<'_>) {
     let folder = tempfile::tempdir().unwrap();
     let (east, west) = (
         Warehouse::open("east", folder.path()).await,
@@ -113,13 +130,21 @@ async fn kills_lose_nothing(store: &str) {
             ))
         })
         .collect();
-    for _ in 0..KILLS {
+    let kills = if matches!(victim, Victim::Coordinator) { KILLS } else { DATABASE_KILLS };
+    for _ in 0..kills {
         tokio::time::sleep(Duration::from_millis(rand::random_range(20..400))).await;
+        if let Victim::Database(server) = victim {
+            // It takes longer to come back; in between there must be something to lose.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            server.kill();
+            server.start_again().await;
+            continue;
+        }
         coordinator.kill().await;
         // On SQLite nobody has to be taken over: the lock is gone with the process.
         coordinator = Coordinator::start_on(store, &["--listen", &address, "--take-over"]).await;
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     stop.store(true, Ordering::Relaxed);
     let (mut confirmed, mut cancelled, mut unknown) =
         (BTreeSet::new(), BTreeSet::new(), Vec::new());
@@ -174,7 +199,7 @@ async fn kills_lose_nothing(store: &str) {
         confirmed.len()
     );
     println!(
-        "{store}: {KILLS} kills: {} confirmed, {} cancelled, {} unknown, {} sold",
+        "{store}: {kills} kills: {} confirmed, {} cancelled, {} unknown, {} sold",
         confirmed.len(),
         cancelled.len(),
         unknown.len(),

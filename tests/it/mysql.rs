@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use handfast_proto::v1::{BeginRequest, coordinator_service_client::CoordinatorServiceClient};
 use handfast_tests::{
-    database::{Database, servers},
+    database::{Database, free_port, servers},
     process::{Coordinator, handfast},
     wait_for,
 };
@@ -68,13 +68,6 @@ async fn is_ready(address: &str) -> Option<bool> {
     Some(answer.into_inner().status() == tonic_health::ServingStatus::Serving.into())
 }
 
-/// One that nobody listens on. (From below the ports that the system gives away, so that nobody gets it meanwhile.)
-fn free_address() -> String {
-    let addresses = (0..100).map(|_| format!("127.0.0.1:{}", rand::random_range(20_000..30_000)));
-    let free = |address: &String| std::net::TcpListener::bind(address).is_ok();
-    addresses.into_iter().find(free).expect("one of a hundred is free")
-}
-
 #[tokio::test]
 async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
     for server in servers() {
@@ -85,7 +78,7 @@ async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
         let xid = begun.xid().await.unwrap();
 
         // Handed back: the next one is there at once.
-        let address = free_address();
+        let address = format!("127.0.0.1:{}", free_port());
         let second = Coordinator::spawn(Coordinator::command(&url, &["--listen", &address]));
         let meanwhile = async {
             let ready = wait_for("the standby answers", async || is_ready(&address).await);

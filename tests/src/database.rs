@@ -1,6 +1,7 @@
 //! Databases on servers of MySQL and MariaDB that somebody else has started.
 
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
+use tempfile::TempDir;
 
 use crate::process;
 
@@ -10,6 +11,86 @@ use crate::process;
 pub fn servers() -> Vec<String> {
     let servers = std::env::var("TEST_MYSQL_SERVERS").unwrap_or_default();
     servers.split(',').map(str::trim).filter(|url| !url.is_empty()).map(str::to_owned).collect()
+}
+
+/// What kinds of servers a test can start: what `TEST_DATABASES` names, separated by spaces. `scripts/test` sets it.
+#[must_use]
+pub fn kinds() -> Vec<String> {
+    let kinds = std::env::var("TEST_DATABASES").unwrap_or_default();
+    kinds.split_whitespace().map(str::to_owned).collect()
+}
+
+/// A server of a test's own, which it may kill.
+#[derive(Debug)]
+pub struct Server {
+    kind: String,
+    folder: TempDir,
+    port: u16,
+}
+
+impl Server {
+    /// Starts one: `mariadb` or `mysql`.
+    ///
+    /// # Panics
+    ///
+    /// When there is none.
+    pub async fn start(kind: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let server = Self { kind: kind.to_owned(), folder, port: free_port() };
+        server.start_again().await;
+        server
+    }
+
+    /// Where it is, without a database.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("mysql://root@127.0.0.1:{}", self.port)
+    }
+
+    /// Kills it: SIGKILL, whatever it is doing.
+    pub fn kill(&self) {
+        let pid = std::fs::read_to_string(self.folder.path().join("pid")).unwrap_or_default();
+        let kill = format!(
+            "kill -KILL {0} && while kill -0 {0} 2>/dev/null; do sleep 0.02; done",
+            pid.trim()
+        );
+        drop(std::process::Command::new("sh").args(["-c", &kill]).status());
+    }
+
+    /// Starts it again, on the same files.
+    ///
+    /// # Panics
+    ///
+    /// When it does not come up.
+    pub async fn start_again(&self) {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/database");
+        drop(std::fs::remove_file(self.folder.path().join("pid"))); // of the one that was killed
+        let started = tokio::process::Command::new(script)
+            .args(["start", &self.kind])
+            .arg(self.folder.path())
+            .arg(self.port.to_string())
+            .stdout(std::process::Stdio::null())
+            .status();
+        assert!(started.await.expect("a shell").success(), "{} does not come up", self.kind);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A port of this machine that nobody listens on. (From below those that the system gives away, so that nobody gets it meanwhile.)
+///
+/// # Panics
+///
+/// When there is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    let free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let ports = (0..100).map(|_| rand::random_range(20_000..30_000));
+    ports.into_iter().find(free).expect("one of a hundred is free")
 }
 
 /// A database of its own, for a coordinator's store.

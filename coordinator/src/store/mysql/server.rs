@@ -2,7 +2,9 @@
 
 use std::str::FromStr as _;
 
-use sqlx::{AssertSqlSafe, Connection as _, Row as _, mysql::MySqlConnectOptions};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, mysql::MySqlConnectOptions,
+};
 use tracing::warn;
 
 use super::{CALL_TIMEOUT, Connection, SchemaError};
@@ -48,6 +50,7 @@ pub fn options(url: &str) -> Result<MySqlConnectOptions, OpenError> {
     }
     let options =
         MySqlConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
+    let options = options.disable_statement_logging(); // what is slow or fails is told by whoever waits
     if options.get_database().is_none_or(str::is_empty) {
         return Err(OpenError::Url("it names no database".to_owned()));
     }

@@ -277,6 +277,32 @@ async fn stopping_writes_what_is_left() {
     assert_eq!(rig.stored(&awaited).await, Some(State::Trying));
 }
 
+/// What one write must do after two that waited together: all that either was to do.
+#[tokio::test]
+async fn changes_that_wait_together_lose_none_of_their_branches() {
+    let mut rig = Rig::new().await;
+    rig.store.hold();
+    let blocker = rig.begin(0);
+    rig.put(&blocker, Head::Insert, Urgency::Awaited);
+    rig.until_batches(1).await;
+    let global = Arc::new(rig.begin(1));
+    let branches = |indexes: &[usize]| {
+        indexes.iter().fold(BranchSet::EMPTY, |all, index| all.union(BranchSet::only(*index)))
+    };
+    for (head, new_branches, changed) in
+        [(Head::Keep, 4, [0]), (Head::Update, 3, [1]), (Head::Keep, 5, [2])]
+    {
+        let changed_branches = branches(&changed);
+        let write = Write { global: global.clone(), head, new_branches, changed_branches };
+        rig.outboxes[1].put(write, Urgency::Awaited);
+    }
+    rig.store.release();
+    rig.until_batches(2).await;
+    let write = &rig.store.batches()[1].writes[0];
+    assert_eq!((write.head, write.new_branches), (Head::Update, 3));
+    assert_eq!(write.changed_branches, branches(&[0, 1, 2]));
+}
+
 #[tokio::test]
 async fn what_is_fenced_does_not_keep_the_journal_busy() {
     let mut rig = Rig::new().await;

@@ -58,9 +58,9 @@ pub(crate) struct NewTransaction {
 }
 
 impl NewTransaction {
-    /// Whether this one, found under the same key, was begun for the same purpose. Branch by branch the coordinator sees to it.
-    pub(crate) fn is_begun_as(&self, found: &pb::Transaction) -> bool {
-        found.name == self.name && found.drive() == pb::Drive::Initiator
+    /// Whether this one, found under the same key, is the same operation, whoever drives it: then its outcome is ours.
+    pub(crate) fn is_same_operation(&self, found: &pb::Transaction) -> bool {
+        found.name == self.name
     }
 }
 
@@ -394,13 +394,13 @@ impl Global {
         }
     }
 
-    /// Notes that an ordinary call within the transaction failed.
     /// Notes that a call was not even made. If the closure swallows it, the transaction is cancelled all the same.
     pub(crate) fn call_not_made(&self, error: CallError) -> CallError {
         self.ledger().failed(error.clone());
         error
     }
 
+    /// Notes that an ordinary call within the transaction failed.
     pub(crate) fn ordinary_call_failed(&self, branch_id: BranchId, cause: String) {
         self.ledger().failed(CallError::Unknown {
             branch_id,
@@ -516,8 +516,14 @@ impl Global {
         if Reason::of(&status) == Reason::KeyTaken {
             let by = pb::get_transaction_request::By::IdempotencyKey(self.inner.new.key.clone());
             match self.inner.handfast.get(by, self.inner.deadline).await {
-                Ok(taken) if self.inner.new.is_begun_as(&taken) => return Ok(taken),
-                Ok(_) => {}
+                Ok(taken) if !self.inner.new.is_same_operation(&taken) => {}
+                // Branch by branch the coordinator sees to it that they are the same.
+                Ok(taken) if taken.drive() == pb::Drive::Initiator => return Ok(taken),
+                Ok(_) => {
+                    // Driven by the coordinator, which may confirm it.
+                    self.registrar().unanswered = true;
+                    return Err(not_registered(status));
+                }
                 Err(status) => {
                     // Another run with this key is there, and may confirm.
                     self.registrar().unanswered = true;

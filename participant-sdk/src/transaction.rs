@@ -173,7 +173,7 @@ impl TransactionBuilder {
         }
         let by = pb::get_transaction_request::By::IdempotencyKey(self.new.key.clone());
         match self.handfast.get(by, Instant::now() + ASK_PATIENCE).await {
-            Ok(transaction) if !self.new.is_begun_as(&transaction) => {
+            Ok(transaction) if !self.new.is_same_operation(&transaction) => {
                 let cause = format!(
                     "its idempotency key belongs to {}, which is another operation: {}",
                     transaction.xid, transaction.name

@@ -194,12 +194,12 @@ impl Outbox {
     }
 
     fn end(&self, why: Ended) {
+        // Under the lock, as `put` looks at it: nothing slips in between, to wait for what never comes.
         let mut waiting = self.waiting();
+        self.durable.send_modify(|durable| durable.ended = Some(why));
         waiting.writes.clear();
         waiting.places.clear();
         (waiting.awaited, waiting.lazy_since) = (false, None);
-        drop(waiting);
-        self.durable.send_modify(|durable| durable.ended = Some(why));
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {

@@ -31,20 +31,14 @@ pub(in super::super) struct Database {
 impl Database {
     /// Makes one, with the tables.
     pub(in super::super) async fn new(server: &str) -> Self {
-        let database = Self::empty(server).await;
+        let name = format!("handfast_test_{:016x}", rand::random::<u64>());
+        let database = Self { server: server.to_owned(), name };
+        database.execute(&format!("CREATE DATABASE {}", database.name)).await;
         migrate(&database.url()).await.unwrap();
         database
     }
 
-    /// Makes one without any tables.
-    pub(in super::super) async fn empty(server: &str) -> Self {
-        let name = format!("handfast_test_{:016x}", rand::random::<u64>());
-        let database = Self { server: server.to_owned(), name };
-        database.execute(&format!("CREATE DATABASE {}", database.name)).await;
-        database
-    }
-
-    pub(in super::super) fn url(&self) -> String {
+    fn url(&self) -> String {
         format!("{}/{}", self.server, self.name)
     }
 

@@ -142,6 +142,7 @@ impl MySqlStore {
         let readers = MySqlPoolOptions::new()
             .max_connections(READERS)
             .acquire_timeout(CALL_TIMEOUT)
+            .after_connect(|connection, _| Box::pin(server::set_up_reader(connection)))
             .connect_lazy_with(options.clone());
         let writer = Writer { options, connection: None, id: 0 };
         Ok(Self { writer: Mutex::new(writer), readers })

@@ -82,6 +82,13 @@ pub(super) async fn set_up_writer(
     Ok(())
 }
 
+/// Makes a connection one whose local transactions see one moment, whatever the server's default is.
+pub(super) async fn set_up_reader(connection: &mut Connection) -> Result<(), sqlx::Error> {
+    let level = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ";
+    sqlx::raw_sql(level).execute(connection).await?;
+    Ok(())
+}
+
 async fn version(connection: &mut Connection) -> Result<String, sqlx::Error> {
     sqlx::query_scalar("SELECT VERSION()").fetch_one(connection).await
 }

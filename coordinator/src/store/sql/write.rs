@@ -74,7 +74,6 @@ pub(super) async fn append(connection: &mut Connection, batch: &Batch) -> Result
 }
 
 /// Who owns the partitions.
-#[allow(dead_code, reason = "SQLite has nobody who waits for them")]
 pub(super) async fn seats(connection: &mut Connection) -> Result<Vec<Seat>, Error> {
     let rows: Vec<(u16, u32, i64, Option<String>)> =
         sqlx::query_as("SELECT `partition`, epoch, position, owner FROM `partition`")
@@ -91,13 +90,8 @@ pub(super) async fn seats(connection: &mut Connection) -> Result<Vec<Seat>, Erro
 
 /// Epoch and position of every partition.
 async fn recorded(tx: &mut Connection) -> Result<BTreeMap<u16, (u32, u64)>, Error> {
-    let rows: Vec<(u16, u32, i64)> =
-        sqlx::query_as("SELECT `partition`, epoch, position FROM `partition`")
-            .fetch_all(&mut *tx)
-            .await?;
-    let row =
-        |(partition, epoch, position): (_, _, i64)| (partition, (epoch, position.cast_unsigned()));
-    Ok(rows.into_iter().map(row).collect())
+    let seats = seats(tx).await?.into_iter();
+    Ok(seats.map(|seat| (seat.partition, (seat.epoch, seat.position))).collect())
 }
 
 /// Moves the partitions' positions by one, where epoch and position are as the guards say. Returns how many it has moved.

@@ -566,3 +566,15 @@ async fn an_impatient_second_run_that_is_dropped_leaves_the_first_alone() {
     first.call::<Deduct>(&west, Json(2)).await.unwrap();
     first.confirm().await.unwrap();
 }
+
+#[tokio::test]
+async fn what_was_executed_under_a_key_is_told_to_a_run_with_it() {
+    let shop = Shop::new().await;
+    let (east, _) = shop.remotes();
+    let handfast = shop.coordinator.handfast();
+    let executed = handfast.execute("order").idempotency_key("a").call::<Deduct>(&east, &Json(3));
+    let executed = executed.run().await.unwrap();
+    let order = handfast.transaction("order").idempotency_key("a");
+    let told = order.run(async |global| Ok(global.call::<Deduct>(&east, Json(3)).await?)).await;
+    assert_eq!(told.unwrap().xid, executed.xid, "the customer is told that nothing has happened");
+}

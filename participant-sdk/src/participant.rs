@@ -1,9 +1,9 @@
 //! Level 2: you write three functions for each action; everything around them is done for you.
 
-use std::{collections::BTreeMap, fmt, future::Future, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error, fmt, future::Future, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
-use handfast_proto::{limits, reason};
+use handfast_proto::{BranchId, Xid, limits, reason};
 
 use crate::{
     answer::Answer,
@@ -182,8 +182,9 @@ impl Participant {
     /// Of every action, Cancels of branches that are still tried long after the end of phase one.
     pub(crate) async fn overdue(&self) -> Result<Vec<Branch>, sqlx::Error> {
         let mut overdue = Vec::new();
-        for served in self.actions.values() {
-            overdue.append(&mut served.overdue().await?);
+        for (name, served) in self.actions.iter() {
+            let cancel = |(xid, branch_id)| Branch::new(xid, branch_id, *name, Phase::Cancel);
+            overdue.extend(served.overdue().await?.into_iter().map(cancel));
         }
         Ok(overdue)
     }
@@ -205,11 +206,14 @@ impl ParticipantBuilder {
     /// # Panics
     ///
     /// When an action of this name is served already, or the name is empty or longer than 128 bytes.
-    pub fn action<A: Action>(mut self, fence: &Fence<A::Db>, action: A) -> Self {
-        let name = <A::Contract as Contract>::NAME;
+    pub fn action<A: Action>(self, fence: &Fence<A::Db>, action: A) -> Self {
+        let served = Fenced { fence: fence.clone(), action };
+        self.serve(<A::Contract as Contract>::NAME, Box::new(served))
+    }
+
+    pub(crate) fn serve(mut self, name: &'static str, served: Box<dyn Served>) -> Self {
         let max = limits::ACTION_BYTES_MAX;
         assert!((1..=max).contains(&name.len()), "an action's name has 1 to {max} bytes");
-        let served = Box::new(Fenced { fence: fence.clone(), action });
         let before = self.actions.insert(name, served);
         assert!(before.is_none(), "{} serves {name} twice", self.name);
         self
@@ -223,16 +227,24 @@ impl ParticipantBuilder {
 }
 
 /// An action whose types are forgotten.
-trait Served: Send + Sync {
+pub(crate) trait Served: Send + Sync {
     fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer>;
     fn content_types(&self) -> ContentTypes;
-    /// Cancels of branches that are still tried long after the end of phase one. To be asked about, not to be made at once.
-    fn overdue(&self) -> BoxFuture<'_, Result<Vec<Branch>, sqlx::Error>>;
+    /// Branches that are still tried long after the end of phase one.
+    fn overdue(&self) -> BoxFuture<'_, Overdue>;
 }
+
+pub(crate) type Overdue = Result<Vec<(Xid, BranchId)>, sqlx::Error>;
 
 pub(crate) struct ContentTypes {
     pub(crate) args: &'static str,
     pub(crate) reply: &'static str,
+}
+
+impl ContentTypes {
+    pub(crate) fn of<Args: Payload, Reply: Payload>() -> Self {
+        Self { args: Args::CONTENT_TYPE, reply: Reply::CONTENT_TYPE }
+    }
 }
 
 struct Fenced<A: Action> {
@@ -259,16 +271,11 @@ impl<A: Action> Served for Fenced<A> {
     }
 
     fn content_types(&self) -> ContentTypes {
-        ContentTypes { args: Args::<A>::CONTENT_TYPE, reply: Reply::<A>::CONTENT_TYPE }
+        ContentTypes::of::<Args<A>, Reply<A>>()
     }
 
-    fn overdue(&self) -> BoxFuture<'_, Result<Vec<Branch>, sqlx::Error>> {
-        Box::pin(async {
-            let name = <A::Contract as Contract>::NAME;
-            let overdue = self.fence.overdue(name).await?;
-            let cancel = |(xid, branch_id)| Branch::new(xid, branch_id, name, Phase::Cancel);
-            Ok(overdue.into_iter().map(cancel).collect())
-        })
+    fn overdue(&self) -> BoxFuture<'_, Overdue> {
+        Box::pin(self.fence.overdue(<A::Contract as Contract>::NAME))
     }
 }
 
@@ -277,15 +284,7 @@ impl<A: Action> Fenced<A> {
         // Before the local transaction begins: what cannot be read now could never be confirmed.
         let args = match Args::<A>::decode(payload) {
             Ok(args) => args,
-            Err(error) => {
-                let kind = Args::<A>::CONTENT_TYPE;
-                let answer = Answer::Invalid {
-                    field: "payload.data",
-                    message: format!("is not what {} takes ({kind}): {error}", branch.action),
-                };
-                log::log(branch, None, &answer, Duration::ZERO);
-                return answer;
-            }
+            Err(error) => return unreadable::<Args<A>>(branch, &*error),
         };
         let work = async |tx: &mut Tx<A::Db>| {
             let reply = self.action.on_try(tx, branch, &args).await?;
@@ -298,14 +297,28 @@ impl<A: Action> Fenced<A> {
 
 /// What Try got. It could be read then; if it cannot now, the contract has changed in between.
 fn stored_args<A: Action>(tx: &Tx<A::Db>) -> Result<Args<A>, Failed> {
-    // The error's text is left out: it may quote the payload, and this goes to operators.
     Args::<A>::decode(tx.payload()).map_err(|_| {
-        let (kind, bytes) = (Args::<A>::CONTENT_TYPE, tx.payload().len());
-        let name = <A::Contract as Contract>::NAME;
-        Failed::NeedsAttention(format!(
-            "the payload that Try got ({bytes} bytes) is not what {name} takes now ({kind}): has its contract changed?"
-        ))
+        unreadable_stored::<Args<A>>(<A::Contract as Contract>::NAME, tx.payload().len())
     })
+}
+
+/// The answer to a Try whose arguments cannot be read.
+pub(crate) fn unreadable<Args: Payload>(branch: &Branch, error: &dyn Error) -> Answer {
+    let kind = Args::CONTENT_TYPE;
+    let answer = Answer::Invalid {
+        field: "payload.data",
+        message: format!("is not what {} takes ({kind}): {error}", branch.action),
+    };
+    log::log(branch, None, &answer, Duration::ZERO);
+    answer
+}
+
+/// The arguments that Try got cannot be read any more. Why is left out: it may quote them, and this goes to operators.
+pub(crate) fn unreadable_stored<Args: Payload>(action: &str, bytes: usize) -> Failed {
+    let kind = Args::CONTENT_TYPE;
+    Failed::NeedsAttention(format!(
+        "the payload that Try got ({bytes} bytes) is not what {action} takes now ({kind}): has its contract changed?"
+    ))
 }
 
 impl fmt::Debug for Participant {

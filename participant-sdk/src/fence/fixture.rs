@@ -8,6 +8,7 @@ use std::{
     },
 };
 
+use handfast_proto::reason;
 use serde::{Deserialize, Serialize};
 use sqlx::{
     Pool, Sqlite, SqliteConnection,
@@ -49,6 +50,51 @@ pub(crate) fn payload_that(quantity: i64, how: &str) -> Vec<u8> {
 pub(crate) fn branch(n: u64, phase: Phase) -> Branch {
     let xid = Xid { partition: 3, epoch: 7, sequence: n, nonce: 0x9f3c_01d2 };
     Branch::new(xid, "1".parse().unwrap(), DeductStock::NAME, phase)
+}
+
+/// Free, held, sold.
+pub(crate) type Shelf = (i64, i64, i64);
+
+pub(crate) const UNTOUCHED: Shelf = (STOCK, 0, 0);
+const TRIED: Shelf = (STOCK - 2, 2, 0);
+const CONFIRMED: Shelf = (STOCK - 2, 0, 2);
+
+/// What came before, what is asked, the answer, the shelf after it, the row after it.
+type Cell = (&'static [Phase], Phase, &'static str, Shelf, Option<&'static str>);
+
+/// The fence's table, for a branch that takes two.
+pub(crate) const CELLS: [Cell; 15] = {
+    use Phase::{Cancel, Confirm, Try};
+    [
+        (&[], Try, "Done", TRIED, Some("tried")),
+        (&[], Confirm, reason::NEVER_TRIED, UNTOUCHED, None),
+        (&[], Cancel, "Done", UNTOUCHED, Some("suspended")),
+        (&[Try], Try, "Done", TRIED, Some("tried")),
+        (&[Try], Confirm, "Done", CONFIRMED, Some("confirmed")),
+        (&[Try], Cancel, "Done", UNTOUCHED, Some("cancelled")),
+        (&[Try, Confirm], Try, "Done", CONFIRMED, Some("confirmed")),
+        (&[Try, Confirm], Confirm, "Done", CONFIRMED, Some("confirmed")),
+        (&[Try, Confirm], Cancel, reason::OPPOSITE_DONE, CONFIRMED, Some("confirmed")),
+        (&[Try, Cancel], Try, reason::CANCELLED_BEFORE, UNTOUCHED, Some("cancelled")),
+        (&[Try, Cancel], Confirm, reason::OPPOSITE_DONE, UNTOUCHED, Some("cancelled")),
+        (&[Try, Cancel], Cancel, "Done", UNTOUCHED, Some("cancelled")),
+        (&[Cancel], Try, reason::CANCELLED_BEFORE, UNTOUCHED, Some("suspended")),
+        (&[Cancel], Confirm, reason::OPPOSITE_DONE, UNTOUCHED, Some("suspended")),
+        (&[Cancel], Cancel, "Done", UNTOUCHED, Some("suspended")),
+    ]
+};
+
+/// `Done`, or the reason of a no.
+pub(crate) fn word(answer: &Answer) -> &str {
+    match answer {
+        Answer::Done(_) => "Done",
+        Answer::Refused(refusal) | Answer::TooLate(refusal) | Answer::NotServed(refusal) => {
+            &refusal.reason
+        }
+        Answer::Unknown(_) => "Unknown",
+        Answer::Retry(_) => "Retry",
+        Answer::Invalid { field, .. } => field,
+    }
 }
 
 /// Which of the three ways into the SDK a test takes.
@@ -191,8 +237,7 @@ impl Shop {
         }
     }
 
-    /// (free, held, sold)
-    pub(crate) async fn shelf(&self) -> (i64, i64, i64) {
+    pub(crate) async fn shelf(&self) -> Shelf {
         sqlx::query_as("SELECT free, held, sold FROM shelf").fetch_one(&self.pool).await.unwrap()
     }
 

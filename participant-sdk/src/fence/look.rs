@@ -61,7 +61,23 @@ impl<DB: FenceDb> Fence<DB> {
             Some(record) => record.now,
             None => DB::now(connection).await?,
         };
+        let look = Look::new(branch, &digest, record, now, self.retention);
+        if look.verdict == Verdict::Forgotten {
+            self.forgotten_confirms.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(look)
+    }
+}
 
+impl Look {
+    /// Decides. `record`: the row as this call found or made it; `digest`: of this call's action and payload, if it is a Try.
+    pub(super) fn new(
+        branch: &Branch,
+        digest: &[u8; 32],
+        record: Option<Record>,
+        now: i64,
+        retention: Duration,
+    ) -> Self {
         // A row that no other call has seen is the one this call has just made.
         let before = record.as_ref().filter(|record| record.seen > 1);
         let same = before.is_none_or(|record| match branch.phase {
@@ -70,23 +86,13 @@ impl<DB: FenceDb> Fence<DB> {
         });
         let late = branch.expires_at.is_some_and(|expires_at| match branch.phase {
             Phase::Try => now >= expires_at,
-            Phase::Confirm => now >= self.horizon(expires_at),
+            Phase::Confirm => now >= horizon(expires_at, retention),
             Phase::Cancel => false,
         });
         let verdict = verdict(before.map(|record| record.state), branch.phase, same, late);
-        if verdict == Verdict::Forgotten {
-            self.forgotten_confirms.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(Look { verdict, key, record, now })
+        Self { verdict, key: Key::of(branch), record, now }
     }
 
-    /// From when on the row of a branch that expired then may have been cleaned up. Before that, no row means no Try.
-    fn horizon(&self, expires_at: i64) -> i64 {
-        expires_at.saturating_add(millis(EXPIRY_MARGIN)).saturating_add(millis(self.retention))
-    }
-}
-
-impl Look {
     /// What to answer if the work must not run; `None` if it must.
     pub(super) fn answer(&self, branch: &Branch) -> Option<Answer> {
         let Branch { xid, branch_id, action, phase, .. } = branch;
@@ -207,6 +213,11 @@ pub(super) async fn write<DB: FenceDb>(
     ))
 }
 
+/// From when on the row of a branch that expired then may have been cleaned up. Before that, no row means no Try.
+fn horizon(expires_at: i64, retention: Duration) -> i64 {
+    expires_at.saturating_add(millis(EXPIRY_MARGIN)).saturating_add(millis(retention))
+}
+
 fn refused(reason: &str, message: String) -> Answer {
     Answer::Refused(Refusal::of_handfast(reason, message))
 }
@@ -222,7 +233,7 @@ pub(super) fn too_long(bytes: &[u8]) -> Option<String> {
 }
 
 /// SHA-256 over action and payload. The action's length is in front, so that nothing moves from one to the other unseen.
-fn digest(action: &str, payload: &[u8]) -> [u8; 32] {
+pub(super) fn digest(action: &str, payload: &[u8]) -> [u8; 32] {
     let action_bytes = u64::try_from(action.len()).expect("a length in memory fits 64 bits");
     let digest = Sha256::new().chain_update(action_bytes.to_be_bytes());
     digest.chain_update(action).chain_update(payload).finalize().into()

@@ -61,6 +61,9 @@ mod postgres;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 
+#[cfg(feature = "testing")]
+pub(crate) mod memory;
+
 mod clean_up;
 pub(crate) mod log;
 mod table;

@@ -14,25 +14,10 @@ use sqlx::{Connection as _, Sqlite};
 
 use super::{
     EXPIRY_MARGIN, Entered, RETENTION, TableError,
-    fixture::{LEVELS, Level, STOCK, Shop, branch, payload, payload_that},
+    fixture::{CELLS, LEVELS, Level, STOCK, Shop, UNTOUCHED, branch, payload, payload_that, word},
     millis,
 };
 use crate::{Answer, Branch, Fence, Phase, TryError, Tx};
-
-const UNTOUCHED: (i64, i64, i64) = (STOCK, 0, 0);
-
-/// `Done`, or the reason of a no.
-fn word(answer: &Answer) -> &str {
-    match answer {
-        Answer::Done(_) => "Done",
-        Answer::Refused(refusal) | Answer::TooLate(refusal) | Answer::NotServed(refusal) => {
-            &refusal.reason
-        }
-        Answer::Unknown(_) => "Unknown",
-        Answer::Retry(_) => "Retry",
-        Answer::Invalid { field, .. } => field,
-    }
-}
 
 fn done(answer: &Answer) -> &[u8] {
     match answer {
@@ -71,31 +56,8 @@ async fn until<F: Future<Output = bool>>(condition: impl Fn() -> F) {
 
 #[tokio::test]
 async fn every_cell_of_the_table_at_every_level() {
-    use Phase::{Cancel, Confirm, Try};
-    let tried = (STOCK - 2, 2, 0);
-    let confirmed = (STOCK - 2, 0, 2);
-    type Shelf = (i64, i64, i64);
-    /// What came before, what is asked, the answer, the shelf after it, the row after it.
-    type Cell = (&'static [Phase], Phase, &'static str, Shelf, Option<&'static str>);
-    let cells: [Cell; 15] = [
-        (&[], Try, "Done", tried, Some("tried")),
-        (&[], Confirm, reason::NEVER_TRIED, UNTOUCHED, None),
-        (&[], Cancel, "Done", UNTOUCHED, Some("suspended")),
-        (&[Try], Try, "Done", tried, Some("tried")),
-        (&[Try], Confirm, "Done", confirmed, Some("confirmed")),
-        (&[Try], Cancel, "Done", UNTOUCHED, Some("cancelled")),
-        (&[Try, Confirm], Try, "Done", confirmed, Some("confirmed")),
-        (&[Try, Confirm], Confirm, "Done", confirmed, Some("confirmed")),
-        (&[Try, Confirm], Cancel, reason::OPPOSITE_DONE, confirmed, Some("confirmed")),
-        (&[Try, Cancel], Try, reason::CANCELLED_BEFORE, UNTOUCHED, Some("cancelled")),
-        (&[Try, Cancel], Confirm, reason::OPPOSITE_DONE, UNTOUCHED, Some("cancelled")),
-        (&[Try, Cancel], Cancel, "Done", UNTOUCHED, Some("cancelled")),
-        (&[Cancel], Try, reason::CANCELLED_BEFORE, UNTOUCHED, Some("suspended")),
-        (&[Cancel], Confirm, reason::OPPOSITE_DONE, UNTOUCHED, Some("suspended")),
-        (&[Cancel], Cancel, "Done", UNTOUCHED, Some("suspended")),
-    ];
     for level in LEVELS {
-        for (before, asked, answer, shelf, state) in cells {
+        for (before, asked, answer, shelf, state) in CELLS {
             let shop = Shop::in_memory().await;
             for phase in before {
                 done(&shop.deliver(level, &branch(1, *phase), &payload(2)).await);

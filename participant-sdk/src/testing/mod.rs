@@ -1,5 +1,5 @@
 //! For the tests of services that take part, and of initiators: the real coordinator in this process, without a port and on a
-//! clock that the test moves; participants that fail on demand; and the laws that every action must keep.
+//! clock that the test moves; participants that fail on demand; the laws that every action must keep; and a fence in memory.
 //!
 //! ```
 //! # #[cfg(feature = "sqlite")]
@@ -58,3 +58,5 @@ pub use coordinator::{Coordinator, Fault};
 #[cfg(feature = "sqlite")]
 pub use database::Database;
 pub use laws::{BrokenLaw, Report, World, laws, laws_with_neighbour};
+
+pub use crate::fence::memory::{MemoryAction, MemoryFence};

@@ -3,6 +3,7 @@
 mod initiator;
 mod inquiry;
 mod laws;
+mod memory;
 mod wire;
 
 use sqlx::{Sqlite, SqlitePool};

@@ -1,0 +1,369 @@
+//! A fence without a database, for simulations and benchmarks: the same verdicts, replies, digests and deadlines, in memory.
+//!
+//! One synchronous critical section stands for the local transaction: while a call is served, its row and the author's code have
+//! the lock of its shard, so of two calls for one branch the second waits and then sees what the first has done; and a host that
+//! "crashes" in a simulation has done all of a call or nothing. What there is no stand-in for is a rollback of the author's own
+//! memory: see [`MemoryAction`].
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use handfast_coordinator::clock::{Clock, SystemClock};
+use handfast_proto::{BranchId, Xid};
+
+use super::{
+    clean_up::{EXPIRY_MARGIN, RETENTION},
+    db::{Key, Record},
+    log, look,
+    look::Look,
+    millis,
+    verdict::{State, Verdict},
+};
+use crate::{
+    answer::Answer,
+    branch::{Branch, Phase},
+    contract::{Contract, Payload as _},
+    error::{Failed, TryError},
+    participant::{
+        ContentTypes, Overdue, ParticipantBuilder, Served, unreadable, unreadable_stored,
+    },
+};
+
+/// Locks, so that several cores seldom wait for each other.
+const SHARDS: u8 = 64;
+
+/// What a participant does for one action when its world is in memory: as [`Action`](crate::Action), without a database.
+///
+/// Each function runs in the critical section that stands for the local transaction: it must not block, and when it returns an
+/// error it must have changed nothing.
+pub trait MemoryAction: Send + Sync + 'static {
+    /// Name, arguments and reply.
+    type Contract: Contract;
+
+    /// Reserves, or refuses.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`](crate::Refusal) is a decided no. Any other error is unknown.
+    fn on_try(
+        &self,
+        branch: &Branch,
+        args: &<Self::Contract as Contract>::Args,
+    ) -> Result<<Self::Contract as Contract>::Reply, TryError>;
+
+    /// Uses what was reserved.
+    ///
+    /// # Errors
+    ///
+    /// The call is repeated until this returns `Ok`.
+    fn on_confirm(
+        &self,
+        branch: &Branch,
+        args: &<Self::Contract as Contract>::Args,
+    ) -> Result<(), Failed>;
+
+    /// Releases what was reserved.
+    ///
+    /// # Errors
+    ///
+    /// The call is repeated until this returns `Ok`.
+    fn on_cancel(
+        &self,
+        branch: &Branch,
+        args: &<Self::Contract as Contract>::Args,
+    ) -> Result<(), Failed>;
+}
+
+/// See the module's comment. Cheap to clone; all clones are one fence. It survives whoever serves it, as a database does.
+#[derive(Clone)]
+pub struct MemoryFence {
+    shards: Arc<[Mutex<BTreeMap<Name, Row>>]>,
+    clock: Arc<dyn Clock>,
+    retention: Duration,
+    forgotten_confirms: Arc<AtomicU64>,
+}
+
+/// Xid and branch id, as a database keeps them.
+type Name = ([u8; 16], [u8; 32]);
+
+struct Row {
+    state: State,
+    action: Box<str>,
+    /// Of a row that is tried: nobody else needs it.
+    payload: Bytes,
+    reply: Bytes,
+    digest: [u8; 32],
+    expires_at: Option<i64>,
+    changed_at: i64,
+}
+
+impl Default for MemoryFence {
+    fn default() -> Self {
+        Self::with_clock(Arc::new(SystemClock::default()))
+    }
+}
+
+impl MemoryFence {
+    /// An empty one, on this clock.
+    #[must_use]
+    pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            clock,
+            retention: RETENTION,
+            forgotten_confirms: Arc::default(),
+        }
+    }
+
+    /// As [`Fence::retention`](super::Fence::retention).
+    #[must_use]
+    pub fn retention(self, retention: Duration) -> Self {
+        Self { retention, ..self }
+    }
+
+    /// Deletes all rows that are old enough, as [`Fence::clean_up`](super::Fence::clean_up) does, and tells how many they were.
+    #[must_use]
+    pub fn clean_up(&self) -> u64 {
+        let now = self.clock.now().0;
+        let changed_by = now.saturating_sub(millis(self.retention));
+        let expired_by = now.saturating_sub(millis(EXPIRY_MARGIN));
+        let mut deleted = 0;
+        for shard in self.shards.iter() {
+            let mut rows = locked(shard);
+            let before = rows.len();
+            rows.retain(|_, row| {
+                row.state == State::Tried
+                    || row.changed_at > changed_by
+                    || row.expires_at.is_some_and(|expires_at| expires_at > expired_by)
+            });
+            deleted += before - rows.len();
+        }
+        u64::try_from(deleted).unwrap_or(u64::MAX)
+    }
+
+    /// How many Confirms were answered done because their row may have been cleaned up long ago.
+    #[must_use]
+    pub fn forgotten_confirms(&self) -> u64 {
+        self.forgotten_confirms.load(Ordering::Relaxed)
+    }
+
+    /// Rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| locked(shard).len()).sum()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What is recorded of a branch, in the word of the table's readable view: `tried`, `confirmed`, `cancelled`, `suspended`.
+    #[must_use]
+    pub fn recorded(&self, xid: Xid, branch_id: &BranchId) -> Option<&'static str> {
+        let name = (xid.to_bytes(), branch_id.to_fixed());
+        locked(self.shard(xid)).get(&name).map(|row| match row.state {
+            State::Tried => "tried",
+            State::Confirmed => "confirmed",
+            State::Cancelled => "cancelled",
+            State::Suspended => "suspended",
+        })
+    }
+
+    /// As [`Fence::run`](super::Fence::run). `work` gets what Try got and gives what Try replies.
+    fn run(
+        &self,
+        branch: &Branch,
+        payload: &[u8],
+        work: impl FnOnce(&[u8]) -> Result<Bytes, Answer>,
+    ) -> Answer {
+        let began = Instant::now();
+        let (verdict, answer) = match (branch.phase, look::too_long(payload)) {
+            (Phase::Try, Some(message)) => {
+                (None, Answer::Invalid { field: "payload.data", message })
+            }
+            (Phase::Try | Phase::Confirm | Phase::Cancel, _) => {
+                let (verdict, answer) = self.within(branch, payload, work);
+                (Some(verdict), answer)
+            }
+        };
+        log::log(branch, verdict, &answer, began.elapsed());
+        answer
+    }
+
+    /// The critical section. Nothing is written before the work is done, so there is nothing to undo.
+    fn within(
+        &self,
+        branch: &Branch,
+        payload: &[u8],
+        work: impl FnOnce(&[u8]) -> Result<Bytes, Answer>,
+    ) -> (Verdict, Answer) {
+        let digest = look::digest(&branch.action, payload);
+        let name = (branch.xid.to_bytes(), branch.branch_id.to_fixed());
+        let mut rows = locked(self.shard(branch.xid));
+        let now = self.clock.now().0;
+        let record = rows.get(&name).map(|row| row.record(now));
+        let mut look = Look::new(branch, &digest, record, now, self.retention);
+        let row = |state, payload, reply| Row {
+            state,
+            action: branch.action.as_str().into(),
+            payload,
+            reply,
+            digest,
+            expires_at: branch.expires_at,
+            changed_at: now,
+        };
+        if let Some(answer) = look.answer(branch) {
+            if look.verdict == Verdict::EmptyRollback {
+                rows.insert(name, row(State::Suspended, Bytes::new(), Bytes::new()));
+            }
+            if look.verdict == Verdict::Forgotten {
+                self.forgotten_confirms.fetch_add(1, Ordering::Relaxed);
+            }
+            return (look.verdict, answer);
+        }
+        let kept = look.take_payload(branch.phase, payload);
+        let reply = match work(&kept) {
+            Ok(reply) => reply,
+            Err(answer) => return (look.verdict, answer),
+        };
+        let state = match branch.phase {
+            Phase::Try => {
+                rows.insert(name, row(State::Tried, kept, reply.clone()));
+                return (look.verdict, Answer::Done(reply));
+            }
+            Phase::Confirm => State::Confirmed,
+            Phase::Cancel => State::Cancelled,
+        };
+        let row = rows.get_mut(&name).expect("only a row that is tried is confirmed or cancelled");
+        (row.state, row.payload, row.changed_at) = (state, Bytes::new(), now);
+        (look.verdict, Answer::Done(Bytes::new()))
+    }
+
+    /// Branches of this action that are still tried though phase one ended [`EXPIRY_MARGIN`] ago.
+    fn overdue(&self, action: &str) -> Vec<(Xid, BranchId)> {
+        let expired_by = self.clock.now().0.saturating_sub(millis(EXPIRY_MARGIN));
+        let mut overdue = Vec::new();
+        for shard in self.shards.iter() {
+            let rows = locked(shard);
+            let rows = rows.iter().filter(|(_, row)| {
+                row.state == State::Tried
+                    && *row.action == *action
+                    && row.expires_at.is_some_and(|expires_at| expires_at <= expired_by)
+            });
+            overdue.extend(rows.filter_map(|((xid, branch_id), _)| Key::read(xid, branch_id)));
+        }
+        overdue
+    }
+
+    fn shard(&self, xid: Xid) -> &Mutex<BTreeMap<Name, Row>> {
+        // Transactions of one partition are numbered one after another.
+        &self.shards[usize::try_from(xid.sequence % u64::from(SHARDS)).expect("below 64")]
+    }
+}
+
+fn locked(shard: &Mutex<BTreeMap<Name, Row>>) -> MutexGuard<'_, BTreeMap<Name, Row>> {
+    shard.lock().expect("an action has panicked, and nobody knows what it has done")
+}
+
+impl Row {
+    /// As a call finds it that is not the first.
+    fn record(&self, now: i64) -> Record {
+        let tried = self.state == State::Tried;
+        Record {
+            state: self.state,
+            action: self.action.as_ref().to_owned(),
+            payload: tried.then(|| self.payload.to_vec()),
+            reply: Some(self.reply.to_vec()),
+            digest: Some(self.digest.to_vec()),
+            seen: 2,
+            now,
+        }
+    }
+}
+
+impl ParticipantBuilder {
+    /// Serves one more action, whose fence and work are in memory.
+    ///
+    /// # Panics
+    ///
+    /// As [`ParticipantBuilder::action`].
+    pub fn memory_action<A: MemoryAction>(self, fence: &MemoryFence, action: A) -> Self {
+        let served = InMemory { fence: fence.clone(), action };
+        self.serve(<A::Contract as Contract>::NAME, Box::new(served))
+    }
+}
+
+struct InMemory<A> {
+    fence: MemoryFence,
+    action: A,
+}
+
+type Args<A> = <<A as MemoryAction>::Contract as Contract>::Args;
+type Reply<A> = <<A as MemoryAction>::Contract as Contract>::Reply;
+
+impl<A: MemoryAction> InMemory<A> {
+    fn on_try(&self, branch: &Branch, payload: &[u8]) -> Answer {
+        let args = match Args::<A>::decode(payload) {
+            Ok(args) => args,
+            Err(error) => return unreadable::<Args<A>>(branch, &*error),
+        };
+        self.fence.run(branch, payload, |_| {
+            let reply = self.action.on_try(branch, &args)?;
+            let reply = reply.encode().map_err(TryError::Unknown)?;
+            match look::too_long(&reply) {
+                None => Ok(reply),
+                Some(message) => Err(Answer::Unknown(format!("the reply {message}"))),
+            }
+        })
+    }
+
+    fn phase_two(
+        &self,
+        branch: &Branch,
+        work: impl FnOnce(&A, &Branch, &Args<A>) -> Result<(), Failed>,
+    ) -> Answer {
+        self.fence.run(branch, &[], |kept| {
+            let args = Args::<A>::decode(kept)
+                .map_err(|_| unreadable_stored::<Args<A>>(&branch.action, kept.len()))?;
+            work(&self.action, branch, &args)?;
+            Ok(Bytes::new())
+        })
+    }
+}
+
+impl<A: MemoryAction> Served for InMemory<A> {
+    fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer> {
+        Box::pin(async move {
+            match branch.phase {
+                Phase::Try => self.on_try(branch, payload),
+                Phase::Confirm => self.phase_two(branch, A::on_confirm),
+                Phase::Cancel => self.phase_two(branch, A::on_cancel),
+            }
+        })
+    }
+
+    fn content_types(&self) -> ContentTypes {
+        ContentTypes::of::<Args<A>, Reply<A>>()
+    }
+
+    fn overdue(&self) -> BoxFuture<'_, Overdue> {
+        Box::pin(async { Ok(self.fence.overdue(<A::Contract as Contract>::NAME)) })
+    }
+}
+
+impl fmt::Debug for MemoryFence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MemoryFence({} rows)", self.len())
+    }
+}

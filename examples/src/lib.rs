@@ -1,20 +1,27 @@
-//! What the services of the shop share: the contracts between them, and how each one starts. No database is in the contracts,
-//! so in a shop of your own they would be a crate by themselves.
+//! The services of the shop, the contracts between them, and how each one starts. No database is in the contracts, so in a shop of
+//! your own they would be a crate by themselves, and each service another.
 //!
-//! The services are in `src/bin`: [`order`](../order/index.html), [`inventory`](../inventory/index.html),
-//! [`points`](../points/index.html). Each is a program with a database of its own.
+//! The services are [`order`](sqlite::order), [`inventory`](sqlite::inventory) and [`points`](sqlite::points). Each is a program
+//! (in `src/bin`) with a database of its own. Their text is compiled twice: for SQLite, and for MySQL and MariaDB.
+//!
+//! [`audit`](audit::audit) tells from the tables of the three whether every order is all or nothing.
 
-use std::{net::SocketAddr, path::PathBuf};
+pub mod mysql;
+pub mod sqlite;
+pub mod store;
+
+pub mod audit;
+pub mod books;
+
+use std::net::SocketAddr;
 
 use anyhow::Context as _;
 use handfast::{Contract, Json};
 use serde::{Deserialize, Serialize};
-use sqlx::{
-    SqlitePool,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteQueryResult},
-};
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::server::{Router, TcpIncoming};
+
+use crate::store::Store;
 
 /// The generated code of `shop.proto`: the door of the order service.
 #[allow(
@@ -122,9 +129,9 @@ pub struct Setup {
     /// Where to listen
     #[arg(long, value_name = "IP:PORT")]
     pub listen: SocketAddr,
-    /// The file of its own SQLite database
-    #[arg(long, value_name = "FILE")]
-    pub database: PathBuf,
+    /// Its own database: sqlite:FILE or mysql://user:password@host:3306/database
+    #[arg(long, value_name = "URL")]
+    pub store: Store,
     /// Where the coordinator is
     #[arg(long, value_name = "URL")]
     pub coordinator: String,
@@ -135,23 +142,6 @@ impl Setup {
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.listen)
-    }
-
-    /// Opens the database, and makes the tables that are missing.
-    ///
-    /// # Errors
-    ///
-    /// When it is no SQLite database, or somebody else's.
-    pub async fn open(&self, schema: &'static str) -> anyhow::Result<SqlitePool> {
-        let options = SqliteConnectOptions::new()
-            .filename(&self.database)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal);
-        // SQLite has one writer at a time. Waiting for a turn in the pool is fair; waiting for the file's lock is not.
-        let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await;
-        let pool = pool.with_context(|| format!("cannot open {}", self.database.display()))?;
-        sqlx::raw_sql(schema).execute(&pool).await?;
-        Ok(pool)
     }
 
     /// Serves until SIGTERM.
@@ -183,6 +173,6 @@ pub fn log_to_stdout() {
 /// # Errors
 ///
 /// If it has not.
-pub fn one_row(done: &SqliteQueryResult) -> Result<(), sqlx::Error> {
-    if done.rows_affected() == 1 { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
+pub fn one_row(rows: u64) -> Result<(), sqlx::Error> {
+    if rows == 1 { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
 }

@@ -2,8 +2,14 @@
 
 use std::{path::Path, process::Stdio};
 
-use handfast_tests::{PATIENCE, process::binary, wait_for};
+use handfast_tests::{
+    PATIENCE,
+    database::{free_port, servers},
+    process::binary,
+    wait_for,
+};
 use serde_json::Value;
+use sqlx::{Connection as _, MySqlConnection};
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
 /// The demo with these flags, with `folder` for its temporary files. It builds nothing: all is there.
@@ -60,6 +66,49 @@ async fn a_burst_with_a_coordinator_that_is_killed() {
     assert!(talk.contains("killed and started again 3 times"), "{talk}");
 }
 
+/// The shop's databases on a server. Tests run side by side, so this tells of all of them.
+async fn databases(server: &str) -> Vec<String> {
+    let mut connection = MySqlConnection::connect(server).await.unwrap();
+    let names = "SELECT schema_name AS name FROM information_schema.schemata WHERE schema_name LIKE 'handfast_shop_%'";
+    sqlx::query_scalar(names).fetch_all(&mut connection).await.unwrap()
+}
+
+/// The names of the databases that a walk says it has made.
+fn made(talk: &str) -> Vec<String> {
+    let words = talk.split_whitespace().filter_map(|word| word.rsplit_once('/'));
+    let mut names: Vec<_> = words.map(|(_, name)| name.to_owned()).collect();
+    names.retain(|name| name.starts_with("handfast_shop_"));
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[tokio::test]
+async fn the_walk_on_servers_of_mysql_and_mariadb() {
+    for server in servers() {
+        let flags = ["--store", &server, "--orders", "30", "--kill", "1"];
+        let (report, talk) = walked(&flags).await;
+        assert_eq!((count(&report, "orders"), &report["violations"]), (37, &serde_json::json!([])));
+        assert_eq!(made(&talk).len(), 4, "{talk}");
+        let there = databases(&server).await;
+        assert!(made(&talk).iter().all(|name| !there.contains(name)), "left behind: {there:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_be_used_is_told_in_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let nowhere = format!("mysql://root:s3cret@127.0.0.1:{}", free_port());
+    let mut wrong = vec![(nowhere, "Connection refused")];
+    wrong.extend(servers().iter().map(|url| (url.replace("root", "nobody:s3cret"), "denied")));
+    for (url, reason) in wrong {
+        let output = shop(folder.path(), &["--store", &url]).output().await.unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), error.lines().count()), (Some(1), 1), "{error}");
+        assert!(error.contains(reason) && !error.contains("s3cret"), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn wrong_flags_are_refused_with_a_sentence() {
     let folder = tempfile::tempdir().unwrap();
@@ -68,6 +117,7 @@ async fn wrong_flags_are_refused_with_a_sentence() {
         (vec!["--only", "1", "--kill", "2"], "step 8, which --only leaves out"),
         (vec!["--orders", "0"], "1..=1000000"),
         (vec!["--order", "5"], "--orders"),
+        (vec!["--store", "mysql://root@127.0.0.1:3306/shop"], "name the server alone"),
     ] {
         let output = shop(folder.path(), &flags).output().await.unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
@@ -76,11 +126,21 @@ async fn wrong_flags_are_refused_with_a_sentence() {
     }
 }
 
-/// Whoever stops it finds the machine as it was.
+/// Whoever stops it finds the machine as it was, and the server.
 #[tokio::test]
 async fn it_is_left_running_until_it_is_stopped() {
+    is_left_running_until_it_is_stopped(&[]).await;
+    for server in servers() {
+        let talk = is_left_running_until_it_is_stopped(&["--store", &server]).await;
+        let there = databases(&server).await;
+        assert!(made(&talk).iter().all(|name| !there.contains(name)), "left behind: {there:?}");
+    }
+}
+
+async fn is_left_running_until_it_is_stopped(store: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let mut walk = shop(folder.path(), &["--only", "1", "--keep"]);
+    walk.args(store);
     let talk = folder.path().join("talk");
     let mut walk = walk.stdout(std::fs::File::create(&talk).unwrap()).spawn().unwrap();
     let kept = async || {
@@ -103,4 +163,5 @@ async fn it_is_left_running_until_it_is_stopped() {
     );
     std::fs::remove_file(talk).unwrap();
     assert_eq!(folder.path().read_dir().unwrap().count(), 0, "it has left something behind");
+    said
 }

@@ -8,19 +8,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use handfast_shop::v1::PlaceOrderRequest;
+use handfast_shop::{audit::Answer, v1::PlaceOrderRequest};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
 
 use super::{
-    audit::Answer,
-    books::{BURST_SKUS, CUSTOMERS},
     screen::Screen,
-    walk::{Walk, answer, request},
+    walk::{CUSTOMERS, Walk, answer, request},
     world::{COORDINATOR, World},
 };
+
+/// What it is about: few, so that orders meet.
+pub(crate) const BURST_SKUS: [&str; 3] = ["lamp", "mug", "pen"];
 
 /// How big it is.
 #[derive(Debug, Clone, Copy)]

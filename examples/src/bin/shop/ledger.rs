@@ -1,9 +1,8 @@
 //! The books as a table, before and after. Books in, text out.
 
-use super::{
-    books::{Account, Books, Stock},
-    screen::Paint,
-};
+use handfast_shop::books::{Account, Books, Stock};
+
+use super::screen::Paint;
 
 /// What is there now, and what was there before where that differs.
 pub(crate) fn draw(before: &Books, after: &Books, paint: Paint) -> Vec<String> {
@@ -51,8 +50,9 @@ fn change((before, after): (i64, i64)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use handfast_shop::books::OrderRow;
+
     use super::*;
-    use crate::books::OrderRow;
 
     #[test]
     fn what_has_changed_is_shown_with_what_it_was() {

@@ -8,11 +8,10 @@ mod steps;
 mod burst;
 mod walk;
 
-mod audit;
-mod books;
 mod ledger;
 mod timeline;
 
+mod databases;
 mod events;
 mod network;
 mod world;
@@ -24,6 +23,7 @@ mod screen;
 use std::{cell::Cell, collections::BTreeMap, io::Write as _, process::ExitCode, time::Instant};
 
 use clap::Parser;
+use handfast_shop::{audit::Answer, store::Store};
 use serde::Serialize;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -31,9 +31,9 @@ use tokio::{
 };
 
 use self::{
-    audit::Answer,
     binaries::Binaries,
     burst::Size,
+    databases::Server,
     screen::Screen,
     steps::STEPS,
     walk::Walk,
@@ -51,14 +51,15 @@ Examples:
   cargo shop --only 1,5 --keep
   cargo shop --orders 2000 --concurrency 64 --json
   cargo shop --only 8 --orders 2000 --kill 20
+  cargo shop --store mysql://root@127.0.0.1:3306
 
 The object of --json: orders, and of those placed, refused (a service said no) and cancelled (something failed), as customers
 were told; violations, in sentences; seconds.";
 
 /// Handfast's demo: orders across three services, and what can go wrong between them.
 ///
-/// Starts a coordinator and the services order, inventory and points, each a process with its own database in a temporary
-/// folder; walks through eight steps; and audits the databases.
+/// Starts a coordinator and the services order, inventory and points, each a process with its own database (SQLite in a temporary
+/// folder, or on a server of yours); walks through eight steps; and audits the databases.
 #[derive(Debug, Parser)]
 #[command(name = "cargo shop", bin_name = "cargo shop", after_help = HELP, max_term_width = 100)]
 struct Flags {
@@ -74,6 +75,9 @@ struct Flags {
     /// Walk only these steps, from 1 to 8
     #[arg(long, value_name = "STEPS", value_delimiter = ',', value_parser = step)]
     only: Vec<u8>,
+    /// Keep everything on this server of MySQL or MariaDB, in four databases that are made for this run and dropped at the end
+    #[arg(long, value_name = "mysql://…")]
+    store: Option<Server>,
     /// Leave everything running at the end, until Ctrl-C
     #[arg(long)]
     keep: bool,
@@ -141,8 +145,9 @@ async fn run(
 ) -> anyhow::Result<bool> {
     let binaries = Binaries::build().await?;
     let began = Instant::now();
-    let (world, mut died) = World::start(binaries).await?;
-    let world = slot.insert(world);
+    let (world, mut died) = World::new(binaries, flags.store.clone())?;
+    let world = slot.insert(world); // from here on it is taken down, whatever happens
+    world.start().await?;
     introduce(world, screen);
     let walked = tokio::select! {
         walked = walk(flags, screen, world) => Ok(walked?),
@@ -182,7 +187,12 @@ fn introduce(world: &World, screen: Screen) {
     screen
         .title("Handfast's shop: an order touches three services, each with a database of its own");
     for name in NAMES {
-        screen.inner(&format!("{name:<12} {}", paint.dim(&world.url(name))));
+        let url = world.url(name);
+        let place = match world.store(name) {
+            Store::Sqlite(_) => String::new(),
+            Store::MySql(_) => format!("   {}", world.store(name)),
+        };
+        screen.inner(&format!("{name:<12} {}", paint.dim(&format!("{url}{place}"))));
     }
     screen.inner("Each picture is one transaction: who was asked for what, what came of it, when, and how long");
     screen.inner(
@@ -195,14 +205,18 @@ fn keep(world: &World, screen: Screen) {
     let handfast = handfast.display();
     screen.title("Everything is left running");
     for name in NAMES {
-        let database = world.database(name);
-        screen.inner(&format!("{name:<12} {}   {}", world.url(name), database.display()));
+        screen.inner(&format!("{name:<12} {}   {}", world.url(name), world.store(name)));
     }
     screen.line("");
     for line in [
         format!("{handfast} list --server {server}"),
         format!("{handfast} show --server {server} XID"),
-        format!("sqlite3 -readonly {} 'SELECT * FROM stock'", world.database(INVENTORY).display()),
+        match world.store(INVENTORY) {
+            Store::Sqlite(file) => {
+                format!("sqlite3 -readonly {} 'SELECT * FROM stock'", file.display())
+            }
+            Store::MySql(_) => "SELECT * FROM stock -- in the database of inventory".to_owned(),
+        },
         format!("tail -f {}/*.log", world.folder().display()),
         String::new(),
         "Stop: Ctrl-C".to_owned(),

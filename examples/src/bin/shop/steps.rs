@@ -10,12 +10,12 @@ use handfast_proto::v1::{
 };
 use handfast_shop::{
     DeductStock, EarnPoints, Order,
+    audit::Answer,
     v1::{Outcome, PlaceOrderRequest, PlaceOrderResponse},
 };
 use tonic::Code;
 
 use super::{
-    audit::Answer,
     burst::{self, Size},
     events::{Call, Event, What},
     network::{Fault, HELD_UP},
@@ -155,8 +155,8 @@ impl Walk<'_> {
     async fn coordinator_dies_after_the_decision(&mut self) -> anyhow::Result<()> {
         self.title(5, "The coordinator is killed after the decision", &[
             "Points is slow to confirm, and meanwhile the coordinator gets SIGKILL. It is started again on",
-            "the same file. There it finds the decision, and carries it out. Who has confirmed before says",
-            "so again; nothing happens twice.",
+            "the same database. There it finds the decision, and carries it out. Who has confirmed before",
+            "says so again; nothing happens twice.",
         ]);
         let order = self.new_order("ada", "mouse", 1);
         self.say(&order);

@@ -10,19 +10,25 @@ use handfast_proto::v1::{
 };
 use handfast_shop::{
     Order,
+    audit::{self, Answer},
+    books::{self, Books},
     v1::{Outcome, PlaceOrderRequest, PlaceOrderResponse},
 };
 use tokio::time::Instant;
 
 use super::{
-    audit::{self, Answer},
-    books::{self, Books},
+    burst::BURST_SKUS,
     events::What,
     ledger,
     screen::Screen,
     timeline,
     world::{COORDINATOR, World},
 };
+
+/// What is on the shelves at the beginning, beside what the burst needs.
+const STOCK: [(&str, i64); 3] = [("keyboard", 100), ("mouse", 100), ("monitor", 2)];
+/// Who orders.
+pub(crate) const CUSTOMERS: [&str; 4] = ["ada", "ben", "cleo", "dan"];
 
 /// How long the coordinator may take to know what became of an order, and to finish what is open.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,8 +56,11 @@ impl<'w> Walk<'w> {
         screen: Screen,
         burst_orders: u32,
     ) -> anyhow::Result<Self> {
-        books::fill(world, burst_orders).await?;
-        let before = Books::read(world).await?;
+        // An order of the burst takes two pieces on average; so about one in five finds the shelf empty.
+        let each = i64::from(burst_orders) * 2 * 4 / 5 / i64::try_from(BURST_SKUS.len())?;
+        let burst = BURST_SKUS.map(|sku| (sku, each.max(1)));
+        books::fill(&world.stores(), &[&STOCK[..], &burst].concat(), &CUSTOMERS).await?;
+        let before = Books::read(&world.stores()).await?;
         let (answers, violations) = (BTreeMap::new(), Vec::new());
         Ok(Self { world, screen, before, answers, violations, latest_order: 1000 })
     }
@@ -162,7 +171,7 @@ impl<'w> Walk<'w> {
     /// The ledger and the audit. Returns what is wrong.
     pub(crate) async fn end(&mut self) -> anyhow::Result<Vec<String>> {
         self.settle().await?;
-        let after = Books::read(self.world).await?;
+        let after = Books::read(&self.world.stores()).await?;
         let mut violations = self.violations.clone();
         violations.extend(audit::audit(&self.before, &after, &self.answers));
 

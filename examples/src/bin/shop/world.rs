@@ -1,9 +1,10 @@
-//! The processes: a coordinator and three services on free ports of this machine, in a temporary folder, and the networks in
-//! front of two of the services. Everything is gone when this is dropped.
+//! The processes: a coordinator and three services on free ports of this machine, with their databases, and the networks in front of
+//! two of the services. Everything is gone after [`World::stop`].
 
 use std::{
     collections::BTreeMap,
     env,
+    ffi::OsStr,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     time::Duration,
@@ -11,13 +12,17 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use handfast::Handfast;
-use handfast_shop::v1::order_service_client::OrderServiceClient;
+use handfast_shop::{
+    store::{Store, Stores},
+    v1::order_service_client::OrderServiceClient,
+};
 use tempfile::TempDir;
 use tokio::{process::Command, sync::mpsc};
 use tonic::transport::{Channel, Endpoint};
 
 use super::{
     binaries::Binaries,
+    databases::{Databases, Server},
     events::{Event, Events, What},
     network::Network,
     process::Process,
@@ -47,6 +52,7 @@ pub(crate) struct World {
     pub(crate) events: Events,
     deaths: mpsc::Sender<&'static str>,
     binaries: Binaries,
+    databases: Databases,
     folder: TempDir,
 }
 
@@ -57,32 +63,39 @@ pub(crate) struct Networks {
 }
 
 impl World {
-    /// Starts all. The name of a process that dies by itself comes out of the receiver.
-    pub(crate) async fn start(
+    /// One in which nothing runs yet. The name of a process that dies by itself comes out of the receiver.
+    pub(crate) fn new(
         binaries: Binaries,
+        server: Option<Server>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<&'static str>)> {
         let folder = tempfile::Builder::new().prefix("handfast-shop-").tempdir();
         let folder = folder.context("cannot make a temporary folder (TMPDIR says where)")?;
         let (deaths, died) = mpsc::channel(NAMES.len());
-        let addresses: BTreeMap<_, _> = NAMES.into_iter().zip(free_addresses()?).collect();
-        let events = Events::default();
-        let mut world = Self {
+        let world = Self {
             processes: BTreeMap::new(),
             networks: None,
-            addresses,
-            events,
+            addresses: NAMES.into_iter().zip(free_addresses()?).collect(),
+            events: Events::default(),
             deaths,
             binaries,
+            databases: Databases::new(server, folder.path()),
             folder,
         };
-        world.networks = Some(Networks {
-            inventory: Network::to(world.channel(INVENTORY)?, &world.events)?,
-            points: Network::to(world.channel(POINTS)?, &world.events)?,
+        Ok((world, died))
+    }
+
+    /// Makes the databases, and starts all.
+    pub(crate) async fn start(&mut self) -> anyhow::Result<()> {
+        self.databases.make().await?;
+        self.migrate().await?;
+        self.networks = Some(Networks {
+            inventory: Network::to(self.channel(INVENTORY)?, &self.events)?,
+            points: Network::to(self.channel(POINTS)?, &self.events)?,
         });
         for name in NAMES {
-            world.start_process(name).await?;
+            self.start_process(name).await?;
         }
-        Ok((world, died))
+        Ok(())
     }
 
     /// SIGKILL for one of them.
@@ -93,7 +106,7 @@ impl World {
         Ok(())
     }
 
-    /// Starts one that was killed: the same program, at the same place, on the same file.
+    /// Starts one that was killed: the same program, at the same place, on the same database.
     pub(crate) async fn start_again(&mut self, name: &'static str) -> anyhow::Result<()> {
         self.start_process(name).await?;
         self.events.add(Event::now(What::Done(format!("{name} is started again"))));
@@ -121,6 +134,7 @@ impl World {
                 process.kill().await?;
             }
         }
+        self.databases.drop().await?;
         self.folder.close().context("cannot remove the temporary folder")
     }
 
@@ -136,8 +150,12 @@ impl World {
         self.folder.path()
     }
 
-    pub(crate) fn database(&self, name: &str) -> PathBuf {
-        self.folder.path().join(format!("{name}.db"))
+    pub(crate) fn store(&self, name: &str) -> &Store {
+        self.databases.store(name)
+    }
+
+    pub(crate) fn stores(&self) -> Stores {
+        self.databases.of_services()
     }
 
     pub(crate) fn url(&self, name: &str) -> String {
@@ -170,18 +188,36 @@ impl World {
         Ok(())
     }
 
+    /// The coordinator's tables. (On SQLite it makes them itself, as the services do everywhere.)
+    async fn migrate(&self) -> anyhow::Result<()> {
+        if let Store::Sqlite(_) = self.store(COORDINATOR) {
+            return Ok(());
+        }
+        let mut migrate = clean(self.program("handfast"));
+        migrate.args(["migrate", "--store", &self.store(COORDINATOR).url()]);
+        let output = migrate.kill_on_drop(true).output().await?;
+        if !output.status.success() {
+            bail!("handfast migrate: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(())
+    }
+
     fn command(&self, name: &str) -> Command {
+        let store = self.store(name);
         let mut command = if name == COORDINATOR {
-            let mut command = Command::new(self.program("handfast"));
+            let mut command = clean(self.program("handfast"));
             command.args(["serve", "--log-format", "json"]);
-            command.arg(format!("--store=sqlite:{}", self.database(name).display()));
+            if let Store::MySql(_) = store {
+                // The one before was killed here; else this one would first wait whether that shows any life.
+                command.arg("--take-over");
+            }
             command
         } else {
-            let mut command = Command::new(self.program(name));
-            command.arg("--database").arg(self.database(name));
+            let mut command = clean(self.program(name));
             command.args(["--coordinator", &self.url(COORDINATOR)]);
             command
         };
+        command.args(["--store", &store.url()]);
         command.arg(format!("--listen={}", self.addresses[name]));
         if name == ORDER {
             let urls = match &self.networks {
@@ -192,14 +228,19 @@ impl World {
             };
             command.args(["--inventory", &urls[0], "--points", &urls[1]]);
         }
-        // The demo is the same everywhere, whatever coordinator this shell is set up for.
-        for (variable, _) in env::vars_os() {
-            if variable.to_string_lossy().starts_with("HANDFAST_") {
-                command.env_remove(variable);
-            }
-        }
         command
     }
+}
+
+/// The demo is the same everywhere, whatever coordinator this shell is set up for.
+fn clean(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    for (variable, _) in env::vars_os() {
+        if variable.to_string_lossy().starts_with("HANDFAST_") {
+            command.env_remove(variable);
+        }
+    }
+    command
 }
 
 /// Addresses of this machine that nobody listens on.

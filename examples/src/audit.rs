@@ -2,18 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use super::books::{Account, Books, Deduction, OrderRow, Stock};
+use crate::books::{Account, Books, Deduction, OrderRow, Stock};
 
 /// What was told to the one who ordered. It must be the truth for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Answer {
+pub enum Answer {
+    /// It is placed.
     Placed,
+    /// A service has said no.
     Refused,
+    /// Something failed, and nothing has happened.
     Cancelled,
 }
 
-/// What is wrong, in sentences; empty if nothing is. For a time at which no transaction is open.
-pub(crate) fn audit(before: &Books, after: &Books, answers: &BTreeMap<i64, Answer>) -> Vec<String> {
+/// What is wrong, in sentences; empty if nothing is. `before` is what the books said before the first order, `after` what they say
+/// now, when no transaction is open any more.
+#[must_use]
+pub fn audit(before: &Books, after: &Books, answers: &BTreeMap<i64, Answer>) -> Vec<String> {
     let mut violations = Vec::new();
     stock(before, after, &mut violations);
     points(before, after, &mut violations);
@@ -94,7 +99,7 @@ fn order(id: i64, books: &Books, answer: Option<&Answer>) -> Result<(), String> 
                 return Err(format!("is placed, but in inventory there is {}", found(deduction)));
             }
             let points = amount_cents / 100;
-            let booked = |row: &super::books::Booking| {
+            let booked = |row: &crate::books::Booking| {
                 (&row.customer, row.points, row.state.as_str()) == (customer, points, "booked")
             };
             if !booking.is_some_and(booked) {
@@ -131,7 +136,8 @@ fn found<T: ToString>(row: Option<&T>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::books::Booking, *};
+    use super::*;
+    use crate::{books::Booking, store::Service};
 
     /// One order of two mice, which is placed; one that was cancelled.
     fn before() -> Books {
@@ -159,7 +165,7 @@ mod tests {
             };
             books.orders.insert(id, order);
         }
-        books.tried.insert("inventory", 0);
+        books.tried.insert(Service::Inventory, 0);
         books
     }
 
@@ -194,7 +200,7 @@ mod tests {
                 let stock = Stock { available: 7, frozen: 1, sold: 2 };
                 after.stock.insert("mouse".to_owned(), stock);
                 after.accounts.get_mut("ada").unwrap().pending = 9;
-                after.tried.insert("inventory", 1);
+                after.tried.insert(Service::Inventory, 1);
             },
             &[
                 "mouse: 1 are left frozen",

@@ -1,0 +1,268 @@
+//! The order service. It keeps the orders, and here an order begins: `PlaceOrder` runs one global transaction across three
+//! services, this one among them.
+
+use std::time::Duration;
+
+use handfast::{
+    Action, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, Remote, TransactionError,
+    TryError, Tx, Xid,
+};
+use sqlx::Pool;
+use tonic::{Request, Response, Status, transport::Server};
+
+use super::Db; // sqlx::Sqlite or sqlx::MySql: see sqlite.rs and mysql.rs
+use crate::{
+    CreateOrder, DeductStock, EarnPoints, Order, Setup, one_row,
+    v1::{
+        Outcome, PlaceOrderRequest, PlaceOrderResponse,
+        order_service_server::{OrderService, OrderServiceServer},
+    },
+};
+
+/// Its tables.
+pub const SCHEMA: &str = "
+CREATE TABLE IF NOT EXISTS orders (
+    id           BIGINT      NOT NULL PRIMARY KEY,
+    customer     VARCHAR(64) NOT NULL,
+    sku          VARCHAR(64) NOT NULL,
+    quantity     BIGINT      NOT NULL CHECK (quantity > 0),
+    amount_cents BIGINT      NOT NULL CHECK (amount_cents >= 0),
+    status       VARCHAR(16) NOT NULL CHECK (status IN ('pending', 'placed', 'cancelled'))
+)";
+
+const HOUR: Duration = Duration::from_secs(3600);
+/// How long it may take to reserve everything, if the customer does not say.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What takes part: `order.create`. Try writes the order down as pending; it is placed or cancelled later.
+struct Orders;
+
+impl Action for Orders {
+    type Contract = CreateOrder;
+    type Db = Db;
+
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(order): &Json<Order>,
+    ) -> Result<(), TryError> {
+        let inserted = sqlx::query("INSERT INTO orders VALUES (?, ?, ?, ?, ?, 'pending')")
+            .bind(order.id)
+            .bind(&order.customer)
+            .bind(&order.sku)
+            .bind(order.quantity)
+            .bind(order.amount_cents)
+            .execute(&mut **tx)
+            .await;
+        match inserted {
+            Ok(_) => Ok(()),
+            Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
+                Err(Refusal::new("ORDER_EXISTS").message("its number is taken").into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn on_confirm(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(order): &Json<Order>,
+    ) -> Result<(), Failed> {
+        let place = "UPDATE orders SET status = 'placed' WHERE id = ? AND status = 'pending'";
+        let place = sqlx::query(place).bind(order.id);
+        one_row(place.execute(&mut **tx).await?.rows_affected())?;
+        Ok(())
+    }
+
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(order): &Json<Order>,
+    ) -> Result<(), Failed> {
+        let cancel = "UPDATE orders SET status = 'cancelled' WHERE id = ? AND status = 'pending'";
+        let cancel = sqlx::query(cancel).bind(order.id);
+        one_row(cancel.execute(&mut **tx).await?.rows_affected())?;
+        Ok(())
+    }
+}
+
+/// What customers talk to.
+struct Checkout {
+    handfast: Handfast,
+    orders: Remote,
+    inventory: Remote,
+    points: Remote,
+}
+
+/// Its global transaction, and what is left in stock, if this call placed it.
+type Placed = Result<(Xid, Option<i64>), TransactionError>;
+
+impl Checkout {
+    /// Calls the three services from here, all at once, and has the coordinator confirm what they reserved.
+    async fn place(&self, order: Order, patience: Duration) -> Placed {
+        let confirmed = self
+            .handfast
+            .transaction("checkout")
+            .idempotency_key(order.key())
+            .label("order", order.id)
+            .timeout(patience)
+            .run(async |global| {
+                let (stock, points) = (order.stock(), order.points());
+                let ((), Json(left), ()) = tokio::try_join!(
+                    global.call::<CreateOrder>(&self.orders, Json(order)),
+                    global.call::<DeductStock>(&self.inventory, Json(stock)),
+                    global.call::<EarnPoints>(&self.points, Json(points)),
+                )?;
+                Ok(left)
+            })
+            .await?;
+        Ok((confirmed.xid, confirmed.value))
+    }
+
+    /// The same, but the coordinator calls the three services: one call from here, and it is on its way.
+    async fn execute(&self, order: Order, patience: Duration) -> Placed {
+        let (stock, points) = (order.stock(), order.points());
+        let executed = self
+            .handfast
+            .execute("checkout")
+            .idempotency_key(order.key())
+            .label("order", order.id)
+            .timeout(patience)
+            .call::<CreateOrder>(&self.orders, &Json(order))
+            .call::<DeductStock>(&self.inventory, &Json(stock))
+            .call::<EarnPoints>(&self.points, &Json(points))
+            .run()
+            .await?;
+        let left = executed.reply::<DeductStock>(1).ok().flatten();
+        Ok((executed.xid, left.map(|Json(left)| left)))
+    }
+}
+
+#[tonic::async_trait]
+impl OrderService for Checkout {
+    async fn place_order(
+        &self,
+        request: Request<PlaceOrderRequest>,
+    ) -> Result<Response<PlaceOrderResponse>, Status> {
+        let PlaceOrderRequest {
+            order_id,
+            customer,
+            sku,
+            quantity,
+            amount_cents,
+            patience_ms,
+            execute,
+        } = request.into_inner();
+        if order_id < 1 || quantity < 1 || amount_cents < 0 {
+            return Err(Status::invalid_argument("an order has a number, pieces, and no debts"));
+        }
+        let order = Order { id: order_id, customer, sku, quantity, amount_cents };
+        let patience = match u64::try_from(patience_ms) {
+            Ok(0) | Err(_) => PATIENCE,
+            Ok(millis) => Duration::from_millis(millis),
+        };
+        let placed = if execute {
+            self.execute(order, patience).await
+        } else {
+            self.place(order, patience).await
+        };
+        Ok(Response::new(answer(placed)))
+    }
+}
+
+/// Each way that it can end means something else to the customer.
+fn answer(placed: Placed) -> PlaceOrderResponse {
+    let error = match placed {
+        Ok((xid, left)) => {
+            let (outcome, xid) = (Outcome::Placed.into(), xid.to_string());
+            return PlaceOrderResponse { outcome, xid, left, ..PlaceOrderResponse::default() };
+        }
+        Err(error) => error,
+    };
+    let xid = error.xid().map(|xid| xid.to_string()).unwrap_or_default();
+    let (outcome, reason, message) = match error {
+        TransactionError::Refused { refusal, .. } => {
+            (Outcome::Refused, refusal.reason, refusal.message)
+        }
+        TransactionError::Cancelled { .. }
+        | TransactionError::TimedOut { .. }
+        | TransactionError::NotBegun { .. } => {
+            (Outcome::Cancelled, String::new(), error.to_string())
+        }
+        TransactionError::Unknown { .. } | _ => {
+            (Outcome::Unknown, String::new(), error.to_string())
+        }
+    };
+    PlaceOrderResponse { outcome: outcome.into(), xid, reason, message, left: None }
+}
+
+/// Serves it until SIGTERM. `inventory` and `points` are the URLs of the services that it calls.
+///
+/// # Errors
+///
+/// When the database cannot be used, or the address is not to be had.
+pub async fn serve(
+    setup: &Setup,
+    pool: Pool<Db>,
+    inventory: &str,
+    points: &str,
+) -> anyhow::Result<()> {
+    sqlx::raw_sql(SCHEMA).execute(&pool).await?;
+    let fence = Fence::new(pool);
+    fence.create_table_if_missing().await?;
+    let participant = Participant::builder("order").action(&fence, Orders).build();
+    let handfast = Handfast::connect(&setup.coordinator)?;
+    let _clean_up = fence.clean_up_every(HOUR);
+    let _inquiries = participant.inquire_every(HOUR, &handfast);
+    let checkout = Checkout {
+        handfast,
+        orders: Remote::here(&participant, &setup.url()),
+        inventory: Remote::connect("inventory", inventory)?,
+        points: Remote::connect("points", points)?,
+    };
+    let service = Server::builder()
+        .add_service(participant.into_service())
+        .add_service(OrderServiceServer::new(checkout));
+    setup.serve(service).await
+}
+
+#[cfg(test)]
+mod tests {
+    use handfast::testing::{World, laws_with_neighbour};
+
+    use super::{
+        super::testing::{Database, databases},
+        *,
+    };
+
+    #[tokio::test]
+    async fn orders_survive_anything() {
+        for database in databases(SCHEMA).await {
+            orders_survive_anything_on(&database).await;
+        }
+    }
+
+    async fn orders_survive_anything_on(database: &Database) {
+        let new_world = async || {
+            let pool = database.emptied().await;
+            let fence = Fence::new(pool.clone());
+            fence.create_table_if_missing().await.unwrap();
+            let participant = Participant::builder("order").action(&fence, Orders).build();
+            World::new(participant, async move || -> Vec<(i64, String)> {
+                // That an order was cancelled is remembered; to everybody else it is as if it had never been.
+                let orders = "SELECT id, status FROM orders WHERE status <> 'cancelled'";
+                sqlx::query_as(orders).fetch_all(&pool).await.unwrap()
+            })
+        };
+        let order = |id| {
+            let (customer, sku) = ("ada".to_owned(), "mouse".to_owned());
+            Json(Order { id, customer, sku, quantity: 1, amount_cents: 2900 })
+        };
+        laws_with_neighbour::<CreateOrder, _>(order(1), order(2), new_world, |_| true)
+            .await
+            .unwrap();
+    }
+}

@@ -1,0 +1,158 @@
+//! The points service: what customers have earned. One point for each 100 cents, theirs once the order is placed.
+//!
+//! Its one action, `points.earn`: Try notes points as pending, Confirm adds them to the balance, Cancel forgets them. Pending
+//! points cannot be spent, so nobody spends what an order takes back.
+
+use std::time::Duration;
+
+use handfast::{Action, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, TryError, Tx};
+use sqlx::Pool;
+use tonic::transport::Server;
+
+use super::Db; // sqlx::Sqlite or sqlx::MySql: see sqlite.rs and mysql.rs
+use crate::{Earn, EarnPoints, Setup, one_row};
+
+/// Its tables.
+pub const SCHEMA: &str = "
+CREATE TABLE IF NOT EXISTS account (
+    customer VARCHAR(64) NOT NULL PRIMARY KEY,
+    balance  BIGINT      NOT NULL DEFAULT 0 CHECK (balance >= 0),
+    pending  BIGINT      NOT NULL DEFAULT 0 CHECK (pending >= 0)   -- of orders that are being placed
+);
+CREATE TABLE IF NOT EXISTS booking (
+    order_id BIGINT      NOT NULL PRIMARY KEY,
+    customer VARCHAR(64) NOT NULL REFERENCES account (customer),
+    points   BIGINT      NOT NULL CHECK (points >= 0),
+    state    VARCHAR(16) NOT NULL CHECK (state IN ('pending', 'booked')) -- what was taken back has no row
+)";
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+struct Points;
+
+impl Action for Points {
+    type Contract = EarnPoints;
+    type Db = Db;
+
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(earn): &Json<Earn>,
+    ) -> Result<(), TryError> {
+        let Earn { order_id, customer, points } = earn;
+        let note = "UPDATE account SET pending = pending + ? WHERE customer = ?";
+        let noted = sqlx::query(note).bind(points).bind(customer).execute(&mut **tx).await?;
+        if noted.rows_affected() == 0 {
+            return Err(Refusal::new("NO_ACCOUNT").message("no such customer").into());
+        }
+        sqlx::query("INSERT INTO booking VALUES (?, ?, ?, 'pending')")
+            .bind(order_id)
+            .bind(customer)
+            .bind(points)
+            .execute(&mut **tx)
+            .await?;
+        Ok(())
+    }
+
+    async fn on_confirm(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(earn): &Json<Earn>,
+    ) -> Result<(), Failed> {
+        let Earn { order_id, customer, points } = earn;
+        let add =
+            "UPDATE account SET pending = pending - ?, balance = balance + ? WHERE customer = ?";
+        let add = sqlx::query(add).bind(points).bind(points).bind(customer);
+        one_row(add.execute(&mut **tx).await?.rows_affected())?;
+        let note = "UPDATE booking SET state = 'booked' WHERE order_id = ? AND state = 'pending'";
+        let note = sqlx::query(note).bind(order_id);
+        one_row(note.execute(&mut **tx).await?.rows_affected())?;
+        Ok(())
+    }
+
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(earn): &Json<Earn>,
+    ) -> Result<(), Failed> {
+        let Earn { order_id, customer, points } = earn;
+        let forget = "UPDATE account SET pending = pending - ? WHERE customer = ?";
+        let forget = sqlx::query(forget).bind(points).bind(customer);
+        one_row(forget.execute(&mut **tx).await?.rows_affected())?;
+        let note = "DELETE FROM booking WHERE order_id = ? AND state = 'pending'";
+        let note = sqlx::query(note).bind(order_id);
+        one_row(note.execute(&mut **tx).await?.rows_affected())?;
+        Ok(())
+    }
+}
+
+/// Serves it until SIGTERM.
+///
+/// # Errors
+///
+/// When the database cannot be used, or the address is not to be had.
+pub async fn serve(setup: &Setup, pool: Pool<Db>) -> anyhow::Result<()> {
+    sqlx::raw_sql(SCHEMA).execute(&pool).await?;
+    let fence = Fence::new(pool);
+    fence.create_table_if_missing().await?;
+    let participant = Participant::builder("points").action(&fence, Points).build();
+    let _clean_up = fence.clean_up_every(HOUR);
+    let _inquiries = participant.inquire_every(HOUR, &Handfast::connect(&setup.coordinator)?);
+    setup.serve(Server::builder().add_service(participant.into_service())).await
+}
+
+#[cfg(test)]
+mod tests {
+    use handfast::testing::{World, laws_with_neighbour};
+
+    use super::{
+        super::testing::{Database, databases},
+        *,
+    };
+
+    /// Balance and pending; and the bookings.
+    type State = ((i64, i64), Vec<(i64, i64, String)>);
+
+    #[tokio::test]
+    async fn points_survive_anything() {
+        for database in databases(SCHEMA).await {
+            points_survive_anything_on(&database).await;
+        }
+    }
+
+    async fn points_survive_anything_on(database: &Database) {
+        let new_world = async || {
+            let pool = database.emptied().await;
+            let customer = sqlx::query("INSERT INTO account (customer) VALUES ('ada')");
+            customer.execute(&pool).await.unwrap();
+            let fence = Fence::new(pool.clone());
+            fence.create_table_if_missing().await.unwrap();
+            let participant = Participant::builder("points").action(&fence, Points).build();
+            World::new(participant, async move || -> State {
+                let account = "SELECT balance, pending FROM account";
+                let bookings = "SELECT order_id, points, state FROM booking";
+                (
+                    sqlx::query_as(account).fetch_one(&pool).await.unwrap(),
+                    sqlx::query_as(bookings).fetch_all(&pool).await.unwrap(),
+                )
+            })
+        };
+        let every_point_has_an_order = |((balance, pending), bookings): &State| {
+            let of = |wanted| bookings.iter().filter(move |(.., state)| state == wanted);
+            *balance == of("booked").map(|row| row.1).sum::<i64>()
+                && *pending == of("pending").map(|row| row.1).sum::<i64>()
+        };
+        let order = |order_id| Json(Earn { order_id, customer: "ada".to_owned(), points: 7 });
+        laws_with_neighbour::<EarnPoints, _>(
+            order(1),
+            order(2),
+            new_world,
+            every_point_has_an_order,
+        )
+        .await
+        .unwrap();
+    }
+}

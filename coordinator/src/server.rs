@@ -149,10 +149,11 @@ pub async fn run(
     };
     let (coordinator, running) =
         Coordinator::start(store, dispatch.clone(), clock, settings, config.retention).await?;
-    let services = Services::new(coordinator.clone(), targets, config.transaction_timeout);
+    let closing = CancellationToken::new();
+    let services = Services::new(coordinator.clone(), targets, config.transaction_timeout)
+        .until(closing.clone());
     let (router, health) = router(&services);
 
-    let closing = CancellationToken::new();
     let incoming = incoming(listener, config.limits.connections);
     let serving = tokio::spawn(
         router.serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned()),

@@ -4,8 +4,11 @@ use std::{error::Error as _, fmt, sync::Arc, time::Duration};
 
 use backon::BackoffBuilder as _;
 use handfast_proto::{
-    Xid, limits, reason,
-    v1::{self as pb, coordinator_service_client::CoordinatorServiceClient},
+    Xid,
+    calls::{ToCoordinator, ToParticipant},
+    reason,
+    stream::Line,
+    v1::{self as pb, call_stream_request::Call, call_stream_response::Answer},
 };
 use tokio::time::Instant;
 use tonic::{
@@ -32,6 +35,9 @@ const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(
 const REPEAT_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// How long one attempt of a call to the coordinator may take, beside what it is asked to wait.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much more time the other end is given than we wait, so that it is we who notice the end of it: tonic's own timers, here and
+/// there, would say CANCELLED.
+pub(crate) const MARGIN: Duration = Duration::from_secs(1);
 /// How long a question about an outcome is repeated.
 pub(crate) const ASK_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -39,12 +45,10 @@ pub(crate) const ASK_PATIENCE: Duration = Duration::from_secs(10);
 /// the connection is lost.
 #[derive(Clone)]
 pub struct Handfast {
-    calls: Channel,
-    /// Calls that wait for long have a connection of their own: they would use up the streams of the other one.
-    waits: Channel,
+    calls: Line<ToCoordinator>,
+    /// Calls that wait for long have a connection of their own: they would use up the places of the other one.
+    waits: Line<ToCoordinator>,
 }
-
-type Client = CoordinatorServiceClient<Channel>;
 
 /// A text is no address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -89,7 +93,15 @@ impl Handfast {
     /// The coordinator behind channels of your own: one for calls, one for calls that wait for a transaction to complete.
     #[must_use]
     pub fn from_channels(calls: Channel, waits: Channel) -> Self {
-        Self { calls, waits }
+        Self { calls: Line::new(calls), waits: Line::new(waits) }
+    }
+
+    /// The same coordinator, with every call made by itself. By default calls share streams, which costs a fraction; where there
+    /// are none (something in between does not let them pass), calls are made by themselves anyway.
+    #[must_use]
+    pub fn without_streams(self) -> Self {
+        let alone = |line: Line<_>| Line::without_streams(line.channel().clone());
+        Self { calls: alone(self.calls), waits: alone(self.waits) }
     }
 
     /// Begins to describe a global transaction of this name (`checkout`), to be run with the Trys called from here.
@@ -158,8 +170,13 @@ impl Handfast {
         request: pb::BeginRequest,
         deadline: Instant,
     ) -> Result<pb::BeginResponse, Status> {
-        let ask = |mut client: Client, request| async move { client.begin(request).await };
-        repeated(self.client(false), request, ATTEMPT_TIMEOUT, deadline, ask).await
+        let call = Call::Begin(request);
+        let Answer::Begin(response) =
+            self.repeated(&self.calls, call, ATTEMPT_TIMEOUT, deadline).await?
+        else {
+            return Err(makes_no_sense());
+        };
+        Ok(response)
     }
 
     pub(crate) async fn register(
@@ -167,13 +184,8 @@ impl Handfast {
         request: pb::RegisterBranchRequest,
         deadline: Instant,
     ) -> Result<pb::Transaction, Status> {
-        let ask =
-            |mut client: Client, request| async move { client.register_branch(request).await };
-        present(
-            repeated(self.client(false), request, ATTEMPT_TIMEOUT, deadline, ask)
-                .await?
-                .transaction,
-        )
+        let call = Call::RegisterBranch(request);
+        transaction(self.repeated(&self.calls, call, ATTEMPT_TIMEOUT, deadline).await?)
     }
 
     pub(crate) async fn decide(
@@ -182,13 +194,9 @@ impl Handfast {
         wait: Duration,
         deadline: Instant,
     ) -> Result<pb::Transaction, Status> {
-        let ask = |mut client: Client, request| async move { client.decide(request).await };
-        let client = self.client(!wait.is_zero());
-        present(
-            repeated(client, request, ATTEMPT_TIMEOUT.saturating_add(wait), deadline, ask)
-                .await?
-                .transaction,
-        )
+        let line = if wait.is_zero() { &self.calls } else { &self.waits };
+        let timeout = ATTEMPT_TIMEOUT.saturating_add(wait);
+        transaction(self.repeated(line, Call::Decide(request), timeout, deadline).await?)
     }
 
     pub(crate) async fn run_execute(
@@ -197,9 +205,12 @@ impl Handfast {
         wait: Duration,
         deadline: Instant,
     ) -> Result<pb::ExecuteResponse, Status> {
-        let ask = |mut client: Client, request| async move { client.execute(request).await };
-        repeated(self.client(true), request, ATTEMPT_TIMEOUT.saturating_add(wait), deadline, ask)
-            .await
+        let (call, timeout) = (Call::Execute(request), ATTEMPT_TIMEOUT.saturating_add(wait));
+        let Answer::Execute(response) = self.repeated(&self.waits, call, timeout, deadline).await?
+        else {
+            return Err(makes_no_sense());
+        };
+        Ok(response)
     }
 
     pub(crate) async fn get(
@@ -207,21 +218,19 @@ impl Handfast {
         by: pb::get_transaction_request::By,
         deadline: Instant,
     ) -> Result<pb::Transaction, Status> {
-        let request = pb::GetTransactionRequest { by: Some(by) };
-        let ask =
-            |mut client: Client, request| async move { client.get_transaction(request).await };
-        present(
-            repeated(self.client(false), request, ATTEMPT_TIMEOUT, deadline, ask)
-                .await?
-                .transaction,
-        )
+        let call = Call::GetTransaction(pb::GetTransactionRequest { by: Some(by) });
+        transaction(self.repeated(&self.calls, call, ATTEMPT_TIMEOUT, deadline).await?)
     }
 
-    fn client(&self, waits: bool) -> Client {
-        let channel = if waits { self.waits.clone() } else { self.calls.clone() };
-        CoordinatorServiceClient::new(channel)
-            .max_encoding_message_size(limits::REQUEST_BYTES_MAX)
-            .max_decoding_message_size(limits::RESPONSE_BYTES_MAX)
+    async fn repeated(
+        &self,
+        line: &Line<ToCoordinator>,
+        call: Call,
+        attempt_timeout: Duration,
+        deadline: Instant,
+    ) -> Result<Answer, Status> {
+        let ask = |timeout| line.call(call.clone(), timeout);
+        repeated(attempt_timeout, deadline, ask).await
     }
 }
 
@@ -231,7 +240,14 @@ impl fmt::Debug for Handfast {
     }
 }
 
-fn present(transaction: Option<pb::Transaction>) -> Result<pb::Transaction, Status> {
+/// What an answer says of the transaction that was asked about.
+fn transaction(answer: Answer) -> Result<pb::Transaction, Status> {
+    let (Answer::RegisterBranch(pb::RegisterBranchResponse { transaction })
+    | Answer::Decide(pb::DecideResponse { transaction })
+    | Answer::GetTransaction(pb::GetTransactionResponse { transaction })) = answer
+    else {
+        return Err(makes_no_sense());
+    };
     transaction.ok_or_else(|| Status::internal("the coordinator's answer has no transaction in it"))
 }
 
@@ -244,15 +260,13 @@ pub(crate) fn from_now(after: Duration) -> Instant {
 /// Asks, and asks again while there is no answer that settles it, until `deadline`. Only for what may be repeated: everything
 /// that the coordinator offers. The last error is reported; but once an attempt had no answer at all, nobody may conclude from
 /// a later "too busy" that nothing has happened, and so the last of those without an answer is.
-async fn repeated<Q: Clone, T, F>(
-    client: Client,
-    request: Q,
+async fn repeated<T, F>(
     attempt_timeout: Duration,
     deadline: Instant,
-    ask: impl Fn(Client, Q) -> F,
+    ask: impl Fn(Duration) -> F,
 ) -> Result<T, Status>
 where
-    F: Future<Output = Result<tonic::Response<T>, Status>>,
+    F: Future<Output = Result<T, Status>>,
 {
     let mut pauses = backon::ExponentialBuilder::default()
         .with_min_delay(REPEAT_PAUSES[0])
@@ -263,13 +277,12 @@ where
     let mut unanswered = None;
     loop {
         let attempt_ends = deadline.min(from_now(attempt_timeout));
-        let error =
-            match tokio::time::timeout_at(attempt_ends, ask(client.clone(), request.clone())).await
-            {
-                Ok(Ok(response)) => return Ok(response.into_inner()),
-                Ok(Err(status)) => status,
-                Err(_) => Status::deadline_exceeded("no answer in time"),
-            };
+        let timeout = attempt_ends.saturating_duration_since(Instant::now());
+        let error = match tokio::time::timeout_at(attempt_ends, ask(timeout + MARGIN)).await {
+            Ok(Ok(response)) => return Ok(response),
+            Ok(Err(status)) => status,
+            Err(_) => Status::deadline_exceeded("no answer in time"),
+        };
         let pause = pauses.next().unwrap_or(REPEAT_PAUSES[1]);
         if !may_be_repeated(&error) {
             return Err(error);
@@ -309,6 +322,10 @@ pub(crate) fn may_be_repeated(status: &Status) -> bool {
 /// Whether an answer leaves open what happened: it may have been done.
 pub(crate) fn leaves_open(status: &Status) -> bool {
     may_be_repeated(status) && status.code() != Code::ResourceExhausted
+}
+
+fn makes_no_sense() -> Status {
+    Status::internal("the coordinator has answered another question")
 }
 
 /// What the coordinator's errors are told apart by.
@@ -360,7 +377,7 @@ pub struct Remote {
 
 #[derive(Clone)]
 pub(crate) enum Reach {
-    Channel(Channel),
+    Line(Line<ToParticipant>),
     /// In this process: no network between.
     Here(Participant),
 }
@@ -379,7 +396,18 @@ impl Remote {
     /// The participant of this name, called from here through `channel` and by the coordinator at `target`.
     #[must_use]
     pub fn with_channel(name: &str, target: &str, channel: Channel) -> Self {
-        Self { name: name.into(), target: target.into(), reach: Reach::Channel(channel) }
+        Self { name: name.into(), target: target.into(), reach: Reach::Line(Line::new(channel)) }
+    }
+
+    /// The same participant, with every call from here made by itself. By default calls share a stream, if the participant has
+    /// streams; a load balancer in between spreads calls over several instances only if they are made by themselves.
+    #[must_use]
+    pub fn without_streams(self) -> Self {
+        let reach = match self.reach {
+            Reach::Line(line) => Reach::Line(Line::without_streams(line.channel().clone())),
+            here @ Reach::Here(_) => here,
+        };
+        Self { reach, ..self }
     }
 
     /// A participant in this process: a service that takes part in what it begins, or joins. `target` is where the coordinator
@@ -418,14 +446,13 @@ mod tests {
     /// What is reported in the end, when these are the answers, one after the other.
     async fn check(answers: &[Code], reported: Code) {
         let left = Mutex::new(answers.iter().copied());
-        let client = Handfast::connect("http://127.0.0.1:1").unwrap().client(false);
-        let ask = |_, ()| {
+        let ask = |_| {
             let code = left.lock().unwrap().next();
-            async move { Err::<tonic::Response<()>, _>(Status::new(code.unwrap_or(Code::Ok), "")) }
+            async move { Err::<(), _>(Status::new(code.unwrap_or(Code::Ok), "")) }
         };
         // Time for two answers.
         let deadline = Instant::now() + REPEAT_PAUSES[0] * 3;
-        let error = repeated(client, (), ATTEMPT_TIMEOUT, deadline, ask).await.unwrap_err();
+        let error = repeated(ATTEMPT_TIMEOUT, deadline, ask).await.unwrap_err();
         assert_eq!(error.code(), reported, "{answers:?}");
     }
 

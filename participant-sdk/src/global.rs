@@ -16,20 +16,22 @@ use std::{
 
 use bytes::Bytes;
 use handfast_proto::{
-    BranchId, Xid, limits, metadata,
+    BranchId, Xid,
+    calls::{BranchCall, BranchRequest},
     time::{millis, timestamp, wire_duration},
-    v1::{self as pb, participant_service_client::ParticipantServiceClient},
+    v1 as pb,
 };
 use tokio::{
     sync::{Notify, oneshot},
     time::Instant,
 };
-use tonic::{Code, Request, Status, metadata::MetadataValue};
+use tonic::{Code, Status};
 
 use crate::{
     branch::{Branch, Phase},
     client::{
-        Handfast, Reach, Reason, Remote, from_now, leaves_open, may_be_repeated, status_error,
+        Handfast, MARGIN, Reach, Reason, Remote, from_now, leaves_open, may_be_repeated,
+        status_error,
     },
     contract::{Contract, Payload},
     error::{BoxError, Refusal},
@@ -38,9 +40,6 @@ use crate::{
 
 /// How long one attempt of a Try may take.
 const TRY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How much more time a participant is given than we wait, so that it is we who notice the end of it: tonic's own timers, here and
-/// there, would say CANCELLED.
-const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
 /// Attempts of one Try. A repeat is harmless, since Trys are fenced.
 const TRY_ATTEMPTS_MAX: u32 = 3;
 /// Pause before a Try is repeated; doubles.
@@ -343,34 +342,17 @@ impl Global {
                 Reach::Here(participant) => {
                     participant.handle(&branch, &payload.data).await.into_result()
                 }
-                Reach::Channel(channel) => {
-                    let mut request = Request::new(pb::TryBranchRequest {
+                Reach::Line(line) => {
+                    let request = pb::TryBranchRequest {
                         context: Some(branch.to_context()),
                         payload: Some(payload.clone()),
-                    });
-                    request.set_timeout(
-                        ends.saturating_duration_since(Instant::now()) + DEADLINE_MARGIN,
-                    );
-                    let ascii = |text: String| {
-                        MetadataValue::try_from(text).expect("xids and branch ids are plain ASCII")
                     };
-                    request.metadata_mut().insert(metadata::XID, ascii(branch.xid.to_string()));
-                    request
-                        .metadata_mut()
-                        .insert(metadata::BRANCH_ID, ascii(branch.branch_id.to_string()));
-                    let response = ParticipantServiceClient::new(channel.clone())
-                        .max_encoding_message_size(limits::REQUEST_BYTES_MAX)
-                        .max_decoding_message_size(limits::RESPONSE_BYTES_MAX)
-                        .try_branch(request)
-                        .await?;
-                    self.nested(
-                        response
-                            .metadata()
-                            .get_all(metadata::BRANCHES)
-                            .iter()
-                            .map(MetadataValue::as_bytes),
-                    );
-                    Ok(response.into_inner().reply.unwrap_or_default().data)
+                    let call =
+                        BranchCall { call: BranchRequest::TryBranch(request), may_join: true };
+                    let timeout = ends.saturating_duration_since(Instant::now()) + MARGIN;
+                    let answer = line.call(call, timeout).await?;
+                    self.nested(answer.nested_branch_ids.iter().map(String::as_bytes));
+                    Ok(answer.reply.unwrap_or_default().data)
                 }
             }
         };

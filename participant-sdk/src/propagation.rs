@@ -15,6 +15,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use handfast_proto::{BranchId, Xid, metadata};
 use http::{HeaderMap, HeaderValue, Request, Response};
+use tonic::metadata::MetadataMap;
 use tower_layer::Layer;
 use tower_service::Service;
 use tracing::warn;
@@ -31,6 +32,25 @@ tokio::task_local! {
 /// Runs `work` within a transaction: clients with a [`PropagateLayer`] carry it along.
 pub(crate) async fn scope<F: Future>(global: Global, work: F) -> F::Output {
     GLOBAL.scope(global, work).await
+}
+
+/// Serves a Try within the transaction that its metadata names, if no [`ContextLayer`] around the server has seen to that: one
+/// that came on a stream passes none.
+pub(crate) async fn within_call<Q, R>(
+    request: tonic::Request<Q>,
+    serve: impl AsyncFnOnce(Q) -> Result<R, tonic::Status>,
+) -> Result<tonic::Response<R>, tonic::Status> {
+    let (metadata, _, message) = request.into_parts();
+    let context = match Context::current() {
+        Some(_) => None,
+        None => Context::read(metadata.as_ref()),
+    };
+    let Some(context) = context else { return serve(message).await.map(tonic::Response::new) };
+    let response = CONTEXT.scope(context.clone(), serve(message)).await?;
+    let mut headers = HeaderMap::new();
+    context.report(&mut headers);
+    let metadata = MetadataMap::from_headers(headers);
+    Ok(tonic::Response::from_parts(metadata, response, tonic::Extensions::new()))
 }
 
 /// The global transaction that a call came with.

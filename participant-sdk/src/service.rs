@@ -1,19 +1,23 @@
 //! A participant on the network: `handfast.v1.ParticipantService`, as `participant.proto` says it.
 
+use std::sync::Arc;
+
 use handfast_proto::{
+    calls::{BranchAnswers, serve_branches},
     limits,
     v1::{
-        ActionInfo, BranchContext, CancelBranchRequest, CancelBranchResponse, ConfirmBranchRequest,
-        ConfirmBranchResponse, ListActionsRequest, ListActionsResponse, Payload, TryBranchRequest,
-        TryBranchResponse,
+        ActionInfo, BranchContext, BranchStreamRequest, CancelBranchRequest, CancelBranchResponse,
+        ConfirmBranchRequest, ConfirmBranchResponse, ListActionsRequest, ListActionsResponse,
+        Payload, TryBranchRequest, TryBranchResponse,
         participant_service_server::{ParticipantService, ParticipantServiceServer},
     },
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     branch::{Branch, Phase},
     participant::Participant,
+    propagation,
 };
 
 /// How this program calls itself.
@@ -35,13 +39,15 @@ impl ParticipantService for Participant {
         &self,
         request: Request<TryBranchRequest>,
     ) -> Result<Response<TryBranchResponse>, Status> {
-        let TryBranchRequest { context, payload } = request.into_inner();
-        let branch = Branch::from_context(context, Phase::Try)?;
-        let payload = payload.unwrap_or_default().data;
-        let data = self.handle(&branch, &payload).await.into_result()?;
-        let content_type = self.reply_content_type(&branch.action).to_owned();
-        let reply = Some(Payload { data, content_type });
-        Ok(Response::new(TryBranchResponse { reply }))
+        propagation::within_call(request, async |request| {
+            let TryBranchRequest { context, payload } = request;
+            let branch = Branch::from_context(context, Phase::Try)?;
+            let payload = payload.unwrap_or_default().data;
+            let data = self.handle(&branch, &payload).await.into_result()?;
+            let content_type = self.reply_content_type(&branch.action).to_owned();
+            Ok(TryBranchResponse { reply: Some(Payload { data, content_type }) })
+        })
+        .await
     }
 
     async fn confirm_branch(
@@ -74,6 +80,15 @@ impl ParticipantService for Participant {
             actions: actions.collect(),
             sdk: SDK.to_owned(),
         }))
+    }
+
+    type BranchStreamStream = BranchAnswers;
+
+    async fn branch_stream(
+        &self,
+        request: Request<Streaming<BranchStreamRequest>>,
+    ) -> Result<Response<BranchAnswers>, Status> {
+        Ok(serve_branches(Arc::new(self.clone()), request))
     }
 }
 

@@ -1,13 +1,16 @@
 //! The contract of Handfast: the generated messages, clients and servers of `handfast.v1`, and the few words that both
-//! sides must spell alike: [`Xid`], [`BranchId`], [`metadata`] keys, error [`reason`]s, [`limits`].
+//! sides must spell alike: [`Xid`], [`BranchId`], [`metadata`] keys, error [`reason`]s, [`limits`]; and
+//! how [`calls`] share a [`stream`].
 //!
 //! The `.proto` files say what each call guarantees once it returns, what a repeat does, and which codes it gives. Start
 //! with `handfast/v1/coordinator.proto`.
 
+pub mod calls;
 pub mod id;
 pub mod limits;
 pub mod metadata;
 pub mod reason;
+pub mod stream;
 pub mod time;
 
 pub use id::{BranchId, Xid};

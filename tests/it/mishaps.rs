@@ -1,14 +1,17 @@
 //! Participants that answer garbage, never answer, answer late, or die in the middle; an action that nobody serves; a disk that
 //! is full. Each gets one clear error, nothing is half done, and all of it ends well once what was wrong is mended.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use handfast::{Answer, Branch, Contract as _, Participant, Phase};
-use handfast_proto::v1::{
-    self as pb,
-    admin_service_client::AdminServiceClient,
-    coordinator_service_client::CoordinatorServiceClient,
-    participant_service_server::{ParticipantService, ParticipantServiceServer},
+use handfast_proto::{
+    calls::{BranchAnswers, serve_branches},
+    v1::{
+        self as pb,
+        admin_service_client::AdminServiceClient,
+        coordinator_service_client::CoordinatorServiceClient,
+        participant_service_server::{ParticipantService, ParticipantServiceServer},
+    },
 };
 use handfast_tests::{
     process::{Coordinator, binary},
@@ -20,12 +23,13 @@ use tokio::{
     net::TcpListener,
     process::Command,
 };
-use tonic::{Code, Request, Response, Status, transport::server::TcpIncoming};
+use tonic::{Code, Request, Response, Status, Streaming, transport::server::TcpIncoming};
 
 /// The codes of a connection that broke; which one depends on where.
 const BROKEN: [&str; 4] = ["UNAVAILABLE", "UNKNOWN", "INTERNAL", "CANCELLED"];
 
 /// A participant that takes its time before it does what it is asked. A time without an end: it never answers.
+#[derive(Clone)]
 struct Slow {
     time: Option<Duration>,
     behind: Participant,
@@ -71,6 +75,15 @@ impl ParticipantService for Slow {
         request: Request<pb::ListActionsRequest>,
     ) -> Result<Response<pb::ListActionsResponse>, Status> {
         self.behind.list_actions(request).await
+    }
+
+    type BranchStreamStream = BranchAnswers;
+
+    async fn branch_stream(
+        &self,
+        request: Request<Streaming<pb::BranchStreamRequest>>,
+    ) -> Result<Response<BranchAnswers>, Status> {
+        Ok(serve_branches(Arc::new(self.clone()), request))
     }
 }
 

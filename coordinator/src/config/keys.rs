@@ -141,6 +141,11 @@ pub(super) struct Calls {
     /// Calls to one address at a time; others wait.
     #[config(env = "HANDFAST_CALLS_PER_PARTICIPANT", default = 64, deserialize_with = value::count)]
     pub(super) per_participant: usize,
+
+    /// Calls to one address share a stream, if it has streams: a fraction of the cost. Off, each call goes by itself: where a load
+    /// balancer is to spread the calls over several instances.
+    #[config(env = "HANDFAST_CALLS_STREAMS", default = true, deserialize_with = value::yes_or_no)]
+    pub(super) streams: bool,
 }
 
 #[derive(confique::Config)]
@@ -197,6 +202,7 @@ impl Keys {
                 participants: self.participants,
                 allow: self.targets.allow,
                 calls_max: self.calls.per_participant,
+                streams: self.calls.streams,
             },
         })
     }

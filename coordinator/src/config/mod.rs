@@ -48,7 +48,7 @@ pub struct Config {
     pub calls: Calls,
     /// `limits`
     pub limits: Limits,
-    /// `participants`, `targets` and `calls.per_participant`
+    /// `participants`, `targets`, `calls.per_participant` and `calls.streams`
     pub targets: Targets,
 }
 

@@ -4,7 +4,7 @@ use super::*;
 
 /// Each key: its section and name, its variable, a value in TOML and as text, and what the configuration says of it, by default
 /// and with that value.
-const KEYS: [(&str, &str, &str, &str, &str, &str); 20] = [
+const KEYS: [(&str, &str, &str, &str, &str, &str); 21] = [
     (
         "listen",
         "HANDFAST_LISTEN",
@@ -50,6 +50,7 @@ const KEYS: [(&str, &str, &str, &str, &str, &str); 20] = [
     ("calls.timeout", "HANDFAST_CALLS_TIMEOUT", r#""500ms""#, "500ms", "5s", "500ms"),
     ("calls.timeout_max", "HANDFAST_CALLS_TIMEOUT_MAX", r#""5s""#, "5s", "60s", "5s"),
     ("calls.per_participant", "HANDFAST_CALLS_PER_PARTICIPANT", "1", "1", "64", "1"),
+    ("calls.streams", "HANDFAST_CALLS_STREAMS", "false", "false", "true", "false"),
     ("limits.open", "HANDFAST_LIMITS_OPEN", "10_000_000", "10000000", "100000", "10000000"),
     ("limits.connections", "HANDFAST_LIMITS_CONNECTIONS", "20", "20", "10000", "20"),
     (
@@ -86,6 +87,7 @@ fn told(config: &Config, path: &str) -> String {
         "calls.timeout" => format!("{:?}", calls.timeout),
         "calls.timeout_max" => format!("{:?}", calls.timeout_max),
         "calls.per_participant" => targets.calls_max.to_string(),
+        "calls.streams" => targets.streams.to_string(),
         "limits.open" => limits.open.to_string(),
         "limits.connections" => limits.connections.to_string(),
         "targets.allow" => targets.allow.to_string(),

@@ -1,4 +1,4 @@
-//! Calls over gRPC, one unary call each.
+//! Calls over gRPC: those to one address share a stream, if it has streams.
 
 use std::{
     collections::BTreeMap,
@@ -8,14 +8,15 @@ use std::{
 };
 
 use handfast_proto::{
-    limits,
+    calls::{BranchCall, BranchRequest, ToParticipant},
+    stream::Line,
     time::timestamp,
-    v1::{self as pb, participant_service_client::ParticipantServiceClient},
+    v1 as pb,
 };
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{
-    Request, Status,
+    Status,
     transport::{Channel, Endpoint},
 };
 
@@ -75,6 +76,8 @@ pub struct Targets {
     pub allow: AllowList,
     /// Calls to one address at a time.
     pub calls_max: usize,
+    /// Calls to one address share a stream, if it has streams.
+    pub streams: bool,
 }
 
 /// Why a branch cannot be called.
@@ -159,7 +162,10 @@ impl GrpcDispatch {
                 lanes.iter().find(|(_, lane)| lane.is_idle()).map(|(address, _)| address.clone());
             lanes.remove(&idle.ok_or(Later(LANES_FULL_PAUSE))?);
         }
-        let lane = Arc::new(Lane::new(self.dialler.channel(address), self.targets.calls_max));
+        let channel = self.dialler.channel(address);
+        let line =
+            if self.targets.streams { Line::new(channel) } else { Line::without_streams(channel) };
+        let lane = Arc::new(Lane::new(line, self.targets.calls_max));
         lanes.insert(address.clone(), lane.clone());
         Ok(lane)
     }
@@ -219,7 +225,7 @@ fn not_made(call: &CallRequest, now: Timestamp) -> Outcome {
 
 async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
     let lane = place.lane();
-    let answer = tokio::time::timeout(call.deadline, send(lane.channel.clone(), call)).await;
+    let answer = tokio::time::timeout(call.deadline, send(&lane.line, call)).await;
     let (answer, answered) = match answer {
         Ok(Ok(reply)) => (Ok(reply), true),
         // A status with a source was made on this side: no connection, or one that broke.
@@ -246,10 +252,7 @@ fn named(status: Status) -> Status {
     named.unwrap_or(status)
 }
 
-async fn send(channel: Channel, call: &CallRequest) -> Result<Option<Payload>, Status> {
-    let mut client = ParticipantServiceClient::new(channel)
-        .max_encoding_message_size(limits::REQUEST_BYTES_MAX)
-        .max_decoding_message_size(2 * limits::PAYLOAD_BYTES_MAX);
+async fn send(line: &Line<ToParticipant>, call: &CallRequest) -> Result<Option<Payload>, Status> {
     let context = Some(pb::BranchContext {
         xid: call.xid.to_string(),
         branch_id: call.branch_id.to_string(),
@@ -262,30 +265,15 @@ async fn send(channel: Channel, call: &CallRequest) -> Result<Option<Payload>, S
         data: payload.data.clone(),
         content_type: payload.content_type.clone(),
     });
-    match call.phase {
-        Phase::Try => {
-            let response =
-                client.try_branch(request(call, pb::TryBranchRequest { context, payload })).await?;
-            let reply = response.into_inner().reply;
-            Ok(reply.map(|reply| Payload { data: reply.data, content_type: reply.content_type }))
-        }
+    let request = match call.phase {
+        Phase::Try => BranchRequest::TryBranch(pb::TryBranchRequest { context, payload }),
         Phase::Confirm => {
-            client
-                .confirm_branch(request(call, pb::ConfirmBranchRequest { context, payload }))
-                .await?;
-            Ok(None)
+            BranchRequest::ConfirmBranch(pb::ConfirmBranchRequest { context, payload })
         }
-        Phase::Cancel => {
-            client
-                .cancel_branch(request(call, pb::CancelBranchRequest { context, payload }))
-                .await?;
-            Ok(None)
-        }
-    }
-}
-
-fn request<T>(call: &CallRequest, message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.set_timeout(call.deadline + DEADLINE_MARGIN);
-    request
+        Phase::Cancel => BranchRequest::CancelBranch(pb::CancelBranchRequest { context, payload }),
+    };
+    // A transaction that the coordinator drives has the branches that it was begun with, and no others.
+    let request = BranchCall { call: request, may_join: false };
+    let reply = line.call(request, call.deadline + DEADLINE_MARGIN).await?.reply;
+    Ok(reply.map(|reply| Payload { data: reply.data, content_type: reply.content_type }))
 }

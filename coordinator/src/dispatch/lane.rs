@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
+use handfast_proto::{calls::ToParticipant, stream::Line};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::transport::Channel;
 
 use super::Later;
 use crate::transaction::Timestamp;
@@ -26,7 +26,7 @@ const BREAKER_PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::fro
 /// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Lane {
-    pub(super) channel: Channel,
+    pub(super) line: Line<ToParticipant>,
     permits: Arc<Semaphore>,
     /// Calls that wait or are under way.
     held: AtomicUsize,
@@ -56,9 +56,9 @@ impl Place {
 }
 
 impl Lane {
-    pub(super) fn new(channel: Channel, calls_max: usize) -> Self {
+    pub(super) fn new(line: Line<ToParticipant>, calls_max: usize) -> Self {
         Self {
-            channel,
+            line,
             permits: Arc::new(Semaphore::new(calls_max)),
             held: AtomicUsize::new(0),
             calls_max,
@@ -176,7 +176,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_queue_turns_callers_away_without_waiting() {
         let channel = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
-        let lane = Arc::new(Lane::new(channel, 2));
+        let lane = Arc::new(Lane::new(Line::new(channel), 2));
         let places: Vec<_> =
             (0..QUEUE_MAX + 2).map(|_| lane.enter(Timestamp(0), false).unwrap()).collect();
         assert_eq!(lane.enter(Timestamp(0), true).unwrap_err(), Later(QUEUE_FULL_PAUSE));

@@ -3,6 +3,7 @@
 mod connection;
 mod convert;
 mod status;
+mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +17,8 @@ use handfast_proto::{
         coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
     },
 };
-use tonic::{Request, Response, Status};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
 
 pub use self::connection::{Connection, STREAMS_MAX};
 use self::{connection::wait_place, convert::NewRequest};
@@ -33,6 +35,8 @@ pub struct Services {
     coordinator: Arc<Coordinator>,
     targets: Arc<Targets>,
     timeout_default: Duration,
+    /// Streams take no further calls.
+    closing: CancellationToken,
 }
 
 impl Services {
@@ -43,7 +47,14 @@ impl Services {
         targets: Arc<Targets>,
         timeout_default: Duration,
     ) -> Self {
-        Self { coordinator, targets, timeout_default }
+        Self { coordinator, targets, timeout_default, closing: CancellationToken::new() }
+    }
+
+    /// Once `closing` is cancelled, streams take no further calls, and end when they have answered those they took: tonic would
+    /// wait for their callers to end them.
+    #[must_use]
+    pub fn until(self, closing: CancellationToken) -> Self {
+        Self { closing, ..self }
     }
 
     /// The service for initiators, with its limits.
@@ -175,6 +186,15 @@ impl CoordinatorService for Services {
         Ok(Response::new(pb::WaitTransactionResponse {
             transaction: self.transaction(&answer.global),
         }))
+    }
+
+    type CallStreamStream = stream::Answers;
+
+    async fn call_stream(
+        &self,
+        request: Request<Streaming<pb::CallStreamRequest>>,
+    ) -> Result<Response<stream::Answers>, Status> {
+        Ok(Response::new(stream::serve(self, request)))
     }
 }
 

@@ -76,6 +76,7 @@ impl Rig {
             )]),
             allow: AllowList::parse(["loopback"]).unwrap(),
             calls_max: 64,
+            streams: true,
         };
         let services = Services::new(coordinator, Arc::new(targets), Duration::from_secs(30));
         Self { store, services, clock, _running: running }

@@ -20,13 +20,14 @@ use handfast_coordinator::{
 };
 use handfast_proto::{
     Xid,
+    calls::{BranchAnswers, serve_branches},
     v1::{
         self as pb,
         participant_service_server::{ParticipantService, ParticipantServiceServer},
     },
 };
 use tokio::runtime::Runtime;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::network::Network;
 use crate::{Handfast, Outcome, Participant, Phase, Remote};
@@ -65,6 +66,8 @@ pub struct Coordinator {
     store: Arc<MemoryStore>,
     clock: ManualClock,
     script: Script,
+    /// Calls share streams.
+    streams: bool,
     /// Everything that is the coordinator's runs here, so that it can be killed: at once, whatever it is doing.
     process: Option<Runtime>,
 }
@@ -76,6 +79,22 @@ impl Coordinator {
     ///
     /// When there is no tokio runtime around it.
     pub async fn start(participants: impl IntoIterator<Item = Participant>) -> Self {
+        Self::start_with(participants, true).await
+    }
+
+    /// The same, where every call is made by itself: no call shares a stream with others.
+    ///
+    /// # Panics
+    ///
+    /// When there is no tokio runtime around it.
+    pub async fn without_streams(participants: impl IntoIterator<Item = Participant>) -> Self {
+        Self::start_with(participants, false).await
+    }
+
+    async fn start_with(
+        participants: impl IntoIterator<Item = Participant>,
+        streams: bool,
+    ) -> Self {
         let (network, script) = (Network::default(), Script::default());
         for participant in participants {
             let incoming = network.host(&host(participant.name()));
@@ -88,7 +107,7 @@ impl Coordinator {
             );
         }
         let (store, clock) = (Arc::default(), ManualClock::at_wall_time());
-        let mut coordinator = Self { network, store, clock, script, process: None };
+        let mut coordinator = Self { network, store, clock, script, streams, process: None };
         coordinator.restart().await;
         coordinator
     }
@@ -109,11 +128,13 @@ impl Coordinator {
         let incoming = self.network.host(COORDINATOR);
         let (network, store, clock) =
             (self.network.clone(), self.store.clone(), self.clock.clone());
+        let streams = self.streams;
         let started = process.spawn(async move {
             let targets = Arc::new(Targets {
                 participants: BTreeMap::new(),
                 allow: AllowList::parse(["*.test:*"]).expect("a rule"),
                 calls_max: 64,
+                streams,
             });
             let clock = Arc::new(clock);
             let dispatch =
@@ -158,17 +179,18 @@ impl Coordinator {
     /// A connection to it.
     #[must_use]
     pub fn handfast(&self) -> Handfast {
-        Handfast::from_channels(
-            self.network.connect(COORDINATOR),
-            self.network.connect(COORDINATOR),
-        )
+        let (calls, waits) = (self.network.connect(COORDINATOR), self.network.connect(COORDINATOR));
+        let handfast = Handfast::from_channels(calls, waits);
+        if self.streams { handfast } else { handfast.without_streams() }
     }
 
     /// One of its participants, for an initiator to call.
     #[must_use]
     pub fn remote(&self, name: &str) -> Remote {
         let host = host(name);
-        Remote::with_channel(name, &format!("http://{host}:1"), self.network.connect(&host))
+        let channel = self.network.connect(&host);
+        let remote = Remote::with_channel(name, &format!("http://{host}:1"), channel);
+        if self.streams { remote } else { remote.without_streams() }
     }
 
     /// What is to happen to the next calls of this action and phase, in order; to those after them, nothing.
@@ -225,6 +247,7 @@ fn host(participant: &str) -> String {
 }
 
 /// A participant that fails on demand.
+#[derive(Clone)]
 struct Scripted {
     participant: Participant,
     script: Script,
@@ -293,6 +316,15 @@ impl ParticipantService for Scripted {
         request: Request<pb::ListActionsRequest>,
     ) -> Result<Response<pb::ListActionsResponse>, Status> {
         self.participant.list_actions(request).await
+    }
+
+    type BranchStreamStream = BranchAnswers;
+
+    async fn branch_stream(
+        &self,
+        request: Request<Streaming<pb::BranchStreamRequest>>,
+    ) -> Result<Response<BranchAnswers>, Status> {
+        Ok(serve_branches(Arc::new(self.clone()), request))
     }
 }
 

@@ -6,14 +6,17 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::v1::{
-    self as pb,
-    participant_service_client::ParticipantServiceClient,
-    participant_service_server::{ParticipantService, ParticipantServiceServer},
+use handfast_proto::{
+    calls::{BranchAnswers, serve_branches},
+    v1::{
+        self as pb,
+        participant_service_client::ParticipantServiceClient,
+        participant_service_server::{ParticipantService, ParticipantServiceServer},
+    },
 };
 use tokio::task::JoinHandle;
 use tonic::{
-    Request, Response, Status,
+    Request, Response, Status, Streaming,
     transport::{Channel, Server, server::TcpIncoming},
 };
 
@@ -81,7 +84,7 @@ impl Drop for Network {
 }
 
 /// Where calls come in.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Door {
     service: Channel,
     faults: Faults,
@@ -161,5 +164,14 @@ impl ParticipantService for Door {
         request: Request<pb::ListActionsRequest>,
     ) -> Result<Response<pb::ListActionsResponse>, Status> {
         ParticipantServiceClient::new(self.service.clone()).list_actions(request).await
+    }
+
+    type BranchStreamStream = BranchAnswers;
+
+    async fn branch_stream(
+        &self,
+        request: Request<Streaming<pb::BranchStreamRequest>>,
+    ) -> Result<Response<BranchAnswers>, Status> {
+        Ok(serve_branches(Arc::new(self.clone()), request))
     }
 }

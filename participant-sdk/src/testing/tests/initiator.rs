@@ -6,47 +6,16 @@ use std::{
 };
 
 use super::{super::Fault, *};
-use crate::{CallError, Outcome, Phase, Remote, TransactionError};
+use crate::{CallError, Phase};
 
-/// As both should be after an order of three pieces from the east and two from the west.
-const CONFIRMED: [Stock; 2] = [(7, 0, 3), (8, 0, 2)];
-
-impl Shop {
-    fn remotes(&self) -> (Remote, Remote) {
-        (self.coordinator.remote("east"), self.coordinator.remote("west"))
-    }
-
-    fn order(&self) -> crate::TransactionBuilder {
-        self.coordinator.handfast().transaction("order").until_decided()
-    }
-
-    /// Orders three pieces from the east and `from_west` from the west.
-    async fn run(
-        &self,
-        order: crate::TransactionBuilder,
-        from_west: i64,
-    ) -> Result<crate::Confirmed<i64>, TransactionError> {
-        let (east, west) = self.remotes();
-        order
-            .run(async |global| {
-                let (left, _) = tokio::try_join!(
-                    global.call::<Deduct>(&east, Json(3)),
-                    global.call::<Deduct>(&west, Json(from_west)),
-                )?;
-                Ok(left.0)
-            })
-            .await
-    }
-
-    async fn confirmed(&self, xid: crate::Xid) {
-        assert_eq!(self.coordinator.finished(xid).await, Outcome::Confirmed { completed: true });
-        assert_eq!(self.stocks().await, CONFIRMED);
-    }
+/// Whether calls share streams: this file is compiled twice.
+fn streams() -> bool {
+    !module_path!().contains("without_streams")
 }
 
 #[tokio::test]
 async fn an_order_that_succeeds() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let order = shop.coordinator.handfast().transaction("order").label("customer", "ann");
     let done = shop.run(order, 2).await.unwrap();
     assert_eq!((done.value, done.completed), (Some(7), true));
@@ -59,7 +28,7 @@ async fn an_order_that_succeeds() {
 
 #[tokio::test]
 async fn a_refusal_reaches_the_initiator_as_it_was_written_and_everything_is_given_back() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let error = shop.run(shop.order(), 11).await.unwrap_err();
     let TransactionError::Refused { xid, branch_id, refusal } = error else { panic!("{error:?}") };
     assert_eq!(branch_id.unwrap().as_str(), "2");
@@ -77,7 +46,7 @@ async fn a_refusal_reaches_the_initiator_as_it_was_written_and_everything_is_giv
 
 #[tokio::test]
 async fn a_swallowed_refusal_still_cancels() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let run = shop.order().run(async |global| {
         global.call::<Deduct>(&east, Json(3)).await?;
@@ -93,7 +62,7 @@ async fn a_swallowed_refusal_still_cancels() {
 
 #[tokio::test]
 async fn a_swallowed_unknown_still_cancels() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::None, Fault::Garbage]);
     let (east, west) = shop.remotes();
     let run = shop.order().run(async |global| {
@@ -115,7 +84,7 @@ async fn a_swallowed_unknown_still_cancels() {
 
 #[tokio::test]
 async fn an_error_of_the_closure_cancels() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let run = shop.order().run(async |global| {
         global.call::<Deduct>(&east, Json(3)).await?;
@@ -135,7 +104,7 @@ async fn an_error_of_the_closure_cancels() {
 
 #[tokio::test]
 async fn a_call_that_is_given_up_cancels() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::None, Fault::Silence]);
     let (east, west) = shop.remotes();
     let run = shop.order().run(async |global| {
@@ -154,7 +123,7 @@ async fn a_call_that_is_given_up_cancels() {
 
 #[tokio::test]
 async fn phase_one_that_takes_too_long_is_cancelled() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let run = shop.order().timeout(Duration::from_millis(300)).run(async |global| {
         global.call::<Deduct>(&east, Json(3)).await?;
@@ -180,7 +149,7 @@ async fn phase_one_that_takes_too_long_is_cancelled() {
 
 #[tokio::test]
 async fn a_future_that_is_dropped_before_the_decision_cancels() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let (tried, mut xid) = tokio::sync::oneshot::channel();
     let run = shop.order().run(async |global| {
@@ -208,7 +177,7 @@ async fn a_future_that_is_dropped_before_the_decision_cancels() {
 
 #[tokio::test]
 async fn a_lost_answer_to_a_try_is_asked_for_again() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::AnswerLost, Fault::Unavailable]);
     let done = shop.run(shop.order(), 2).await.unwrap();
     assert_eq!(done.value, Some(7), "the stored reply of the first Try, whose answer was lost");
@@ -217,7 +186,7 @@ async fn a_lost_answer_to_a_try_is_asked_for_again() {
 
 #[tokio::test]
 async fn a_participant_that_fails_its_confirm_is_asked_until_it_does_not() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let faults =
         [Fault::Unavailable, Fault::AnswerLost, Fault::Silence, Fault::Garbage, Fault::Unavailable];
     shop.coordinator.script(Deduct::NAME, Phase::Confirm, faults);
@@ -229,7 +198,7 @@ async fn a_participant_that_fails_its_confirm_is_asked_until_it_does_not() {
 
 #[tokio::test]
 async fn a_coordinator_that_is_killed_after_the_decision_carries_it_out_when_it_is_back() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     shop.coordinator.script(Deduct::NAME, Phase::Confirm, [Fault::Unavailable; 4]);
     let done = shop.run(shop.order(), 2).await.unwrap();
     shop.coordinator.restart().await;
@@ -238,7 +207,7 @@ async fn a_coordinator_that_is_killed_after_the_decision_carries_it_out_when_it_
 
 #[tokio::test]
 async fn a_coordinator_that_is_killed_in_phase_one_does_not_disturb_the_initiator() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let open = shop.order().begin().await.unwrap();
     open.call::<Deduct>(&east, Json(3)).await.unwrap();
@@ -251,7 +220,7 @@ async fn a_coordinator_that_is_killed_in_phase_one_does_not_disturb_the_initiato
 
 #[tokio::test]
 async fn a_coordinator_that_stays_away_leaves_the_initiator_with_an_xid_to_ask_about() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let open = shop.order().patience(Duration::from_millis(300)).begin().await.unwrap();
     open.call::<Deduct>(&east, Json(3)).await.unwrap();
@@ -269,7 +238,7 @@ async fn a_coordinator_that_stays_away_leaves_the_initiator_with_an_xid_to_ask_a
 
 #[tokio::test]
 async fn without_a_coordinator_nothing_is_tried() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     shop.coordinator.kill();
     let order =
         shop.order().timeout(Duration::from_millis(300)).patience(Duration::from_millis(300));
@@ -280,7 +249,7 @@ async fn without_a_coordinator_nothing_is_tried() {
 
 #[tokio::test]
 async fn without_a_coordinator_nobody_knows_what_a_key_led_to() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     let done = shop.run(shop.order().idempotency_key("a"), 2).await.unwrap();
     let handfast = shop.coordinator.handfast();
     shop.coordinator.kill();
@@ -296,7 +265,7 @@ async fn without_a_coordinator_nobody_knows_what_a_key_led_to() {
 
 #[tokio::test]
 async fn a_begin_without_an_answer_may_have_begun_what_its_key_leads_to() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let order = shop.order().idempotency_key("a").timeout(Duration::from_millis(300));
     let error = order
@@ -314,7 +283,7 @@ async fn a_begin_without_an_answer_may_have_begun_what_its_key_leads_to() {
 
 #[tokio::test]
 async fn the_same_key_runs_once() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let runs = AtomicUsize::new(0);
     let order = |key: &str, n: i64| {
@@ -349,7 +318,7 @@ async fn the_same_key_runs_once() {
 
 #[tokio::test]
 async fn two_runs_of_one_key_at_the_same_time_are_one_order() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let order = || shop.run(shop.order().idempotency_key("a"), 2);
     let (one, two) = tokio::join!(order(), order());
     let (one, two) = (one.unwrap(), two.unwrap());
@@ -359,7 +328,7 @@ async fn two_runs_of_one_key_at_the_same_time_are_one_order() {
 
 #[tokio::test]
 async fn a_run_that_was_cut_off_is_taken_up_by_the_next_one_with_its_key() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     // The first initiator dies after its Trys: as if, by forgetting it.
     let (east, west) = shop.remotes();
     let open = shop.order().idempotency_key("a").begin().await.unwrap();
@@ -387,7 +356,7 @@ async fn a_run_that_was_cut_off_is_taken_up_by_the_next_one_with_its_key() {
 
 #[tokio::test]
 async fn begin_and_decide_in_different_places() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let open = shop.order().begin().await.unwrap();
     open.call::<Deduct>(&east, Json(3)).await.unwrap();
@@ -412,7 +381,7 @@ async fn begin_and_decide_in_different_places() {
 
 #[tokio::test]
 async fn whoever_calls_nobody_confirms_nothing() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let done = shop.order().run(async |_| Ok("nothing to do")).await.unwrap();
     assert_eq!(done.value, Some("nothing to do"));
     assert_eq!(shop.coordinator.finished(done.xid).await, Outcome::Confirmed { completed: true });
@@ -420,7 +389,7 @@ async fn whoever_calls_nobody_confirms_nothing() {
 
 #[tokio::test]
 async fn what_the_coordinator_does_not_take_is_told() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let long = shop.order().idempotency_key("x".repeat(129));
     let error = long.run(async |_| Ok(())).await.unwrap_err();
@@ -452,7 +421,7 @@ async fn what_the_coordinator_does_not_take_is_told() {
 
 #[tokio::test]
 async fn the_coordinator_can_run_it_all() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let handfast = shop.coordinator.handfast();
     let execute = |key: &str, from_west: i64| {
@@ -480,7 +449,7 @@ async fn the_coordinator_can_run_it_all() {
 
 #[tokio::test]
 async fn what_the_coordinator_runs_survives_lost_answers_and_not_its_own_death() {
-    let mut shop = Shop::new().await;
+    let mut shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let handfast = shop.coordinator.handfast();
     let execute = |key: &str| {
@@ -510,7 +479,7 @@ async fn what_the_coordinator_runs_survives_lost_answers_and_not_its_own_death()
 
 #[tokio::test]
 async fn what_is_cancelled_is_not_told_confirmed_however_slow_the_store_is() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let open = shop.order().begin().await.unwrap();
     open.call::<Deduct>(&east, Json(3)).await.unwrap();
@@ -526,7 +495,7 @@ async fn what_is_cancelled_is_not_told_confirmed_however_slow_the_store_is() {
 
 #[tokio::test]
 async fn a_key_of_another_operation_is_not_told_confirmed() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let handfast = shop.coordinator.handfast();
     let run = async |name: &str| {
@@ -541,13 +510,13 @@ async fn a_key_of_another_operation_is_not_told_confirmed() {
 
 #[tokio::test]
 async fn endless_patience_is_no_reason_to_panic() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     shop.run(shop.order().patience(Duration::MAX), 2).await.unwrap();
 }
 
 #[tokio::test]
 async fn an_impatient_second_run_that_is_dropped_leaves_the_first_alone() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
     let first = shop.order().idempotency_key("a").begin().await.unwrap();
     first.call::<Deduct>(&east, Json(3)).await.unwrap();
@@ -569,7 +538,7 @@ async fn an_impatient_second_run_that_is_dropped_leaves_the_first_alone() {
 
 #[tokio::test]
 async fn what_was_executed_under_a_key_is_told_to_a_run_with_it() {
-    let shop = Shop::new().await;
+    let shop = Shop::new(streams()).await;
     let (east, _) = shop.remotes();
     let handfast = shop.coordinator.handfast();
     let executed = handfast.execute("order").idempotency_key("a").call::<Deduct>(&east, &Json(3));

@@ -1,6 +1,10 @@
 //! The initiator's side of the SDK, and the test kit itself, over the real coordinator in this process.
 
+#[path = "initiator.rs"]
 mod initiator;
+#[path = "initiator.rs"]
+#[allow(clippy::duplicate_mod, reason = "the same must hold whether calls share streams or not")]
+mod initiator_without_streams;
 mod inquiry;
 mod laws;
 mod memory;
@@ -9,7 +13,10 @@ mod wire;
 use sqlx::{Sqlite, SqlitePool};
 
 use super::{Coordinator, Database};
-use crate::{Action, Branch, Contract, Failed, Fence, Json, Participant, Refusal, TryError, Tx};
+use crate::{
+    Action, Branch, Confirmed, Contract, Failed, Fence, Json, Outcome, Participant, Refusal,
+    Remote, TransactionBuilder, TransactionError, TryError, Tx, Xid,
+};
 
 const SCHEMA: &str = "CREATE TABLE stock (free INTEGER NOT NULL, held INTEGER NOT NULL, sold INTEGER NOT NULL); \
                       INSERT INTO stock VALUES (10, 0, 0)";
@@ -94,13 +101,49 @@ struct Shop {
 }
 
 impl Shop {
-    async fn new() -> Self {
+    async fn new(streams: bool) -> Self {
         let (east, west) = (Database::new(SCHEMA).await, Database::new(SCHEMA).await);
         let participants = [
             participant("east", &east, Inventory).await,
             participant("west", &west, Inventory).await,
         ];
-        Self { coordinator: Coordinator::start(participants).await, east, west }
+        let coordinator = if streams {
+            Coordinator::start(participants).await
+        } else {
+            Coordinator::without_streams(participants).await
+        };
+        Self { coordinator, east, west }
+    }
+
+    fn remotes(&self) -> (Remote, Remote) {
+        (self.coordinator.remote("east"), self.coordinator.remote("west"))
+    }
+
+    fn order(&self) -> TransactionBuilder {
+        self.coordinator.handfast().transaction("order").until_decided()
+    }
+
+    /// Orders three pieces from the east and `from_west` from the west.
+    async fn run(
+        &self,
+        order: TransactionBuilder,
+        from_west: i64,
+    ) -> Result<Confirmed<i64>, TransactionError> {
+        let (east, west) = self.remotes();
+        order
+            .run(async |global| {
+                let (left, _) = tokio::try_join!(
+                    global.call::<Deduct>(&east, Json(3)),
+                    global.call::<Deduct>(&west, Json(from_west)),
+                )?;
+                Ok(left.0)
+            })
+            .await
+    }
+
+    async fn confirmed(&self, xid: Xid) {
+        assert_eq!(self.coordinator.finished(xid).await, Outcome::Confirmed { completed: true });
+        assert_eq!(self.stocks().await, CONFIRMED);
     }
 
     async fn stocks(&self) -> [Stock; 2] {
@@ -119,5 +162,8 @@ impl Shop {
         panic!("expected {expected:?}, and it stays {:?}", self.stocks().await);
     }
 }
+
+/// As both should be after an order of three pieces from the east and two from the west.
+const CONFIRMED: [Stock; 2] = [(7, 0, 3), (8, 0, 2)];
 
 const UNTOUCHED: [Stock; 2] = [(10, 0, 0), (10, 0, 0)];

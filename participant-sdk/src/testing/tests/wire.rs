@@ -5,11 +5,14 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::v1::{
-    self as pb,
-    coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
+use handfast_proto::{
+    stream,
+    v1::{
+        self as pb,
+        coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
+    },
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{super::network::Network, *};
 use crate::{Handfast, Remote};
@@ -88,6 +91,15 @@ impl CoordinatorService for Notes {
         _: Request<pb::WaitTransactionRequest>,
     ) -> Result<Response<pb::WaitTransactionResponse>, Status> {
         Err(Status::unimplemented("not here"))
+    }
+
+    type CallStreamStream = stream::Answers<pb::CallStreamResponse>;
+
+    async fn call_stream(
+        &self,
+        _: Request<Streaming<pb::CallStreamRequest>>,
+    ) -> Result<Response<Self::CallStreamStream>, Status> {
+        Err(Status::unimplemented("calls come one by one"))
     }
 }
 

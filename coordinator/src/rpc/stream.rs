@@ -1,0 +1,79 @@
+//! Calls of initiators that share a stream: each one is what its method does, and so it goes through that.
+
+use std::sync::Arc;
+
+use handfast_proto::{
+    stream::{self, within},
+    v1::{
+        CallStreamRequest, CallStreamResponse, call_stream_request::Call,
+        call_stream_response::Answer, coordinator_service_server::CoordinatorService,
+    },
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Services, connection::Allowance, convert};
+
+/// Answers on a stream.
+pub(super) type Answers = stream::Answers<CallStreamResponse>;
+
+/// Answers what comes on a stream until the caller or the coordinator ends it.
+pub(super) fn serve(
+    services: &Services,
+    request: Request<Streaming<CallStreamRequest>>,
+) -> Answers {
+    let services = Arc::new(services.clone());
+    let allowance = request.extensions().get::<Allowance>().cloned();
+    let closing = services.closing.clone().cancelled_owned();
+    stream::serve(request.into_inner(), closing, move |request| {
+        answer(services.clone(), allowance.clone(), request)
+    })
+}
+
+async fn answer(
+    services: Arc<Services>,
+    allowance: Option<Allowance>,
+    request: CallStreamRequest,
+) -> CallStreamResponse {
+    let CallStreamRequest { number, timeout_millis, call } = request;
+    let answer = within(timeout_millis, ask(&services, allowance, call)).await;
+    let answer = Some(answer.unwrap_or_else(|status| Answer::Failure(status.into())));
+    CallStreamResponse { number, answer }
+}
+
+async fn ask(
+    services: &Services,
+    allowance: Option<Allowance>,
+    call: Option<Call>,
+) -> Result<Answer, Status> {
+    let Some(call) = call else {
+        let (field, problem) = ("call".to_owned(), "is missing, or not known here".to_owned());
+        return Err(convert::Invalid { field, problem }.into());
+    };
+    Ok(match call {
+        Call::Begin(call) => Answer::Begin(of(services.begin(Request::new(call)).await?)),
+        Call::RegisterBranch(call) => {
+            Answer::RegisterBranch(of(services.register_branch(Request::new(call)).await?))
+        }
+        Call::Decide(call) => Answer::Decide(of(services.decide(on(allowance, call)).await?)),
+        Call::Execute(call) => Answer::Execute(of(services.execute(on(allowance, call)).await?)),
+        Call::GetTransaction(call) => {
+            Answer::GetTransaction(of(services.get_transaction(Request::new(call)).await?))
+        }
+        Call::WaitTransaction(call) => {
+            Answer::WaitTransaction(of(services.wait_transaction(on(allowance, call)).await?))
+        }
+    })
+}
+
+/// A call that may wait takes a place of its connection's allowance.
+fn on<T>(allowance: Option<Allowance>, call: T) -> Request<T> {
+    let mut request = Request::new(call);
+    if let Some(allowance) = allowance {
+        request.extensions_mut().insert(allowance);
+    }
+    request
+}
+
+fn of<T>(response: Response<T>) -> T {
+    response.into_inner()
+}

@@ -106,8 +106,14 @@ async fn phase_two(
 #[cfg(test)]
 #[cfg(feature = "sqlite")]
 mod tests {
+    use std::time::Duration;
+
     use handfast_proto::{
-        reason, time::timestamp, v1::participant_service_client::ParticipantServiceClient,
+        calls::{BranchAnswer, BranchCall, BranchRequest, ToParticipant},
+        reason,
+        stream::Line,
+        time::timestamp,
+        v1::participant_service_client::ParticipantServiceClient,
     };
     use hyper_util::rt::TokioIo;
     use tonic::{
@@ -122,10 +128,18 @@ mod tests {
         fence::fixture::{STOCK, Shop, branch, payload, payload_that},
     };
 
-    type Client = ParticipantServiceClient<Channel>;
+    type Client = Line<ToParticipant>;
+
+    /// A shop whose calls share a stream, and one whose calls go by themselves: what is answered must be the same.
+    async fn both_ways() -> [(Shop, Client); 2] {
+        let (one, other) = (Shop::in_memory().await, Shop::in_memory().await);
+        let lines = [Line::new(serve(&one).await), Line::without_streams(serve(&other).await)];
+        let [streams, alone] = lines;
+        [(one, streams), (other, alone)]
+    }
 
     /// A participant behind a real tonic server, without a port.
-    async fn serve(shop: &Shop) -> Client {
+    async fn serve(shop: &Shop) -> Channel {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let incoming = futures_util::stream::iter([Ok::<_, std::io::Error>(theirs)]);
         let server = Server::builder()
@@ -138,7 +152,7 @@ mod tests {
             async move { ours.ok_or_else(|| std::io::Error::other("connected already")) }
         });
         let endpoint = Endpoint::from_static("http://inventory");
-        ParticipantServiceClient::new(endpoint.connect_with_connector(connect).await.unwrap())
+        endpoint.connect_with_connector(connect).await.unwrap()
     }
 
     fn context(n: u64) -> Option<BranchContext> {
@@ -152,24 +166,28 @@ mod tests {
         })
     }
 
+    async fn call(client: &Client, call: BranchRequest) -> Result<BranchAnswer, Status> {
+        client.call(BranchCall { call, may_join: false }, Duration::from_secs(60)).await
+    }
+
     async fn try_it(
-        client: &mut Client,
+        client: &Client,
         context: Option<BranchContext>,
         data: Vec<u8>,
     ) -> Result<Payload, Status> {
         let payload = Some(Payload { data: data.into(), content_type: String::new() });
-        let response = client.try_branch(TryBranchRequest { context, payload }).await?;
-        Ok(response.into_inner().reply.expect("a reply"))
+        let request = TryBranchRequest { context, payload };
+        Ok(call(client, BranchRequest::TryBranch(request)).await?.reply.expect("a reply"))
     }
 
-    async fn confirm(client: &mut Client, context: Option<BranchContext>) -> Result<(), Status> {
+    async fn confirm(client: &Client, context: Option<BranchContext>) -> Result<(), Status> {
         let request = ConfirmBranchRequest { context, payload: None };
-        client.confirm_branch(request).await.map(|_| ())
+        call(client, BranchRequest::ConfirmBranch(request)).await.map(|_| ())
     }
 
-    async fn cancel(client: &mut Client, context: Option<BranchContext>) -> Result<(), Status> {
+    async fn cancel(client: &Client, context: Option<BranchContext>) -> Result<(), Status> {
         let request = CancelBranchRequest { context, payload: None };
-        client.cancel_branch(request).await.map(|_| ())
+        call(client, BranchRequest::CancelBranch(request)).await.map(|_| ())
     }
 
     fn told<T>(result: Result<T, Status>) -> (Code, String) {
@@ -184,136 +202,136 @@ mod tests {
 
     #[tokio::test]
     async fn a_branch_is_tried_and_confirmed_with_what_try_got() {
-        let shop = Shop::in_memory().await;
-        let mut client = serve(&shop).await;
-        let reply = try_it(&mut client, context(1), payload(2)).await.unwrap();
-        assert_eq!(
-            (&reply.data[..], reply.content_type.as_str()),
-            (&b"\"8 left\""[..], "application/json")
-        );
-        assert_eq!(try_it(&mut client, context(1), payload(2)).await.unwrap(), reply);
+        for (shop, client) in &both_ways().await {
+            let reply = try_it(client, context(1), payload(2)).await.unwrap();
+            assert_eq!(
+                (&reply.data[..], reply.content_type.as_str()),
+                (&b"\"8 left\""[..], "application/json")
+            );
+            assert_eq!(try_it(client, context(1), payload(2)).await.unwrap(), reply);
 
-        let other = Some(Payload { data: payload(7).into(), content_type: String::new() });
-        for _ in 0..2 {
-            let request = ConfirmBranchRequest { context: context(1), payload: other.clone() };
-            client.confirm_branch(request).await.unwrap();
+            let other = Some(Payload { data: payload(7).into(), content_type: String::new() });
+            for _ in 0..2 {
+                let request = ConfirmBranchRequest { context: context(1), payload: other.clone() };
+                call(client, BranchRequest::ConfirmBranch(request)).await.unwrap();
+            }
+            assert_eq!(shop.shelf().await, (STOCK - 2, 0, 2));
+            let opposite = cancel(client, context(1)).await;
+            assert_eq!(told(opposite), says(Code::FailedPrecondition, reason::OPPOSITE_DONE));
         }
-        assert_eq!(shop.shelf().await, (STOCK - 2, 0, 2));
-        let opposite = cancel(&mut client, context(1)).await;
-        assert_eq!(told(opposite), says(Code::FailedPrecondition, reason::OPPOSITE_DONE));
     }
 
     #[tokio::test]
     async fn every_answer_has_the_code_of_the_contract() {
-        let shop = Shop::in_memory().await;
-        let mut client = serve(&shop).await;
-        let client = &mut client;
+        for (_, client) in &both_ways().await {
+            let refused = try_it(client, context(1), payload_that(2, "refuse")).await.unwrap_err();
+            let refusal = Refusal::from_status(&refused).unwrap();
+            assert_eq!(refusal.to_string(), "OUT_OF_STOCK: none left");
+            assert_eq!(
+                (refusal.domain.as_str(), refusal.metadata["left"].as_str()),
+                ("inventory", "8")
+            );
 
-        let refused = try_it(client, context(1), payload_that(2, "refuse")).await.unwrap_err();
-        let refusal = Refusal::from_status(&refused).unwrap();
-        assert_eq!(refusal.to_string(), "OUT_OF_STOCK: none left");
-        assert_eq!(
-            (refusal.domain.as_str(), refusal.metadata["left"].as_str()),
-            ("inventory", "8")
-        );
+            let failed = try_it(client, context(1), payload_that(2, "fail")).await.unwrap_err();
+            assert_eq!((failed.code(), failed.message()), (Code::Unknown, "the disk is on fire"));
+            let long = try_it(client, context(1), payload_that(2, "long")).await.unwrap_err();
+            assert_eq!(long.code(), Code::Unknown);
+            assert!(long.message().starts_with("the reply has 65538 bytes"), "{long:?}");
 
-        let failed = try_it(client, context(1), payload_that(2, "fail")).await.unwrap_err();
-        assert_eq!((failed.code(), failed.message()), (Code::Unknown, "the disk is on fire"));
-        let long = try_it(client, context(1), payload_that(2, "long")).await.unwrap_err();
-        assert_eq!(long.code(), Code::Unknown);
-        assert!(long.message().starts_with("the reply has 65538 bytes"), "{long:?}");
+            let never = confirm(client, context(1)).await;
+            assert_eq!(told(never), says(Code::FailedPrecondition, reason::NEVER_TRIED));
+            cancel(client, context(1)).await.unwrap();
+            let late = try_it(client, context(1), payload(2)).await;
+            assert_eq!(told(late), says(Code::Aborted, reason::CANCELLED_BEFORE));
+            let opposite = confirm(client, context(1)).await;
+            assert_eq!(told(opposite), says(Code::FailedPrecondition, reason::OPPOSITE_DONE));
 
-        let never = confirm(client, context(1)).await;
-        assert_eq!(told(never), says(Code::FailedPrecondition, reason::NEVER_TRIED));
-        cancel(client, context(1)).await.unwrap();
-        let late = try_it(client, context(1), payload(2)).await;
-        assert_eq!(told(late), says(Code::Aborted, reason::CANCELLED_BEFORE));
-        let opposite = confirm(client, context(1)).await;
-        assert_eq!(told(opposite), says(Code::FailedPrecondition, reason::OPPOSITE_DONE));
+            try_it(client, context(2), payload(2)).await.unwrap();
+            let differs = try_it(client, context(2), payload(3)).await;
+            assert_eq!(told(differs), says(Code::FailedPrecondition, reason::PAYLOAD_DIFFERS));
 
-        try_it(client, context(2), payload(2)).await.unwrap();
-        let differs = try_it(client, context(2), payload(3)).await;
-        assert_eq!(told(differs), says(Code::FailedPrecondition, reason::PAYLOAD_DIFFERS));
+            let expired = context(3).map(|context| {
+                let expires_at = Some(timestamp(1_700_000_000_000));
+                BranchContext { expires_at, ..context }
+            });
+            let expired = try_it(client, expired, payload(2)).await;
+            assert_eq!(told(expired), says(Code::Aborted, reason::EXPIRED));
 
-        let expired = context(3).map(|context| {
-            let expires_at = Some(timestamp(1_700_000_000_000));
-            BranchContext { expires_at, ..context }
-        });
-        let expired = try_it(client, expired, payload(2)).await;
-        assert_eq!(told(expired), says(Code::Aborted, reason::EXPIRED));
+            let unknown = context(3).map(|context| {
+                let action = "inventory.count".to_owned();
+                BranchContext { action, ..context }
+            });
+            let unknown = try_it(client, unknown, payload(2)).await;
+            assert_eq!(told(unknown), says(Code::Unimplemented, reason::ACTION_UNKNOWN));
 
-        let unknown = context(3).map(|context| {
-            let action = "inventory.count".to_owned();
-            BranchContext { action, ..context }
-        });
-        let unknown = try_it(client, unknown, payload(2)).await;
-        assert_eq!(told(unknown), says(Code::Unimplemented, reason::ACTION_UNKNOWN));
-
-        for data in [b"{}".to_vec(), vec![b' '; limits::PAYLOAD_BYTES_MAX + 1]] {
-            let invalid = try_it(client, context(3), data).await;
-            assert_eq!(told(invalid), says(Code::InvalidArgument, reason::INVALID_FIELD));
+            for data in [b"{}".to_vec(), vec![b' '; limits::PAYLOAD_BYTES_MAX + 1]] {
+                let invalid = try_it(client, context(3), data).await;
+                assert_eq!(told(invalid), says(Code::InvalidArgument, reason::INVALID_FIELD));
+            }
+            let no_context = confirm(client, None).await;
+            assert_eq!(told(no_context), says(Code::InvalidArgument, reason::INVALID_FIELD));
         }
-        let no_context = confirm(client, None).await;
-        assert_eq!(told(no_context), says(Code::InvalidArgument, reason::INVALID_FIELD));
     }
 
     #[tokio::test]
     async fn phase_two_is_repeated_or_asks_for_a_person() {
-        let shop = Shop::in_memory().await;
-        let mut client = serve(&shop).await;
-        let client = &mut client;
-        try_it(client, context(1), payload_that(2, "attention")).await.unwrap();
-        for result in [confirm(client, context(1)).await, cancel(client, context(1)).await] {
-            let status = result.as_ref().unwrap_err();
-            assert_eq!(status.message(), "the shelf has fallen over");
-            assert_eq!(told(result), says(Code::FailedPrecondition, reason::NEEDS_ATTENTION));
+        for (shop, client) in &both_ways().await {
+            try_it(client, context(1), payload_that(2, "attention")).await.unwrap();
+            for result in [confirm(client, context(1)).await, cancel(client, context(1)).await] {
+                let status = result.as_ref().unwrap_err();
+                assert_eq!(status.message(), "the shelf has fallen over");
+                assert_eq!(told(result), says(Code::FailedPrecondition, reason::NEEDS_ATTENTION));
+            }
+            let break_it = "UPDATE handfast_fence SET payload = ?";
+            sqlx::query(break_it).bind(payload_that(2, "fail")).execute(&shop.pool).await.unwrap();
+            for result in [confirm(client, context(1)).await, cancel(client, context(1)).await] {
+                let status = result.unwrap_err();
+                assert_eq!(
+                    (status.code(), status.message()),
+                    (Code::Unavailable, "the disk is on fire")
+                );
+            }
+            assert_eq!(shop.shelf().await, (STOCK - 2, 2, 0));
         }
-        let break_it = "UPDATE handfast_fence SET payload = ?";
-        sqlx::query(break_it).bind(payload_that(2, "fail")).execute(&shop.pool).await.unwrap();
-        for result in [confirm(client, context(1)).await, cancel(client, context(1)).await] {
-            let status = result.unwrap_err();
-            assert_eq!(
-                (status.code(), status.message()),
-                (Code::Unavailable, "the disk is on fire")
-            );
-        }
-        assert_eq!(shop.shelf().await, (STOCK - 2, 2, 0));
     }
 
     #[tokio::test]
     async fn a_long_refusal_fits_the_headers_of_a_grpc_client() {
-        let shop = Shop::in_memory().await;
-        let mut client = serve(&shop).await;
-        let refused = try_it(&mut client, context(1), payload_that(2, "refuse long")).await;
-        let refusal = Refusal::from_status(&refused.unwrap_err()).unwrap();
-        assert_eq!(refusal.reason, "OUT_OF_STOCK");
-        assert!(refusal.message.starts_with("库存不足") && !refusal.metadata.is_empty());
+        for (_, client) in &both_ways().await {
+            let refused = try_it(client, context(1), payload_that(2, "refuse long")).await;
+            let refusal = Refusal::from_status(&refused.unwrap_err()).unwrap();
+            assert_eq!(refusal.reason, "OUT_OF_STOCK");
+            assert!(refusal.message.starts_with("库存不足") && !refusal.metadata.is_empty());
+        }
     }
 
     #[tokio::test]
     async fn a_caller_that_goes_away_leaves_nothing_behind() {
-        let shop = Shop::in_memory().await;
-        let mut client = serve(&shop).await;
-        let mut other = shop.pool.acquire().await.unwrap();
-        let mut request = Request::new(TryBranchRequest {
-            context: context(1),
-            payload: Some(Payload { data: payload(2).into(), content_type: String::new() }),
-        });
-        request.set_timeout(std::time::Duration::from_millis(100));
-        let status = client.try_branch(request).await.unwrap_err();
-        assert!(matches!(status.code(), Code::Cancelled | Code::DeadlineExceeded), "{status:?}");
-        sqlx::query("UPDATE shelf SET sold = 0").execute(&mut *other).await.unwrap();
-        drop(other);
-        cancel(&mut client, context(1)).await.unwrap();
-        assert_eq!(shop.shelf().await, (STOCK, 0, 0));
-        // On a busy machine the Try may have come first, and was cancelled.
-        let state = shop.state(1).await.unwrap();
-        assert!(["suspended", "cancelled"].contains(&state.as_str()), "{state}");
+        for (shop, client) in &both_ways().await {
+            let mut other = shop.pool.acquire().await.unwrap();
+            let request = TryBranchRequest {
+                context: context(1),
+                payload: Some(Payload { data: payload(2).into(), content_type: String::new() }),
+            };
+            let request = BranchCall { call: BranchRequest::TryBranch(request), may_join: false };
+            let status = client.call(request, Duration::from_millis(100)).await.unwrap_err();
+            assert!(
+                matches!(status.code(), Code::Cancelled | Code::DeadlineExceeded),
+                "{status:?}"
+            );
+            sqlx::query("UPDATE shelf SET sold = 0").execute(&mut *other).await.unwrap();
+            drop(other);
+            cancel(client, context(1)).await.unwrap();
+            assert_eq!(shop.shelf().await, (STOCK, 0, 0));
+            // On a busy machine the Try may have come first, and was cancelled.
+            let state = shop.state(1).await.unwrap();
+            assert!(["suspended", "cancelled"].contains(&state.as_str()), "{state}");
+        }
     }
 
     #[tokio::test]
     async fn what_is_served_can_be_asked() {
-        let mut client = serve(&Shop::in_memory().await).await;
+        let mut client = ParticipantServiceClient::new(serve(&Shop::in_memory().await).await);
         let answer = client.list_actions(ListActionsRequest {}).await.unwrap().into_inner();
         assert_eq!((answer.participant.as_str(), answer.sdk.as_str()), ("inventory", SDK));
         assert_eq!(

@@ -8,6 +8,7 @@ mod initiator_without_streams;
 mod inquiry;
 mod laws;
 mod memory;
+mod streams;
 mod wire;
 
 use sqlx::{Sqlite, SqlitePool};

@@ -1,0 +1,220 @@
+//! Calls that share a stream get in nobody's way, and what happens to the stream is never taken for an answer.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::StreamExt as _;
+use handfast_proto::{
+    calls::{
+        BranchAnswer, BranchAnswers, BranchCall, BranchRequest, ToParticipant, serve_branches,
+    },
+    limits,
+    stream::{AGE, Line},
+    v1::{
+        self as pb,
+        participant_service_server::{ParticipantService, ParticipantServiceServer},
+    },
+};
+use tokio::{sync::oneshot, task::JoinHandle};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::super::network::Network;
+
+/// Longer than any call waits here.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A participant that does what its action says.
+#[derive(Clone)]
+struct Odd {
+    /// What opening a stream ends with, if that is not a stream.
+    no_streams: Option<Code>,
+    /// So many streams end with the first call on them.
+    broken: Arc<AtomicUsize>,
+}
+
+impl Odd {
+    fn sound() -> Self {
+        Self { no_streams: None, broken: Arc::default() }
+    }
+}
+
+#[tonic::async_trait]
+impl ParticipantService for Odd {
+    async fn try_branch(
+        &self,
+        request: Request<pb::TryBranchRequest>,
+    ) -> Result<Response<pb::TryBranchResponse>, Status> {
+        match request.into_inner().context.unwrap_or_default().action.as_str() {
+            "never" => std::future::pending().await,
+            "panic" => panic!("the action says so"),
+            "refuse" => Err(Status::failed_precondition("no")),
+            _ => Ok(Response::new(pb::TryBranchResponse { reply: None })),
+        }
+    }
+
+    async fn confirm_branch(
+        &self,
+        _: Request<pb::ConfirmBranchRequest>,
+    ) -> Result<Response<pb::ConfirmBranchResponse>, Status> {
+        Ok(Response::new(pb::ConfirmBranchResponse {}))
+    }
+
+    async fn cancel_branch(
+        &self,
+        _: Request<pb::CancelBranchRequest>,
+    ) -> Result<Response<pb::CancelBranchResponse>, Status> {
+        Ok(Response::new(pb::CancelBranchResponse {}))
+    }
+
+    async fn list_actions(
+        &self,
+        _: Request<pb::ListActionsRequest>,
+    ) -> Result<Response<pb::ListActionsResponse>, Status> {
+        Ok(Response::new(pb::ListActionsResponse::default()))
+    }
+
+    type BranchStreamStream = BranchAnswers;
+
+    async fn branch_stream(
+        &self,
+        request: Request<Streaming<pb::BranchStreamRequest>>,
+    ) -> Result<Response<BranchAnswers>, Status> {
+        if let Some(code) = self.no_streams {
+            return Err(Status::new(code, "no streams here"));
+        }
+        let one_less = |broken: usize| broken.checked_sub(1);
+        if self.broken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok() {
+            let breaks = request.into_inner().map(|_| Err(Status::failed_precondition("not you")));
+            return Ok(Response::new(Box::pin(breaks)));
+        }
+        Ok(serve_branches(Arc::new(self.clone()), request))
+    }
+}
+
+/// Serves until told to stop; ends once it has.
+fn serve(network: &Network, odd: Odd) -> (oneshot::Sender<()>, JoinHandle<()>) {
+    let (stop, stopped) = oneshot::channel();
+    let serving = tonic::transport::Server::builder()
+        .add_service(ParticipantServiceServer::new(odd))
+        .serve_with_incoming_shutdown(network.host("odd"), async { drop(stopped.await) });
+    (stop, tokio::spawn(async { serving.await.unwrap() }))
+}
+
+async fn try_it(line: &Line<ToParticipant>, action: &str) -> Result<BranchAnswer, Status> {
+    with_payload(line, action, 0, TIMEOUT).await
+}
+
+async fn with_payload(
+    line: &Line<ToParticipant>,
+    action: &str,
+    bytes: usize,
+    timeout: Duration,
+) -> Result<BranchAnswer, Status> {
+    let action = action.to_owned();
+    let context = Some(pb::BranchContext { action, ..pb::BranchContext::default() });
+    let payload = Some(pb::Payload { data: vec![0; bytes].into(), content_type: String::new() });
+    let call = BranchRequest::TryBranch(pb::TryBranchRequest { context, payload });
+    line.call(BranchCall { call, may_join: true }, timeout).await
+}
+
+fn is_broken(status: &Status) -> bool {
+    status.code() == Code::Unavailable && std::error::Error::source(status).is_some()
+}
+
+#[tokio::test]
+async fn calls_of_one_stream_do_not_wait_for_each_other() {
+    let network = Network::default();
+    let _serving = serve(&network, Odd::sound());
+    let line = Line::new(network.connect("odd"));
+    let never = tokio::spawn({
+        let line = line.clone();
+        async move { try_it(&line, "never").await }
+    });
+    try_it(&line, "fast").await.unwrap();
+    assert_eq!(try_it(&line, "refuse").await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(try_it(&line, "panic").await.unwrap_err().code(), Code::Internal);
+    let late = with_payload(&line, "never", 0, Duration::from_millis(20)).await;
+    assert_eq!(late.unwrap_err().code(), Code::DeadlineExceeded, "by the participant's own clock");
+    // Too large is that one call, and no other.
+    let large = with_payload(&line, "fast", limits::REQUEST_BYTES_MAX, TIMEOUT).await;
+    large.unwrap_err();
+    try_it(&line, "fast").await.unwrap();
+    assert_eq!(format!("{line:?}"), "Line(a stream)");
+    assert!(!never.is_finished());
+    never.abort();
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_leaves_its_calls_without_an_answer() {
+    let network = Network::default();
+    let broken = Arc::new(AtomicUsize::new(1));
+    let _serving = serve(&network, Odd { broken: broken.clone(), ..Odd::sound() });
+    let line = Line::new(network.connect("odd"));
+    let (one, other) = tokio::join!(try_it(&line, "fast"), try_it(&line, "fast"));
+    for lost in [one, other] {
+        let lost = lost.unwrap_err();
+        assert!(is_broken(&lost), "what befell the stream is no answer to a call: {lost:?}");
+    }
+    // A line whose streams bring no answers does without, for a while.
+    try_it(&line, "fast").await.unwrap();
+    assert_eq!(format!("{line:?}"), "Line(one by one)");
+}
+
+#[tokio::test]
+async fn whoever_has_no_streams_is_called_one_by_one() {
+    for code in [Code::Unimplemented, Code::FailedPrecondition, Code::Internal] {
+        let network = Network::default();
+        let _serving = serve(&network, Odd { no_streams: Some(code), ..Odd::sound() });
+        let line = Line::new(network.connect("odd"));
+        let [one, other] = [try_it(&line, "fast"), try_it(&line, "refuse")];
+        let (one, other) = tokio::join!(one, other);
+        one.unwrap();
+        assert_eq!(other.unwrap_err().message(), "no", "the call's own answer");
+        assert_eq!(format!("{line:?}"), "Line(one by one)");
+    }
+}
+
+#[tokio::test]
+async fn without_anybody_there_the_call_has_no_answer() {
+    let line: Line<ToParticipant> = Line::new(Network::default().connect("odd"));
+    for _ in 0..2 {
+        assert!(is_broken(&try_it(&line, "fast").await.unwrap_err()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_stops_in_good_order_is_not_held_up_by_idle_streams() {
+    let network = Network::default();
+    let (stop, serving) = serve(&network, Odd::sound());
+    let line = Line::new(network.connect("odd"));
+    try_it(&line, "fast").await.unwrap();
+    let began = tokio::time::Instant::now();
+    stop.send(()).unwrap();
+    tokio::time::timeout(AGE * 3, serving).await.expect("it ends").unwrap();
+    assert!(began.elapsed() < AGE * 2);
+    // And the line finds whoever has taken its place.
+    let _again = serve(&network, Odd::sound());
+    try_it(&line, "fast").await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_stream_answers_what_it_took_while_a_new_one_takes_further_calls() {
+    let network = Network::default();
+    let _serving = serve(&network, Odd::sound());
+    let line = Line::new(network.connect("odd"));
+    let slow = with_payload(&line, "never", 0, AGE * 4);
+    tokio::pin!(slow);
+    for _ in 0..3 {
+        tokio::select! {
+            early = &mut slow => panic!("{early:?}"),
+            () = tokio::time::sleep(AGE) => {}
+        }
+        try_it(&line, "fast").await.unwrap();
+    }
+    assert_eq!(slow.await.unwrap_err().code(), Code::DeadlineExceeded);
+}

@@ -160,5 +160,5 @@ fn every_call_says_what_it_guarantees() {
             );
         }
     }
-    assert_eq!(calls, 6 + 4 + 3);
+    assert_eq!(calls, 7 + 5 + 3);
 }

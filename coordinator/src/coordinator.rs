@@ -17,11 +17,11 @@ use tracing::{info, warn};
 use crate::{
     clock::Clock,
     dispatch::Dispatch,
-    journal::{Durable, Ended, Journal, JournalHealth},
+    journal::{Counts, Durable, Ended, Journal, JournalHealth},
     partition::{
         Answer, Ask, COMMANDS_MAX, Command, Error, Partition, Parts, Reply, Settings, Until, What,
     },
-    store::{self, ListFilter, Ownership, PARTITIONS, Show, Store, Summary},
+    store::{self, ListFilter, Ownership, PARTITIONS, Show, Store, Summary, Written},
     transaction::{Decision, GlobalTransaction, NewTransaction, StuckAfter, Timestamp},
 };
 
@@ -52,6 +52,7 @@ pub struct Coordinator {
 #[derive(Debug)]
 pub struct Running {
     store: Arc<dyn Store>,
+    health: Arc<JournalHealth>,
     ownerships: Vec<Ownership>,
     /// What may end at any moment.
     background: CancellationToken,
@@ -77,6 +78,7 @@ impl Coordinator {
         let (journal, outboxes, health) = Journal::new(store.clone(), clock.clone(), &ownerships);
         let running = Running {
             store: store.clone(),
+            health: health.clone(),
             ownerships: ownerships.clone(),
             background: CancellationToken::new(),
             partitions: Default::default(),
@@ -340,7 +342,7 @@ impl Coordinator {
             let now = self.clock.now();
             match self.store.summary(now, self.stuck_after).await {
                 Ok(Summary { open, stuck, oldest }) => {
-                    let (batches, transactions) = self.health.counts();
+                    let Counts { batches, transactions, .. } = self.health.counts();
                     let oldest_seconds = oldest.map_or(0, |oldest| (now - oldest).as_secs());
                     let batches_lately = batches - before.0;
                     let per_batch =
@@ -377,6 +379,9 @@ impl Running {
         if let Err(error) = self.store.release(&self.ownerships).await {
             warn!(%error, "cannot hand the partitions back; the next owner takes them over all the same");
         }
+        let Counts { batches, awaited, transactions } = self.health.counts();
+        let Written { statements, rows } = self.store.written();
+        info!(batches, awaited, transactions, statements, rows, "recorded");
     }
 }
 

@@ -30,6 +30,7 @@ use crate::{
     standby,
     store::{
         self, Store,
+        memory::MemoryStore,
         mysql::{self, MySqlStore},
         sqlite::{self, SqliteStore},
     },
@@ -119,6 +120,12 @@ pub async fn run(
         StoreUrl::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
         StoreUrl::MySql(url) => {
             Arc::new(MySqlStore::open(url.secret(), config.store_unsafe).await?)
+        }
+        StoreUrl::Memory => {
+            warn!(
+                "NOTHING IS DURABLE: the store is in memory, and every decision is forgotten when this process ends"
+            );
+            Arc::new(MemoryStore::default())
         }
     };
     let address = config.listen;

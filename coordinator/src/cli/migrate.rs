@@ -32,6 +32,7 @@ impl Migrate {
             StoreUrl::Sqlite(_) => {
                 return Err(wrong("a store of SQLite makes its tables itself".to_owned()));
             }
+            StoreUrl::Memory => return Err(wrong("a store in memory has no tables".to_owned())),
         };
         if self.dry_run {
             let steps = mysql::pending(url.secret()).await.map_err(failed)?;

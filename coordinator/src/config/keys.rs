@@ -43,7 +43,8 @@ pub(super) struct Keys {
     #[config(env = "HANDFAST_STORE", deserialize_with = value::parsed)]
     pub(super) store: StoreUrl,
 
-    /// Use a MySQL server that would lose what it has acknowledged (innodb_flush_log_at_trx_commit, sync_binlog): for tries only.
+    /// Use a MySQL server that would lose what it has acknowledged (innodb_flush_log_at_trx_commit, sync_binlog), or `memory:`,
+    /// which forgets every decision when the coordinator stops: for tries and benchmarks only.
     #[config(env = "HANDFAST_STORE_UNSAFE", default = false, deserialize_with = value::yes_or_no)]
     pub(super) store_unsafe: bool,
 
@@ -208,7 +209,17 @@ impl Keys {
     }
 
     fn problem(&self) -> Option<Problem> {
-        let Self { listen, insecure, retention, transaction, retry, calls, .. } = self;
+        let Self {
+            listen,
+            insecure,
+            store,
+            store_unsafe,
+            retention,
+            transaction,
+            retry,
+            calls,
+            ..
+        } = self;
         if !listen.ip().is_loopback() && !insecure {
             return Some(Problem {
                 keys: &["listen"],
@@ -217,6 +228,14 @@ impl Keys {
                 ),
                 hint: "listen on 127.0.0.1; or, where everybody who can connect may do everything, set `insecure = true` \
                        (--insecure, HANDFAST_INSECURE=true)",
+            });
+        }
+        if *store == StoreUrl::Memory && !store_unsafe {
+            return Some(Problem {
+                keys: &["store"],
+                what: "\"memory:\" forgets every decision when the coordinator stops; it is for tests and benchmarks only"
+                    .to_owned(),
+                hint: "such as: HANDFAST_STORE=sqlite:handfast.db",
             });
         }
         let ranges: [(&'static [&'static str], Duration, [Duration; 2], &'static str); 4] = [

@@ -399,11 +399,20 @@ fn a_store_is_named_and_of_a_kind_that_exists() {
         ("sqlite::memory:", "names no file"),
         ("sqlite://handfast.db", "two slashes too many"),
         ("postgres://a", "is no store"),
+        ("memory:table", "is no store"),
     ] {
         let invalid = Config::load(&sources("", &[("HANDFAST_STORE", store)], &[])).unwrap_err();
         assert!(invalid.what.contains(why), "{invalid:?}");
         assert_eq!(invalid.hint, "such as: HANDFAST_STORE=sqlite:handfast.db");
     }
+}
+
+#[test]
+fn what_forgets_everything_must_be_asked_for_twice() {
+    let env = [("HANDFAST_STORE", "memory:"), ("HANDFAST_STORE_UNSAFE", "true")];
+    let config = Config::load(&sources("", &env, &[])).unwrap();
+    assert_eq!(config.store, StoreUrl::Memory);
+    Config::load(&sources("", &env[..1], &[])).unwrap_err();
 }
 
 #[test]

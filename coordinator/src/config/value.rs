@@ -26,6 +26,8 @@ pub enum StoreUrl {
     Sqlite(PathBuf),
     /// `mysql://user:password@host:3306/database`
     MySql(MySqlUrl),
+    /// `memory:`, which needs `store_unsafe`: nothing in it survives the process.
+    Memory,
 }
 
 /// A MySQL store's URL. Its password is in no log and in no error.
@@ -60,6 +62,7 @@ impl fmt::Display for StoreUrl {
         match self {
             Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
             Self::MySql(url) => url.fmt(f),
+            Self::Memory => f.write_str("memory:"),
         }
     }
 }
@@ -70,9 +73,7 @@ impl FromStr for StoreUrl {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = |why| Err(format!("{text:?} {why}"));
         match text.split_once(':') {
-            Some(("memory", _)) => wrong(
-                "forgets every decision when the coordinator stops; it is for tests and benchmarks only",
-            ),
+            Some(("memory", "")) => Ok(Self::Memory),
             Some(("mysql" | "mariadb", _)) => {
                 let options = mysql::options(text).map_err(|error| error.to_string())?;
                 let (user, host) = (options.get_username(), options.get_host());

@@ -154,9 +154,10 @@ impl Outbox {
         self.len() == 0
     }
 
-    /// Moves the first writes that fit into `batch`.
-    fn take(&self, batch: &mut Batch, room: &mut Room) {
+    /// Moves the first writes that fit into `batch`, and says whether somebody waits.
+    fn take(&self, batch: &mut Batch, room: &mut Room) -> bool {
         let mut waiting = self.waiting();
+        let awaited = waiting.awaited;
         let before = batch.writes.len();
         while let Some((place, write)) = waiting.writes.pop_first() {
             if !room.fits(&write) {
@@ -174,6 +175,7 @@ impl Outbox {
         if batch.writes.len() > before {
             batch.guards.push(self.next_guard());
         }
+        awaited
     }
 
     fn next_guard(&self) -> Guard {
@@ -243,7 +245,20 @@ pub struct JournalHealth {
     /// When the latest outage ended; 0: there was none.
     outage_ended_at: AtomicI64,
     batches: AtomicU64,
+    /// Of those, that somebody waited for.
+    awaited: AtomicU64,
     transactions: AtomicU64,
+}
+
+/// What was appended since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Batches, heartbeats too: each is one durable commit.
+    pub batches: u64,
+    /// Of those, that somebody waited for.
+    pub awaited: u64,
+    /// Transactions in them; one that is recorded three times counts three times.
+    pub transactions: u64,
 }
 
 impl JournalHealth {
@@ -265,9 +280,13 @@ impl JournalHealth {
         (ended_at != 0 && now < held_until).then_some(held_until)
     }
 
-    /// Batches, and transactions in them, since the start.
-    pub fn counts(&self) -> (u64, u64) {
-        (self.batches.load(Ordering::Relaxed), self.transactions.load(Ordering::Relaxed))
+    /// What was appended since the start.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            batches: self.batches.load(Ordering::Relaxed),
+            awaited: self.awaited.load(Ordering::Relaxed),
+            transactions: self.transactions.load(Ordering::Relaxed),
+        }
     }
 
     fn begun(&self) {
@@ -317,6 +336,7 @@ impl Journal {
             begun_at: AtomicI64::new(0),
             outage_ended_at: AtomicI64::new(started_at),
             batches: AtomicU64::new(0),
+            awaited: AtomicU64::new(0),
             transactions: AtomicU64::new(0),
         });
         let journal =
@@ -385,9 +405,11 @@ impl Journal {
     fn collect(&mut self) -> Batch {
         let (mut batch, mut room) = (Batch::default(), Room::EMPTY_BATCH);
         let live = self.outboxes.iter().cycle().skip(self.first).take(self.outboxes.len());
+        let mut awaited = false;
         for outbox in live.filter(|outbox| outbox.durable.borrow().ended.is_none()) {
-            outbox.take(&mut batch, &mut room);
+            awaited |= outbox.take(&mut batch, &mut room);
         }
+        self.health.awaited.fetch_add(awaited.into(), Ordering::Relaxed);
         self.first = (self.first + 1) % self.outboxes.len();
         batch
     }

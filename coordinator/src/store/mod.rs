@@ -18,7 +18,15 @@ mod record;
 pub(crate) mod scripted;
 pub mod sqlite;
 
-use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
+use std::{
+    error::Error as StdError,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use handfast_proto::Xid;
 
@@ -160,6 +168,36 @@ pub struct Summary {
     pub oldest: Option<Timestamp>,
 }
 
+/// What batches have cost since the store was opened. Cleaning up is not in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Written {
+    /// Beside BEGIN and COMMIT, and beside those that were prepared.
+    pub statements: u64,
+    /// Of transactions, branches, keys and resolutions, new or changed. A batch changes one more for each partition in it.
+    pub rows: u64,
+}
+
+/// Counts what becomes [`Written`].
+#[derive(Debug, Default)]
+struct Counter {
+    statements: AtomicU64,
+    rows: AtomicU64,
+}
+
+impl Counter {
+    fn statement(&self, rows: usize) {
+        self.statements.fetch_add(1, Ordering::Relaxed);
+        self.rows.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+
+    fn written(&self) -> Written {
+        Written {
+            statements: self.statements.load(Ordering::Relaxed),
+            rows: self.rows.load(Ordering::Relaxed),
+        }
+    }
+}
+
 /// Why a store could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -209,6 +247,11 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// replaced; `None`: nobody can replace it while it lives.
     fn heartbeat(&self) -> Option<Duration> {
         None
+    }
+
+    /// What batches have cost so far, for whoever measures. Nothing, where nothing is worth counting.
+    fn written(&self) -> Written {
+        Written::default()
     }
 
     /// Who owns the partitions. Empty where nobody else can: [`Store::acquire`] need not wait for anybody.

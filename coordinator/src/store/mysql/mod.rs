@@ -31,7 +31,8 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use super::{
-    Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
+    Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
+    Written,
     record::{Cell, Rows},
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
@@ -113,6 +114,7 @@ fn hex(bytes: Vec<u8>) -> String {
 pub struct MySqlStore {
     writer: Mutex<Writer>,
     readers: MySqlPool,
+    counter: Counter,
 }
 
 /// The one connection that writes.
@@ -145,7 +147,7 @@ impl MySqlStore {
             .after_connect(|connection, _| Box::pin(server::set_up_reader(connection)))
             .connect_lazy_with(options.clone());
         let writer = Writer { options, connection: None, id: 0 };
-        Ok(Self { writer: Mutex::new(writer), readers })
+        Ok(Self { writer: Mutex::new(writer), readers, counter: Counter::default() })
     }
 
     /// Runs `work` on the connection that writes. After an error, or without an answer in time, that one is thrown away.
@@ -208,6 +210,10 @@ impl Store for MySqlStore {
         Some(HEARTBEAT)
     }
 
+    fn written(&self) -> Written {
+        self.counter.written()
+    }
+
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         self.reading(async |connection| write::seats(connection).await).await
     }
@@ -230,7 +236,7 @@ impl Store for MySqlStore {
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        self.writing(async |connection| write::append(connection, batch).await).await
+        self.writing(async |connection| write::append(connection, batch, &self.counter).await).await
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {

@@ -7,7 +7,7 @@ use sqlx::{Connection as _, QueryBuilder};
 
 use super::{
     super::{
-        Appended, Batch, Error, Guard, Ownership, Seat, Write, judge,
+        Appended, Batch, Counter, Error, Guard, Ownership, Seat, Write, judge,
         record::{self, Cell, Rows},
     },
     BEGIN_WRITING, Connection, Db, UPSERT_PURGED, push_update,
@@ -52,12 +52,17 @@ pub(super) async fn acquire(
     Ok(ownerships)
 }
 
-pub(super) async fn append(connection: &mut Connection, batch: &Batch) -> Result<Appended, Error> {
+pub(super) async fn append(
+    connection: &mut Connection,
+    batch: &Batch,
+    counter: &Counter,
+) -> Result<Appended, Error> {
     let mut tx = connection.begin_with(BEGIN_WRITING).await?;
     // First the UPDATE: it waits for an earlier attempt whose COMMIT is still under way.
     let moved = move_positions(&mut tx, &batch.guards).await?;
+    counter.statement(0);
     if moved == batch.guards.len() as u64 {
-        write_all(&mut tx, &batch.writes).await?;
+        write_all(&mut tx, &batch.writes, counter).await?;
         tx.commit().await?;
         return Ok(Appended::Durable);
     }
@@ -109,7 +114,7 @@ async fn move_positions(tx: &mut Connection, guards: &[Guard]) -> Result<u64, Er
 }
 
 /// Writes all of them, and checks that each row counted.
-async fn write_all(tx: &mut Connection, writes: &[Write]) -> Result<(), Error> {
+async fn write_all(tx: &mut Connection, writes: &[Write], counter: &Counter) -> Result<(), Error> {
     for rows in record::rows(writes) {
         let mut left = rows.len();
         let (shape, mut cells) = (Rows { cells: Vec::new(), ..rows }, rows.cells.into_iter());
@@ -124,6 +129,7 @@ async fn write_all(tx: &mut Connection, writes: &[Write]) -> Result<(), Error> {
                 push_update(&mut query, &shape, chunk);
             }
             let written = query.build().execute(&mut *tx).await?.rows_affected();
+            counter.statement(size);
             if written != size as u64 {
                 return Err(Error::Corrupt(format!(
                     "{written} of {size} rows of `{}` were there to be changed",

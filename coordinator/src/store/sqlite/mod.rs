@@ -25,7 +25,8 @@ use tracing::warn;
 
 use self::write::push_cell;
 use super::{
-    Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary,
+    Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary,
+    Written,
     record::{Cell, Rows},
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
@@ -78,6 +79,7 @@ pub struct SqliteStore {
     file: file::LockedFile,
     writer: Mutex<Writer>,
     readers: SqlitePool,
+    counter: Counter,
 }
 
 /// The one connection that writes.
@@ -114,6 +116,7 @@ impl SqliteStore {
             file,
             writer: Mutex::new(Writer { options, connection: Some(connection) }),
             readers,
+            counter: Counter::default(),
         })
     }
 
@@ -152,12 +155,16 @@ impl SqliteStore {
 
 #[async_trait::async_trait]
 impl Store for SqliteStore {
+    fn written(&self) -> Written {
+        self.counter.written()
+    }
+
     async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
         self.writing(async |connection| write::acquire(connection, owner, now).await).await
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        self.writing(async |connection| write::append(connection, batch).await).await
+        self.writing(async |connection| write::append(connection, batch, &self.counter).await).await
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {

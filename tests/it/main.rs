@@ -13,4 +13,6 @@ mod nested;
 mod operators;
 mod shop;
 
+mod bench;
+
 mod tidy;

@@ -16,11 +16,14 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{PATIENCE, wait_for};
 
-/// Where cargo puts binaries, next to the program that is running.
-fn target_folder() -> PathBuf {
+/// Where cargo puts binaries, and whether the program that is running is a test. A test is target/debug/deps/it-…, a binary of ours
+/// target/release/bench.
+fn target_folder() -> (PathBuf, bool) {
     let program = std::env::current_exe().expect("this program is somewhere");
-    let folder = program.parent().and_then(Path::parent).expect("target/debug/deps/it-…");
-    folder.to_owned()
+    let folder = program.parent().expect("a folder");
+    let is_test = folder.ends_with("deps");
+    let folder = if is_test { folder.parent().expect("target/debug") } else { folder };
+    (folder.to_owned(), is_test)
 }
 
 /// The binary of this name, built if need be.
@@ -31,19 +34,33 @@ fn target_folder() -> PathBuf {
 pub fn binary(name: &str) -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(build);
-    let binary = target_folder().join(name);
+    let binary = target_folder().0.join(name);
     assert!(binary.exists(), "{} is not there", binary.display());
     binary
 }
 
-/// Cargo builds no binaries of other packages for tests. This builds what `cargo test --workspace --all-features` does, and so
-/// nothing but the binaries is left to do.
+/// Cargo builds no binaries of other packages for tests, nor for `cargo run`. This builds them with what the program that is running
+/// was built with, and so nothing but the binaries is left to do: for a test as `cargo test --workspace --all-features` does, for a
+/// binary of this package as `cargo run` does. One that was not started by cargo finds what there is.
 fn build() {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let (folder, is_test) = target_folder();
+    let profile = folder.file_name().and_then(|name| name.to_str()).expect("target/debug");
+    let cargo = match std::env::var("CARGO") {
+        Ok(cargo) => cargo,
+        Err(_) if is_test => "cargo".to_owned(),
+        Err(_) => return,
+    };
     let mut command = std::process::Command::new(cargo);
+    command.args(["build", "--quiet"]);
+    if is_test {
+        command.args(["--workspace", "--all-features", "--all-targets"]);
+    } else {
+        command.args(["--package", "handfast-tests", "--package", "handfast-coordinator"]);
+        command.args(["--bin", "handfast"]);
+    }
     command
-        .args(["build", "--quiet", "--workspace", "--all-features", "--all-targets"])
-        .args(["--target-dir".as_ref(), target_folder().parent().expect("target").as_os_str()])
+        .args(["--profile", if profile == "debug" { "dev" } else { profile }])
+        .args(["--target-dir".as_ref(), folder.parent().expect("target").as_os_str()])
         .env_remove("OUT_DIR");
     // Of this package. Build scripts that look at them would run, and what stands on them be built, again.
     for (variable, _) in std::env::vars() {

@@ -1,0 +1,80 @@
+//! What recording a transaction costs, exactly; and that the benchmark measures what it says. Nothing here is about time.
+
+use handfast::Json;
+use handfast_tests::{
+    process::{Coordinator, binary},
+    warehouse::{Deduct, Warehouse},
+};
+use serde_json::Value;
+use tokio::process::Command;
+
+/// Transactions, one after the other.
+const TRANSACTIONS: u64 = 10;
+
+#[tokio::test]
+async fn a_transaction_of_three_branches_waits_for_two_commits_and_writes_six_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut coordinator = Coordinator::start(&folder.path().join("store.db"), &[]).await;
+    let mut warehouses = Vec::new();
+    for name in ["north", "south", "west"] {
+        warehouses.push(Warehouse::open(name, folder.path()).await);
+    }
+    let remotes: Vec<_> = warehouses.iter().map(Warehouse::remote).collect();
+    let [north, south, west] = &remotes[..] else { panic!("three") };
+    let handfast = coordinator.handfast();
+    for _ in 0..TRANSACTIONS {
+        let confirmed = handfast.transaction("checkout").run(async |global| {
+            tokio::try_join!(
+                global.call::<Deduct>(north, Json(1)),
+                global.call::<Deduct>(south, Json(1)),
+                global.call::<Deduct>(west, Json(1)),
+            )?;
+            Ok(())
+        });
+        assert!(confirmed.await.unwrap().completed);
+    }
+    coordinator.signal("TERM").await;
+    assert!(coordinator.ended().await.success());
+    let recorded = coordinator.log().with_message("recorded").pop().unwrap();
+    let count = |name: &str| recorded[name].as_u64().unwrap();
+    // Begin with all branches, and Decide. That it is finished goes with the next batch, or with one that nobody waits for.
+    assert_eq!(count("awaited"), 2 * TRANSACTIONS, "{recorded}");
+    assert!(count("batches") <= 3 * TRANSACTIONS, "{recorded}");
+    // A row for itself, one for each branch; its own again when it is decided, and when it is finished.
+    assert_eq!(count("rows"), 6 * TRANSACTIONS, "{recorded}");
+    assert!(count("statements") <= 9 * TRANSACTIONS, "{recorded}");
+}
+
+async fn bench(flags: &[&str]) -> Value {
+    let mut command = Command::new(binary("bench"));
+    command.args(["--seconds", "1", "--warm-up", "0", "--json"]).args(flags);
+    // Started by cargo it would build the coordinator, which is there.
+    let output = command.env_remove("CARGO").kill_on_drop(true).output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test]
+async fn the_benchmark_counts_what_it_did() {
+    let told = bench(&["--branches", "2,3", "--concurrency", "4", "--fence", "sqlite"]).await;
+    let columns = told["columns"].as_array().unwrap();
+    assert_eq!(columns.len(), 2);
+    for (column, rows) in columns.iter().zip([5.0, 6.0]) {
+        let medians = &column["medians"];
+        assert_eq!(medians["violations"], 0.0, "{column}");
+        assert_eq!(medians["rows"], rows, "{column}");
+        assert!(medians["commits_awaited"].as_f64().unwrap() <= 2.0, "{column}");
+    }
+}
+
+#[tokio::test]
+async fn the_benchmark_holds_transactions_open_and_hangs_participants() {
+    let told = bench(&["--open", "20"]).await;
+    let medians = &told["columns"][0]["medians"];
+    assert_eq!((&medians["violations"], &medians["rows"]), (&Value::from(0.0), &Value::from(6.0)));
+
+    let told = bench(&["--hang", "--concurrency", "2", "--drive", "coordinator"]).await;
+    for column in told["columns"].as_array().unwrap() {
+        assert_eq!(column["medians"]["violations"], 0.0, "{column}");
+    }
+}

@@ -1,0 +1,144 @@
+//! One transaction after the other, as an initiator runs them: with the SDK, or as a client of DTM does.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use futures_util::future::try_join_all;
+use handfast::{Global, Handfast, Json, Remote, WorkError};
+use tokio::sync::{Semaphore, oneshot};
+
+use super::{
+    dtm::DtmInitiator,
+    latency::Steps,
+    ledger::Ledger,
+    options::Drive,
+    participants::{Work, name_of},
+};
+
+/// How long the last Confirm of a decided transaction is waited for.
+const COMPLETION_PATIENCE: Duration = Duration::from_secs(60);
+/// How long phase one of a transaction may take that is held open.
+const HELD_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Whoever runs transactions. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) enum Initiator {
+    Sdk(SdkInitiator),
+    Dtm(Arc<DtmInitiator>),
+}
+
+/// With the SDK.
+#[derive(Debug, Clone)]
+pub(crate) struct SdkInitiator {
+    pub(crate) handfast: Handfast,
+    /// A branch goes to each.
+    pub(crate) remotes: Arc<[Remote]>,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) drive: Drive,
+}
+
+/// Holds transactions between their Trys and their decision.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    /// So many are held, or were.
+    pub(crate) held: AtomicU64,
+    /// So many may go on.
+    pub(crate) let_go: Semaphore,
+}
+
+/// A transaction that is confirmed, and perhaps not everywhere yet.
+#[derive(Debug)]
+pub(crate) struct Decided {
+    /// It should have begun.
+    pub(crate) meant: Instant,
+    /// Begin was answered; all Trys were. `None`: the initiator does not see that.
+    pub(crate) begun: Option<Instant>,
+    pub(crate) tried: Option<Instant>,
+    /// The decision was.
+    pub(crate) decided: Instant,
+    /// Tells of the last Confirm.
+    pub(crate) completion: oneshot::Receiver<()>,
+}
+
+impl Initiator {
+    /// Runs a transaction up to its decision. It should have begun at `meant`.
+    pub(crate) async fn decide(
+        &self,
+        meant: Instant,
+        hold: Option<&Hold>,
+    ) -> anyhow::Result<Decided> {
+        match self {
+            Self::Sdk(initiator) if initiator.drive == Drive::Initiator => {
+                initiator.drive_it(meant, hold).await
+            }
+            Self::Sdk(initiator) => initiator.execute(meant).await,
+            Self::Dtm(initiator) => initiator.decide(meant).await,
+        }
+    }
+}
+
+impl SdkInitiator {
+    async fn drive_it(&self, meant: Instant, hold: Option<&Hold>) -> anyhow::Result<Decided> {
+        let marks = Mutex::new(None);
+        let mut transaction = self.handfast.transaction("bench").until_decided();
+        if hold.is_some() {
+            transaction = transaction.timeout(HELD_TIMEOUT);
+        }
+        let confirmed = transaction.run(async |global| {
+            let calls = self.remotes.iter().map(|remote| global.call::<Work>(remote, Json(1)));
+            // Polled together with the calls, the question for the xid is answered when Begin with all branches is.
+            let (begun, _) = tokio::try_join!(self.begun(global), async {
+                Ok::<_, WorkError>(try_join_all(calls).await?)
+            })?;
+            let tried = Instant::now();
+            *marks.lock().expect("nothing panics while it is locked") = Some((begun, tried));
+            if let Some(hold) = hold {
+                hold.held.fetch_add(1, Ordering::Relaxed);
+                hold.let_go.acquire().await?.forget();
+            }
+            Ok(())
+        });
+        let confirmed = confirmed.await?;
+        let decided = Instant::now();
+        let completion = self.expect(confirmed.xid);
+        let marks = marks.into_inner().expect("nothing panics while it is locked");
+        let (begun, tried) = marks.context("confirmed without having been tried")?;
+        Ok(Decided { meant, begun: Some(begun), tried: Some(tried), decided, completion })
+    }
+
+    async fn begun(&self, global: &Global) -> Result<Instant, WorkError> {
+        global.xid().await?;
+        Ok(Instant::now())
+    }
+
+    async fn execute(&self, meant: Instant) -> anyhow::Result<Decided> {
+        let transaction = self.handfast.execute("bench").until_decided();
+        let transaction = (self.remotes.iter())
+            .fold(transaction, |transaction, remote| transaction.call::<Work>(remote, &Json(1)));
+        let executed = transaction.run().await?;
+        let decided = Instant::now();
+        let completion = self.expect(executed.xid);
+        Ok(Decided { meant, begun: None, tried: None, decided, completion })
+    }
+
+    fn expect(&self, xid: handfast::Xid) -> oneshot::Receiver<()> {
+        let branches = u16::try_from(self.remotes.len()).expect("at most 64");
+        self.ledger.expect(name_of(xid), branches)
+    }
+}
+
+impl Decided {
+    /// Waits for the last Confirm.
+    pub(crate) async fn completed(self) -> anyhow::Result<Steps> {
+        let Self { meant, begun, tried, decided, completion } = self;
+        let waited = tokio::time::timeout(COMPLETION_PATIENCE, completion).await;
+        waited.context("confirmed, and a participant was not told")??;
+        Ok(Steps { meant, begun, tried, decided, completed: Instant::now() })
+    }
+}

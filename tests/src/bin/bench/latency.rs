@@ -1,0 +1,83 @@
+//! How long initiators waited, for what.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use hdrhistogram::Histogram;
+
+/// Longest wait that is told apart.
+const LONGEST: Duration = Duration::from_secs(600);
+/// Digits that are kept of each.
+const DIGITS: u8 = 3;
+
+/// When a transaction had come how far. `None`: it does not have that step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Steps {
+    /// It should have begun; a load of so many a second may have been late.
+    pub(crate) meant: Instant,
+    /// Begin, with its branches, was answered.
+    pub(crate) begun: Option<Instant>,
+    /// All Trys were answered.
+    pub(crate) tried: Option<Instant>,
+    /// The decision was answered.
+    pub(crate) decided: Instant,
+    /// The last Confirm was served.
+    pub(crate) completed: Instant,
+}
+
+/// The waits of many transactions.
+#[derive(Debug)]
+pub(crate) struct Latencies {
+    by_step: Mutex<BTreeMap<&'static str, Histogram<u64>>>,
+}
+
+/// What is told of each step.
+const PERCENTILES: [(&str, f64); 4] =
+    [("p50", 50.0), ("p99", 99.0), ("p999", 99.9), ("max", 100.0)];
+
+impl Latencies {
+    pub(crate) fn new() -> Self {
+        Self { by_step: Mutex::default() }
+    }
+
+    pub(crate) fn record(&self, steps: &Steps) {
+        let Steps { meant, begun, tried, decided, completed } = *steps;
+        self.record_one("whole", decided - meant);
+        self.record_one("completed", completed - meant);
+        if let (Some(begun), Some(tried)) = (begun, tried) {
+            self.record_one("begin", begun - meant);
+            self.record_one("trys", tried.saturating_duration_since(begun));
+            self.record_one("decide", decided - tried);
+        }
+    }
+
+    fn record_one(&self, step: &'static str, wait: Duration) {
+        let micros = u64::try_from(wait.min(LONGEST).as_micros()).expect("ten minutes");
+        self.steps().entry(step).or_insert_with(empty).saturating_record(micros);
+    }
+
+    /// By step and percentile, in milliseconds: `begin_p50`.
+    pub(crate) fn figures(&self) -> BTreeMap<String, f64> {
+        let mut figures = BTreeMap::new();
+        for (step, histogram) in &*self.steps() {
+            for (name, percentile) in PERCENTILES {
+                let micros = u32::try_from(histogram.value_at_percentile(percentile));
+                let millis = f64::from(micros.expect("ten minutes")) / 1000.0;
+                figures.insert(format!("{step}_{name}"), millis);
+            }
+        }
+        figures
+    }
+
+    fn steps(&self) -> MutexGuard<'_, BTreeMap<&'static str, Histogram<u64>>> {
+        self.by_step.lock().expect("nothing panics while it is locked")
+    }
+}
+
+fn empty() -> Histogram<u64> {
+    let longest = u64::try_from(LONGEST.as_micros()).expect("ten minutes");
+    Histogram::new_with_max(longest, DIGITS).expect("both are sound")
+}

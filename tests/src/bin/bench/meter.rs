@@ -1,0 +1,86 @@
+//! What processes and the database server have used so far: processor time, memory, statements, rows and bytes.
+
+use std::{collections::BTreeMap, fs, time::Duration};
+
+use anyhow::Context as _;
+use sqlx::{Connection as _, MySqlConnection};
+
+/// Length of the unit in which Linux tells processor time to programs: USER_HZ is 100 everywhere.
+const TICK: Duration = Duration::from_millis(10);
+
+/// What is counted of a server of MySQL, and what we call it.
+const STATUS: [(&str, &str); 6] = [
+    ("Com_commit", "server_commits"),
+    ("Questions", "server_statements"),
+    ("Innodb_rows_inserted", "server_rows_inserted"),
+    ("Innodb_rows_updated", "server_rows_updated"),
+    ("Innodb_rows_deleted", "server_rows_deleted"),
+    ("Bytes_received", "server_bytes"),
+];
+
+/// Processor time of a process, of all its threads, those that have ended too.
+pub(crate) fn processor_time(pid: u32) -> anyhow::Result<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("the process is gone")?;
+    // After the name, which is in brackets and may have spaces in it, field 3 comes first; 14 and 15 are user and system time.
+    let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
+    let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u32>);
+    Ok(TICK * ticks.sum::<Result<u32, _>>()?)
+}
+
+/// Memory of a process that is in RAM.
+pub(crate) fn resident_bytes(pid: u32) -> anyhow::Result<u64> {
+    let kilobytes = field(pid, "status", "VmRSS:")?;
+    Ok(kilobytes * 1024)
+}
+
+/// Bytes that a process has written to disks.
+pub(crate) fn written_bytes(pid: u32) -> anyhow::Result<u64> {
+    field(pid, "io", "write_bytes:")
+}
+
+fn field(pid: u32, file: &str, name: &str) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).context("the process is gone")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let number = line.and_then(|line| line.split_whitespace().next()).context("no such line")?;
+    Ok(number.parse()?)
+}
+
+/// A server of MySQL or MariaDB that records.
+#[derive(Debug)]
+pub(crate) struct Server {
+    connection: MySqlConnection,
+    /// If it runs on this machine and lets us see it.
+    pid: Option<u32>,
+    pub(crate) version: String,
+}
+
+impl Server {
+    pub(crate) async fn connect(url: &str) -> anyhow::Result<Self> {
+        let mut connection = MySqlConnection::connect(url).await.context("the store's server")?;
+        let (version, pid_file): (String, String) =
+            sqlx::query_as("SELECT @@version, @@pid_file").fetch_one(&mut connection).await?;
+        let pid = fs::read_to_string(pid_file).ok().and_then(|pid| pid.trim().parse().ok());
+        Ok(Self { connection, pid, version })
+    }
+
+    /// All that is counted, by our names. Processor time in microseconds.
+    pub(crate) async fn counters(&mut self) -> anyhow::Result<BTreeMap<&'static str, f64>> {
+        let rows: Vec<(String, String)> =
+            sqlx::query_as("SHOW GLOBAL STATUS").fetch_all(&mut self.connection).await?;
+        let mut counters = BTreeMap::new();
+        for (variable, name) in STATUS {
+            let row = rows.iter().find(|(found, _)| found.eq_ignore_ascii_case(variable));
+            let (_, value) = row.with_context(|| format!("the server has no {variable}"))?;
+            counters.insert(name, value.parse()?);
+        }
+        if let Some(pid) = self.pid {
+            counters.insert("server_cpu", micros(processor_time(pid)?));
+        }
+        Ok(counters)
+    }
+}
+
+/// As figures are told.
+pub(crate) fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}

@@ -1,0 +1,244 @@
+//! What can be asked for, and what becomes columns of the table.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Parser, ValueEnum};
+
+const HELP: &str = "\
+Lists make a table with a column for each combination: --branches 1,3,10 --concurrency 1,16,64,256,1024
+
+Stores:
+  sqlite             a file in a temporary folder
+  sqlite:PATH        a new file; put it on the disk that is meant
+  mysql://…          a server, without a database: each run makes one of its own, and drops it
+  memory             NOT DURABLE: nothing is written anywhere; shows what the coordinator costs without a store
+
+Exit codes:
+  0    every transaction was confirmed, and every confirm acknowledged
+  1    one was not, or something could not be run
+  2    wrong usage
+
+Examples:
+  bench
+  bench --store mysql://root@127.0.0.1:3306 --concurrency 64,256 --retention 5s --runs 5
+  bench --rate 500 --seconds 30
+  bench --open 100000
+  bench --hang
+  bench --store mysql://root@127.0.0.1:3306 --versus http://127.0.0.1:36789/api/dtmsvr --runs 5";
+
+/// Measures what a coordinator does and what it costs: a real coordinator process with a real store; initiators and participants
+/// are this program.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "bench", after_help = HELP, max_term_width = 120)]
+pub(crate) struct Options {
+    /// Where the coordinator records: sqlite, sqlite:PATH, mysql://…, memory
+    #[arg(long, value_name = "STORES", default_value = "sqlite", value_delimiter = ',', value_parser = store)]
+    pub(crate) store: Vec<Place>,
+    /// Branches of a transaction, each at a participant of its own
+    #[arg(long, value_name = "LIST", default_value = "3", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) branches: Vec<u16>,
+    /// Transactions at a time, from Begin to the last Confirm
+    #[arg(long, value_name = "LIST", default_value = "64", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) concurrency: Vec<u32>,
+    /// Transactions begun in a second, whatever comes of them; latencies count from when each was meant to begin
+    #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "concurrency", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) rate: Vec<u32>,
+    /// How long is measured
+    #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) seconds: u64,
+    /// How long the same load runs before that
+    #[arg(long, value_name = "S", default_value_t = 3, value_parser = clap::value_parser!(u64).range(0..=3_600))]
+    pub(crate) warm_up: u64,
+    /// How often all of it is repeated, one after the other; medians are told
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=100))]
+    pub(crate) runs: u16,
+    /// Who calls the Trys
+    #[arg(long, value_enum, default_value_t = Drive::Initiator)]
+    pub(crate) drive: Drive,
+    /// How initiators, the coordinator and participants talk
+    #[arg(long, value_enum, default_value_t = Transport::Stream)]
+    pub(crate) transport: Transport,
+    /// How Trys reach participants: over the network as everything else, or within this program, which leaves it out
+    #[arg(long, value_enum, default_value_t = Trys::Network)]
+    pub(crate) trys: Trys,
+    /// Where participants keep their fences: memory, sqlite, mysql://…
+    #[arg(long, value_name = "PLACE", default_value = "memory", value_parser = store)]
+    pub(crate) fence: Place,
+    /// Connections of initiators to the coordinator
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    pub(crate) connections: u16,
+    /// How long the coordinator keeps what is finished; short, and its purge runs
+    #[arg(long, value_name = "TIME", default_value = "7d")]
+    pub(crate) retention: String,
+    /// What the coordinator logs, into a file
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub(crate) log: String,
+    /// One more key of the coordinator's configuration, such as calls.per_participant=256; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
+    pub(crate) setting: Vec<(String, String)>,
+    /// Instead of a load: begin so many, look at the coordinator's memory while they are open, then decide them all
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) open: Option<u32>,
+    /// Twice: as it is, and with a participant that answers no Confirm until the end. Measures transactions that do not need it
+    #[arg(long, conflicts_with_all = ["open", "rate"])]
+    pub(crate) hang: bool,
+    /// Measure this server instead, which speaks DTM's protocol: http://host:port/api/dtmsvr
+    #[arg(long, value_name = "URL", conflicts_with_all = ["open", "hang", "versus"])]
+    pub(crate) target: Option<String>,
+    /// Measure that server and ours, one after the other, and tell the ratio. If both record on the same server of MySQL, name it
+    /// with --store
+    #[arg(long, value_name = "URL", conflicts_with_all = ["open", "hang"])]
+    pub(crate) versus: Option<String>,
+    /// The process of that server, to measure its processor time and memory
+    #[arg(long, value_name = "PID")]
+    pub(crate) target_pid: Option<u32>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print the table in Markdown
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) markdown: bool,
+    /// Draw the table too, into this file
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Keep the coordinator's folder: its log, and SQLite's file
+    #[arg(long)]
+    pub(crate) keep: bool,
+}
+
+/// Where something is recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Place {
+    Memory,
+    /// `None`: in the run's temporary folder.
+    Sqlite(Option<String>),
+    MySql(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Drive {
+    /// The initiator: Begin with branches, Trys, Decide
+    Initiator,
+    /// The coordinator: Execute
+    Coordinator,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Transport {
+    /// Calls share streams
+    Stream,
+    /// Each call by itself
+    Unary,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Trys {
+    Network,
+    Local,
+}
+
+fn store(text: &str) -> Result<Place, String> {
+    match text.split_once(':') {
+        None if text == "memory" => Ok(Place::Memory),
+        None if text == "sqlite" => Ok(Place::Sqlite(None)),
+        Some(("sqlite", path)) if !path.is_empty() => Ok(Place::Sqlite(Some(path.to_owned()))),
+        Some(("mysql", rest)) if rest.matches('/').count() == 2 => {
+            Ok(Place::MySql(text.to_owned()))
+        }
+        Some(("mysql", _)) => {
+            Err("a server, without a database: mysql://root@127.0.0.1:3306".to_owned())
+        }
+        _ => Err("memory, sqlite, sqlite:PATH, or mysql://user@host:port".to_owned()),
+    }
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a key, =, and a value")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// One way to run, and one column of the table.
+#[derive(Debug, Clone)]
+pub(crate) struct Column {
+    pub(crate) subject: Subject,
+    pub(crate) branches: u16,
+    pub(crate) load: Load,
+}
+
+/// Whose work is measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// Ours, with a store here.
+    Handfast(Place),
+    /// A server that speaks DTM's protocol, which runs already: its URL, and where it is known to record.
+    Dtm(String, Place),
+}
+
+impl Subject {
+    /// Where it records.
+    pub(crate) fn store(&self) -> &Place {
+        match self {
+            Self::Handfast(store) | Self::Dtm(_, store) => store,
+        }
+    }
+}
+
+/// What is asked of the coordinator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Load {
+    /// So many transactions at a time.
+    Closed(u32),
+    /// So many transactions a second.
+    Open(u32),
+    /// So many transactions that are begun, and decided much later.
+    Held(u32),
+    /// So many at a time, beside some that need a participant which may hang.
+    Beside { concurrency: u32, hangs: bool },
+}
+
+impl Options {
+    pub(crate) fn columns(&self) -> Vec<Column> {
+        let loads: Vec<_> = match (self.open, self.hang) {
+            (Some(open), _) => vec![Load::Held(open)],
+            (None, true) => {
+                let pair = |concurrency: &u32| {
+                    [false, true].map(|hangs| Load::Beside { concurrency: *concurrency, hangs })
+                };
+                self.concurrency.iter().flat_map(pair).collect()
+            }
+            (None, false) if self.rate.is_empty() => {
+                self.concurrency.iter().copied().map(Load::Closed).collect()
+            }
+            (None, false) => self.rate.iter().copied().map(Load::Open).collect(),
+        };
+        let mut columns = Vec::new();
+        for store in &self.store {
+            let ours = Subject::Handfast(store.clone());
+            let theirs = |url: &String| Subject::Dtm(url.clone(), store.clone());
+            let subjects = match (&self.target, &self.versus) {
+                (Some(target), _) => vec![theirs(target)],
+                (None, Some(versus)) => vec![theirs(versus), ours],
+                (None, None) => vec![ours],
+            };
+            for branches in &self.branches {
+                for load in &loads {
+                    let column = |subject: &Subject| Column {
+                        subject: subject.clone(),
+                        branches: *branches,
+                        load: *load,
+                    };
+                    columns.extend(subjects.iter().map(column));
+                }
+            }
+        }
+        columns
+    }
+
+    pub(crate) fn warm_up(&self) -> Duration {
+        Duration::from_secs(self.warm_up)
+    }
+
+    pub(crate) fn measured(&self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
+}

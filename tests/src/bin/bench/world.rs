@@ -1,0 +1,173 @@
+//! What is there for one run, and is new for each: a store, a coordinator, participants.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use handfast::Handfast;
+use handfast_tests::database::Database;
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+use super::{
+    coordinator::{Coordinator, Recorded},
+    dtm::{self, DtmParticipant},
+    initiator::{Initiator, SdkInitiator},
+    ledger::Ledger,
+    meter::Server,
+    options::{Column, Load, Options, Place, Subject, Transport},
+    participants::Served,
+};
+
+pub(crate) struct World {
+    /// `None`: another server is measured.
+    pub(crate) coordinator: Option<Coordinator>,
+    /// The process that is measured, if it is known.
+    pub(crate) pid: Option<u32>,
+    pub(crate) ledger: Arc<Ledger>,
+    /// Initiators, each with a connection of its own.
+    pub(crate) initiators: Vec<Initiator>,
+    /// One whose transactions need a participant that may hang.
+    pub(crate) hindered: Option<Initiator>,
+    /// Says whether that participant hangs.
+    pub(crate) hangs: watch::Sender<bool>,
+    /// Of the store.
+    pub(crate) server: Option<Server>,
+    participants: Vec<Served>,
+    peer: Option<DtmParticipant>,
+    database: Option<Database>,
+    folder: TempDir,
+}
+
+impl World {
+    pub(crate) async fn start(options: &Options, column: &Column) -> anyhow::Result<Self> {
+        match &column.subject {
+            Subject::Handfast(store) => Self::ours(options, column, store).await,
+            Subject::Dtm(url, store) => Self::theirs(options, column, url, store).await,
+        }
+    }
+
+    async fn theirs(
+        options: &Options,
+        column: &Column,
+        url: &str,
+        store: &Place,
+    ) -> anyhow::Result<Self> {
+        let ledger = Arc::new(Ledger::new());
+        let (initiator, peer) = dtm::start(url, column.branches, ledger.clone()).await?;
+        let server = match store {
+            Place::MySql(url) => Some(Server::connect(url).await?),
+            Place::Memory | Place::Sqlite(_) => None,
+        };
+        Ok(Self {
+            coordinator: None,
+            pid: options.target_pid,
+            ledger,
+            initiators: vec![Initiator::Dtm(Arc::new(initiator))],
+            hindered: None,
+            hangs: watch::Sender::new(false),
+            server,
+            participants: Vec::new(),
+            peer: Some(peer),
+            database: None,
+            folder: tempfile::tempdir()?,
+        })
+    }
+
+    async fn ours(options: &Options, column: &Column, store: &Place) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("handfast-bench-").tempdir()?;
+        let (mut server, mut database) = (None, None);
+        let store = match store {
+            Place::Memory => "memory:".to_owned(),
+            Place::Sqlite(None) => format!("sqlite:{}", folder.path().join("store.db").display()),
+            Place::Sqlite(Some(path)) => {
+                let none = !std::path::Path::new(path).exists();
+                anyhow::ensure!(none, "{path} is there already; the store must be new");
+                format!("sqlite:{path}")
+            }
+            Place::MySql(url) => {
+                server = Some(Server::connect(url).await?);
+                database.insert(Database::migrated(url).await).url()
+            }
+        };
+        let settings = settings(options, column);
+        let coordinator =
+            Coordinator::start(&store, &settings, &options.log, folder.path()).await?;
+
+        let ledger = Arc::new(Ledger::new());
+        let (hangs, hanging) = watch::channel(false);
+        let mut participants = Vec::new();
+        for n in 0..=column.branches {
+            // One more than are needed: the last one may hang, and transactions that need it have it in place of the first.
+            let hanging = (n == column.branches).then(|| hanging.clone());
+            let (fence, reach) = (&options.fence, (options.trys, options.transport));
+            let served = Served::start(n, fence, reach, &ledger, folder.path(), hanging).await;
+            participants.push(served.context("a participant cannot be started")?);
+        }
+        let remotes: Vec<_> = participants.iter().map(|served| served.remote.clone()).collect();
+        let initiator = |remotes: &[handfast::Remote]| {
+            let handfast = Handfast::connect(&coordinator.url)?;
+            let handfast = match options.transport {
+                Transport::Stream => handfast,
+                Transport::Unary => handfast.without_streams(),
+            };
+            anyhow::Ok(Initiator::Sdk(SdkInitiator {
+                handfast,
+                remotes: remotes.into(),
+                ledger: ledger.clone(),
+                drive: options.drive,
+            }))
+        };
+        let initiators = (0..options.connections)
+            .map(|_| initiator(&remotes[..column.branches.into()]))
+            .collect::<anyhow::Result<_>>()?;
+        let hindered = Some(initiator(&remotes[1..])?);
+        Ok(Self {
+            pid: Some(coordinator.pid),
+            coordinator: Some(coordinator),
+            ledger,
+            initiators,
+            hindered,
+            hangs,
+            server,
+            participants,
+            peer: None,
+            database,
+            folder,
+        })
+    }
+
+    /// Ends all of it, in order.
+    pub(crate) async fn stop(self, keep: bool) -> anyhow::Result<Option<Recorded>> {
+        let recorded = match self.coordinator {
+            Some(coordinator) => coordinator.stop().await.map(Some),
+            None => Ok(None),
+        };
+        drop(self.peer);
+        for participant in self.participants {
+            participant.stop().await;
+        }
+        if let Some(database) = self.database {
+            database.drop().await;
+        }
+        if keep {
+            eprintln!("kept: {}", self.folder.keep().display());
+        }
+        recorded
+    }
+}
+
+/// The coordinator's configuration, beside its flags.
+fn settings(options: &Options, column: &Column) -> Vec<(String, String)> {
+    let mut settings = vec![("retention".to_owned(), options.retention.clone())];
+    if options.transport == Transport::Unary {
+        settings.push(("calls.streams".to_owned(), "false".to_owned()));
+    }
+    if *column.subject.store() == Place::Memory {
+        settings.push(("store_unsafe".to_owned(), "true".to_owned()));
+    }
+    if let Load::Held(held) = column.load {
+        settings.push(("limits.open".to_owned(), (held + 1000).to_string()));
+    }
+    settings.extend(options.setting.iter().cloned());
+    settings
+}

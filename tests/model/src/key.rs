@@ -1,0 +1,320 @@
+//! Idempotency keys: may Begin and Execute be repeated? One business operation with one key; its request arrives any number of
+//! times, at any owner, zombies included. It must reserve under one global transaction only.
+//!
+//! A coordinator's part is `partition/keys.rs`: a key of a transaction in memory is known; for any other one the store is asked,
+//! one look at a time, and whoever comes meanwhile waits for it. The key is written with its transaction, and decides the
+//! partition. (That the store has the key as a primary key is a net below this, and not needed.)
+
+use std::fmt;
+
+use stateright::{Model, Property, Representative};
+
+use crate::variant::{Size, Variant};
+
+const MODEL: &str = "idempotency key";
+const RULE: u8 = 19;
+const OWNERS: usize = 2;
+/// Transactions that may come of the one request.
+const MADE_MAX: usize = 3;
+const LOOKS: usize = 2;
+const CRASHES_MAX: u8 = 1;
+const EPOCH_MAX: u8 = 3;
+
+/// What may be taken away. The comment says what holds while it is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guard {
+    /// The request has a key, and the record keeps it.
+    KeyIsKept,
+    /// A key that is not in memory is looked for in the store: its transaction may have finished.
+    StoreIsAsked,
+    /// One look for a key at a time.
+    OneLookAtATime,
+    /// All requests with one key go to one partition.
+    KeyDecidesPartition,
+    /// A key is remembered for as long as its transaction: a repeat after the retention is another request.
+    RepeatWithinRetention,
+}
+
+impl Guard {
+    const ALL: [Self; 5] = [
+        Self::KeyIsKept,
+        Self::StoreIsAsked,
+        Self::OneLookAtATime,
+        Self::KeyDecidesPartition,
+        Self::RepeatWithinRetention,
+    ];
+}
+
+/// One of the transactions that came of the request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Row {
+    #[default]
+    Absent,
+    Open,
+    Finished,
+    Purged,
+}
+
+/// A look for the key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Look {
+    #[default]
+    None,
+    Asked,
+    FoundNothing,
+    Found(usize),
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Owner {
+    /// 0: it does not own the partition, or has been fenced.
+    epoch: u8,
+    /// The transaction that it knows for the key.
+    known: Option<usize>,
+    /// The one in its batch.
+    batch: Option<usize>,
+    looks: [Look; LOOKS],
+}
+
+/// Everything at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct State {
+    /// Of each partition. There is one, but for a variant.
+    epochs: [u8; OWNERS],
+    rows: [Row; MADE_MAX],
+    made: usize,
+    owners: [Owner; OWNERS],
+    reserved: [bool; MADE_MAX],
+    crashes: u8,
+}
+
+impl Representative for State {
+    fn representative(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// One step. `who` is an owner, `which` one of its looks, `made` a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "what each is, its text says below")]
+pub enum Action {
+    Request(usize),
+    ReadKey(usize, usize),
+    TakeKey(usize, usize),
+    Send(usize),
+    Commit(usize),
+    Finish(usize),
+    TakeOver(usize),
+    Restart(usize),
+    Try(usize),
+    Purge(usize),
+}
+
+/// The model.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys {
+    removed: Option<Guard>,
+}
+
+impl Keys {
+    fn keeps(&self, guard: Guard) -> bool {
+        self.removed != Some(guard)
+    }
+
+    fn partition_of(&self, who: usize) -> usize {
+        if self.keeps(Guard::KeyDecidesPartition) { 0 } else { who }
+    }
+
+    fn step(&self, before: &State, action: Action) -> Option<State> {
+        let mut after = before.clone();
+        let state = &mut after;
+        match action {
+            Action::Request(who) => self.request(state, who)?,
+            Action::ReadKey(who, which) => {
+                when(state.owners[who].looks[which] == Look::Asked)?;
+                let mut kept = (0..MADE_MAX)
+                    .filter(|made| matches!(state.rows[*made], Row::Open | Row::Finished));
+                state.owners[who].looks[which] =
+                    kept.next().map_or(Look::FoundNothing, Look::Found);
+            }
+            Action::TakeKey(who, which) => {
+                match std::mem::take(&mut state.owners[who].looks[which]) {
+                    Look::None | Look::Asked => return None,
+                    Look::FoundNothing => Self::begin(state, who)?,
+                    Look::Found(made) => {
+                        let open = state.rows[made] == Row::Open;
+                        state.owners[who].known = open.then_some(made);
+                    }
+                }
+            }
+            Action::Send(who) => {
+                let made = state.owners[who].known?;
+                when(state.owners[who].batch.is_none() && state.rows[made] == Row::Absent)?;
+                state.owners[who].batch = Some(made);
+            }
+            Action::Commit(who) => {
+                let made = state.owners[who].batch.take()?;
+                if state.owners[who].epoch == state.epochs[self.partition_of(who)] {
+                    state.rows[made] = Row::Open;
+                } else {
+                    state.owners[who] = Owner::default(); // fenced
+                }
+            }
+            Action::Finish(who) => {
+                let made = state.owners[who].known?;
+                let owns = state.owners[who].epoch == state.epochs[self.partition_of(who)];
+                when(owns && state.rows[made] == Row::Open)?;
+                state.rows[made] = Row::Finished;
+                state.owners[who].known = None;
+            }
+            Action::TakeOver(who) => {
+                let epoch = state.epochs[self.partition_of(who)];
+                when(state.owners[who].epoch == 0 && epoch < EPOCH_MAX)?;
+                self.own(state, who);
+            }
+            Action::Restart(who) => {
+                when(state.crashes < CRASHES_MAX && state.owners[who].epoch > 0)?;
+                state.crashes += 1;
+                self.own(state, who);
+            }
+            Action::Try(made) => {
+                when(state.rows[made] == Row::Open)?;
+                state.reserved[made] = true;
+            }
+            Action::Purge(made) => {
+                let late = !self.keeps(Guard::RepeatWithinRetention);
+                when(late && state.rows[made] == Row::Finished)?;
+                state.rows[made] = Row::Purged;
+            }
+        }
+        (after != *before).then_some(after)
+    }
+
+    fn request(&self, state: &mut State, who: usize) -> Option<()> {
+        let owner = state.owners[who];
+        when(owner.epoch > 0)?;
+        if !self.keeps(Guard::KeyIsKept) {
+            return Self::begin(state, who); // it looks like a new one
+        }
+        when(owner.known.is_none())?; // else the same transaction is answered
+        if !self.keeps(Guard::StoreIsAsked) {
+            return Self::begin(state, who);
+        }
+        let at_once = if self.keeps(Guard::OneLookAtATime) { 1 } else { LOOKS };
+        let looks = &mut state.owners[who].looks[..at_once];
+        *looks.iter_mut().find(|look| **look == Look::None)? = Look::Asked;
+        Some(())
+    }
+
+    fn begin(state: &mut State, who: usize) -> Option<()> {
+        when(state.made < MADE_MAX)?;
+        state.owners[who].known = Some(state.made);
+        state.made += 1;
+        Some(())
+    }
+
+    /// An owner with a new epoch. What is open it finds when it looks for what is due.
+    fn own(&self, state: &mut State, who: usize) {
+        let partition = self.partition_of(who);
+        state.epochs[partition] += 1;
+        let open = state.rows.iter().position(|row| *row == Row::Open);
+        let known = open.filter(|_| self.keeps(Guard::KeyDecidesPartition));
+        state.owners[who] = Owner { epoch: state.epochs[partition], known, ..Owner::default() };
+    }
+}
+
+impl Model for Keys {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        let owner = Owner { epoch: 1, ..Owner::default() };
+        let other = if self.keeps(Guard::KeyDecidesPartition) { Owner::default() } else { owner };
+        vec![State {
+            epochs: [1; OWNERS],
+            rows: [Row::Absent; MADE_MAX],
+            made: 0,
+            owners: [owner, other],
+            reserved: [false; MADE_MAX],
+            crashes: 0,
+        }]
+    }
+
+    fn actions(&self, _: &State, actions: &mut Vec<Action>) {
+        for who in 0..OWNERS {
+            actions.extend([
+                Action::Request(who),
+                Action::Send(who),
+                Action::Commit(who),
+                Action::Finish(who),
+                Action::TakeOver(who),
+                Action::Restart(who),
+            ]);
+            for which in 0..LOOKS {
+                actions.extend([Action::ReadKey(who, which), Action::TakeKey(who, which)]);
+            }
+        }
+        for made in 0..MADE_MAX {
+            actions.extend([Action::Try(made), Action::Purge(made)]);
+        }
+    }
+
+    fn next_state(&self, state: &State, action: Action) -> Option<State> {
+        self.step(state, action)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("K one key reserves under one transaction", |_, state: &State| {
+                state.reserved.iter().filter(|reserved| **reserved).count() <= 1
+            }),
+            Property::sometimes("a repeat finds what has finished", |_, state: &State| {
+                let found = |look: &Look| matches!(look, Look::Found(made) if state.rows[*made] == Row::Finished);
+                state.owners.iter().flat_map(|owner| &owner.looks).any(found)
+            }),
+            Property::sometimes("a zombie's Begin is fenced", |model: &Self, state: &State| {
+                state.owners.iter().enumerate().any(|(who, owner)| {
+                    owner.batch.is_some() && owner.epoch < state.epochs[model.partition_of(who)]
+                })
+            }),
+        ]
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |who: &usize| ["A", "B"][*who];
+        match self {
+            Self::Request(who) => write!(f, "the request arrives at {}", name(who)),
+            Self::ReadKey(who, which) => {
+                write!(f, "{}'s look {which} reads the store", name(who))
+            }
+            Self::TakeKey(who, which) => write!(f, "{} hears of look {which}", name(who)),
+            Self::Send(who) => write!(f, "{} sends a batch with its transaction", name(who)),
+            Self::Commit(who) => write!(f, "{}'s batch is carried out", name(who)),
+            Self::Finish(who) => write!(f, "{}'s transaction finishes", name(who)),
+            Self::TakeOver(who) => write!(f, "{} takes over", name(who)),
+            Self::Restart(who) => write!(f, "{} is killed and starts again", name(who)),
+            Self::Try(made) => write!(f, "transaction {made} is tried"),
+            Self::Purge(made) => write!(f, "transaction {made} is deleted after its retention"),
+        }
+    }
+}
+
+/// All variants.
+#[must_use]
+pub fn variants() -> Vec<Variant> {
+    let clean = Keys { removed: None };
+    let mut variants =
+        vec![Variant::clean(MODEL, "1 crash, 2 takeovers, repeats anywhere", Size::Small, clean)];
+    variants.extend(Guard::ALL.map(|guard| {
+        let model = Keys { removed: Some(guard) };
+        Variant::broken(MODEL, format!("without {guard:?}"), RULE, "K", model)
+    }));
+    variants
+}
+
+/// Goes on only if `condition` holds.
+fn when(condition: bool) -> Option<()> {
+    condition.then_some(())
+}

@@ -1,0 +1,338 @@
+//! A batch on its way: the coordinator's `journal/`, its store's `append`, and the database that carries out what it was told,
+//! also for an owner that is gone.
+
+use super::{
+    Protocol,
+    guard::Guard,
+    state::{Batch, Coordinator, Decision, Progress, Record, Role, State},
+    when,
+};
+
+impl Protocol {
+    /// A batch with the transaction in it, as it is now.
+    pub(super) fn send(&self, state: &mut State, who: usize) -> Option<()> {
+        let process = state.coordinators[who];
+        when(process.owns() && process.memory != Record::ABSENT)?;
+        if let Some(under_way) = process.batch {
+            let changed = under_way.record != process.memory;
+            when(!self.keeps(Guard::OneBatchAtATime) && changed && state.abandon(under_way))?;
+        } else {
+            when(process.memory != process.durable)?;
+        }
+        let process = &mut state.coordinators[who];
+        process.position += 1;
+        let first = std::mem::take(&mut process.first_change);
+        let record = if self.keeps(Guard::LastContent) || first == Record::ABSENT {
+            process.memory
+        } else {
+            first
+        };
+        process.batch = Some(Batch {
+            progress: Progress::Sent,
+            epoch: process.epoch,
+            position: process.position,
+            record,
+            claims: process.memory,
+            repeat: false,
+        });
+        Some(())
+    }
+
+    /// A batch of other transactions of the partition, because there was no room for ours; or a heartbeat.
+    pub(super) fn send_others(&self, state: &mut State, who: usize) -> Option<()> {
+        let process = &mut state.coordinators[who];
+        when(self.scope.others && process.owns() && process.batch.is_none())?;
+        let waits = process.memory != process.durable;
+        let (claims, position) = if !self.keeps(Guard::FirstPlace) {
+            // Ours moved back in the queue, and "durable up to here" passes its first change.
+            when(waits && process.first_change != Record::ABSENT)?;
+            (std::mem::take(&mut process.first_change), process.position + 1)
+        } else {
+            when(process.position < 2)?; // others may come for ever
+            (process.durable, process.position + 1)
+        };
+        if self.keeps(Guard::PartsHaveOwnNumbers) {
+            process.position = position;
+        }
+        process.batch = Some(Batch {
+            progress: Progress::Sent,
+            epoch: process.epoch,
+            position,
+            record: Record::ABSENT,
+            claims,
+            repeat: false,
+        });
+        Some(())
+    }
+
+    pub(super) fn guard(&self, state: &mut State, who: usize) -> Option<()> {
+        let batch = state.coordinators[who].batch?;
+        let progress = self.guarded(state, batch)?;
+        state.coordinators[who].batch = Some(Batch { progress, ..batch });
+        Some(())
+    }
+
+    /// The first statement of a batch: `UPDATE … SET position = n WHERE epoch = ? AND position = n - 1`.
+    fn guarded(&self, state: &State, batch: Batch) -> Option<Progress> {
+        when(batch.progress == Progress::Sent && !self.is_row_held(state))?;
+        let epoch = batch.epoch == state.store.epoch || !self.keeps(Guard::EpochInGuard);
+        let next = batch.position == state.store.position + 1;
+        let position = next || !self.keeps(Guard::PositionInGuard);
+        let unguarded = batch.repeat && !self.keeps(Guard::RepeatIsGuarded);
+        let passes = epoch && position || unguarded || !self.keeps(Guard::GuardIsHeeded);
+        Some(if passes { Progress::Guarded } else { Progress::Missed })
+    }
+
+    /// Whether a batch holds the partition's row: whoever wants to write it waits.
+    fn is_row_held(&self, state: &State) -> bool {
+        let of_owners = state.coordinators.iter().filter_map(|process| process.batch.as_ref());
+        self.keeps(Guard::GuardInsideTransaction)
+            && of_owners
+                .chain(state.abandoned.iter().flatten())
+                .any(|batch| batch.progress == Progress::Guarded)
+    }
+
+    /// No row matched. Inside the same local transaction epoch and position are looked at: `judge` in the store.
+    pub(super) fn look(&self, state: &mut State, who: usize) -> Option<()> {
+        let store = state.store;
+        let batch = state.coordinators[who].batch.as_mut()?;
+        when(batch.progress == Progress::Missed)?;
+        let same_epoch = batch.epoch == store.epoch;
+        let landed = batch.position == store.position
+            && (same_epoch || !self.keeps(Guard::LookComparesEpoch));
+        batch.progress = if landed || !self.keeps(Guard::MissIsNoLanding) {
+            Progress::Landed
+        } else if store.epoch > batch.epoch || !self.keeps(Guard::MissIsNoFence) {
+            Progress::Fenced
+        } else {
+            Progress::Corrupt
+        };
+        if !self.keeps(Guard::MissIsNoFence) {
+            batch.progress = Progress::Fenced;
+        }
+        Some(())
+    }
+
+    pub(super) fn commit(&self, state: &mut State, who: usize) -> Option<()> {
+        let batch = state.coordinators[who].batch?;
+        when(batch.progress == Progress::Guarded)?;
+        Self::write(state, batch);
+        let progress = Progress::Landed;
+        state.coordinators[who].batch = Some(Batch { progress, ..batch });
+        Some(())
+    }
+
+    fn write(state: &mut State, batch: Batch) {
+        state.store.position = batch.position;
+        if batch.record == Record::ABSENT {
+            return;
+        }
+        let (before, now) = (state.store.record.status.decision(), batch.record.status.decision());
+        let history = &mut state.history;
+        history.decision_changed |= before.is_some() && now != before
+            || history.decided.is_some() && now.is_some() && now != history.decided;
+        if history.decided.is_none() && now.is_some() {
+            history.decided = now;
+            history.decided_branches = batch.record.branches;
+        }
+        state.store.record = batch.record;
+    }
+
+    /// The owner hears what became of its batch.
+    pub(super) fn hear(&self, state: &mut State, who: usize) -> Option<()> {
+        let current = state.store.epoch;
+        let process = &mut state.coordinators[who];
+        when(process.owns())?;
+        let batch = process.batch?;
+        match batch.progress {
+            Progress::Sent | Progress::Guarded | Progress::Missed => return None,
+            Progress::Landed => {
+                process.batch = None;
+                // What has left memory meanwhile, if that is allowed, is not known to be anything.
+                if process.memory != Record::ABSENT {
+                    process.durable = batch.claims;
+                }
+            }
+            Progress::Fenced => {
+                state.history.ended_for_nothing |= process.epoch == current;
+                self.end(process);
+            }
+            Progress::Corrupt => {
+                state.history.ended_for_nothing = true;
+                self.end(process);
+            }
+        }
+        Some(())
+    }
+
+    /// A process that was fenced exits, and its memory is gone.
+    fn end(&self, process: &mut Coordinator) {
+        let before = *process;
+        *process = Coordinator::DOWN;
+        if !self.keeps(Guard::MemoryIsReplaced) {
+            let Coordinator { memory, durable, acknowledged, .. } = before;
+            let role = Role::Standby;
+            *process = Coordinator { role, memory, durable, acknowledged, ..Coordinator::DOWN };
+        }
+    }
+
+    /// The database rolls a batch back and says so. It is sent again, as it was.
+    pub(super) fn roll_back(&self, state: &mut State, who: usize) -> Option<()> {
+        let batch = state.coordinators[who].batch?;
+        when(batch.progress == Progress::Guarded && state.spent.faults < self.scope.faults)?;
+        state.spent.faults += 1;
+        let (progress, repeat) = (Progress::Sent, true);
+        state.coordinators[who].batch = Some(Batch { progress, repeat, ..batch });
+        Some(())
+    }
+
+    /// No answer comes. What was sent may still be carried out, and the same batch is sent again.
+    pub(super) fn lose_connection(&self, state: &mut State, who: usize) -> Option<()> {
+        let process = state.coordinators[who];
+        let batch = process.batch?;
+        when(process.owns() && state.spent.faults < self.scope.faults)?;
+        state.spent.faults += 1;
+        self.leave_to_database(state, batch)?;
+        let process = &mut state.coordinators[who];
+        process.batch = Some(Batch { progress: Progress::Sent, repeat: true, ..batch });
+        if !self.keeps(Guard::SilenceIsNoFailure) {
+            Self::undo(process);
+        }
+        if !self.keeps(Guard::SilenceIsNotAnswered)
+            && batch.record.status.decision() == Some(Decision::Confirm)
+        {
+            state.told.cancel = true;
+        }
+        if !self.keeps(Guard::SameBatchAgain) {
+            // The number is used again, with what memory says then.
+            process.batch = None;
+            process.position -= 1;
+        }
+        Some(())
+    }
+
+    /// Without `AbsenceIsNoProof`: what a read beside the batch does not find is taken to have failed.
+    pub(super) fn read_beside_batch(&self, state: &mut State, who: usize) -> Option<()> {
+        let store = state.store;
+        let process = &mut state.coordinators[who];
+        let batch = process.batch?;
+        when(!self.keeps(Guard::AbsenceIsNoProof) && process.owns() && batch.repeat)?;
+        when(batch.progress == Progress::Sent && batch.epoch == store.epoch)?;
+        when(store.position + 1 == batch.position)?;
+        Self::undo(process);
+        Some(())
+    }
+
+    /// Takes the change of the batch under way back. Its number is free again.
+    fn undo(process: &mut Coordinator) {
+        process.batch = None;
+        process.position -= 1;
+        process.memory = process.durable;
+        process.acknowledged = Default::default();
+    }
+
+    /// What the database may still do with a batch that nobody waits for.
+    fn leave_to_database(&self, state: &mut State, batch: Batch) -> Option<()> {
+        match batch.progress {
+            Progress::Sent | Progress::Guarded => when(state.abandon(batch)),
+            Progress::Missed | Progress::Landed | Progress::Fenced | Progress::Corrupt => Some(()),
+        }
+    }
+
+    pub(super) fn guard_abandoned(&self, state: &mut State, which: usize) -> Option<()> {
+        let batch = state.abandoned[which]?;
+        let progress = self.guarded(state, batch)?;
+        let matched = progress == Progress::Guarded;
+        state.abandoned[which] = matched.then_some(Batch { progress, ..batch });
+        state.abandoned.sort();
+        Some(())
+    }
+
+    pub(super) fn commit_abandoned(&self, state: &mut State, which: usize) -> Option<()> {
+        let batch = state.abandoned[which]?;
+        when(batch.progress == Progress::Guarded)?;
+        Self::write(state, batch);
+        self.end_abandoned(state, which)
+    }
+
+    pub(super) fn end_abandoned(&self, state: &mut State, which: usize) -> Option<()> {
+        state.abandoned[which].take()?;
+        state.abandoned.sort();
+        Some(())
+    }
+
+    /// Retention in the store. How far it went is remembered in the same local transaction.
+    pub(super) fn purge(&self, state: &mut State) -> Option<()> {
+        when(self.scope.purge && state.store.record.status.is_final())?;
+        state.store.record = Record::ABSENT;
+        state.store.purged = true;
+        Some(())
+    }
+
+    // ---- ownership ----
+
+    pub(super) fn crash(&self, state: &mut State, who: usize) -> Option<()> {
+        let process = state.coordinators[who];
+        when(process.role != Role::Down && state.spent.crashes < self.scope.crashes)?;
+        when(process.owns())?; // a standby has nothing to lose
+        state.spent.crashes += 1;
+        if let Some(batch) = process.batch {
+            self.leave_to_database(state, batch)?;
+        }
+        state.coordinators[who] = Coordinator::DOWN;
+        Some(())
+    }
+
+    pub(super) fn start(&self, state: &mut State, who: usize) -> Option<()> {
+        when(who == 0 || self.scope.standby)?;
+        when(state.coordinators[who].role == Role::Down)?;
+        state.coordinators[who].role = Role::Standby;
+        Some(())
+    }
+
+    pub(super) fn read_epoch(&self, state: &mut State, who: usize) -> Option<()> {
+        let epoch = state.store.epoch;
+        let process = &mut state.coordinators[who];
+        when(!self.keeps(Guard::TakeoverIsOneStatement) && process.role == Role::Standby)?;
+        process.seen_epoch = epoch;
+        Some(())
+    }
+
+    /// `UPDATE … SET epoch = epoch + 1, position = 0`, in its own local transaction, which waits for a batch that holds the row.
+    /// If its answer is lost, the process must take over again.
+    pub(super) fn take_over(&self, state: &mut State, who: usize, heard: bool) -> Option<()> {
+        when(state.coordinators[who].role == Role::Standby)?;
+        let as_before = !self.keeps(Guard::StartIsTakeover);
+        when(as_before || !self.is_row_held(state))?;
+        if state.has_live_owner() {
+            when(state.spent.takeovers < self.scope.takeovers)?;
+            state.spent.takeovers += 1;
+        }
+        let mut epoch = state.store.epoch + 1;
+        if !self.keeps(Guard::TakeoverIsOneStatement) {
+            when(state.coordinators[who].seen_epoch > 0)?;
+            epoch = state.coordinators[who].seen_epoch + 1;
+        }
+        if !heard {
+            when(state.spent.faults < self.scope.faults)?;
+            state.spent.faults += 1;
+            if self.keeps(Guard::LostTakeoverIsRepeated) {
+                state.store.epoch = epoch;
+                state.store.position = 0;
+                return Some(());
+            }
+            // It never reached the database, and the process goes on as if it had.
+        } else if as_before {
+            epoch = state.store.epoch;
+        } else {
+            state.store.epoch = epoch;
+            state.store.position = 0;
+        }
+        let process = &mut state.coordinators[who];
+        process.role = Role::Owner;
+        process.epoch = epoch;
+        process.position = if as_before { state.store.position } else { 0 };
+        process.seen_epoch = 0;
+        Some(())
+    }
+}

@@ -1,0 +1,163 @@
+//! One global transaction with two branches, from Begin to the end of retention: two coordinators that may be killed, paused and
+//! replaced, one store that may lose its answers, two participants, and a network that loses, delays, repeats and reorders.
+//!
+//! How things are made small enough to visit all of them:
+//!
+//! - **The network** is a set of what may have been sent. What is in it may arrive at any moment, any number of times, or never.
+//! - **Whoever asks** (the initiator, a nested service, an operator) may ask anything at any moment, of a zombie too, or fall silent
+//!   for good. What they may have been told is kept; that nobody is told two different outcomes is a property.
+//! - **A zombie** is an owner whose epoch is not the store's any more. It goes on as if nothing had happened.
+//! - **A batch** is a session of the database in steps: sent, guarded (it holds the partition's row), committed, heard of. It
+//!   outlives its owner, and the connection on which nobody listens any more, and may even start late.
+//! - **Time** has no length: "phase one is over" just happens, or not yet.
+//! - **At rest** means that nothing is left that must happen sooner or later. Then nothing may be open, and no reservation left.
+
+mod action;
+mod guard;
+mod journal;
+mod owner;
+mod participant;
+mod properties;
+mod state;
+mod variants;
+
+use stateright::{Model, Property};
+
+pub use self::{action::Action, guard::Guard, state::State, variants::variants};
+
+/// What may happen in a variant, and how often.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scope {
+    /// There is a second coordinator.
+    pub standby: bool,
+    /// Owners that are killed.
+    pub crashes: u8,
+    /// Takeovers from an owner that lives on as a zombie.
+    pub takeovers: u8,
+    /// Batches and takeovers that fail, or whose answer is lost.
+    pub faults: u8,
+    /// The coordinator drives phase one itself.
+    pub execute: bool,
+    /// Branch 1 is registered by a nested service, and the initiator need not know of it.
+    pub nested: bool,
+    /// A participant may refuse a Try.
+    pub refusals: bool,
+    /// Transactions leave memory, and come back when somebody asks.
+    pub forgets: bool,
+    /// What is finished is deleted after its retention.
+    pub purge: bool,
+    /// Phase one ends by the participants' clocks; fence rows are deleted, and participants inquire.
+    pub cleanup: bool,
+    /// Batches of other transactions, and heartbeats.
+    pub others: bool,
+}
+
+/// The protocol, with some of its guards taken away.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Protocol {
+    /// What may happen.
+    pub scope: Scope,
+    /// The guards that are missing, one bit for each.
+    removed: u64,
+}
+
+impl Protocol {
+    /// The protocol as it is.
+    #[must_use]
+    pub fn new(scope: Scope) -> Self {
+        Self { scope, removed: 0 }
+    }
+
+    /// The same without this guard.
+    #[must_use]
+    pub fn without(self, guard: Guard) -> Self {
+        Self { removed: self.removed | 1 << guard as u32, ..self }
+    }
+
+    fn keeps(&self, guard: Guard) -> bool {
+        self.removed & 1 << guard as u32 == 0
+    }
+
+    /// The state after `action`; `None` if it cannot happen, or changes nothing.
+    fn step(&self, before: &State, action: Action) -> Option<State> {
+        let mut after = before.clone();
+        let state = &mut after;
+        match action {
+            Action::Begin(who) => self.begin(state, who),
+            Action::Register(who, branch) => self.register(state, who, branch),
+            Action::AskConfirm(who) => self.ask_confirm(state, who),
+            Action::AskCancel(who) => self.ask_cancel(state, who),
+            Action::Try(branch) => self.try_branch(state, branch),
+            Action::Refuse(branch) => self.refuse(state, branch),
+            Action::Confirm(branch) => self.confirm(state, branch),
+            Action::Cancel(branch) => self.cancel(state, branch),
+            Action::PhaseOneOver(branch) => self.phase_one_over(state, branch),
+            Action::RetentionOver(branch) => self.retention_over(state, branch),
+            Action::CleanFence(branch) => self.clean_fence(state, branch),
+            Action::Inquire(branch) => self.inquire(state, branch),
+            Action::TakeTried(who, branch) => self.take_tried(state, who, branch),
+            Action::TakeAcknowledged(who, branch) => self.take_acknowledged(state, who, branch),
+            Action::LeaveMemory(who) => self.leave_memory(state, who),
+            Action::Read(who) => self.read(state, who),
+            Action::TakeRow(who, which) => self.take_row(state, who, which),
+            Action::Send(who) => self.send(state, who),
+            Action::SendOthers(who) => self.send_others(state, who),
+            Action::Guard(who) => self.guard(state, who),
+            Action::Look(who) => self.look(state, who),
+            Action::Commit(who) => self.commit(state, who),
+            Action::Hear(who) => self.hear(state, who),
+            Action::RollBack(who) => self.roll_back(state, who),
+            Action::LoseConnection(who) => self.lose_connection(state, who),
+            Action::ReadBesideBatch(who) => self.read_beside_batch(state, who),
+            Action::GuardAbandoned(which) => self.guard_abandoned(state, which),
+            Action::CommitAbandoned(which) => self.commit_abandoned(state, which),
+            Action::EndAbandoned(which) => self.end_abandoned(state, which),
+            Action::Purge => self.purge(state),
+            Action::Crash(who) => self.crash(state, who),
+            Action::Start(who) => self.start(state, who),
+            Action::ReadEpoch(who) => self.read_epoch(state, who),
+            Action::TakeOver(who) => self.take_over(state, who, true),
+            Action::TakeOverUnheard(who) => self.take_over(state, who, false),
+        }?;
+        self.speak(state);
+        (after != *before).then_some(after)
+    }
+
+    /// Nothing is left that must happen sooner or later.
+    fn is_at_rest(&self, state: &State) -> bool {
+        let mut actions = Vec::new();
+        self.push_possible(state, &mut actions);
+        actions.retain(|action| self.is_certain(state, *action));
+        !actions.into_iter().any(|action| {
+            // To be refused once more is no way forward.
+            self.step(state, action)
+                .is_some_and(|after| State { history: state.history, ..after.clone() } != *state)
+        })
+    }
+}
+
+impl Model for Protocol {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        vec![State::first(self.scope.standby, !self.scope.nested)]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        self.push_possible(state, actions);
+    }
+
+    fn next_state(&self, state: &State, action: Action) -> Option<State> {
+        self.step(state, action)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        self.all_properties()
+    }
+}
+
+/// Goes on only if `condition` holds.
+fn when(condition: bool) -> Option<()> {
+    condition.then_some(())
+}

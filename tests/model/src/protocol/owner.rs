@@ -1,0 +1,260 @@
+//! What an owner's task does: `partition/` and `transaction/apply.rs` of the coordinator. A zombie does exactly the same.
+
+use super::{
+    Protocol,
+    guard::Guard,
+    state::{BRANCHES, Branches, Coordinator, Decision, Fence, Read, Record, Role, State, Status},
+    when,
+};
+
+impl Protocol {
+    /// Begin. The record is written lazily, and nobody waits for it: if it is lost, nothing was tried.
+    pub(super) fn begin(&self, state: &mut State, who: usize) -> Option<()> {
+        let process = &mut state.coordinators[who];
+        when(state.xid_epoch == 0 && process.owns())?;
+        state.xid_epoch = process.epoch;
+        let branches = if self.scope.execute { Branches::ALL } else { Branches::NONE };
+        process.memory = Record { status: Status::Trying, branches };
+        self.changed(process);
+        Some(())
+    }
+
+    pub(super) fn register(&self, state: &mut State, who: usize, branch: usize) -> Option<()> {
+        let recorded = state.store.record;
+        let process = &mut state.coordinators[who];
+        when(!self.scope.execute && state.xid_epoch != 0 && process.owns())?;
+        when(!process.memory.branches.has(branch))?; // a repeat
+        match process.memory.status {
+            Status::Trying => {}
+            Status::Absent => {
+                // A look into the store finds nothing either.
+                when(!self.keeps(Guard::UnknownRegisterRefused) && recorded == Record::ABSENT)?;
+                process.memory.status = Status::Trying;
+            }
+            Status::Confirming | Status::Cancelling | Status::Confirmed | Status::Cancelled => {
+                when(!self.keeps(Guard::JoinBeforeDecision))?;
+            }
+        }
+        process.memory.branches.add(branch);
+        self.changed(process);
+        Some(())
+    }
+
+    /// The initiator asks to confirm, and names the branches whose Try has answered.
+    pub(super) fn ask_confirm(&self, state: &mut State, who: usize) -> Option<()> {
+        when(!self.scope.execute && state.coordinators[who].owns())?;
+        let tried = state.messages.tried;
+        // A nested service's branch it need not know of.
+        when(tried == Branches::ALL || self.scope.nested && tried.has(0))?;
+        let memory = state.coordinators[who].memory;
+        if memory.status == Status::Trying && self.keeps(Guard::ConfirmNamesBranches) {
+            when(memory.branches == tried)?;
+        }
+        self.decide(state, who, Decision::Confirm)
+    }
+
+    pub(super) fn ask_cancel(&self, state: &mut State, who: usize) -> Option<()> {
+        when(state.xid_epoch != 0 && state.coordinators[who].owns())?;
+        self.decide(state, who, Decision::Cancel)
+    }
+
+    /// The one place where a decision is made: in memory, by the first who asks.
+    fn decide(&self, state: &mut State, who: usize, decision: Decision) -> Option<()> {
+        let recorded = state.store.record;
+        let process = &mut state.coordinators[who];
+        let decided = match decision {
+            Decision::Confirm => Status::Confirming,
+            Decision::Cancel => Status::Cancelling,
+        };
+        let at_once = match decision {
+            Decision::Confirm => Status::Confirmed,
+            Decision::Cancel => Status::Cancelled,
+        };
+        match process.memory.status {
+            Status::Trying if process.memory.branches == Branches::NONE => {
+                process.memory.status = at_once;
+            }
+            Status::Trying => process.memory.status = decided,
+            Status::Absent => {
+                let unknown = recorded == Record::ABSENT;
+                when(
+                    unknown && !self.keeps(Guard::UnknownDecideRefused)
+                        || !self.keeps(Guard::MemoryIsNotLastWord),
+                )?;
+                process.memory.status = at_once;
+            }
+            Status::Confirming | Status::Cancelling => {
+                let opposite = process.memory.status != decided;
+                let may_flip = process.durable.status.decision().is_none();
+                when(!self.keeps(Guard::FirstDecisionWins) && opposite && may_flip)?;
+                process.memory.status = decided;
+            }
+            Status::Confirmed | Status::Cancelled => return None, // a repeat, or refused
+        }
+        process.acknowledged = Branches::NONE;
+        self.changed(process);
+        Some(())
+    }
+
+    /// A Try that the coordinator made itself has answered. The last one decides.
+    pub(super) fn take_tried(&self, state: &mut State, who: usize, branch: usize) -> Option<()> {
+        let process = &mut state.coordinators[who];
+        when(self.scope.execute && process.owns() && process.memory.status == Status::Trying)?;
+        when(state.messages.tried.has(branch) && !process.acknowledged.has(branch))?;
+        process.acknowledged.add(branch);
+        if process.acknowledged == Branches::ALL {
+            return self.decide(state, who, Decision::Confirm);
+        }
+        Some(())
+    }
+
+    /// A participant has acknowledged Confirm or Cancel. The last one finishes the transaction.
+    pub(super) fn take_acknowledged(
+        &self,
+        state: &mut State,
+        who: usize,
+        branch: usize,
+    ) -> Option<()> {
+        let process = &state.coordinators[who];
+        let memory = process.memory;
+        when(process.owns() && memory.branches.has(branch) && !process.acknowledged.has(branch))?;
+        let sent = &state.messages;
+        let (called, answered, finished) = match memory.status {
+            Status::Confirming => (sent.confirm, sent.confirmed, Status::Confirmed),
+            Status::Cancelling => (sent.cancel, sent.cancelled, Status::Cancelled),
+            Status::Absent | Status::Trying | Status::Confirmed | Status::Cancelled => return None,
+        };
+        let spared = !self.keeps(Guard::CancelAlsoToRefused)
+            && memory.status == Status::Cancelling
+            && sent.refused.has(branch);
+        let unawaited = !self.keeps(Guard::AcknowledgementsAwaited) && called.has(branch);
+        when(spared || unawaited || answered.has(branch) && self.answers_now(state, branch))?;
+        let process = &mut state.coordinators[who];
+        process.acknowledged.add(branch);
+        if process.acknowledged == memory.branches {
+            process.memory.status = finished;
+            process.acknowledged = Branches::NONE;
+            self.changed(process);
+        }
+        Some(())
+    }
+
+    /// An answer reaches the process that made the call, so it counts what the participant would answer now: of a Confirm whose
+    /// fence row was deleted, nothing good until the retention is over.
+    fn answers_now(&self, state: &State, branch: usize) -> bool {
+        let participant = &state.participants[branch];
+        !(participant.cleaned && participant.fence == Fence::Nothing)
+            || self.keeps(Guard::LateConfirmIsDone) && participant.retention_over
+    }
+
+    /// What is decided and waits for nothing, or is over, leaves memory.
+    pub(super) fn leave_memory(&self, state: &mut State, who: usize) -> Option<()> {
+        let process = &mut state.coordinators[who];
+        when(self.scope.forgets && process.owns() && process.memory != Record::ABSENT)?;
+        if self.keeps(Guard::CleanBeforeLeaving) {
+            when(process.memory.status.decision().is_some())?;
+            when(process.memory == process.durable && process.batch.is_none())?;
+        }
+        Self::forget(process);
+        Some(())
+    }
+
+    fn forget(process: &mut Coordinator) {
+        process.memory = Record::ABSENT;
+        process.durable = Record::ABSENT;
+        process.acknowledged = Branches::NONE;
+        process.reads.iter_mut().flatten().for_each(|read| read.stale = true);
+    }
+
+    /// A read begins: somebody asks for it, or it is due. (What a read sees is what is durable at that moment or later; to see it
+    /// at once and take it in late is the worst case.)
+    pub(super) fn read(&self, state: &mut State, who: usize) -> Option<()> {
+        let store = state.store;
+        let process = &mut state.coordinators[who];
+        let early = process.role == Role::Standby && !self.keeps(Guard::LoadAfterTakeover);
+        when(process.owns() || early)?;
+        when(process.memory == Record::ABSENT && state.xid_epoch != 0)?;
+        // Where nothing leaves memory, whatever comes second finds it there.
+        let at_once = if self.scope.forgets { 2 } else { 1 };
+        let free = process.reads[..at_once].iter_mut().find(|read| read.is_none())?;
+        *free = Some(Read { row: store.record, purged: store.purged, stale: false });
+        process.reads.sort_by_key(|read| (read.is_none(), *read));
+        Some(())
+    }
+
+    /// What was read reaches the owner's task.
+    pub(super) fn take_row(&self, state: &mut State, who: usize, which: usize) -> Option<()> {
+        let xid_epoch = state.xid_epoch;
+        let process = &mut state.coordinators[who];
+        when(process.owns())?;
+        let read = process.reads[which].take()?;
+        process.reads.sort_by_key(|read| (read.is_none(), *read));
+        if process.memory != Record::ABSENT || read.stale && self.keeps(Guard::StaleRowDropped) {
+            return Some(());
+        }
+        if read.row.status.is_open() {
+            process.memory = read.row;
+            process.durable = read.row;
+            if self.scope.execute && read.row.status == Status::Trying {
+                // Its payloads are gone, and nobody knows what has been tried.
+                process.memory.status = Status::Cancelling;
+            }
+        } else if read.row == Record::ABSENT {
+            let forgotten = read.purged && self.keeps(Guard::PurgeIsRemembered);
+            let newer = xid_epoch > process.epoch && self.keeps(Guard::NewerEpochsAreNotOurs);
+            if !forgotten && !newer {
+                state.told.cancel = true; // "never recorded": whoever hears it may take it for cancelled
+            }
+        }
+        Some(())
+    }
+
+    /// Everything that any owner may say or send now. To send early only adds stories: nothing makes it arrive.
+    pub(super) fn speak(&self, state: &mut State) {
+        // Anybody may read a decision in the store, and tell it.
+        state.told.tell(state.store.record.status.decision());
+        for process in state.coordinators.iter().filter(|process| process.owns()) {
+            let choose = |waits: Guard| {
+                if self.keeps(waits) { process.durable } else { process.memory }
+            };
+            let registered = if self.scope.execute {
+                choose(Guard::TryWhenDurable)
+            } else {
+                choose(Guard::RegisteredToldWhenDurable)
+            };
+            if !self.scope.execute || process.memory.status == Status::Trying {
+                state.messages.try_.add_all(registered.branches);
+            }
+            state.told.tell(choose(Guard::DecisionToldWhenDurable).status.decision());
+            if process.memory == Record::ABSENT
+                && !self.keeps(Guard::AnswerAfterLook)
+                && (1..process.epoch).contains(&state.xid_epoch)
+            {
+                state.told.cancel = true;
+            }
+            let decided = choose(Guard::PhaseTwoWhenDurable);
+            let calls = match decided.status {
+                Status::Confirming => &mut state.messages.confirm,
+                Status::Cancelling => &mut state.messages.cancel,
+                Status::Absent | Status::Trying | Status::Confirmed | Status::Cancelled => continue,
+            };
+            for branch in (0..BRANCHES).filter(|branch| decided.branches.has(*branch)) {
+                let spared = decided.status == Status::Cancelling
+                    && state.messages.refused.has(branch)
+                    && !self.keeps(Guard::CancelAlsoToRefused);
+                if !spared {
+                    calls.add(branch);
+                }
+            }
+            state.history.phase_two_early |= state.history.decided != decided.status.decision();
+        }
+    }
+
+    /// Notes what the first change that waits has made of the transaction, where a variant needs it.
+    fn changed(&self, process: &mut Coordinator) {
+        let needed = !self.keeps(Guard::LastContent) || !self.keeps(Guard::FirstPlace);
+        if needed && process.first_change == Record::ABSENT {
+            process.first_change = process.memory;
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! What must always hold, and what must be possible. The invariants keep the numbers that they have in every layer of tests.
+
+use stateright::Property;
+
+use super::{
+    Protocol,
+    state::{BRANCHES, Branches, Coordinator, Decision, Fence, Progress, Read, State, Status},
+};
+
+impl Protocol {
+    pub(super) fn all_properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::always("I1 no branch is both confirmed and released", |_, state: &State| {
+                !state.participants.iter().any(|it| it.confirmed > 0 && it.released > 0)
+            }),
+            Property::always(
+                "I2 no branch is confirmed while another is cancelled",
+                |_, state: &State| {
+                    !(state.participants.iter().any(|it| it.confirmed > 0)
+                        && state.participants.iter().any(|it| it.is_cancelled()))
+                },
+            ),
+            Property::always("I3 each effect happens at most once", |_, state: &State| {
+                let at_most_once = |count: u8| count <= 1;
+                state.participants.iter().all(|it| {
+                    [it.reserved, it.confirmed, it.released].into_iter().all(at_most_once)
+                })
+            }),
+            Property::always("I4 what was told is what happens", |_, state: &State| {
+                let told = state.told;
+                let cancelled = state.participants.iter().any(|it| it.is_cancelled());
+                let confirmed = state.participants.iter().any(|it| it.confirmed > 0);
+                !(told.confirm && (told.cancel || cancelled) || told.cancel && confirmed)
+            }),
+            Property::always(
+                "I5 at rest no reservation is left",
+                |protocol: &Self, state: &State| {
+                    let settled = state
+                        .participants
+                        .iter()
+                        .all(|it| it.reserved == it.confirmed + it.released);
+                    settled || !protocol.is_at_rest(state)
+                },
+            ),
+            Property::always(
+                "I6 at rest the decision is carried out",
+                |protocol: &Self, state: &State| {
+                    !protocol.is_unfinished(state) || !protocol.is_at_rest(state)
+                },
+            ),
+            Property::always("I7 a durable decision never changes", |_, state: &State| {
+                !state.history.decision_changed
+            }),
+            Property::always(
+                "I8 no phase two before the decision is durable",
+                |_, state: &State| !state.history.phase_two_early,
+            ),
+            Property::always("I9 a Try after its Cancel has no effect", |_, state: &State| {
+                !state.history.late_try_ran
+            }),
+            Property::always("L no participant is asked the impossible", |_, state: &State| {
+                !state.history.refused_loudly
+            }),
+            Property::always("O no owner ends that was not replaced", |_, state: &State| {
+                !state.history.ended_for_nothing
+            }),
+            Property::sometimes("all confirmed, and at rest", |protocol: &Self, state: &State| {
+                state.participants.iter().all(|it| it.confirmed == 1) && protocol.is_at_rest(state)
+            }),
+            Property::sometimes("all released, and at rest", |protocol: &Self, state: &State| {
+                state.participants.iter().all(|it| it.released == 1) && protocol.is_at_rest(state)
+            }),
+            Property::sometimes("a Try is under way after its Cancel", |_, state: &State| {
+                (0..BRANCHES).any(|branch| {
+                    state.participants[branch].fence == Fence::Suspended
+                        && state.messages.try_.has(branch)
+                })
+            }),
+        ];
+        if self.scope.faults > 0 {
+            properties.push(Property::sometimes(
+                "a repeated batch finds itself",
+                |_, state: &State| {
+                    state.coordinators.iter().filter_map(|process| process.batch).any(|batch| {
+                        batch.repeat
+                            && batch.progress == Progress::Missed
+                            && batch.record == state.store.record
+                    })
+                },
+            ));
+        }
+        if self.scope.crashes > 0 && !self.scope.standby {
+            properties.push(Property::sometimes(
+                "a COMMIT outlives its owner",
+                |_, state: &State| {
+                    let of_decision = |status: Status| status.decision().is_some();
+                    state.coordinators.iter().all(|process| !process.owns())
+                        && state.abandoned.iter().flatten().any(|batch| {
+                            batch.progress == Progress::Guarded && of_decision(batch.record.status)
+                        })
+                },
+            ));
+        }
+        if self.scope.takeovers > 0 {
+            properties.extend([
+                Property::sometimes("a zombie has decided otherwise", |_, state: &State| {
+                    let decision = state.store.record.status.decision();
+                    zombies(state).any(|zombie| {
+                        let other = zombie.memory.status.decision();
+                        decision.is_some() && other.is_some() && other != decision
+                    })
+                }),
+                Property::sometimes("a batch is fenced", |_, state: &State| {
+                    let mut batches = state.coordinators.iter().filter_map(|it| it.batch);
+                    batches.any(|batch| batch.progress == Progress::Fenced)
+                }),
+                Property::sometimes("a zombie tells the truth", |_, state: &State| {
+                    zombies(state).any(|zombie| zombie.durable.status == Status::Confirming)
+                        && state.store.record.status == Status::Confirming
+                }),
+            ]);
+        }
+        if self.scope.forgets {
+            properties.push(Property::sometimes(
+                "what was read is old by now",
+                |_, state: &State| {
+                    let stale = |read: Read| read.stale && read.row != state.store.record;
+                    state
+                        .coordinators
+                        .iter()
+                        .any(|process| process.reads.into_iter().flatten().any(stale))
+                },
+            ));
+        }
+        if self.scope.cleanup {
+            properties.push(Property::sometimes(
+                "a Confirm finds no row any more",
+                |_, state: &State| {
+                    state.participants.iter().any(|it| it.cleaned && it.confirmed == 1)
+                        && state.store.record.status == Status::Confirming
+                },
+            ));
+        }
+        properties
+    }
+
+    /// Something is open, or was promised and has not happened.
+    fn is_unfinished(&self, state: &State) -> bool {
+        let promised = state.history.decided == Some(Decision::Confirm) || state.told.confirm;
+        let all = if self.scope.nested { state.history.decided_branches } else { Branches::ALL };
+        let missing = |branch: usize| all.has(branch) && state.participants[branch].confirmed != 1;
+        state.store.record.status.is_open() || promised && (0..BRANCHES).any(missing)
+    }
+}
+
+fn zombies(state: &State) -> impl Iterator<Item = &Coordinator> {
+    let current = state.store.epoch;
+    state.coordinators.iter().filter(move |process| process.owns() && process.epoch < current)
+}

@@ -1,0 +1,73 @@
+//! The model holds, and would notice if it did not. What takes longer runs by `cargo run --release -p handfast-model`.
+
+use std::{collections::BTreeSet, thread};
+
+use handfast_model::{
+    Size, Summary, all,
+    protocol::{Guard, Protocol, Scope},
+    run_all,
+    search::search,
+};
+use stateright::{Checker as _, Expectation, Model as _, Representative as _};
+
+#[test]
+fn all_rules_hold_and_each_is_needed() {
+    let mut variants = all();
+    variants.retain(|variant| variant.size == Size::Small);
+    let jobs = thread::available_parallelism().unwrap().get();
+    let outcomes = run_all(&variants, jobs, |_, _| {});
+    let summary = Summary::of(&variants, &outcomes);
+    assert!(summary.is_good(), "{:#}", summary.json(&variants, &outcomes));
+    assert_eq!(summary.rules, BTreeSet::from_iter(1..=19), "each rule has a guard that is needed");
+    println!("{summary}");
+}
+
+/// Our own search and stateright's see the same states, and the same properties broken.
+#[test]
+fn the_search_agrees_with_stateright() {
+    let alone = Scope { crashes: 1, faults: 1, ..Scope::default() };
+    let zombie = Scope { standby: true, takeovers: 1, ..Scope::default() };
+    let nested = Scope { nested: true, ..alone };
+    for protocol in [
+        Protocol::new(alone),
+        Protocol::new(zombie),
+        Protocol::new(nested),
+        Protocol::new(alone).without(Guard::EmptyRollbackRecorded),
+        Protocol::new(zombie).without(Guard::NewerEpochsAreNotOurs),
+    ] {
+        let ours = search(&protocol, None);
+        let theirs = protocol
+            .checker()
+            .symmetry_fn(|state| state.representative())
+            // Else it ends when it has met every property.
+            .finish_when(stateright::HasDiscoveries::AllOf(["none has this name"].into()))
+            .spawn_dfs()
+            .join();
+        assert_eq!(ours.states, theirs.unique_state_count(), "{protocol:?}");
+        let always = |name: &&str| {
+            let mut properties = protocol.properties().into_iter();
+            properties.any(|it| it.name == *name && it.expectation == Expectation::Always)
+        };
+        let broken: BTreeSet<_> = ours.violations.iter().map(|it| it.property).collect();
+        let theirs: BTreeSet<_> = theirs.discoveries().into_keys().filter(always).collect();
+        assert_eq!(broken, theirs, "{protocol:?}");
+    }
+}
+
+/// stateright keeps the last violation that it meets.
+#[test]
+fn the_shortest_story_is_told() {
+    let alone = Scope { crashes: 1, faults: 1, ..Scope::default() };
+    let found = search(&Protocol::new(alone).without(Guard::RegisteredToldWhenDurable), None);
+    assert_eq!(
+        found.violation("I5").unwrap().story,
+        [
+            "A begins the transaction",
+            "branch 0 registers at A",
+            "A is killed",
+            "A starts",
+            "A takes over",
+            "Try arrives at branch 0",
+        ]
+    );
+}

@@ -6,6 +6,7 @@ mod serve;
 
 mod crash;
 mod fence;
+mod fuzz;
 mod mishaps;
 mod mysql;
 mod nested;

@@ -2,6 +2,7 @@
 //! and waiting for a condition.
 
 pub mod database;
+pub mod fuzz;
 pub mod process;
 pub mod warehouse;
 

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use handfast_proto::crash_point;
 use tokio::{
     net::TcpListener,
     time::{Instant, sleep},
@@ -30,6 +31,7 @@ pub(crate) async fn wait(store: &dyn Store, listener: TcpListener) -> std::io::R
         .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
     let server = tokio::spawn(server);
     turn(store).await;
+    crash_point!("standby.turn");
     closing.cancel();
     server.abort(); // also with connections that are open: their clients come again
     drop(server.await);

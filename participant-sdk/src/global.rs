@@ -18,6 +18,7 @@ use bytes::Bytes;
 use handfast_proto::{
     BranchId, Xid,
     calls::{BranchCall, BranchRequest},
+    crash_point,
     time::{millis, timestamp, wire_duration},
     v1 as pb,
 };
@@ -297,6 +298,7 @@ impl Global {
             carry_payload: false,
         };
         let begun = self.register(Some(spec)).await?;
+        crash_point!("initiator.registered");
         let mut attempt = 1;
         loop {
             let mut branch = Branch::new(begun.xid, branch_id.clone(), action, Phase::Try);

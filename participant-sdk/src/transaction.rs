@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
-use handfast_proto::{BranchId, Xid, time::wire_duration, v1 as pb};
+use handfast_proto::{BranchId, Xid, crash_point, time::wire_duration, v1 as pb};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -427,7 +427,11 @@ impl OpenTransaction {
             wait: Some(wire_duration(self.wait)),
             ..request
         };
-        self.global.handfast().decide(request, self.wait, from_now(self.patience)).await
+        crash_point!("initiator.before_decide");
+        let decided =
+            self.global.handfast().decide(request, self.wait, from_now(self.patience)).await;
+        crash_point!("initiator.after_decide");
+        decided
     }
 }
 

@@ -6,6 +6,7 @@
 //! with `handfast/v1/coordinator.proto`.
 
 pub mod calls;
+pub mod crash;
 pub mod id;
 pub mod limits;
 pub mod metadata;

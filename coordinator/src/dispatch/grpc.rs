@@ -9,6 +9,7 @@ use std::{
 
 use handfast_proto::{
     calls::{BranchCall, BranchRequest, ToParticipant},
+    crash_point,
     stream::Line,
     time::timestamp,
     v1 as pb,
@@ -225,7 +226,15 @@ fn not_made(call: &CallRequest, now: Timestamp) -> Outcome {
 
 async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
     let lane = place.lane();
+    match call.phase {
+        Phase::Try => crash_point!("phase_one.before_call"),
+        Phase::Confirm | Phase::Cancel => crash_point!("phase_two.before_call"),
+    }
     let answer = tokio::time::timeout(call.deadline, send(&lane.line, call)).await;
+    match call.phase {
+        Phase::Try => crash_point!("phase_one.after_call"),
+        Phase::Confirm | Phase::Cancel => crash_point!("phase_two.after_call"),
+    }
     let (answer, answered) = match answer {
         Ok(Ok(reply)) => (Ok(reply), true),
         // A status with a source was made on this side: no connection, or one that broke.

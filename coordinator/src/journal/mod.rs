@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::Xid;
+use handfast_proto::{Xid, crash_point};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -455,6 +455,7 @@ impl Journal {
         let landed: Vec<_> = batch.guards.iter().map(|guard| guard.partition).collect();
         // Let go of the transactions first, so that the partitions change them without copying them.
         drop(batch);
+        crash_point!("batch.before_told");
         for outbox in
             self.outboxes.iter().filter(|outbox| landed.contains(&outbox.ownership.partition))
         {

@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::Xid;
+use handfast_proto::{Xid, crash_point};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -491,6 +491,7 @@ impl Partition {
         let decided = before.decision().is_none() && entry.global.state.decision().is_some();
         self.record(xid, change);
         if decided {
+            crash_point!("decision.before_durable");
             let awaits = self.entries[&xid].awaits;
             self.effects.entry(awaits).or_default().insert(0, Effect::Decided(xid));
         }
@@ -498,6 +499,7 @@ impl Partition {
         if global.state != before && global.state.is_final() {
             let took_ms = u64::try_from((now - global.begun_at).as_millis()).unwrap_or(u64::MAX);
             info!(%xid, name = global.name, state = ?global.state, took_ms, "finished");
+            crash_point!("finished.before_record");
         }
         self.drive(xid, hurry);
         self.tell_watchers(xid);
@@ -635,8 +637,14 @@ impl Partition {
         for effect in std::mem::replace(&mut self.effects, later).into_values().flatten() {
             match effect {
                 Effect::Decided(xid) => self.log_decision(xid),
-                Effect::Answer(reply, answer) => Self::answer_now(reply, answer),
-                Effect::Drive(xid) => self.drive(xid, Hurry::No),
+                Effect::Answer(reply, answer) => {
+                    crash_point!("durable.before_reply");
+                    Self::answer_now(reply, answer);
+                }
+                Effect::Drive(xid) => {
+                    crash_point!("durable.before_calls");
+                    self.drive(xid, Hurry::No);
+                }
                 Effect::Leave(xid) => leaving.push(xid), // last: the others still look at it
             }
         }

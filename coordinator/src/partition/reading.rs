@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::Xid;
+use handfast_proto::{Xid, crash_point};
 use tokio::sync::Semaphore;
 use tracing::{error, warn};
 
@@ -236,6 +236,9 @@ impl Partition {
                 self.reading.scan_by(Some(soon));
             }
             Ok(page) => {
+                if !page.transactions.is_empty() {
+                    crash_point!("recovery.page");
+                }
                 for global in page.transactions {
                     if !self.entries.contains_key(&global.xid)
                         && !self.reading.is_stale(global.xid, began)

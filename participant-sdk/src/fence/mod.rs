@@ -34,6 +34,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use handfast_proto::crash_point;
 use sqlx::{Error, Pool};
 use tracing::Instrument as _;
 
@@ -195,7 +196,9 @@ impl<DB: FenceDb> Fence<DB> {
         let mut tx = Tx::begin(&self.pool).await?;
         let result = self.within(&mut tx, branch, payload, work).await;
         if let Ok((_, Answer::Done(_))) = result {
+            crash_point!("fence.before_commit");
             tx.commit().await?;
+            crash_point!("fence.after_commit");
         } else {
             tx.rollback().await;
         }
@@ -219,6 +222,7 @@ impl<DB: FenceDb> Fence<DB> {
             return Ok((look.verdict, answer));
         }
         tx.set_payload(look.take_payload(branch.phase, payload));
+        crash_point!("fence.entered");
         if let Err(error) = work(tx).await {
             let mut answer = error.into();
             if let Answer::Done(_) = answer {

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use handfast_proto::crash_point;
 use sqlx::{Connection as _, QueryBuilder};
 
 use super::{
@@ -48,7 +49,9 @@ pub(super) async fn acquire(
         .execute(&mut *tx)
         .await?;
     }
+    crash_point!("takeover.before_commit");
     tx.commit().await?;
+    crash_point!("takeover.after_commit");
     Ok(ownerships)
 }
 
@@ -63,7 +66,9 @@ pub(super) async fn append(
     counter.statement(0);
     if moved == batch.guards.len() as u64 {
         write_all(&mut tx, &batch.writes, counter).await?;
+        crash_point!("batch.before_commit");
         tx.commit().await?;
+        crash_point!("batch.after_commit");
         return Ok(Appended::Durable);
     }
     // Inside the same local transaction: what others have recorded there stays.
@@ -212,6 +217,8 @@ pub(super) async fn release(
             .execute(&mut *tx)
             .await?;
     }
+    crash_point!("hand_back.before_commit");
     tx.commit().await?;
+    crash_point!("hand_back.after_commit");
     Ok(())
 }

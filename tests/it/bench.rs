@@ -2,7 +2,7 @@
 
 use handfast::Json;
 use handfast_tests::{
-    process::{Coordinator, binary},
+    process::{Coordinator, Signal, binary},
     warehouse::{Deduct, Warehouse},
 };
 use serde_json::Value;
@@ -33,7 +33,7 @@ async fn a_transaction_of_three_branches_waits_for_two_commits_and_writes_six_ro
         });
         assert!(confirmed.await.unwrap().completed);
     }
-    coordinator.signal("TERM").await;
+    coordinator.signal(Signal::TERM);
     assert!(coordinator.ended().await.success());
     let recorded = coordinator.log().with_message("recorded").pop().unwrap();
     let count = |name: &str| recorded[name].as_u64().unwrap();

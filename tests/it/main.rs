@@ -4,7 +4,7 @@
 
 mod serve;
 
-mod crash;
+mod chaos;
 mod fence;
 mod fuzz;
 mod mishaps;

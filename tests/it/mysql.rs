@@ -5,7 +5,7 @@ use std::time::Duration;
 use handfast_proto::v1::{BeginRequest, coordinator_service_client::CoordinatorServiceClient};
 use handfast_tests::{
     database::{Database, free_port, servers},
-    process::{Coordinator, handfast},
+    process::{Coordinator, Signal, handfast},
     wait_for,
 };
 use tonic::{Code, transport::Endpoint};
@@ -87,7 +87,7 @@ async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
             let mut client = CoordinatorServiceClient::new(standby.connect_lazy());
             let away = client.begin(BeginRequest::default()).await.unwrap_err();
             assert_eq!(away.code(), Code::Unavailable, "{away:?}");
-            first.signal("TERM").await;
+            first.signal(Signal::TERM);
             assert!(first.ended().await.success());
         };
         let (second, ()) = tokio::join!(second, meanwhile);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use handfast_tests::{
-    process::{Coordinator, binary, handfast},
+    process::{Coordinator, Signal, binary, handfast},
     wait_for,
     warehouse::{Deduct, Warehouse},
 };
@@ -77,7 +77,7 @@ async fn sigterm_drains_and_exits_with_0_also_when_somebody_keeps_a_stream_open(
     assert!(done.completed);
 
     let began = Instant::now();
-    coordinator.signal("TERM").await;
+    coordinator.signal(Signal::TERM);
     // Whoever watches is told before the end.
     let not_serving = wait_for("not serving", async || match watch.message().await {
         Ok(Some(status)) => {

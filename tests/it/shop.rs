@@ -5,7 +5,7 @@ use std::{path::Path, process::Stdio};
 use handfast_tests::{
     PATIENCE,
     database::{free_port, servers},
-    process::binary,
+    process::{Signal, binary, send},
     wait_for,
 };
 use serde_json::Value;
@@ -153,8 +153,7 @@ async fn is_left_running_until_it_is_stopped(store: &[&str]) -> String {
     let mut coordinator = tokio::net::TcpStream::connect(address).await.expect("it is running");
     coordinator.write_all(b"\n").await.unwrap();
 
-    let terminate = format!("kill -TERM {}", walk.id().unwrap());
-    assert!(Command::new("sh").args(["-c", &terminate]).status().await.unwrap().success());
+    send(walk.id().unwrap(), Signal::TERM);
     let ended = tokio::time::timeout(PATIENCE, walk.wait()).await.expect("it stops").unwrap();
     assert!(ended.success(), "{ended}");
     assert!(

@@ -162,3 +162,31 @@ fn every_call_says_what_it_guarantees() {
     }
     assert_eq!(calls, 7 + 5 + 3);
 }
+
+/// A process dies there only if it was built with a feature that no package turns on; and each place is one where `chaos` lets one
+/// die.
+#[test]
+fn places_to_die_are_compiled_out_and_known() {
+    let named = |text: &str| -> Vec<String> {
+        let places = text.split("crash_point!(\"").skip(1);
+        places.map(|rest| rest.split('"').next().unwrap().to_owned()).collect()
+    };
+    let mut places: Vec<_> = ["coordinator/src", "participant-sdk/src"]
+        .iter()
+        .flat_map(|folder| files(folder, ".rs"))
+        .flat_map(|(_, text)| named(&text))
+        .collect();
+    places.sort();
+    places.dedup();
+    assert!(places.len() > 20, "{places:?}");
+    let chaos: String =
+        files("tests/src/bin/chaos", ".rs").into_iter().map(|(_, text)| text).collect();
+    for place in &places {
+        assert!(chaos.contains(&format!("\"{place}\"")), "chaos does not know of {place}");
+    }
+    for (path, text) in files("", "Cargo.toml") {
+        let defined_here = path.ends_with("proto/Cargo.toml");
+        let times = text.matches("crash-points").count();
+        assert_eq!(times, usize::from(defined_here), "{} turns it on", path.display());
+    }
+}

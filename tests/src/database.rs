@@ -1,5 +1,8 @@
 //! Databases on servers of MySQL and MariaDB that somebody else has started.
 
+use std::{path::PathBuf, time::Duration};
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
 use tempfile::TempDir;
 
@@ -20,12 +23,14 @@ pub fn kinds() -> Vec<String> {
     kinds.split_whitespace().map(str::to_owned).collect()
 }
 
-/// A server of a test's own, which it may kill.
+/// A server of our own, which we may kill. Gone when it is dropped.
 #[derive(Debug)]
 pub struct Server {
     kind: String,
-    folder: TempDir,
+    folder: PathBuf,
     port: u16,
+    /// Of a folder that nobody else needs.
+    temporary: Option<TempDir>,
 }
 
 impl Server {
@@ -36,7 +41,18 @@ impl Server {
     /// When there is none.
     pub async fn start(kind: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let server = Self { kind: kind.to_owned(), folder, port: free_port() };
+        let mut server = Self::start_in(kind, folder.path().to_owned()).await;
+        server.temporary = Some(folder);
+        server
+    }
+
+    /// The same with its files in this folder, where they stay.
+    ///
+    /// # Panics
+    ///
+    /// When there is none.
+    pub async fn start_in(kind: &str, folder: PathBuf) -> Self {
+        let server = Self { kind: kind.to_owned(), folder, port: free_port(), temporary: None };
         server.start_again().await;
         server
     }
@@ -47,14 +63,14 @@ impl Server {
         format!("mysql://root@127.0.0.1:{}", self.port)
     }
 
-    /// Kills it: SIGKILL, whatever it is doing.
+    /// Kills it: SIGKILL, whatever it is doing. Once this returns it is gone.
     pub fn kill(&self) {
-        let pid = std::fs::read_to_string(self.folder.path().join("pid")).unwrap_or_default();
-        let kill = format!(
-            "kill -KILL {0} && while kill -0 {0} 2>/dev/null; do sleep 0.02; done",
-            pid.trim()
-        );
-        drop(std::process::Command::new("sh").args(["-c", &kill]).status());
+        let pid = std::fs::read_to_string(self.folder.join("pid")).unwrap_or_default();
+        let Some(pid) = pid.trim().parse().ok().and_then(Pid::from_raw) else { return };
+        let _ended_by_itself = kill_process(pid, Signal::KILL);
+        while test_kill_process(pid).is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Starts it again, on the same files.
@@ -64,10 +80,10 @@ impl Server {
     /// When it does not come up.
     pub async fn start_again(&self) {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/database");
-        drop(std::fs::remove_file(self.folder.path().join("pid"))); // of the one that was killed
+        drop(std::fs::remove_file(self.folder.join("pid"))); // of the one that was killed
         let started = tokio::process::Command::new(script)
             .args(["start", &self.kind])
-            .arg(self.folder.path())
+            .arg(&self.folder)
             .arg(self.port.to_string())
             .stdout(std::process::Stdio::null())
             .status();

@@ -16,6 +16,19 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{PATIENCE, wait_for};
 
+pub use rustix::process::Signal;
+
+/// Sends a signal to a process of ours. It may be gone.
+///
+/// # Panics
+///
+/// When that is the number of no process.
+pub fn send(pid: u32, signal: Signal) {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    let pid = pid.expect("a process has a number from 1");
+    let _it_is_gone = rustix::process::kill_process(pid, signal);
+}
+
 /// Where cargo puts binaries, and whether the program that is running is a test. A test is target/debug/deps/it-…, a binary of ours
 /// target/release/bench.
 fn target_folder() -> (PathBuf, bool) {
@@ -26,23 +39,53 @@ fn target_folder() -> (PathBuf, bool) {
     (folder.to_owned(), is_test)
 }
 
+/// Whether the binaries are built.
+static BUILT: OnceLock<()> = OnceLock::new();
+
+/// With what `cargo test --workspace --all-features` builds.
+const AS_TESTS: [&str; 3] = ["--workspace", "--all-features", "--all-targets"];
+/// With what `cargo run` builds a binary of this package.
+const AS_THIS_PACKAGE: [&str; 6] =
+    ["--package", "handfast-tests", "--package", "handfast-coordinator", "--bin", "handfast"];
+/// With every feature, `crash-points` among them.
+const WITH_CRASH_POINTS: [&str; 10] = [
+    "--workspace",
+    "--all-features",
+    "--bin",
+    "handfast",
+    "--bin",
+    "order",
+    "--bin",
+    "inventory",
+    "--bin",
+    "points",
+];
+
+/// Sees to it that the coordinator and the services of the shop can be told where to die. Call it before anything else here.
+///
+/// # Panics
+///
+/// When they cannot be built.
+pub fn build_with_crash_points() {
+    BUILT.get_or_init(|| build(&WITH_CRASH_POINTS));
+}
+
 /// The binary of this name, built if need be.
 ///
 /// # Panics
 ///
 /// When it cannot be built.
 pub fn binary(name: &str) -> PathBuf {
-    static BUILT: OnceLock<()> = OnceLock::new();
-    BUILT.get_or_init(build);
+    let is_test = target_folder().1;
+    BUILT.get_or_init(|| build(if is_test { &AS_TESTS } else { &AS_THIS_PACKAGE }));
     let binary = target_folder().0.join(name);
     assert!(binary.exists(), "{} is not there", binary.display());
     binary
 }
 
-/// Cargo builds no binaries of other packages for tests, nor for `cargo run`. This builds them with what the program that is running
-/// was built with, and so nothing but the binaries is left to do: for a test as `cargo test --workspace --all-features` does, for a
-/// binary of this package as `cargo run` does. One that was not started by cargo finds what there is.
-fn build() {
+/// Cargo builds no binaries of other packages for tests, nor for `cargo run`. This does, with what the program that is running was
+/// built with, so that little is left to do. One that was not started by cargo finds what there is.
+fn build(what: &[&str]) {
     let (folder, is_test) = target_folder();
     let profile = folder.file_name().and_then(|name| name.to_str()).expect("target/debug");
     let cargo = match std::env::var("CARGO") {
@@ -51,14 +94,9 @@ fn build() {
         Err(_) => return,
     };
     let mut command = std::process::Command::new(cargo);
-    command.args(["build", "--quiet"]);
-    if is_test {
-        command.args(["--workspace", "--all-features", "--all-targets"]);
-    } else {
-        command.args(["--package", "handfast-tests", "--package", "handfast-coordinator"]);
-        command.args(["--bin", "handfast"]);
-    }
     command
+        .args(["build", "--quiet"])
+        .args(what)
         .args(["--profile", if profile == "debug" { "dev" } else { profile }])
         .args(["--target-dir".as_ref(), folder.parent().expect("target").as_os_str()])
         .env_remove("OUT_DIR");
@@ -230,11 +268,9 @@ impl Coordinator {
     ///
     /// # Panics
     ///
-    /// When there is no shell.
-    pub async fn signal(&self, name: &str) {
-        let kill = format!("kill -{name} {}", self.pid());
-        let sent = Command::new("sh").args(["-c", &kill]).status().await.expect("a shell");
-        assert!(sent.success());
+    /// When it has ended.
+    pub fn signal(&self, signal: Signal) {
+        send(self.pid(), signal);
     }
 
     /// Waits until it has ended by itself.

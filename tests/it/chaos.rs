@@ -1,0 +1,42 @@
+//! The machine that breaks everything, for a short time: on each store every kind of fault comes about, nothing that was
+//! acknowledged is lost, no promise is broken. `cargo run --release -p handfast-tests --bin chaos` does it for longer.
+
+use std::{process::Stdio, time::Duration};
+
+use handfast_tests::{database::kinds, process::binary};
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+/// Far more than a run needs; it ends what it has started if it is ended itself.
+const PATIENCE: Duration = Duration::from_secs(300);
+const SEED: &str = "1";
+
+/// Runs it to its end.
+async fn chaos(store: &str, seconds: u32) -> Value {
+    let mut command = Command::new(binary("chaos"));
+    command.args(["--json", "--seed", SEED, "--store", store, "--seconds", &seconds.to_string()]);
+    command.env_remove("CARGO"); // it builds nothing: all is there
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let output = tokio::time::timeout(PATIENCE, command.output()).await.expect("it ends").unwrap();
+    let (json, talk) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    println!("{talk}");
+    assert!(output.status.success(), "{talk}");
+    serde_json::from_str(&json).unwrap_or_else(|error| panic!("{error} in {json}"))
+}
+
+fn check(report: &Value) {
+    assert_eq!((&report["lost"], &report["violations"]), (&json!(0), &json!([])));
+    assert_eq!(report["faults_missing"], json!([]), "some faults have not come about");
+    let confirmed = report["acknowledged"]["confirmed"].as_u64().unwrap();
+    assert!(confirmed > 20, "too little went on to show anything: {confirmed} confirmed");
+}
+
+/// One after the other: each is a load for itself.
+#[tokio::test]
+async fn nothing_is_lost_whatever_breaks() {
+    check(&chaos("sqlite", 20).await);
+    for kind in kinds() {
+        check(&chaos(&kind, 30).await);
+    }
+}

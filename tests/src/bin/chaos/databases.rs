@@ -1,0 +1,171 @@
+//! Where everything is kept: files of SQLite, or databases on one server of MySQL or MariaDB, which may be ours to kill. And what is
+//! read there at the end.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use handfast_shop::store::{Service, Store, Stores};
+use handfast_tests::{database::Server, process};
+use sqlx::{
+    AssertSqlSafe, Connection as _, FromRow, MySqlConnection, SqliteConnection,
+    mysql::MySqlRow,
+    sqlite::{SqliteConnectOptions, SqliteRow},
+};
+
+use crate::proxy::Proxy;
+
+/// How long anything may take that is asked of a database from here.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// See the module's comment.
+#[derive(Debug)]
+pub(crate) struct Databases {
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Folder(PathBuf),
+    Server {
+        /// `user:password` and `host:port`.
+        login: (String, String),
+        /// Before the name of each database.
+        prefix: String,
+        own: Option<Server>,
+    },
+}
+
+const NAMES: [&str; 4] = ["coordinator", "order", "inventory", "points"];
+
+impl Databases {
+    /// Makes them: `sqlite` in `folder`; `mysql` or `mariadb` on a server that is started in `folder`; or on the server of a URL.
+    pub(crate) async fn make(store: &str, folder: &Path) -> anyhow::Result<Self> {
+        let place = match store {
+            "sqlite" => return Ok(Self { place: Place::Folder(folder.to_owned()) }),
+            "mysql" | "mariadb" => {
+                let own = Server::start_in(store, folder.join("server")).await;
+                let login = login(&own.url())?;
+                Place::Server { login, prefix: "chaos_".to_owned(), own: Some(own) }
+            }
+            url => {
+                let prefix = format!("handfast_chaos_{:08x}_", rand::random::<u32>());
+                Place::Server { login: login(url)?, prefix, own: None }
+            }
+        };
+        let databases = Self { place };
+        databases.for_each_database("CREATE").await?;
+        let migrated =
+            process::handfast(&["migrate", "--store", &databases.coordinator(None)]).await;
+        anyhow::ensure!(migrated.status.success(), "{migrated:?}");
+        Ok(databases)
+    }
+
+    /// Deletes what was made on somebody else's server.
+    pub(crate) async fn drop(&self) -> anyhow::Result<()> {
+        match &self.place {
+            Place::Server { own: None, .. } => self.for_each_database("DROP").await,
+            Place::Server { .. } | Place::Folder(_) => Ok(()),
+        }
+    }
+
+    async fn for_each_database(&self, what: &str) -> anyhow::Result<()> {
+        let Place::Server { login: (who, at), prefix, .. } = &self.place else { return Ok(()) };
+        let mut server = MySqlConnection::connect(&format!("mysql://{who}@{at}")).await?;
+        for name in NAMES {
+            let sql = format!("{what} DATABASE {prefix}{name}");
+            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut server).await?;
+        }
+        Ok(())
+    }
+
+    /// The server that may be killed.
+    pub(crate) fn own_server(&self) -> Option<&Server> {
+        match &self.place {
+            Place::Server { own, .. } => own.as_ref(),
+            Place::Folder(_) => None,
+        }
+    }
+
+    /// Whether there is a server at all.
+    pub(crate) fn is_server(&self) -> bool {
+        matches!(self.place, Place::Server { .. })
+    }
+
+    /// Where the server is.
+    pub(crate) async fn address(&self) -> anyhow::Result<Option<SocketAddr>> {
+        let Place::Server { login: (_, at), .. } = &self.place else { return Ok(None) };
+        let mut found = tokio::net::lookup_host(at).await?;
+        Ok(Some(found.next().with_context(|| format!("{at} is nowhere"))?))
+    }
+
+    /// The coordinator's, as `--store` takes it.
+    pub(crate) fn coordinator(&self, via: Option<&Proxy>) -> String {
+        self.store("coordinator", via).url()
+    }
+
+    /// One of the services'.
+    pub(crate) fn service(&self, service: Service, via: Option<&Proxy>) -> Store {
+        self.store(&service.to_string(), via)
+    }
+
+    /// Those of all services.
+    pub(crate) fn services(&self) -> Stores {
+        Stores {
+            order: self.service(Service::Order, None),
+            inventory: self.service(Service::Inventory, None),
+            points: self.service(Service::Points, None),
+        }
+    }
+
+    fn store(&self, name: &str, via: Option<&Proxy>) -> Store {
+        match &self.place {
+            Place::Folder(folder) => Store::Sqlite(folder.join(format!("{name}.db"))),
+            Place::Server { login: (who, at), prefix, .. } => {
+                let at = via.map_or_else(|| at.clone(), |proxy| proxy.address().to_string());
+                // In the clear, so that the proxy knows COMMIT when it sees it.
+                Store::MySql(format!("mysql://{who}@{at}/{prefix}{name}?ssl-mode=disabled"))
+            }
+        }
+    }
+
+    /// What a query says, in the database of the coordinator (`None`) or of a service.
+    pub(crate) async fn rows<R>(
+        &self,
+        service: Option<Service>,
+        sql: &'static str,
+    ) -> anyhow::Result<Vec<R>>
+    where
+        R: for<'r> FromRow<'r, MySqlRow> + for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
+    {
+        let name = service.map_or_else(|| NAMES[0].to_owned(), |service| service.to_string());
+        let read = async {
+            match self.store(&name, None) {
+                Store::Sqlite(file) => {
+                    let options = SqliteConnectOptions::new().filename(file).read_only(true);
+                    let mut db = SqliteConnection::connect_with(&options).await?;
+                    sqlx::query_as(sql).fetch_all(&mut db).await
+                }
+                Store::MySql(url) => {
+                    let mut db = MySqlConnection::connect(&url).await?;
+                    sqlx::query_as(sql).fetch_all(&mut db).await
+                }
+            }
+        };
+        let rows = tokio::time::timeout(PATIENCE, read).await;
+        rows.context("a database does not answer")?
+            .with_context(|| format!("cannot read the database of {name}"))
+    }
+}
+
+/// `user:password` and `host:port` of a URL.
+fn login(url: &str) -> anyhow::Result<(String, String)> {
+    let wrong = "--store is sqlite, mysql, mariadb, or mysql://user:password@host:port";
+    let rest = url.strip_prefix("mysql://").context(wrong)?;
+    let authority = rest.split(['/', '?']).next().context(wrong)?;
+    let (who, at) = authority.rsplit_once('@').context(wrong)?;
+    Ok((who.to_owned(), at.to_owned()))
+}

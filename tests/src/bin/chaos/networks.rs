@@ -1,0 +1,178 @@
+//! What happens between the processes: connections are cut, held up, and lose what goes through them; between coordinator and
+//! database also at the one moment that counts, around COMMIT. And the database server is killed.
+
+use std::time::Duration;
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    proxy::{Proxy, Trap, Weather},
+    world::World,
+};
+
+/// How long bad weather lasts.
+const BAD_MS: std::ops::Range<u64> = 50..1500;
+/// Pause after it.
+const FAIR_MS: std::ops::Range<u64> = 100..2000;
+/// How long a trap waits for a COMMIT.
+const TRAP_WITHIN: Duration = Duration::from_secs(2);
+/// How long an answer to COMMIT is held before the connection is cut.
+const HELD_MS: std::ops::Range<u64> = 200..4000;
+/// A database is killed so many times in a run, if there is time for it between.
+const DATABASE_KILLS: u32 = 16;
+/// Shortest and longest time from one to the next.
+const DATABASE_KILL_EVERY: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(40)];
+/// How often it is looked whether it is time.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long a database stays away, beside what it needs to start.
+const DATABASE_AWAY_MS: std::ops::Range<u64> = 0..2000;
+
+/// What happens to a link.
+#[derive(Debug, Clone, Copy)]
+enum Act {
+    Cut,
+    Weather(Weather),
+    Trap(Trap),
+}
+
+const WEATHERS: [Act; 4] = [
+    Act::Cut,
+    Act::Weather(Weather::Stall),
+    Act::Weather(Weather::LoseReplies),
+    Act::Weather(Weather::BlackHole),
+];
+const TRAPS: [Act; 3] =
+    [Act::Trap(Trap::LoseCommit), Act::Trap(Trap::LoseOk), Act::Trap(Trap::HoldOk)];
+
+/// Breaks the links between initiators, coordinator and services, one after the other, until it is over.
+pub(crate) async fn trouble_services(world: &World, seed: u64) -> anyhow::Result<()> {
+    let links = &world.links;
+    let links: Vec<_> = links.services.values().chain([&links.coordinator]).collect();
+    trouble(world, seed, &links, "network", &WEATHERS, || false).await;
+    Ok(())
+}
+
+/// The same with the links to the database server.
+pub(crate) async fn trouble_databases(world: &World, seed: u64) -> anyhow::Result<()> {
+    let Some(links) = &world.links.databases else { return Ok(()) };
+    let acts: Vec<_> = TRAPS.into_iter().chain(WEATHERS).collect();
+    let links: Vec<_> = links.iter().collect();
+    trouble(world, seed, &links, "database link", &acts, || world.tally.is_calm()).await;
+    Ok(())
+}
+
+async fn trouble(
+    world: &World,
+    seed: u64,
+    links: &[&Proxy],
+    name: &str,
+    acts: &[Act],
+    left_alone: impl Fn() -> bool,
+) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let (mut deck, mut decks) = (Vec::new(), 0);
+    while !world.tally.is_over() {
+        if left_alone() {
+            sleep(LOOK_EVERY).await;
+            continue;
+        }
+        if deck.is_empty() {
+            // First one of each kind, so that a short run has them all; then each kind on each link.
+            let mut pairs: Vec<_> = match decks {
+                0 => {
+                    acts.iter().map(|act| (links[rng.random_range(0..links.len())], *act)).collect()
+                }
+                _ => links
+                    .iter()
+                    .flat_map(|link| acts.iter().map(move |act| (*link, *act)))
+                    .collect(),
+            };
+            pairs.shuffle(&mut rng);
+            (deck, decks) = (pairs, decks + 1);
+        }
+        let (link, act) = deck.pop().expect("just filled");
+        if let Some(what) = perform(link, act, &mut rng).await {
+            world.tally.fault(format!("{name}: {what}"));
+        }
+        sleep(Duration::from_millis(rng.random_range(FAIR_MS))).await;
+    }
+}
+
+/// Does it, and undoes it. `None`: it has not come about.
+async fn perform(link: &Proxy, act: Act, rng: &mut StdRng) -> Option<&'static str> {
+    match act {
+        Act::Cut => {
+            link.cut();
+            Some("cut")
+        }
+        Act::Weather(weather) => {
+            link.set(weather);
+            sleep(Duration::from_millis(rng.random_range(BAD_MS))).await;
+            link.set(Weather::Fair);
+            Some(match weather {
+                Weather::Fair | Weather::Stall => "stalled",
+                Weather::LoseReplies => "replies lost",
+                Weather::BlackHole => "black hole",
+            })
+        }
+        Act::Trap(trap) => {
+            let sprung = link.sprung();
+            link.trap(Some(trap));
+            let limit = Instant::now() + TRAP_WITHIN;
+            while link.sprung() == sprung && Instant::now() < limit {
+                sleep(Duration::from_millis(5)).await;
+            }
+            link.trap(None);
+            if link.sprung() == sprung {
+                return None;
+            }
+            Some(match trap {
+                Trap::LoseCommit => "COMMIT lost",
+                Trap::LoseOk => "OK of COMMIT lost",
+                Trap::HoldOk => {
+                    sleep(Duration::from_millis(rng.random_range(HELD_MS))).await;
+                    link.cut();
+                    "OK of COMMIT held back"
+                }
+            })
+        }
+    }
+}
+
+/// Kills the database server and starts it again, until it is over; as often as the length of a run lets it. Where it is not ours, nothing.
+pub(crate) async fn kill_databases(
+    world: &World,
+    length: Duration,
+    seed: u64,
+) -> anyhow::Result<()> {
+    let Some(server) = world.databases.own_server() else { return Ok(()) };
+    let mut rng = StdRng::seed_from_u64(seed);
+    let [shortest, longest] = DATABASE_KILL_EVERY;
+    let every = (length / DATABASE_KILLS).clamp(shortest, longest);
+    let mut at = Instant::now() + every / 2;
+    while !world.tally.is_over() {
+        if Instant::now() < at || world.tally.is_calm() {
+            sleep(LOOK_EVERY).await;
+            continue;
+        }
+        at = Instant::now() + every.mul_f64(rng.random_range(0.6..1.2));
+        server.kill();
+        world.tally.database_kill();
+        sleep(Duration::from_millis(rng.random_range(DATABASE_AWAY_MS))).await;
+        server.start_again().await;
+    }
+    Ok(())
+}
+
+/// Everything gets through again, and nothing that was lost is waited for.
+pub(crate) fn heal(world: &World) {
+    let links = &world.links;
+    for link in
+        links.services.values().chain([&links.coordinator]).chain(links.databases.iter().flatten())
+    {
+        link.trap(None);
+        link.set(Weather::Fair);
+        link.cut();
+    }
+}

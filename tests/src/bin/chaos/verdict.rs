@@ -1,0 +1,186 @@
+//! The end: everything is healed, nothing is open any more. What the services have written down is compared with what customers
+//! were told, and with what the coordinator has recorded.
+//!
+//! By the names of the invariants: nothing is both confirmed and cancelled (I1), nor is any transaction in parts (I2); nothing
+//! counts twice (I3, I10: the sums are right); what was told is true (I4), and still there (I11); nothing stays reserved (I5); and
+//! each participant has done what is recorded as decided (I6).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    time::Duration,
+};
+
+use handfast_shop::{
+    audit::{Answer, audit},
+    books::Books,
+    store::Service,
+};
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    load::Told,
+    world::{SERVICES, World},
+};
+
+/// How long what is open when everything is healed may take to its end.
+const SETTLED_WITHIN: Duration = Duration::from_secs(180);
+/// How often it is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// So many violations of one sort are told; the folder has the others.
+const TOLD_MAX: usize = 20;
+
+// The numbers of states are those of the tables' comments.
+const CONFIRMED: i64 = 4;
+const CANCELLED: i64 = 5;
+const FENCE_CONFIRMED: i64 = 2;
+const FENCE_CANCELLED: i64 = 3;
+const FENCE_SUSPENDED: i64 = 4;
+
+/// Waits until nothing is open. Returns how long the last one has taken.
+pub(crate) async fn settle(world: &World) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    let mut since: Option<Instant> = None;
+    loop {
+        let sql = "SELECT COUNT(*) FROM global_transaction WHERE state < 4";
+        let open: Vec<(i64,)> = world.databases.rows(None, sql).await?;
+        match (open[0].0, since) {
+            (0, Some(since)) if since.elapsed() > Duration::from_secs(1) => {
+                return Ok(since - began);
+            }
+            (0, Some(_)) => {}
+            (0, None) => since = Some(Instant::now()),
+            (open, _) => {
+                since = None;
+                anyhow::ensure!(
+                    began.elapsed() < SETTLED_WITHIN,
+                    "{open} transactions are open {SETTLED_WITHIN:?} after everything was healed"
+                );
+            }
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+/// So many transactions are recorded, so many were lost that had been acknowledged, and this is wrong.
+#[derive(Debug)]
+pub(crate) struct Verdict {
+    pub(crate) transactions: usize,
+    pub(crate) lost: Vec<i64>,
+    pub(crate) violations: Vec<String>,
+}
+
+/// Looks at everything. `before`: the books before the first order; `placed`: the orders whose customers were told that they are.
+pub(crate) async fn judge(
+    world: &World,
+    before: &Books,
+    told: &Told,
+    placed: &BTreeSet<i64>,
+) -> anyhow::Result<Verdict> {
+    let after = Books::read(&world.databases.services()).await?;
+    let answers: BTreeMap<_, _> =
+        told.iter().filter_map(|(id, answer)| Some((*id, (*answer)?))).collect();
+    let mut violations = few(audit(before, &after, &answers));
+    let is_placed = |id: &i64| {
+        after.orders.get(id).is_some_and(|order| order.status == "placed")
+            && after.deductions.get(id).is_some_and(|row| row.state == "sold")
+            && after.bookings.get(id).is_some_and(|row| row.state == "booked")
+    };
+    let lost = placed.iter().filter(|id| !is_placed(id)).copied().collect();
+    let records = Records::read(world).await?;
+    violations.extend(few(records.contradictions()));
+    violations.extend(few(alarms(world)?));
+    Ok(Verdict { transactions: records.states.len(), lost, violations })
+}
+
+fn few(mut violations: Vec<String>) -> Vec<String> {
+    let more = violations.len().saturating_sub(TOLD_MAX);
+    violations.truncate(TOLD_MAX);
+    violations.extend((more > 0).then(|| format!("… and {more} more of this sort")));
+    violations
+}
+
+/// What the coordinator has recorded, and what the fences have.
+struct Records {
+    /// Of transactions, by xid.
+    states: BTreeMap<Vec<u8>, i64>,
+    /// Participants, by xid and branch id.
+    branches: BTreeMap<(Vec<u8>, String), String>,
+    /// By participant; by xid and branch id.
+    fences: BTreeMap<String, BTreeMap<(Vec<u8>, String), i64>>,
+}
+
+impl Records {
+    async fn read(world: &World) -> anyhow::Result<Self> {
+        let databases = &world.databases;
+        let states: Vec<(Vec<u8>, i64)> =
+            databases.rows(None, "SELECT xid, state FROM global_transaction").await?;
+        let branches: Vec<(Vec<u8>, String, String)> =
+            databases.rows(None, "SELECT xid, branch_id, participant FROM branch").await?;
+        let mut fences = BTreeMap::new();
+        for service in SERVICES {
+            let sql = "SELECT xid, branch_id, state FROM handfast_fence";
+            let rows: Vec<(Vec<u8>, Vec<u8>, i64)> = databases.rows(Some(service), sql).await?;
+            let text = |id: Vec<u8>| String::from_utf8_lossy(&id).trim_end_matches('\0').to_owned();
+            let rows = rows.into_iter().map(|(xid, id, state)| ((xid, text(id)), state));
+            fences.insert(Service::to_string(&service), rows.collect());
+        }
+        let branches = branches.into_iter().map(|(xid, id, participant)| ((xid, id), participant));
+        Ok(Self { states: states.into_iter().collect(), branches: branches.collect(), fences })
+    }
+
+    fn contradictions(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for ((xid, id), participant) in &self.branches {
+            let state = self.states.get(xid);
+            let fence =
+                self.fences.get(participant).and_then(|rows| rows.get(&(xid.clone(), id.clone())));
+            let fits = match (state, fence) {
+                (Some(&CONFIRMED), Some(&FENCE_CONFIRMED))
+                | (Some(&CANCELLED), None | Some(&FENCE_CANCELLED | &FENCE_SUSPENDED)) => true,
+                (Some(_) | None, Some(_) | None) => false,
+            };
+            if !fits {
+                found.push(format!(
+                    "{} branch {id} at {participant}: recorded with state {state:?}, fence has {fence:?}",
+                    hex(xid)
+                ));
+            }
+        }
+        for (participant, rows) in &self.fences {
+            for (xid, id) in rows.keys().filter(|key| !self.branches.contains_key(*key)) {
+                found
+                    .push(format!("{} branch {id} at {participant}: was never recorded", hex(xid)));
+            }
+        }
+        found
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What the processes have logged as an alarm: of those there must be none, whatever happened.
+fn alarms(world: &World) -> anyhow::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&world.folder)? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "log") {
+            continue;
+        }
+        let name = path.file_name().unwrap_or_default().display();
+        let log = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+        let alarming =
+            |line: &&str| line.contains(r#""level":"ERROR""#) || line.contains("panicked at");
+        found.extend(log.lines().filter(alarming).map(|line| format!("{name}: {line}")));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Whether it is one that a customer relies on.
+pub(crate) fn placed(told: &Told) -> BTreeSet<i64> {
+    let placed = told.iter().filter(|(_, answer)| **answer == Some(Answer::Placed));
+    placed.map(|(id, _)| *id).collect()
+}

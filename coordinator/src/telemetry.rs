@@ -58,6 +58,20 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_that_breaks_is_no_alarm() {
+        for (filter, shown) in [("info", 0), ("info,sqlx_core::pool=info", 1)] {
+            let lines = Written::default();
+            let writer = lines.clone();
+            let subscriber = json(&filter.parse().unwrap(), move || writer.clone());
+            tracing::subscriber::with_default(subscriber, || {
+                tracing::error!(target: "sqlx_core::pool::inner", "error returned from after_connect");
+            });
+            let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(lines.lines().count(), shown, "{filter}: {lines}");
+        }
+    }
+
+    #[test]
     fn a_program_can_draw_a_timeline_from_json_lines() {
         let lines = Written::default();
         let writer = lines.clone();

@@ -97,10 +97,11 @@ impl FromStr for StoreUrl {
 pub struct LogFilter(String);
 
 impl LogFilter {
-    /// As the subscriber wants it.
+    /// As the subscriber wants it. What sqlx's pool says of a connection that broke is left out unless it is asked for: it says so
+    /// with level ERROR too, and here that means that a person must look. Whoever needed the connection tells of it.
     #[must_use]
     pub fn to_env_filter(&self) -> EnvFilter {
-        EnvFilter::new(&self.0)
+        EnvFilter::new(format!("sqlx_core::pool=off,{}", self.0))
     }
 }
 

@@ -34,41 +34,35 @@ impl Action for Stock {
     async fn on_try(
         &self,
         tx: &mut Tx<Sqlite>,
-        branch: &Branch,
+        _: &Branch,
         Json(n): &Json<i64>,
     ) -> Result<Json<i64>, TryError> {
         let sql = "UPDATE stock SET free = free - ?1, held = held + ?1 WHERE free >= ?1";
         if sqlx::query(sql).bind(n).execute(&mut **tx).await?.rows_affected() == 0 {
             return Err(Refusal::new("OUT_OF_STOCK").with("wanted", n).into());
         }
-        let sql = "INSERT INTO deduction (xid, pieces, state) VALUES (?, ?, 'held')";
-        sqlx::query(sql).bind(branch.xid.to_string()).bind(n).execute(&mut **tx).await?;
         Ok(Json(sqlx::query_scalar("SELECT free FROM stock").fetch_one(&mut **tx).await?))
     }
 
     async fn on_confirm(
         &self,
         tx: &mut Tx<Sqlite>,
-        branch: &Branch,
+        _: &Branch,
         Json(n): &Json<i64>,
     ) -> Result<(), Failed> {
         let sql = "UPDATE stock SET held = held - ?1, sold = sold + ?1";
         sqlx::query(sql).bind(n).execute(&mut **tx).await?;
-        let sql = "UPDATE deduction SET state = 'sold' WHERE xid = ?";
-        sqlx::query(sql).bind(branch.xid.to_string()).execute(&mut **tx).await?;
         Ok(())
     }
 
     async fn on_cancel(
         &self,
         tx: &mut Tx<Sqlite>,
-        branch: &Branch,
+        _: &Branch,
         Json(n): &Json<i64>,
     ) -> Result<(), Failed> {
         let sql = "UPDATE stock SET held = held - ?1, free = free + ?1";
         sqlx::query(sql).bind(n).execute(&mut **tx).await?;
-        let sql = "DELETE FROM deduction WHERE xid = ?";
-        sqlx::query(sql).bind(branch.xid.to_string()).execute(&mut **tx).await?;
         Ok(())
     }
 }
@@ -105,8 +99,7 @@ impl Warehouse {
             .journal_mode(SqliteJournalMode::Wal)
             .busy_timeout(Duration::from_secs(20));
         let db = SqlitePool::connect_with(options).await.expect("a database");
-        let schema = "CREATE TABLE stock (free INTEGER NOT NULL, held INTEGER NOT NULL, sold INTEGER NOT NULL); \
-                      CREATE TABLE deduction (xid TEXT NOT NULL, pieces INTEGER NOT NULL, state TEXT NOT NULL)";
+        let schema = "CREATE TABLE stock (free INTEGER NOT NULL, held INTEGER NOT NULL, sold INTEGER NOT NULL)";
         sqlx::raw_sql(schema).execute(&db).await.expect("the schema runs");
         sqlx::query("INSERT INTO stock VALUES (?, 0, 0)")
             .bind(PIECES)
@@ -151,15 +144,5 @@ impl Warehouse {
             .fetch_one(&self.db)
             .await
             .expect("a row")
-    }
-
-    /// The xids whose pieces are sold, and how many pieces.
-    ///
-    /// # Panics
-    ///
-    /// When the database cannot be read.
-    pub async fn sold(&self) -> Vec<(String, i64)> {
-        let sql = "SELECT xid, pieces FROM deduction WHERE state = 'sold' ORDER BY xid";
-        sqlx::query_as(sql).fetch_all(&self.db).await.expect("rows")
     }
 }

@@ -25,6 +25,8 @@ pub(super) struct Entry {
     pub(super) global: Arc<GlobalTransaction>,
     /// Whether it has a row, or one is on its way.
     has_row: bool,
+    /// Whether that row tells the decision.
+    has_decision: bool,
     /// So many of its branches have a row, or one is on its way.
     branch_rows: usize,
     /// Branches whose change has not been handed to the journal.
@@ -44,6 +46,7 @@ impl Entry {
         Self {
             global: Arc::new(global),
             has_row: false,
+            has_decision: false,
             branch_rows: 0,
             unsaved: BranchSet::EMPTY,
             awaits: 0,
@@ -56,7 +59,8 @@ impl Entry {
     /// One as it is recorded.
     pub(super) fn loaded(global: GlobalTransaction) -> Self {
         let branch_rows = global.branches.len();
-        Self { has_row: true, branch_rows, ..Self::begun(global) }
+        let has_decision = global.state.decision().is_some();
+        Self { has_row: true, has_decision, branch_rows, ..Self::begun(global) }
     }
 
     /// What the journal has to write after `change`, if anything.
@@ -77,13 +81,16 @@ impl Entry {
         let new_branches = std::mem::replace(&mut self.branch_rows, self.global.branches.len());
         let unsaved = std::mem::take(&mut self.unsaved);
         let has_row = std::mem::replace(&mut self.has_row, true);
+        let head = match (has_row, head) {
+            (false, _) => Head::Insert,
+            (true, true) if self.has_decision && self.global.state.is_final() => Head::Finish,
+            (true, true) => Head::Update,
+            (true, false) => Head::Keep,
+        };
+        self.has_decision |= head >= Head::Update && self.global.state.decision().is_some();
         Write {
             global: self.global.clone(),
-            head: match (has_row, head) {
-                (false, _) => Head::Insert,
-                (true, true) => Head::Update,
-                (true, false) => Head::Keep,
-            },
+            head,
             new_branches,
             changed_branches: if self.global.finished_smoothly() {
                 BranchSet::EMPTY

@@ -392,7 +392,7 @@ async fn a_smooth_transaction_is_three_writes_and_its_branches_one_each() {
         })
         .collect();
     use crate::store::Head::*;
-    assert_eq!(rows, [(Insert, 2, 0), (Update, 0, 0), (Update, 0, 0)]);
+    assert_eq!(rows, [(Insert, 2, 0), (Update, 0, 0), (Finish, 0, 0)]);
     assert_eq!(rig.store.loads(), [], "no read on the way");
     assert_eq!(rig.state(xid).await, State::Confirmed);
 }

@@ -40,6 +40,7 @@ macro_rules! on_every_store {
 on_every_store! {
     what_was_appended_comes_back
     every_kind_of_record_comes_back
+    many_changes_of_one_batch_come_back
     a_batch_is_applied_once_however_often_it_is_appended
     an_owner_that_was_replaced_changes_nothing
     one_fenced_partition_stops_the_whole_batch
@@ -262,6 +263,39 @@ async fn every_kind_of_record_comes_back(store: &dyn Store) {
     written.push(large);
     owner.append(written.iter().map(inserted).collect()).await;
     for global in written {
+        assert_eq!(found(store, global.xid).await, global.recorded());
+    }
+}
+
+async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut written: Vec<_> = (0..150).map(|n| begun(owner.xid(n % 16), &["1", "2"])).collect();
+    owner.append(written.iter().map(inserted).collect()).await;
+    // Most are alike but for the moment, some are not.
+    for (n, global) in written.iter_mut().enumerate() {
+        let tried = global.branches.iter().map(|branch| branch.spec.branch_id.clone()).collect();
+        let request = match n % 10 {
+            0 => DecisionRequest::Cancel(CancelCause::TimedOut),
+            1 => DecisionRequest::Cancel(CancelCause::Requested { reason: format!("{n} of them") }),
+            _ => DecisionRequest::Confirm { tried },
+        };
+        let at = NOW + Duration::from_millis(n as u64 / 5);
+        global.apply(Event::DecisionRequested(request), at).unwrap();
+        call(global, 0, failed(n % 7 == 0));
+    }
+    let both = BranchSet::only(0).union(BranchSet::only(1));
+    owner.append(written.iter().map(|global| updated(global, both)).collect()).await;
+    for global in &written {
+        assert_eq!(found(store, global.xid).await, global.recorded());
+    }
+    // What is finished is told by a few columns.
+    for global in &mut written {
+        call(global, 0, Outcome::Done { reply: None });
+        call(global, 1, Outcome::Done { reply: None });
+    }
+    let finished = |global| Write { head: Head::Finish, ..updated(global, both) };
+    owner.append(written.iter().map(finished).collect()).await;
+    for global in &written {
         assert_eq!(found(store, global.xid).await, global.recorded());
     }
 }

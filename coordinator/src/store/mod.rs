@@ -97,6 +97,8 @@ pub struct Write {
 pub enum Head {
     /// Nothing: only its branches changed.
     Keep,
+    /// Its decision is recorded, and now it is finished.
+    Finish,
     /// Change it.
     Update,
     /// It has none yet.

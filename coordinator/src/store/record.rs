@@ -96,7 +96,7 @@ macro_rules! rows {
 }
 
 /// What `writes` do to the tables, in the order in which it is to be done.
-pub(super) fn rows(writes: &[Write]) -> [Rows; 6] {
+pub(super) fn rows(writes: &[Write]) -> [Rows; 7] {
     let heads = |head| {
         let written = writes.iter().filter(move |write| write.head == head);
         written.map(|write| TransactionRow::of(&write.global))
@@ -118,14 +118,23 @@ pub(super) fn rows(writes: &[Write]) -> [Rows; 6] {
         rows!("global_transaction", 0, heads(Head::Insert) => xid name drive state labels begun_at expires_at decided_at
             finished_at due_at cancel_cause cancel_branch_id cancel_reason refusal key_hash),
         rows!("idempotency", 0, keys => key_hash xid key_digest),
-        rows!("global_transaction", 1, heads(Head::Update) => xid state decided_at finished_at due_at cancel_cause
+        rows!("global_transaction", 1, alike(heads(Head::Update)) => xid state decided_at finished_at due_at cancel_cause
             cancel_branch_id cancel_reason refusal),
+        rows!("global_transaction", 1, alike(heads(Head::Finish)) => xid state finished_at due_at),
         rows!("branch", 0, new_branches => xid position branch_id action participant target payload payload_type state
             attempts needs_attention due_at error_code error_message error_at),
         rows!("branch", 2, changed_branches => xid position state attempts needs_attention due_at error_code
             error_message error_at),
         rows!("resolution", 0, resolutions => xid branch_id decision name action operator reason at),
     ]
+}
+
+/// Puts those beside each other that changed in the same way: most stores can write them together.
+fn alike(rows: impl Iterator<Item = TransactionRow>) -> impl Iterator<Item = TransactionRow> {
+    let mut rows: Vec<_> = rows.collect();
+    let how = |row: &TransactionRow| (row.state, row.cancel_cause, row.cancel_reason.clone());
+    rows.sort_by_cached_key(how);
+    rows.into_iter()
 }
 
 /// A row of `resolution`: what an operator has answered for a branch.

@@ -30,6 +30,7 @@ use sqlx::{
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
+use self::write::push_cell;
 use super::{
     Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
     Written,
@@ -57,56 +58,50 @@ const BEGIN_READING: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ON
 const UPSERT_PURGED: &str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
                              ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
 
-/// `UPDATE JSON_TABLE(…) AS v STRAIGHT_JOIN … SET …`: all rows are one parameter, so the statement is the same for any number of
-/// them; they stand first, and each is found by its primary key.
+/// `UPDATE … SET state = ?, decided_at = CASE WHEN xid = ? THEN ? … END WHERE xid = ? OR …`. A tenth to a half cheaper for the server
+/// than a join with a list of values (JSON_TABLE, or UNION ALL), and far cheaper than a statement for each row.
 fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<Item = Cell>) {
-    let mut kinds = Vec::new();
-    let mut values = String::new();
-    for (n, cell) in cells.enumerate() {
-        values.push_str(match (n, n % shape.columns.len()) {
-            (0, _) => "[[",
-            (_, 0) => "],[",
-            _ => ",",
-        });
-        let (kind, value) = match cell {
-            Cell::Int(value) => ("BIGINT", json(&value)),
-            Cell::Text(value) => ("TEXT", json(&value)),
-            Cell::Bytes(value) => ("CHAR(64)", json(&value.map(hex))),
-        };
-        values.push_str(&value);
-        if n < shape.columns.len() {
-            kinds.push(kind);
-        }
-    }
-    values.push_str("]]");
-    query.push("UPDATE JSON_TABLE(").push_bind(values).push(", '$[*]' COLUMNS (");
-    for (n, (column, kind)) in shape.columns.iter().zip(&kinds).enumerate() {
-        let comma = if n == 0 { "" } else { ", " };
-        query.push(format_args!("{comma}{column} {kind} PATH '$[{n}]'"));
-    }
-    query.push(")) AS v STRAIGHT_JOIN ").push(shape.table).push(" AS t ON ");
-    for (n, column) in shape.columns.iter().enumerate() {
-        query.push(match n {
-            0 => "",
-            n if n < shape.keys => " AND ",
-            n if n == shape.keys => " SET ",
-            _ => ", ",
-        });
-        let value = if kinds[n] == "CHAR(64)" {
-            format!("UNHEX(v.{column})")
+    let cells: Vec<_> = cells.collect();
+    let rows: Vec<_> = cells.chunks(shape.columns.len()).collect();
+    let same = |column: usize| rows.iter().all(|row| row[column] == rows[0][column]);
+    // A few shapes for the rows of one statement, so that statements are prepared once: either they differ in nothing but moments,
+    // or they may differ in everything.
+    let is_moment = |column: usize| shape.columns[column].ends_with("_at");
+    let is_null = |cell: &Cell| matches!(cell, Cell::Int(None));
+    let differing = shape.keys..shape.columns.len();
+    let moments_only = differing.clone().all(|column| is_moment(column) || same(column));
+    // The server may think of reading a small table from end to end, and would then wait for rows that others write.
+    query.push("UPDATE ").push(shape.table).push(" FORCE INDEX (PRIMARY) SET ");
+    for column in differing {
+        let comma = if column == shape.keys { "" } else { ", " };
+        query.push(comma).push(shape.columns[column]).push(" = ");
+        let one_value = if is_moment(column) {
+            rows.iter().all(|row| is_null(&row[column]))
         } else {
-            format!("v.{column}")
+            moments_only
         };
-        query.push(format_args!("t.{column} = {value}"));
+        if one_value || rows.len() == 1 {
+            push_cell(query, rows[0][column].clone());
+            continue;
+        }
+        query.push("CASE");
+        for row in &rows {
+            push_key(query.push(" WHEN "), shape, row);
+            push_cell(query.push(" THEN "), row[column].clone());
+        }
+        query.push(" END");
+    }
+    for (n, row) in rows.iter().enumerate() {
+        push_key(query.push(if n == 0 { " WHERE " } else { " OR " }), shape, row);
     }
 }
 
-fn json(value: &impl serde::Serialize) -> String {
-    serde_json::to_string(value).expect("numbers and texts always become JSON")
-}
-
-fn hex(bytes: Vec<u8>) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+/// Which row.
+fn push_key(query: &mut QueryBuilder<Db>, shape: &Rows, row: &[Cell]) {
+    for (n, (column, cell)) in shape.columns.iter().zip(row).take(shape.keys).enumerate() {
+        query.push(if n == 0 { "" } else { " AND " }).push(column).push(" = ");
+        push_cell(query, cell.clone());
+    }
 }
 
 /// See the module's comment.

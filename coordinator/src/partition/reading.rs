@@ -8,7 +8,7 @@
 
 use std::{
     collections::{BTreeMap, btree_map},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use handfast_proto::{Xid, crash_point};
 use tokio::sync::Semaphore;
 use tracing::{error, warn};
 
-use super::{Ask, Entry, Error, Partition};
+use super::{Ask, Entry, Error, Partition, Settings};
 use crate::{
     store::{self, DuePage, Lookup},
     transaction::{Event, GlobalTransaction, Timestamp},
@@ -26,8 +26,9 @@ use crate::{
 const READS_MAX: usize = 8;
 /// Transactions of one page of what is due.
 const PAGE: usize = 256;
-/// A partition that holds more than this leaves what is due in the store for a while.
-const HELD_MAX: usize = 8192;
+/// A partition that holds more than this leaves what is due in the store for a while; so does one that would take the last third
+/// of what all may hold together: that is for new ones.
+const HELD_MAX: usize = 2048;
 /// Shortest pause between looks for what is due.
 const SCAN_PAUSE: Duration = Duration::from_secs(1);
 
@@ -208,7 +209,9 @@ impl Partition {
         if self.reading.scan_at().is_none_or(|at| at > now) {
             return;
         }
-        if self.entries.len() >= HELD_MAX {
+        let Settings { open_max, .. } = self.parts.settings;
+        let held = self.parts.open.load(Ordering::Relaxed);
+        if self.entries.len() >= HELD_MAX || held >= open_max - open_max / 3 {
             self.reading.scan_at = Some(now + SCAN_PAUSE);
             return;
         }

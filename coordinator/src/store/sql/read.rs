@@ -1,6 +1,8 @@
 //! Everything that reads a store in an SQL database: compiled once in the module of each. Each function sees one moment of it, and
 //! lets go of it before it returns: what is old cannot be cleaned up while somebody looks at it.
 
+use std::collections::BTreeMap;
+
 use handfast_proto::Xid;
 use sqlx::{Connection as _, QueryBuilder};
 use tracing::error;
@@ -15,7 +17,15 @@ use super::{
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
-const TRANSACTION: &str = "SELECT g.*, i.key_digest FROM global_transaction AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ";
+/// Transactions whose branches are read by one query.
+const XIDS_MAX: usize = 64;
+
+/// Around a query for rows of `global_transaction AS g`. Those are found first, and then their digests: joined at once, MySQL
+/// would rather sort a million rows than follow an index for 256 of them.
+const TRANSACTION: [&str; 2] = [
+    "SELECT g.*, i.key_digest FROM (SELECT g.* FROM global_transaction AS g ",
+    ") AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ",
+];
 const BRANCH: &str = "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at FROM branch AS b \
                       LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id ";
 /// What [`GlobalTransaction::is_stuck`] says, in SQL. Bind: decided before, attempts.
@@ -25,10 +35,14 @@ const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_a
 
 pub(super) async fn load(connection: &mut Connection, xid: Xid) -> Result<Lookup, Error> {
     let mut tx = connection.begin_with(BEGIN_READING).await?;
-    let mut query = QueryBuilder::new(TRANSACTION);
-    query.push("WHERE g.xid = ").push_bind(xid.to_bytes().to_vec());
+    let mut query = QueryBuilder::new(TRANSACTION[0]);
+    query.push("WHERE g.xid = ").push_bind(xid.to_bytes().to_vec()).push(TRANSACTION[1]);
     if let Some(head) = query.build_query_as().fetch_optional(&mut *tx).await? {
-        return Ok(Lookup::Found(Box::new(with_branches(&mut tx, head).await?)));
+        let head: TransactionRow = head;
+        let mut query = QueryBuilder::new(BRANCH);
+        query.push("WHERE b.xid = ").push_bind(head.xid.clone()).push(" ORDER BY b.position");
+        let branches = query.build_query_as().fetch_all(&mut *tx).await?;
+        return Ok(Lookup::Found(Box::new(head.into_transaction(branches)?)));
     }
     let purged_through: Option<Vec<u8>> =
         sqlx::query_scalar("SELECT through FROM purged WHERE `partition` = ?")
@@ -73,12 +87,14 @@ pub(super) async fn due(
 ) -> Result<DuePage, Error> {
     let mut tx = connection.begin_with(BEGIN_READING).await?;
     let (first, last) = xids_of(partition);
-    let mut query = QueryBuilder::new(TRANSACTION);
+    let mut query = QueryBuilder::new(TRANSACTION[0]);
     query.push("WHERE g.due_at <= ").push_bind(until.0);
     query.push(" AND g.xid BETWEEN ").push_bind(first.to_bytes().to_vec());
     query.push(" AND ").push_bind(last.to_bytes().to_vec());
     if let Some((due_at, xid)) = after {
         query
+            .push(" AND g.due_at >= ") // where to begin in the index
+            .push_bind(due_at.0)
             .push(" AND (g.due_at > ")
             .push_bind(due_at.0)
             .push(" OR g.due_at = ")
@@ -86,6 +102,7 @@ pub(super) async fn due(
         query.push(" AND g.xid > ").push_bind(xid.to_bytes().to_vec()).push(")");
     }
     query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(rows(limit + 1));
+    query.push(TRANSACTION[1]).push("ORDER BY g.due_at, g.xid");
     let mut heads: Vec<TransactionRow> = query.build_query_as().fetch_all(&mut *tx).await?;
     let more = heads.len() > limit;
     heads.truncate(limit);
@@ -121,24 +138,26 @@ pub(super) async fn list(
     match filter.show {
         // What is open is few, and has an index.
         Show::Open | Show::Stuck(..) => {
-            let mut query = QueryBuilder::new(TRANSACTION);
+            let mut query = QueryBuilder::new(TRANSACTION[0]);
             query.push("WHERE g.due_at IS NOT NULL");
             if let Show::Stuck(now, after) = filter.show {
                 push_stuck(query.push(" AND "), now, after);
             }
             push_name(&mut query, filter);
             query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ").push_bind(rows(limit));
+            query.push(TRANSACTION[1]).push("ORDER BY g.begun_at DESC, g.xid DESC");
             found = transactions(&mut tx, query).await?;
         }
         // All are many, but within a partition they are sorted by age.
         Show::All => {
             for partition in 0..PARTITIONS {
                 let (first, last) = xids_of(partition);
-                let mut query = QueryBuilder::new(TRANSACTION);
+                let mut query = QueryBuilder::new(TRANSACTION[0]);
                 query.push("WHERE g.xid BETWEEN ").push_bind(first.to_bytes().to_vec());
                 query.push(" AND ").push_bind(last.to_bytes().to_vec());
                 push_name(&mut query, filter);
                 query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(rows(limit));
+                query.push(TRANSACTION[1]);
                 found.append(&mut transactions(&mut tx, query).await?);
             }
             found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
@@ -222,9 +241,25 @@ async fn undamaged(
     tx: &mut Connection,
     heads: Vec<TransactionRow>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
+    let mut branches: BTreeMap<Vec<u8>, Vec<BranchRow>> = BTreeMap::new();
+    for some in heads.chunks(XIDS_MAX) {
+        let mut query = QueryBuilder::new(BRANCH);
+        let mut xids = query.push("WHERE b.xid IN (").separated(", ");
+        for head in some {
+            xids.push_bind(head.xid.clone());
+        }
+        query.push(") ORDER BY b.xid, b.position");
+        // Only full ones are worth remembering: the others come in all sizes.
+        let rows: Vec<BranchRow> =
+            query.build_query_as().persistent(some.len() == XIDS_MAX).fetch_all(&mut *tx).await?;
+        for row in rows {
+            branches.entry(row.xid.clone()).or_default().push(row);
+        }
+    }
     let mut found = Vec::with_capacity(heads.len());
     for head in heads {
-        match with_branches(tx, head).await {
+        let branches = branches.remove(&head.xid).unwrap_or_default();
+        match head.into_transaction(branches) {
             Ok(global) => found.push(global),
             Err(Error::Corrupt(what)) => {
                 error!(what, "a damaged record is left alone; a person must look");
@@ -233,16 +268,6 @@ async fn undamaged(
         }
     }
     Ok(found)
-}
-
-async fn with_branches(
-    tx: &mut Connection,
-    head: TransactionRow,
-) -> Result<GlobalTransaction, Error> {
-    let mut query = QueryBuilder::new(BRANCH);
-    query.push("WHERE b.xid = ").push_bind(head.xid.clone()).push(" ORDER BY b.position");
-    let branches: Vec<BranchRow> = query.build_query_as().fetch_all(&mut *tx).await?;
-    head.into_transaction(branches)
 }
 
 fn push_stuck(query: &mut QueryBuilder<Db>, now: Timestamp, after: StuckAfter) {

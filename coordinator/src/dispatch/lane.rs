@@ -16,8 +16,11 @@ use crate::transaction::Timestamp;
 
 /// Calls that wait for one address. What comes on top is due later.
 const QUEUE_MAX: usize = 1024;
-/// How much later, when the queue is full.
-const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(100);
+/// How much later, when the queue is full: so long for each queue of calls that were turned away before. They come back spread over
+/// that time, about as fast as calls are made; all at once and again and again they would keep the processor from everything else.
+const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(50);
+/// How much later at most. Below what makes a transaction leave memory, which costs a write.
+const QUEUE_FULL_PAUSE_MAX: Duration = Duration::from_secs(4);
 /// So many calls in a row without an answer open the breaker.
 const BREAKER_FAILURES: u32 = 5;
 /// How long the breaker stays open the first time; doubles up to the longest.
@@ -30,6 +33,8 @@ pub(super) struct Lane {
     permits: Arc<Semaphore>,
     /// Calls that wait or are under way.
     held: AtomicUsize,
+    /// Calls that were turned away because the queue was full, less those that were made since.
+    turned_away: AtomicUsize,
     calls_max: usize,
     breaker: Mutex<Breaker>,
 }
@@ -41,6 +46,9 @@ pub(super) struct Place(Arc<Lane>);
 impl Drop for Place {
     fn drop(&mut self) {
         self.0.held.fetch_sub(1, Ordering::Relaxed);
+        let one_less = |turned_away: usize| turned_away.checked_sub(1);
+        // None is none.
+        let _none = self.0.turned_away.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
     }
 }
 
@@ -61,6 +69,7 @@ impl Lane {
             line,
             permits: Arc::new(Semaphore::new(calls_max)),
             held: AtomicUsize::new(0),
+            turned_away: AtomicUsize::new(0),
             calls_max,
             breaker: Mutex::default(),
         }
@@ -74,7 +83,9 @@ impl Lane {
     /// Takes a place in the queue. Whoever is `hurried` passes the breaker.
     pub(super) fn enter(self: &Arc<Self>, now: Timestamp, hurried: bool) -> Result<Place, Later> {
         if self.held.load(Ordering::Relaxed) >= self.calls_max + QUEUE_MAX {
-            return Err(Later(QUEUE_FULL_PAUSE));
+            let queues = 1 + self.turned_away.fetch_add(1, Ordering::Relaxed) / QUEUE_MAX;
+            let pause = QUEUE_FULL_PAUSE.saturating_mul(u32::try_from(queues).unwrap_or(u32::MAX));
+            return Err(spread(pause.min(QUEUE_FULL_PAUSE_MAX / 2)));
         }
         if !hurried {
             self.breaker.lock().expect("nothing panics while it is locked").admit(now)?;
@@ -87,6 +98,11 @@ impl Lane {
     pub(super) fn returned(&self, answered: bool, now: Timestamp) {
         self.breaker.lock().expect("nothing panics while it is locked").returned(answered, now);
     }
+}
+
+/// Spread over as much again, so that those who were turned away do not come back together.
+fn spread(wait: Duration) -> Later {
+    Later(wait + wait * (rand::random::<u32>() >> 16) / 65_536)
 }
 
 /// Keeps callers away from an address that does not answer, and lets one at a time try whether it does again.
@@ -104,9 +120,7 @@ impl Breaker {
     fn admit(&mut self, now: Timestamp) -> Result<(), Later> {
         let Some(until) = self.open_until else { return Ok(()) };
         if now < until {
-            // Spread over as much again, so that those who were turned away do not come back together.
-            let wait = until - now;
-            return Err(Later(wait + wait * (rand::random::<u32>() >> 16) / 65_536));
+            return Err(spread(until - now));
         }
         // This one is the probe; the others stay away until it is back, or was lost.
         self.open_until = Some(now + self.pause());
@@ -179,7 +193,8 @@ mod tests {
         let lane = Arc::new(Lane::new(Line::new(channel), 2));
         let places: Vec<_> =
             (0..QUEUE_MAX + 2).map(|_| lane.enter(Timestamp(0), false).unwrap()).collect();
-        assert_eq!(lane.enter(Timestamp(0), true).unwrap_err(), Later(QUEUE_FULL_PAUSE));
+        let Later(wait) = lane.enter(Timestamp(0), true).unwrap_err();
+        assert!((QUEUE_FULL_PAUSE..=QUEUE_FULL_PAUSE * 2).contains(&wait), "{wait:?}");
         let (_one, _two) = (places[0].turn().await, places[1].turn().await);
         assert!(
             tokio::time::timeout(Duration::from_millis(10), places[2].turn()).await.is_err(),
@@ -187,6 +202,25 @@ mod tests {
         );
         drop(places);
         assert!(lane.is_idle());
+    }
+
+    #[tokio::test]
+    async fn the_more_are_turned_away_the_later_they_come_back() {
+        let channel = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        let lane = Arc::new(Lane::new(Line::new(channel), 2));
+        let mut places: Vec<_> =
+            (0..QUEUE_MAX + 2).map(|_| lane.enter(Timestamp(0), false).unwrap()).collect();
+        let turned_away = || lane.enter(Timestamp(0), false).unwrap_err().0;
+        let waits: Vec<_> = (0..10 * QUEUE_MAX).map(|_| turned_away()).collect();
+        assert!(waits[..QUEUE_MAX].iter().all(|wait| *wait <= QUEUE_FULL_PAUSE * 2));
+        assert!(waits[9 * QUEUE_MAX..].iter().all(|wait| *wait >= QUEUE_FULL_PAUSE * 10));
+        assert!((0..100 * QUEUE_MAX).all(|_| turned_away() <= QUEUE_FULL_PAUSE_MAX));
+        // As calls are made, there are fewer to come back.
+        for _ in 0..200 * QUEUE_MAX {
+            drop(places.pop());
+            places.push(lane.enter(Timestamp(0), false).unwrap());
+        }
+        assert!(turned_away() <= QUEUE_FULL_PAUSE * 2);
     }
 
     #[test]

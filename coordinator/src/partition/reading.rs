@@ -26,11 +26,11 @@ use crate::{
 const READS_MAX: usize = 8;
 /// Transactions of one page of what is due.
 const PAGE: usize = 256;
-/// A partition that holds more than this leaves what is due in the store for a while; so does one that would take the last third
-/// of what all may hold together: that is for new ones.
-const HELD_MAX: usize = 2048;
+/// A partition that holds more than this leaves what is due in the store for a while, so that it is not busy with what cannot be done
+/// yet; so does one that would take the last third of what all may hold together: that is for new ones.
+const HELD_MAX: usize = 1024;
 /// Shortest pause between looks for what is due.
-const SCAN_PAUSE: Duration = Duration::from_secs(1);
+const SCAN_PAUSE: Duration = Duration::from_millis(500);
 
 /// See the module's comment.
 #[derive(Debug)]

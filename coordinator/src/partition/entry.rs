@@ -35,6 +35,8 @@ pub(super) struct Entry {
     pub(super) awaits: u64,
     /// Number of its latest change; 0: none.
     pub(super) latest: u64,
+    /// It was brought back because it was due.
+    pub(super) was_due: bool,
     /// When its timer goes off.
     pub(super) timer: Option<Timestamp>,
     pub(super) watchers: Vec<Watcher>,
@@ -51,6 +53,7 @@ impl Entry {
             unsaved: BranchSet::EMPTY,
             awaits: 0,
             latest: 0,
+            was_due: false,
             timer: None,
             watchers: Vec::new(),
         }
@@ -61,6 +64,11 @@ impl Entry {
         let branch_rows = global.branches.len();
         let has_decision = global.state.decision().is_some();
         Self { has_row: true, has_decision, branch_rows, ..Self::begun(global) }
+    }
+
+    /// The same, because it was due.
+    pub(super) fn due(global: GlobalTransaction) -> Self {
+        Self { was_due: true, ..Self::loaded(global) }
     }
 
     /// What the journal has to write after `change`, if anything.

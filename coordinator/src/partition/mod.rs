@@ -704,14 +704,13 @@ impl Partition {
         let clean =
             entry.is_saved() && entry.latest <= self.durable.upto && entry.watchers.is_empty();
         if nothing_soon && clean {
-            let due_at = global.due_at();
             let entry = self.entries.remove(&xid).expect("just seen");
             self.parts.open.fetch_sub(1, Ordering::Relaxed);
             self.keys.left(&entry.global);
             if let Some(at) = entry.timer {
                 self.timers.remove(&(at, xid));
             }
-            self.reading.left(xid, due_at);
+            self.reading.left(&entry);
         }
     }
 

@@ -19,18 +19,21 @@ use tracing::{error, warn};
 use super::{Ask, Entry, Error, Partition, Settings};
 use crate::{
     store::{self, DuePage, Lookup},
-    transaction::{Event, GlobalTransaction, Timestamp},
+    transaction::{Event, Timestamp},
 };
 
 /// Single reads of one partition at a time.
 const READS_MAX: usize = 8;
 /// Transactions of one page of what is due.
-const PAGE: usize = 256;
-/// A partition that holds more than this leaves what is due in the store for a while, so that it is not busy with what cannot be done
-/// yet; so does one that would take the last third of what all may hold together: that is for new ones.
-const HELD_MAX: usize = 1024;
+const PAGE: usize = 128;
+/// A partition with so many transactions in hand that it has brought back because they were due leaves the others in the store for a
+/// while: what they change waits in the same queue as what is new, and that is to be served at once. It also leaves the last third
+/// of what all partitions may hold together to what is new.
+const IN_HAND_MAX: usize = 256;
+/// How long until it looks whether there is room.
+const NO_ROOM_PAUSE: Duration = Duration::from_millis(100);
 /// Shortest pause between looks for what is due.
-const SCAN_PAUSE: Duration = Duration::from_millis(500);
+const SCAN_PAUSE: Duration = Duration::from_secs(1);
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -50,6 +53,10 @@ pub(super) struct Reading {
     scan_after: Option<(Timestamp, Xid)>,
     /// One look is under way, or there will be none any more.
     scan_blocked: bool,
+    /// So many in memory were brought back because they were due.
+    in_hand: usize,
+    /// When to look again, once there are fewer of them.
+    scan_once_fewer: Option<Timestamp>,
     /// When the first of those is due that have left memory since this look began: it may have passed them by.
     left_due: Option<Timestamp>,
 }
@@ -73,6 +80,8 @@ impl Reading {
             scan_at: Some(now),
             scan_after: None,
             scan_blocked: false,
+            in_hand: 0,
+            scan_once_fewer: None,
             left_due: None,
         }
     }
@@ -83,7 +92,13 @@ impl Reading {
     }
 
     /// A transaction has left memory, and is due again then.
-    pub(super) fn left(&mut self, xid: Xid, due_at: Option<Timestamp>) {
+    pub(super) fn left(&mut self, entry: &Entry) {
+        let (xid, due_at) = (entry.global.xid, entry.global.due_at());
+        self.in_hand -= usize::from(entry.was_due);
+        if self.in_hand <= IN_HAND_MAX / 2 {
+            let once_fewer = self.scan_once_fewer.take();
+            self.scan_by(once_fewer);
+        }
         if !self.under_way.is_empty() {
             self.moment += 1;
             self.left.insert(xid, self.moment);
@@ -175,7 +190,7 @@ impl Partition {
             }
             let missing = match found {
                 Ok(Lookup::Found(global)) => {
-                    self.take_in(*global);
+                    self.take_in(Entry::loaded(*global));
                     None
                 }
                 Ok(Lookup::Absent { purged_through, nonce }) => {
@@ -211,8 +226,12 @@ impl Partition {
         }
         let Settings { open_max, .. } = self.parts.settings;
         let held = self.parts.open.load(Ordering::Relaxed);
-        if self.entries.len() >= HELD_MAX || held >= open_max - open_max / 3 {
-            self.reading.scan_at = Some(now + SCAN_PAUSE);
+        if held >= open_max - open_max / 3 {
+            self.reading.scan_at = Some(now + NO_ROOM_PAUSE);
+            return;
+        }
+        if self.reading.in_hand >= IN_HAND_MAX {
+            self.reading.scan_once_fewer = self.reading.scan_at.take();
             return;
         }
         let began = self.reading.begin();
@@ -247,7 +266,8 @@ impl Partition {
                         && !self.reading.is_stale(global.xid, began)
                     {
                         let xid = global.xid;
-                        self.take_in(global);
+                        self.reading.in_hand += 1;
+                        self.take_in(Entry::due(global));
                         self.leave_if_idle(xid);
                     }
                 }
@@ -265,9 +285,9 @@ impl Partition {
     }
 
     /// Takes a recorded transaction into memory.
-    fn take_in(&mut self, global: GlobalTransaction) {
-        let xid = global.xid;
-        self.insert(Entry::loaded(global));
+    fn take_in(&mut self, entry: Entry) {
+        let xid = entry.global.xid;
+        self.insert(entry);
         self.apply_fitting(xid, Event::Recovered);
     }
 }

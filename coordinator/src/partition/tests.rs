@@ -566,6 +566,32 @@ async fn everything_that_is_due_comes_back_page_by_page() {
     rig.no_call().await;
 }
 
+/// What changes they make would stand in the journal's queue before those of new ones.
+#[tokio::test]
+async fn what_is_due_comes_back_no_faster_than_it_is_done_and_new_ones_do_not_count() {
+    let first = Rig::new().await;
+    for _ in 0..600 {
+        let xid = first.begun().await;
+        first.confirm(xid).answer().await.unwrap();
+    }
+    let rig = first.restart().await;
+    rig.until_memory_holds(256).await;
+    settle().await;
+    assert_eq!(rig.open.load(Ordering::Relaxed), 256);
+    for _ in 0..2 * 127 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(129).await;
+    for _ in 0..400 {
+        rig.begun().await;
+    }
+    assert_eq!(rig.open.load(Ordering::Relaxed), 529);
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(528 + 128).await;
+}
+
 #[tokio::test]
 async fn an_orderly_end_records_what_was_waiting_for_company() {
     let rig = Rig::new().await;

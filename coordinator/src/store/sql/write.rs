@@ -17,7 +17,7 @@ use super::{
 use crate::transaction::Timestamp;
 
 /// Rows of one statement. A few fixed sizes, so that statements are prepared once and reused.
-pub(super) const ROWS: [usize; 4] = [64, 16, 4, 1];
+pub(super) const ROWS: [usize; 6] = [64, 16, 4, 3, 2, 1];
 /// Guards of one statement.
 pub(super) const GUARDS: [usize; 3] = [1, 4, 16];
 

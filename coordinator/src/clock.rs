@@ -4,10 +4,10 @@ use std::{
     fmt,
     pin::Pin,
     sync::{Arc, Mutex},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::transaction::Timestamp;
 
@@ -26,9 +26,10 @@ pub trait Clock: fmt::Debug + Send + Sync + 'static {
 /// The machine's clock, smoothed: when it jumps forward (after a suspend, say) this one follows at once, since deadlines that
 /// participants compare with their own clocks must not lag behind; when it jumps back this one runs on at nine tenths of its
 /// speed until the two agree, so that timers neither stand still nor fire twice.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SystemClock {
     last: Arc<Mutex<Told>>,
+    wall: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -39,7 +40,21 @@ struct Told {
 
 impl Default for SystemClock {
     fn default() -> Self {
-        Self { last: Arc::new(Mutex::new(Told { instant: Instant::now(), at: wall() })) }
+        Self::of(wall)
+    }
+}
+
+impl SystemClock {
+    /// The same over what another machine's clock says: a simulated one, that jumps.
+    pub fn of(wall: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
+        let told = Told { instant: Instant::now(), at: wall() };
+        Self { last: Arc::new(Mutex::new(told)), wall: Arc::new(wall) }
+    }
+}
+
+impl fmt::Debug for SystemClock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SystemClock")
     }
 }
 
@@ -60,7 +75,7 @@ impl Clock for SystemClock {
     fn now(&self) -> Timestamp {
         let mut last = self.last.lock().expect("nothing panics while it is locked");
         let instant = Instant::now();
-        let at = last.next(instant - last.instant, wall());
+        let at = last.next(instant - last.instant, (self.wall)());
         if at > last.at {
             // Below a millisecond nothing is told and nothing is forgotten.
             *last = Told { instant, at };

@@ -33,5 +33,5 @@ pub mod rpc;
 pub mod clock;
 pub mod config;
 pub mod server;
-mod standby;
+pub mod standby;
 pub mod telemetry;

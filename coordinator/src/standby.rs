@@ -51,7 +51,8 @@ async fn routes() -> Routes {
     Routes::from(Routes::new(health).into_axum_router().fallback(turned_away))
 }
 
-async fn turn(store: &dyn Store) {
+/// Returns when nobody has the store, or its owner shows no life.
+pub async fn turn(store: &dyn Store) {
     let mut seen: Option<(_, Instant)> = None;
     loop {
         match store.seats().await {

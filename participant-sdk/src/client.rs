@@ -66,7 +66,12 @@ pub struct Unanswered {
     cause: BoxError,
 }
 
-fn endpoint(url: &str) -> Result<Endpoint, InvalidAddress> {
+/// A connection as it should be, over whatever network.
+///
+/// # Errors
+///
+/// When that is no address.
+pub fn endpoint(url: &str) -> Result<Endpoint, InvalidAddress> {
     let invalid = || InvalidAddress(url.to_owned());
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;
     if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().authority().is_none() {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
-use handfast_proto::{BranchId, Xid, crash_point, time::wire_duration, v1 as pb};
+use handfast_proto::{BranchId, Xid, crash_point, time::wire_duration, v1 as pb, planted::Bug};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -341,6 +341,9 @@ impl OpenTransaction {
                 }
                 Reason::NeverRecorded => {
                     Err(TransactionError::Cancelled { xid, cause: status_error(status) }) // nothing was tried
+                }
+                Reason::Other if Bug::UnknownIsRefused.is_planted() => {
+                    Err(TransactionError::Cancelled { xid, cause: status_error(status) })
                 }
                 Reason::Forgotten | Reason::KeyUnknown | Reason::KeyTaken | Reason::Other => {
                     Err(self.unknown(xid, status_error(status)))

@@ -10,6 +10,7 @@ pub mod crash;
 pub mod id;
 pub mod limits;
 pub mod metadata;
+pub mod planted;
 pub mod reason;
 pub mod stream;
 pub mod time;

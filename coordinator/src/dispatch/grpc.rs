@@ -57,14 +57,19 @@ pub struct Tcp;
 
 impl Dialler for Tcp {
     fn channel(&self, address: &Address) -> Channel {
-        let endpoint = Endpoint::from_shared(address.to_string()).expect("an address is a URL");
-        endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE[0])
-            .keep_alive_timeout(KEEP_ALIVE[1])
-            .connect_lazy()
+        endpoint(address).connect_lazy()
     }
+}
+
+/// A connection as it should be, over whatever network.
+#[must_use]
+pub fn endpoint(address: &Address) -> Endpoint {
+    Endpoint::from_shared(address.to_string())
+        .expect("an address is a URL")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE[0])
+        .keep_alive_timeout(KEEP_ALIVE[1])
 }
 
 /// What dispatch needs to know of the configuration.
@@ -195,6 +200,7 @@ impl Dispatch for GrpcDispatch {
         self.calls.spawn(async move {
             let waiting = place.turn();
             let turn = tokio::select! {
+                biased;
                 turn = waiting => Some(turn),
                 () = closing.cancelled() => None,
             };

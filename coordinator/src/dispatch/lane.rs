@@ -102,7 +102,7 @@ impl Lane {
 
 /// Spread over as much again, so that those who were turned away do not come back together.
 fn spread(wait: Duration) -> Later {
-    Later(wait + wait * (rand::random::<u32>() >> 16) / 65_536)
+    Later(wait + wait * fastrand::u32(..65_536) / 65_536)
 }
 
 /// Keeps callers away from an address that does not answer, and lets one at a time try whether it does again.

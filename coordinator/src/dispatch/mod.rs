@@ -14,7 +14,7 @@ use handfast_proto::{BranchId, Xid};
 use tokio::sync::mpsc;
 
 pub(crate) use answer::one_line;
-pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable};
+pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable, endpoint};
 
 use crate::transaction::{Outcome, Payload, Phase, Timestamp};
 

@@ -364,6 +364,7 @@ impl Journal {
                 return;
             } else {
                 tokio::select! {
+                    biased; // each only ends the wait
                     () = self.wake.notified() => {}
                     () = self.lazy_wait() => {}
                     () = Self::until_beat(beat_every, appended_at) => {}

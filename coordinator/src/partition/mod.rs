@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::{Xid, crash_point};
+use handfast_proto::{Xid, crash_point, planted::Bug};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -309,6 +309,7 @@ impl Partition {
             let wake_at = self.wake_at();
             let clock = self.parts.clock.clone();
             tokio::select! {
+                biased; // all that is ready is taken below; a run of the same events is the same run
                 () = stop.cancelled() => {}
                 Some(command) = commands.recv() => self.take_command(command),
                 Some(returned) = self.returned.1.recv() => self.take_returned(returned),
@@ -441,7 +442,7 @@ impl Partition {
             return; // the end of the process is near, or an operator has answered for the branch
         };
         let attempts = entry.global.branches[branch].attempts;
-        let retry_in = self.parts.settings.retry.delay(attempts, rand::random());
+        let retry_in = self.parts.settings.retry.delay(attempts, fastrand::u32(..));
         self.log_failure(entry, branch, phase, &outcome);
         self.apply_fitting(xid, Event::CallReturned { branch, phase, outcome, retry_in });
     }
@@ -526,7 +527,7 @@ impl Partition {
     fn drive(&mut self, xid: Xid, hurry: Hurry) {
         let now = self.now();
         let Some(entry) = self.entries.get(&xid) else { return };
-        if entry.awaits <= self.durable.upto {
+        if entry.awaits <= self.durable.upto || Bug::DecideBeforeDurable.is_planted() {
             let due = entry.global.plan(now).calls;
             for call in due {
                 self.make_call(xid, call, now, hurry);
@@ -608,7 +609,7 @@ impl Partition {
     /// Sends an answer about a transaction in memory, once what it says is durable.
     fn answer(&mut self, xid: Xid, reply: Reply, answer: Result<Answer, Error>) {
         let awaits = self.entries[&xid].awaits;
-        if awaits <= self.durable.upto {
+        if awaits <= self.durable.upto || Bug::DecideBeforeDurable.is_planted() {
             Self::answer_now(reply, answer);
         } else {
             let effects = self.effects.entry(awaits).or_default();

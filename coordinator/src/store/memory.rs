@@ -10,8 +10,8 @@ use std::{
 use handfast_proto::Xid;
 
 use super::{
-    Appended, Batch, DuePage, Error, Head, ListFilter, Lookup, Ownership, PARTITIONS, Show, Store,
-    Summary, Write, judge, xids_of,
+    Appended, Batch, DuePage, Error, Head, ListFilter, Lookup, Ownership, PARTITIONS, Seat, Show,
+    Store, Summary, Write, judge, xids_of,
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -27,6 +27,8 @@ pub struct MemoryStore {
 struct Tables {
     /// Epoch and position of each partition.
     partitions: BTreeMap<u16, (u32, u64)>,
+    /// Who has each partition.
+    owners: BTreeMap<u16, String>,
     /// Nonces by partition and epoch.
     nonces: BTreeMap<(u16, u32), u32>,
     transactions: BTreeMap<Xid, GlobalTransaction>,
@@ -51,15 +53,27 @@ impl MemoryStore {
 
 #[async_trait::async_trait]
 impl Store for MemoryStore {
-    async fn acquire(&self, _owner: &str, _now: Timestamp) -> Result<Vec<Ownership>, Error> {
+    async fn seats(&self) -> Result<Vec<Seat>, Error> {
+        let tables = self.tables();
+        let seat = |(partition, (epoch, position)): (&u16, &(u32, u64))| Seat {
+            partition: *partition,
+            epoch: *epoch,
+            position: *position,
+            owner: tables.owners.get(partition).cloned(),
+        };
+        Ok(tables.partitions.iter().map(seat).collect())
+    }
+
+    async fn acquire(&self, owner: &str, _now: Timestamp) -> Result<Vec<Ownership>, Error> {
         let mut tables = self.tables();
         Ok((0..PARTITIONS)
             .map(|partition| {
-                let nonce = rand::random();
+                let nonce = fastrand::u32(..);
                 let (epoch, position) = tables.partitions.entry(partition).or_default();
                 (*epoch, *position) = (*epoch + 1, 0);
                 let epoch = *epoch;
                 tables.nonces.insert((partition, epoch), nonce);
+                tables.owners.insert(partition, owner.to_owned());
                 Ownership { partition, epoch, nonce }
             })
             .collect())
@@ -85,7 +99,8 @@ impl Store for MemoryStore {
             }
         }
         for guard in &batch.guards {
-            tables.partitions.insert(guard.partition, (guard.epoch, guard.position));
+            let recorded = tables.partitions.entry(guard.partition).or_default();
+            *recorded = (*recorded).max((guard.epoch, guard.position));
         }
         for write in &batch.writes {
             let recorded = write.global.recorded();
@@ -204,7 +219,13 @@ impl Store for MemoryStore {
         Ok((deleted, seen.last().filter(|(_, begun_at, _)| more(begun_at)).map(|(xid, ..)| *xid)))
     }
 
-    async fn release(&self, _ownerships: &[Ownership]) -> Result<(), Error> {
+    async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
+        let mut tables = self.tables();
+        for Ownership { partition, epoch, .. } in ownerships {
+            if tables.partitions.get(partition).is_some_and(|(recorded, _)| recorded == epoch) {
+                tables.owners.remove(partition);
+            }
+        }
         Ok(())
     }
 }

@@ -59,4 +59,7 @@ pub use coordinator::{Coordinator, Fault};
 pub use database::Database;
 pub use laws::{BrokenLaw, Report, World, laws, laws_with_neighbour};
 
-pub use crate::fence::memory::{MemoryAction, MemoryFence};
+pub use crate::{
+    client::endpoint,
+    fence::memory::{MemoryAction, MemoryFence},
+};

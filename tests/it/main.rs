@@ -13,6 +13,7 @@ mod nested;
 
 mod operators;
 mod shop;
+mod simulation;
 
 mod bench;
 

@@ -1,0 +1,152 @@
+//! Whether every promise was kept, when all is over: from the participants' own counters, and from what was told.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use handfast::Xid;
+use handfast_coordinator::transaction::Decision;
+
+use crate::{participant::Effects, world::World};
+
+/// What is not resolved, in words; empty: all is.
+pub(crate) fn unresolved(world: &World) -> Vec<String> {
+    let mut left = Vec::new();
+    if world.is_busy() {
+        left.push("somebody still waits for an answer".to_owned());
+    }
+    for global in world.database.open() {
+        left.push(format!("{} is {:?}", global.xid, global.state));
+    }
+    for account in &world.accounts {
+        let books = account.books();
+        for ((xid, branch), effects) in &books.effects {
+            if effects.reserved > effects.confirmed + effects.released {
+                left.push(format!("{xid} {branch} is reserved at {}", account.name));
+            }
+        }
+    }
+    left
+}
+
+/// Checks everything that can be checked at rest.
+pub(crate) fn audit(world: &World) {
+    let by_xid = effects(world);
+    branches(world, &by_xid);
+    what_was_told(world, &by_xid);
+    keys(world, &by_xid);
+    for account in &world.accounts {
+        let books = account.books();
+        if !books.is_conserved() || books.held != 0 {
+            world.chronicle.violation(
+                "I10",
+                format!(
+                    "the sums of {}: {} {} {}",
+                    account.name, books.free, books.held, books.used
+                ),
+            );
+        }
+    }
+}
+
+type ByXid = BTreeMap<Xid, Vec<(String, Effects)>>;
+
+fn effects(world: &World) -> ByXid {
+    let mut by_xid = ByXid::new();
+    for account in &world.accounts {
+        for ((xid, branch), effects) in &account.books().effects {
+            let place = format!("{branch} at {}", account.name);
+            by_xid.entry(*xid).or_default().push((place, *effects));
+            if effects.reserved != effects.confirmed + effects.released {
+                world
+                    .chronicle
+                    .violation("I5", format!("{xid} {branch} at {}: {effects:?}", account.name));
+            }
+            if effects.reserved > 0 && account.fence.recorded(*xid, branch) == Some("suspended") {
+                world.chronicle.violation(
+                    "I9",
+                    format!("{xid} {branch} at {} was tried after its Cancel", account.name),
+                );
+            }
+        }
+    }
+    by_xid
+}
+
+/// All or nothing, as it was decided.
+fn branches(world: &World, by_xid: &ByXid) {
+    for (xid, branches) in by_xid {
+        let confirmed = branches.iter().filter(|(_, effects)| effects.confirmed > 0).count();
+        let released = branches.iter().filter(|(_, effects)| effects.released > 0).count();
+        if confirmed > 0 && released > 0 {
+            world.chronicle.violation("I2", format!("{xid}: {branches:?}"));
+        }
+        let decision = world.database.decision(*xid);
+        if confirmed > 0 && decision != Some(Decision::Confirm) {
+            world
+                .chronicle
+                .violation("I6", format!("{xid} is {decision:?}, and was confirmed: {branches:?}"));
+        }
+        if released > 0 && decision == Some(Decision::Confirm) {
+            world
+                .chronicle
+                .violation("I6", format!("{xid} is confirmed, and was released: {branches:?}"));
+        }
+        // Each branch that is recorded was confirmed, by somebody who counts.
+        if let Some(global) = world.database.recorded(*xid)
+            && decision == Some(Decision::Confirm)
+            && global.branches.len() != confirmed
+        {
+            let text = format!(
+                "{xid} has {} branches, and {confirmed} were confirmed",
+                global.branches.len()
+            );
+            world.chronicle.violation("I6", text);
+        }
+    }
+}
+
+fn what_was_told(world: &World, by_xid: &ByXid) {
+    let confirmed = |xid: &Xid| {
+        by_xid
+            .get(xid)
+            .is_some_and(|branches| branches.iter().any(|(_, effects)| effects.confirmed > 0))
+    };
+    for (xid, told) in world.all_told() {
+        let decision = world.database.decision(xid);
+        if told.contains(&Decision::Confirm) && decision != Some(Decision::Confirm) {
+            world
+                .chronicle
+                .violation("I11", format!("{xid} was told confirmed, and is {decision:?}"));
+        }
+        if told.contains(&Decision::Cancel)
+            && (confirmed(&xid) || decision == Some(Decision::Confirm))
+        {
+            world.chronicle.violation("I4", format!("{xid} was told cancelled, and is confirmed"));
+        }
+    }
+    for xid in world.all_never() {
+        if by_xid.contains_key(&xid) {
+            world
+                .chronicle
+                .violation("I11", format!("{xid} was told never recorded, and was tried"));
+        }
+    }
+}
+
+/// One key, one transaction. (Where what is finished is deleted within the run, a key may be used again.)
+fn keys(world: &World, by_xid: &ByXid) {
+    if world.mix.retention < world.mix.active {
+        return;
+    }
+    let mut of_order: BTreeMap<u64, BTreeSet<Xid>> = BTreeMap::new();
+    for (xid, branches) in by_xid {
+        for (_, effects) in branches {
+            of_order.entry(effects.order).or_default().insert(*xid);
+        }
+    }
+    let keyed = world.keyed();
+    for (order, xids) in of_order.into_iter().filter(|(order, _)| keyed.contains(order)) {
+        if xids.len() > 1 {
+            world.chronicle.violation("I3", format!("order {order} with one key is {xids:?}"));
+        }
+    }
+}

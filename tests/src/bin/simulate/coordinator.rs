@@ -1,0 +1,96 @@
+//! The program on a coordinator's host: what `handfast serve` does, over the simulated network, clock and store.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use futures_util::StreamExt as _;
+use handfast_coordinator::{
+    clock::{Clock as _, SystemClock},
+    coordinator::Coordinator,
+    dispatch::{GrpcDispatch, Targets, address::AllowList},
+    partition::Settings,
+    rpc::{self, Services},
+    server, standby,
+    store::Store,
+    transaction::{StuckAfter, retry::RetryPolicy},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{network::Dials, store::Client, world::World};
+
+/// Phase one, if the initiator does not say.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an orderly stop may take.
+const GRACE: Duration = Duration::from_secs(4);
+
+/// Runs until it was replaced, or was told to stop; then tells the world, which ends all that is left of it.
+pub(crate) async fn run(number: usize, world: Arc<World>) -> turmoil::Result {
+    let why = serve(number, &world).await;
+    world.chronicle.note(format_args!("coordinator {number} ends: {why}"));
+    world.exited(number);
+    std::future::pending().await
+}
+
+async fn serve(number: usize, world: &Arc<World>) -> String {
+    let store: Arc<dyn Store> =
+        Arc::new(Client { database: world.database.clone(), coordinator: number });
+    let seat = &world.coordinators[number];
+    if !seat.take_over.swap(false, Ordering::Relaxed) {
+        standby::turn(&*store).await;
+    }
+    let wall = seat.wall.clone();
+    let clock = Arc::new(SystemClock::of(move || wall.now()));
+    let targets = Arc::new(Targets {
+        participants: BTreeMap::new(),
+        allow: AllowList::parse(["*.test:*"]).expect("a rule"),
+        calls_max: 64,
+        streams: world.mix.streams,
+    });
+    let dials = Arc::new(Dials(world.network.clone()));
+    let dispatch = Arc::new(GrpcDispatch::new(targets.clone(), dials, clock.clone()));
+    let mix = &world.mix;
+    let settings = Settings {
+        retry: RetryPolicy { initial: mix.retry_initial, max: mix.retry_max },
+        call_timeout: mix.call_timeout,
+        call_timeout_max: mix.call_timeout * 4,
+        open_max: 10_000,
+        stuck_after: StuckAfter { attempts: 8, time: Duration::from_secs(120) },
+    };
+    let started = Coordinator::start(store, dispatch.clone(), clock, settings, mix.retention).await;
+    let (coordinator, running) = match started {
+        Ok(started) => started,
+        Err(error) => return error.to_string(),
+    };
+    world.chronicle.count("coordinator started");
+    let closing = CancellationToken::new();
+    let services = Services::new(coordinator.clone(), targets, TIMEOUT).until(closing.clone());
+    let (router, _health) = server::router(&services);
+    let incoming = match world.network.listen().await {
+        Ok(incoming) => incoming,
+        Err(error) => return error.to_string(),
+    };
+    let incoming = incoming
+        .map(|connection| Ok::<_, std::io::Error>(rpc::Connection::new(connection?, None)))
+        .take_until(closing.clone().cancelled_owned());
+    // Not `serve_with_incoming_shutdown`: with that, each connection chooses at random whether it first takes what has come or first
+    // says that it is closing, and a seed would not be the same run twice.
+    let serving = tokio::spawn(router.serve_with_incoming(incoming.boxed()));
+    let why = tokio::select! {
+        biased;
+        ended = coordinator.ended() => format!("{ended:?}"),
+        () = seat.stop.notified() => "stopped".to_owned(),
+    };
+    // In order, as the server does it.
+    closing.cancel();
+    let in_order = async {
+        drop(serving.await); // takes no connection any more
+        tokio::time::sleep(GRACE / 8).await;
+        drop(tokio::time::timeout(GRACE / 4, dispatch.close()).await);
+        running.stop().await;
+    };
+    drop(tokio::time::timeout(GRACE, in_order).await);
+    why
+}

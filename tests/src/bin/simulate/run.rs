@@ -1,0 +1,167 @@
+//! One seed: a world, its hosts, its load and its faults; then rest, and the audit.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use turmoil::Sim;
+
+use crate::{
+    audit,
+    chronicle::Violation,
+    coordinator, initiator,
+    mix::Mix,
+    nemesis::Nemesis,
+    participant,
+    world::{self, World},
+};
+
+/// When all is well again, everything must be resolved within so long: the longest that anybody waits for anything is the sum of
+/// a takeover (10 s), a dead connection (15 s), a patient initiator (40 s), a clock that was 20 s ahead, and the pauses of retries
+/// and breakers (15 s and 10 s), some of them one after another.
+const RESOLVED_WITHIN: Duration = Duration::from_secs(240);
+/// And then it must stay so, longer than anything that is under way can take.
+const REST: Duration = Duration::from_secs(10);
+/// Between two looks whether all is resolved.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Bytes would be of no use here: turmoil counts segments. More than can be on their way on a link that is held up.
+const TCP_CAPACITY: usize = 65_536;
+
+/// What became of a seed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) seed: u64,
+    pub(crate) simulated_millis: u64,
+    /// From the end of all faults until everything was resolved.
+    pub(crate) resolved_millis: u64,
+    /// Transactions that were recorded with a decision.
+    pub(crate) orders: u64,
+    pub(crate) confirmed: u64,
+    pub(crate) cancelled: u64,
+    /// Faults by kind, answers by kind, and what else was counted.
+    pub(crate) counts: BTreeMap<String, u64>,
+    pub(crate) violations: Vec<Violation>,
+    /// Of everything that happened, in order.
+    pub(crate) trace: String,
+}
+
+pub(crate) fn run(seed: u64, loud: bool) -> Outcome {
+    align_task_ids();
+    fastrand::seed(seed);
+    let world = Arc::new(World::new(seed, Mix::of(seed), loud));
+    world.chronicle.note(format_args!("{:?}", world.mix));
+    let mut sim = build(&world);
+    let mut nemesis = Nemesis::new(world.clone());
+    while sim.elapsed() < world.mix.active && !world.chronicle.is_violated() {
+        nemesis.step(&mut sim);
+        step(&mut sim, &world);
+    }
+    world.drain();
+    nemesis.heal_all(&mut sim);
+    let healed_at = sim.elapsed();
+    let resolved = settle(&mut sim, &world, &mut nemesis);
+    let resolved_at = sim.elapsed();
+    if resolved {
+        while sim.elapsed() < resolved_at + REST {
+            nemesis.step(&mut sim);
+            step(&mut sim, &world);
+        }
+        audit::audit(&world);
+    }
+    let simulated = sim.elapsed();
+    drop(sim);
+    outcome(&world, simulated, resolved_at - healed_at)
+}
+
+fn build<'a>(world: &Arc<World>) -> Sim<'a> {
+    let mix = &world.mix;
+    let mut sim = turmoil::Builder::new()
+        .rng_seed(world.seed)
+        .enable_random_order()
+        .simulation_duration(Duration::from_secs(24 * 3600))
+        .tick_duration(mix.tick)
+        .min_message_latency(Duration::from_millis(1))
+        .max_message_latency(mix.latency_max)
+        .tcp_capacity(TCP_CAPACITY)
+        .build();
+    for number in 0..mix.coordinators {
+        let world = world.clone();
+        sim.host(world::coordinator(number), move || coordinator::run(number, world.clone()));
+    }
+    for account in &world.accounts {
+        let (account, world) = (account.clone(), world.clone());
+        sim.host(account.name.clone(), move || participant::run(account.clone(), world.clone()));
+    }
+    for number in 0..mix.initiators {
+        let world = world.clone();
+        sim.host(world::initiator(number), move || initiator::run(world.clone()));
+    }
+    sim
+}
+
+fn step(sim: &mut Sim<'_>, world: &World) {
+    world.chronicle.now(sim.elapsed());
+    world.database.advance(sim.elapsed());
+    if let Err(error) = sim.step() {
+        world.chronicle.violation("host", error.to_string());
+    }
+}
+
+/// Waits until everything is resolved; whether it was, in time and with nothing broken.
+fn settle(sim: &mut Sim<'_>, world: &World, nemesis: &mut Nemesis) -> bool {
+    let deadline = sim.elapsed() + RESOLVED_WITHIN;
+    let mut look_at = sim.elapsed();
+    loop {
+        if world.chronicle.is_violated() {
+            return false;
+        }
+        if sim.elapsed() >= look_at {
+            look_at = sim.elapsed() + LOOK_EVERY;
+            let left = audit::unresolved(world);
+            if left.is_empty() {
+                return true;
+            }
+            if sim.elapsed() >= deadline {
+                for left in left {
+                    world.chronicle.violation("I13", format!("not resolved in time: {left}"));
+                }
+                return false;
+            }
+        }
+        nemesis.step(sim);
+        step(sim, world);
+    }
+}
+
+fn outcome(world: &World, simulated: Duration, resolved: Duration) -> Outcome {
+    let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
+    let (confirmed, cancelled) = world.database.decided();
+    let (counts, violations, trace) = world.chronicle.close();
+    Outcome {
+        seed: world.seed,
+        simulated_millis: millis(simulated),
+        resolved_millis: millis(resolved),
+        orders: world.orders(),
+        confirmed,
+        cancelled,
+        counts,
+        violations,
+        trace,
+    }
+}
+
+/// tokio keeps a runtime's tasks in several lists, by the task's number, and numbers count through the whole process. In which
+/// order tasks are dropped when a host is killed would depend on how many had run before: so each seed begins at a round number.
+fn align_task_ids() {
+    const LISTS_MAX: u64 = 1024;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().build().expect("no resources are needed");
+    runtime.block_on(async {
+        loop {
+            let task = tokio::spawn(async {});
+            let number: u64 = task.id().to_string().parse().expect("a task's number");
+            if task.await.is_err() || number.is_multiple_of(LISTS_MAX) {
+                return;
+            }
+        }
+    });
+}

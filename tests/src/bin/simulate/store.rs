@@ -1,0 +1,399 @@
+//! The database of the coordinators: one server, in memory, that fails as databases do.
+//!
+//! What it has acknowledged it keeps; that is the one thing that is promised of it. All else may happen: a batch takes its time,
+//! is refused (1213, 1205), is done and its answer is lost, is given up and lands seconds later; a reader is told what was true a
+//! while ago; the server dies, and of the batches under way then some are kept and some are not.
+//!
+//! It runs beside the hosts, not on one of them: what a coordinator has sent takes effect whether or not that coordinator lives.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures_util::FutureExt as _;
+use handfast_coordinator::{
+    store::{
+        Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
+        memory::MemoryStore,
+    },
+    transaction::{Decision, GlobalTransaction, StuckAfter, Timestamp},
+};
+use handfast_proto::Xid;
+use tokio::sync::oneshot;
+
+use crate::{chronicle::Chronicle, mix::StoreMix};
+
+/// How often an owner shows that it is there.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// Longest wait of somebody who cannot reach the server: every call has an end.
+const GIVE_UP: u64 = 3000;
+/// How long after its caller has given up a batch may land, at most.
+const LATE: u64 = 8000;
+
+/// The server.
+pub(crate) struct Database {
+    tables: MemoryStore,
+    chronicle: Arc<Chronicle>,
+    state: Mutex<State>,
+}
+
+struct State {
+    now: Duration,
+    rng: fastrand::Rng,
+    mix: StoreMix,
+    /// Batches take so many times longer.
+    slowness: u64,
+    jobs: BTreeMap<(Duration, u64), Job>,
+    serial: u64,
+    /// The server is dead until then.
+    down_until: Duration,
+    /// Coordinators that cannot reach it.
+    cut: BTreeSet<usize>,
+    /// Every decision that was ever durable.
+    decisions: BTreeMap<Xid, Decision>,
+}
+
+struct Job {
+    /// Its effect may be lost, or kept, when the server dies.
+    writes: bool,
+    run: Box<dyn FnOnce(&Database) + Send>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+}
+
+impl Database {
+    pub(crate) fn new(seed: u64, mix: StoreMix, chronicle: Arc<Chronicle>) -> Arc<Self> {
+        let state = State {
+            now: Duration::ZERO,
+            rng: fastrand::Rng::with_seed(seed ^ 0x7374_6f72),
+            mix,
+            slowness: 1,
+            jobs: BTreeMap::new(),
+            serial: 0,
+            down_until: Duration::ZERO,
+            cut: BTreeSet::new(),
+            decisions: BTreeMap::new(),
+        };
+        Arc::new(Self { tables: MemoryStore::default(), chronicle, state: Mutex::new(state) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nothing panics while it is locked")
+    }
+
+    /// Does what is due by now.
+    pub(crate) fn advance(&self, now: Duration) {
+        self.state().now = now;
+        loop {
+            let job = {
+                let mut state = self.state();
+                match state.jobs.first_entry() {
+                    Some(first) if first.key().0 <= now => first.remove(),
+                    _ => return,
+                }
+            };
+            (job.run)(self);
+        }
+    }
+
+    /// The server dies. Of what is under way some is kept; nobody gets an answer.
+    pub(crate) fn crash(&self, down_for: Duration) {
+        let jobs = std::mem::take(&mut self.state().jobs);
+        for job in jobs.into_values() {
+            if job.writes && self.state().rng.bool() {
+                (job.run)(self);
+            }
+        }
+        let mut state = self.state();
+        state.jobs.clear(); // the answers
+        state.down_until = state.now + down_for;
+    }
+
+    pub(crate) fn cut(&self, coordinator: usize) {
+        self.state().cut.insert(coordinator);
+    }
+
+    pub(crate) fn heal(&self, coordinator: usize) {
+        self.state().cut.remove(&coordinator);
+    }
+
+    pub(crate) fn slow_down(&self, times: u64) {
+        self.state().slowness = times;
+    }
+
+    /// From now on it fails no more.
+    pub(crate) fn behave(&self) {
+        let mut state = self.state();
+        state.mix = StoreMix { millis: state.mix.millis, ..StoreMix::default() };
+        (state.slowness, state.down_until) = (1, Duration::ZERO);
+        state.cut.clear();
+    }
+
+    /// The decision that is durable.
+    pub(crate) fn decision(&self, xid: Xid) -> Option<Decision> {
+        self.state().decisions.get(&xid).copied()
+    }
+
+    /// How many were confirmed, and how many cancelled.
+    pub(crate) fn decided(&self) -> (u64, u64) {
+        let state = self.state();
+        let confirmed = state.decisions.values().filter(|decision| **decision == Decision::Confirm);
+        let confirmed = confirmed.count() as u64;
+        (confirmed, state.decisions.len() as u64 - confirmed)
+    }
+
+    /// What is recorded and not final.
+    pub(crate) fn open(&self) -> Vec<GlobalTransaction> {
+        let filter = ListFilter { show: handfast_coordinator::store::Show::Open, name: None };
+        at_once(self.tables.list(&filter, usize::MAX)).expect("memory answers")
+    }
+
+    /// What is recorded of one.
+    pub(crate) fn recorded(&self, xid: Xid) -> Option<GlobalTransaction> {
+        match at_once(self.tables.load(xid)).expect("memory answers") {
+            Lookup::Found(global) => Some(*global),
+            Lookup::Absent { .. } => None,
+        }
+    }
+
+    /// Appends, and looks whether a decision has changed.
+    fn append(&self, batch: &Batch) -> Result<Appended, Error> {
+        let appended = at_once(self.tables.append(batch));
+        match &appended {
+            Ok(Appended::Durable) => {
+                for write in &batch.writes {
+                    self.look_at(write.global.xid);
+                }
+            }
+            Ok(Appended::Fenced(_)) => self.chronicle.count("store: batch of a replaced owner"),
+            Err(_) => {} // one that lands late may not follow any more; else its owner hears it
+        }
+        appended
+    }
+
+    fn look_at(&self, xid: Xid) {
+        let Some(global) = self.recorded(xid) else { return };
+        let (before, now) = (self.decision(xid), global.state.decision());
+        match (before, now) {
+            (Some(before), now) if now != Some(before) => {
+                self.chronicle.violation(
+                    "I7",
+                    format!("{xid}: {before:?} was durable, and now it is {now:?}"),
+                );
+            }
+            (None, Some(decision)) => {
+                self.state().decisions.insert(xid, decision);
+                self.chronicle.note(format_args!("durable {xid} {decision:?}"));
+            }
+            _ => {}
+        }
+    }
+
+    /// A call that arrives now, from this coordinator.
+    fn call<T: Send + 'static>(
+        &self,
+        coordinator: usize,
+        kind: Kind,
+        work: impl FnOnce(&Self) -> Result<T, Error> + Send + 'static,
+    ) -> oneshot::Receiver<Result<T, Error>> {
+        let (reply, answer) = oneshot::channel();
+        let mut state = self.state();
+        if state.down_until > state.now {
+            let pause = state.rng.u64(1..50);
+            state.fail(pause, reply, "connection refused");
+            return answer;
+        }
+        if state.cut.contains(&coordinator) {
+            let pause = state.rng.u64(GIVE_UP / 10..GIVE_UP);
+            state.fail(pause, reply, "no answer in time");
+            return answer;
+        }
+        let takes = (state.mix.millis * state.slowness).max(1);
+        let mut takes = state.rng.u64(takes / 3..=takes * 2);
+        let StoreMix { deadlocks, lock_waits, answers_lost, lands_late, reads_fail, .. } =
+            state.mix;
+        let mut dice = state.rng.u32(..10_000);
+        let mut falls = |odds: u32| match dice.checked_sub(odds) {
+            None => true,
+            Some(rest) => {
+                dice = rest;
+                false
+            }
+        };
+        if kind == Kind::Read {
+            if falls(reads_fail) {
+                self.chronicle.count("store: read failed");
+                state.fail(takes, reply, "the connection broke");
+                return answer;
+            }
+            // Read now or a while later, and told later still.
+            let answer_takes = state.rng.u64(0..=takes);
+            state.push(takes, false, move |database| {
+                let found = work(database);
+                database.state().push(answer_takes, false, move |_| drop(reply.send(found)));
+            });
+            return answer;
+        }
+        if falls(deadlocks) {
+            self.chronicle.count("store: 1213");
+            state.fail(takes, reply, "1213 (40001): Deadlock found when trying to get lock");
+        } else if falls(lock_waits) {
+            self.chronicle.count("store: 1205");
+            takes += state.rng.u64(500..3000);
+            state.fail(takes, reply, "1205 (HY000): Lock wait timeout exceeded");
+        } else if falls(answers_lost) {
+            self.chronicle.count("store: answer lost");
+            let notices = takes + state.rng.u64(1..2000);
+            state.push(takes, true, |database| drop(work(database)));
+            state.fail(notices, reply, "expected to read 4 bytes, got 0 bytes at EOF");
+        } else if falls(lands_late) {
+            self.chronicle.count("store: landed late");
+            let lands = takes + state.rng.u64(1..LATE);
+            state.push(lands, true, |database| drop(work(database)));
+            state.fail(takes, reply, "expected to read 4 bytes, got 0 bytes at EOF");
+        } else {
+            let answer_takes = state.rng.u64(0..=takes / 4 + 1);
+            state.push(takes, true, move |database| {
+                let done = work(database);
+                database.state().push(answer_takes, false, move |_| drop(reply.send(done)));
+            });
+        }
+        answer
+    }
+}
+
+impl State {
+    fn push(
+        &mut self,
+        after_millis: u64,
+        writes: bool,
+        run: impl FnOnce(&Database) + Send + 'static,
+    ) {
+        self.serial += 1;
+        let due = self.now + Duration::from_millis(after_millis);
+        self.jobs.insert((due, self.serial), Job { writes, run: Box::new(run) });
+    }
+
+    fn fail<T: Send + 'static>(
+        &mut self,
+        after_millis: u64,
+        reply: oneshot::Sender<Result<T, Error>>,
+        why: &'static str,
+    ) {
+        self.push(after_millis, false, move |_| drop(reply.send(Err(Error::unavailable(why)))));
+    }
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Database")
+    }
+}
+
+fn at_once<T>(future: impl Future<Output = T>) -> T {
+    future.now_or_never().expect("memory answers at once")
+}
+
+/// The way of one coordinator to the server.
+#[derive(Debug)]
+pub(crate) struct Client {
+    pub(crate) database: Arc<Database>,
+    pub(crate) coordinator: usize,
+}
+
+impl Client {
+    async fn call<T: Send + 'static>(
+        &self,
+        kind: Kind,
+        work: impl FnOnce(&Database) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let answer = self.database.call(self.coordinator, kind, work);
+        answer.await.unwrap_or_else(|_| Err(Error::unavailable("the server is gone")))
+    }
+}
+
+#[async_trait]
+impl Store for Client {
+    fn heartbeat(&self) -> Option<Duration> {
+        Some(HEARTBEAT)
+    }
+
+    async fn seats(&self) -> Result<Vec<Seat>, Error> {
+        self.call(Kind::Read, |database| at_once(database.tables.seats())).await
+    }
+
+    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
+        let owner = owner.to_owned();
+        self.call(Kind::Write, move |database| at_once(database.tables.acquire(&owner, now))).await
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
+        let batch = batch.clone();
+        let appended = self.call(Kind::Write, move |database| database.append(&batch)).await;
+        if let Err(Error::Corrupt(what)) = &appended {
+            let text = format!("the store was handed a batch that cannot be: {what}");
+            self.database.chronicle.violation("I7", text);
+        }
+        appended
+    }
+
+    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
+        self.call(Kind::Read, move |database| at_once(database.tables.load(xid))).await
+    }
+
+    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
+        let hashes = hashes.to_vec();
+        self.call(Kind::Read, move |database| at_once(database.tables.find_keys(&hashes))).await
+    }
+
+    async fn due(
+        &self,
+        partition: u16,
+        until: Timestamp,
+        after: Option<(Timestamp, Xid)>,
+        limit: usize,
+    ) -> Result<DuePage, Error> {
+        let due =
+            move |database: &Database| at_once(database.tables.due(partition, until, after, limit));
+        self.call(Kind::Read, due).await
+    }
+
+    async fn list(
+        &self,
+        filter: &ListFilter,
+        limit: usize,
+    ) -> Result<Vec<GlobalTransaction>, Error> {
+        let filter = filter.clone();
+        self.call(Kind::Read, move |database| at_once(database.tables.list(&filter, limit))).await
+    }
+
+    async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
+        self.call(Kind::Read, move |database| at_once(database.tables.summary(now, stuck))).await
+    }
+
+    async fn purge(
+        &self,
+        partition: u16,
+        finished_before: Timestamp,
+        after: Option<Xid>,
+        limit: usize,
+    ) -> Result<(u64, Option<Xid>), Error> {
+        let purge = move |database: &Database| {
+            at_once(database.tables.purge(partition, finished_before, after, limit))
+        };
+        self.call(Kind::Write, purge).await
+    }
+
+    async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
+        let ownerships = ownerships.to_vec();
+        self.call(Kind::Write, move |database| at_once(database.tables.release(&ownerships))).await
+    }
+}

@@ -346,9 +346,9 @@ impl Journal {
 
     /// Writes until `stop`, then what is left, and ends.
     pub async fn run(mut self, stop: CancellationToken) {
-        let beat_every = self.store.heartbeat();
         let mut appended_at = Instant::now();
         loop {
+            let beat_every = self.store.heartbeat().filter(|_| self.live().next().is_some());
             let stopping = stop.is_cancelled();
             let batch = if stopping || self.is_due() {
                 self.collect()
@@ -380,10 +380,17 @@ impl Journal {
         tokio::time::sleep_until(appended_at + every).await;
     }
 
+    /// The partitions that are still ours.
+    fn live(&self) -> impl Iterator<Item = &Arc<Outbox>> {
+        self.outboxes.iter().filter(|outbox| outbox.durable.borrow().ended.is_none())
+    }
+
     /// An empty batch of all partitions that are still ours.
     fn heartbeat(&self) -> Batch {
-        let live = self.outboxes.iter().filter(|outbox| outbox.durable.borrow().ended.is_none());
-        Batch { guards: live.map(|outbox| outbox.next_guard()).collect(), writes: Vec::new() }
+        Batch {
+            guards: self.live().map(|outbox| outbox.next_guard()).collect(),
+            writes: Vec::new(),
+        }
     }
 
     fn is_due(&self) -> bool {

@@ -317,3 +317,30 @@ async fn what_is_fenced_does_not_keep_the_journal_busy() {
     rig.put(&three, Head::Insert, Urgency::Awaited);
     assert!(rig.outboxes[0].is_empty(), "it waits for what never comes");
 }
+
+#[test]
+fn a_journal_that_was_replaced_is_idle() {
+    let (done, idle) = std::sync::mpsc::channel();
+    // In a thread of its own, since a journal that never rests would never let go of it.
+    std::thread::spawn(move || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(async move {
+            let store = Arc::new(ScriptedStore::default());
+            store.beats.store(true, Ordering::SeqCst);
+            let ownerships = store.acquire("the first", Timestamp(1)).await.unwrap();
+            let clock = Arc::new(ManualClock::at(Timestamp(1)));
+            let (journal, outboxes, _) = Journal::new(store.clone(), clock, &ownerships);
+            tokio::spawn(journal.run(CancellationToken::new()));
+            store.acquire("the second", Timestamp(2)).await.unwrap();
+            for outbox in outboxes {
+                outbox.durable().wait_for(|durable| durable.ended.is_some()).await.unwrap();
+            }
+            // Time only moves while nobody has anything to do.
+            tokio::time::sleep(Duration::from_secs(3600)).await;
+            done.send(store.batches().len()).unwrap();
+        });
+    });
+    let batches = idle.recv_timeout(Duration::from_secs(20)).expect("it never rests");
+    assert_eq!(batches, 1, "the heartbeat that was told of the other owner");
+}

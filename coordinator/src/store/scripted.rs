@@ -33,6 +33,8 @@ pub(crate) struct ScriptedStore {
     batches: Mutex<Vec<Batch>>,
     /// While true, appends are not answered.
     held: watch::Sender<bool>,
+    /// An owner must show that it is there.
+    pub(crate) beats: AtomicBool,
     /// While true, looks for one transaction have read, and are not answered.
     loads_held: watch::Sender<bool>,
     /// While true, looks for one transaction and for keys fail.
@@ -113,6 +115,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[async_trait::async_trait]
 impl Store for ScriptedStore {
+    fn heartbeat(&self) -> Option<Duration> {
+        self.beats.load(Ordering::SeqCst).then_some(Duration::from_secs(2))
+    }
+
     async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
         self.inner.acquire(owner, now).await
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
-use handfast_proto::{BranchId, Xid, crash_point, time::wire_duration, v1 as pb, planted::Bug};
+use handfast_proto::{BranchId, Xid, crash_point, planted::Bug, time::wire_duration, v1 as pb};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 

@@ -5,7 +5,6 @@
 mod serve;
 
 mod chaos;
-mod fence;
 mod fuzz;
 mod mishaps;
 mod mysql;

@@ -256,7 +256,8 @@ impl<DB: FenceDb> Fence<DB> {
     ///
     /// # Cancel safety
     ///
-    /// Roll back.
+    /// Roll back. (Mind that `sqlx::Transaction` loses a connection to MySQL, and its place in the pool, for ever if it is dropped in
+    /// the middle of a statement. The other levels do not use it.)
     pub async fn enter(
         &self,
         connection: &mut DB::Connection,

@@ -1,0 +1,46 @@
+//! On MySQL and MariaDB: on every server of TEST_MYSQL_SERVERS.
+
+pub(crate) use sqlx::MySql as Db;
+use sqlx::{AssertSqlSafe, MySqlPool as Pool, mysql::MySqlPoolOptions as PoolOptions};
+
+#[path = "races.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
+mod races;
+#[path = "server.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
+mod server;
+#[path = "shop.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
+mod shop;
+#[path = "suite.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
+mod suite;
+
+use server::{Home, Place, places};
+
+use crate::fence::fixture::Level;
+
+/// Where the servers are.
+const SERVERS: &str = "TEST_MYSQL_SERVERS";
+/// Levels at which a call may be given up, and whether in memory, which is nothing else here. At level 0 the local transaction is sqlx's, and that loses a connection of MySQL for ever
+/// if it is dropped in the middle of a statement.
+const GIVEN_UP: [(Level, bool); 1] = [(Level::Action, false)];
+/// How a local transaction begins that is not the fence's.
+const BEGIN: &str = "BEGIN";
+/// Isolation levels that a service may have set, as a statement for a new connection.
+const ISOLATIONS: [&str; 2] = [
+    "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+];
+/// What the database calls a deadlock.
+const DEADLOCK: &str = "1213";
+
+/// How a database is taken away. Who has left a local transaction open in it keeps it for ever, unless there is a limit.
+fn drop_database(name: &str) -> String {
+    format!("SET lock_wait_timeout = 10; DROP DATABASE {name}")
+}
+
+/// A statement with a question mark for each value.
+fn sql(text: &str) -> AssertSqlSafe<String> {
+    AssertSqlSafe(text.to_owned())
+}

@@ -1,0 +1,108 @@
+//! Databases on a server that somebody else has started (`scripts/test` does, and sets the variable that names it). To make one takes
+//! long, so one that a test no longer needs is used by its next shop.
+
+use std::sync::{Arc, Mutex};
+
+use sqlx::{AssertSqlSafe, Connection as _};
+
+use super::{Db, Pool, PoolOptions, SERVERS, drop_database, shop::Shop};
+
+type Connection = <Db as sqlx::Database>::Connection;
+
+/// A server, for one test.
+pub(crate) struct Place {
+    server: String,
+    /// All databases that were made here.
+    made: Mutex<Vec<String>>,
+    /// Those that nobody uses.
+    free: Arc<Mutex<Vec<String>>>,
+}
+
+/// A database. Clones are the same one; when all are dropped, it is free.
+#[derive(Clone)]
+pub(crate) struct Home(Arc<Taken>);
+
+struct Taken {
+    server: String,
+    name: String,
+    free: Arc<Mutex<Vec<String>>>,
+}
+
+/// All of them.
+pub(crate) async fn places() -> Vec<Place> {
+    let servers = std::env::var(SERVERS).unwrap_or_default();
+    let servers = servers.split(',').map(str::trim).filter(|url| !url.is_empty());
+    let place = |server: &str| Place {
+        server: server.to_owned(),
+        made: Mutex::default(),
+        free: Arc::default(),
+    };
+    servers.map(place).collect()
+}
+
+impl Place {
+    /// A shop with a pool of so many connections.
+    pub(crate) async fn open(&self, connections: u32) -> Shop {
+        let home = self.home().await;
+        Shop::open(home.connect(connections).await, Some(home)).await
+    }
+
+    /// One with a single connection.
+    pub(crate) async fn alone(&self) -> Shop {
+        self.open(1).await
+    }
+
+    pub(crate) async fn home(&self) -> Home {
+        let free = self.free.lock().unwrap().pop();
+        let name = match free {
+            Some(name) => name,
+            None => {
+                let name = format!("handfast_test_{:016x}", rand::random::<u64>());
+                on_server(&self.server, &format!("CREATE DATABASE {name}")).await;
+                self.made.lock().unwrap().push(name.clone());
+                name
+            }
+        };
+        Home(Arc::new(Taken { server: self.server.clone(), name, free: self.free.clone() }))
+    }
+}
+
+impl Home {
+    pub(crate) fn url(&self) -> String {
+        format!("{}/{}", self.0.server, self.0.name)
+    }
+
+    pub(crate) async fn connect(&self, connections: u32) -> Pool {
+        PoolOptions::new().max_connections(connections).connect(&self.url()).await.unwrap()
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.free.lock().unwrap().push(std::mem::take(&mut self.name));
+    }
+}
+
+impl Drop for Place {
+    /// From a thread of its own: what is dropped cannot wait.
+    fn drop(&mut self) {
+        let (server, made) = (self.server.clone(), std::mem::take(&mut *self.made.lock().unwrap()));
+        let dropping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                for name in made {
+                    on_server(&server, &drop_database(&name)).await;
+                }
+            });
+        });
+        let dropped = dropping.join();
+        if !std::thread::panicking() {
+            dropped.unwrap();
+        }
+    }
+}
+
+async fn on_server(server: &str, sql: &str) {
+    let mut connection = Connection::connect(server).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
+}

@@ -1,0 +1,207 @@
+//! A small shop with a fence, for the tests of this crate: one shelf. The same text for each database.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use sqlx::{AssertSqlSafe, Pool};
+
+use super::{BEGIN, Db, Home, sql};
+use crate::{
+    Action, Answer, Branch, Failed, Fence, Json, Participant, Payload as _, Phase, Refusal,
+    TryError, Tx,
+    fence::{
+        Entered,
+        fixture::{Deduct, DeductStock, Level, STOCK, Shelf, branch},
+    },
+};
+
+type Connection = <Db as sqlx::Database>::Connection;
+
+#[derive(Clone)]
+pub(crate) struct Shop {
+    pub(crate) pool: Pool<Db>,
+    pub(crate) fence: Fence<Db>,
+    /// How often the author's code ran.
+    pub(crate) runs: Arc<AtomicUsize>,
+    /// Its database. `None`: that is the only connection.
+    pub(crate) home: Option<Home>,
+}
+
+impl Shop {
+    /// Opens one in a database that is empty, or was used by another test.
+    pub(crate) async fn open(pool: Pool<Db>, home: Option<Home>) -> Self {
+        let fence = Fence::new(pool.clone());
+        fence.create_table_if_missing().await.unwrap();
+        let shelf = "CREATE TABLE IF NOT EXISTS shelf (free BIGINT CHECK (free >= 0), held BIGINT CHECK (held >= 0), sold BIGINT)";
+        sqlx::raw_sql(shelf).execute(&pool).await.unwrap();
+        let shelf = format!(
+            "DELETE FROM handfast_fence; DELETE FROM shelf; INSERT INTO shelf VALUES ({STOCK}, 0, 0)"
+        );
+        sqlx::raw_sql(AssertSqlSafe(shelf)).execute(&pool).await.unwrap();
+        Self { pool, fence, runs: Arc::default(), home }
+    }
+
+    /// Another program that serves the same.
+    pub(crate) async fn second_process(&self) -> Self {
+        let pool = self.home.as_ref().expect("a database of its own").connect(8).await;
+        Self { fence: Fence::new(pool.clone()), pool, ..self.clone() }
+    }
+
+    pub(crate) fn participant(&self) -> Participant {
+        Participant::builder("inventory").action(&self.fence, self.clone()).build()
+    }
+
+    /// Delivers one call at one level. The work is the same at each.
+    pub(crate) async fn deliver(&self, level: Level, branch: &Branch, payload: &[u8]) -> Answer {
+        match level {
+            Level::Enter => {
+                self.enter(branch, payload).await.unwrap_or_else(|error| match branch.phase {
+                    Phase::Try => Answer::from(error),
+                    Phase::Confirm | Phase::Cancel => Answer::Retry(format!("{error:?}")),
+                })
+            }
+            Level::Run => {
+                let work = async |tx: &mut Tx<Db>| {
+                    let kept = tx.payload().clone();
+                    let reply = self.work(tx, branch.phase, &kept).await?;
+                    tx.reply(reply);
+                    Ok::<_, TryError>(())
+                };
+                self.fence.run(branch, payload, work).await
+            }
+            Level::Action => self.participant().handle(branch, payload).await,
+        }
+    }
+
+    async fn enter(&self, branch: &Branch, payload: &[u8]) -> Result<Answer, TryError> {
+        let mut transaction = self.pool.begin_with(BEGIN).await?;
+        let answer = match self.fence.enter(&mut transaction, branch, payload).await? {
+            Entered::Run { payload } => {
+                let reply = self.work(&mut transaction, branch.phase, &payload).await?;
+                if branch.phase == Phase::Try {
+                    self.fence.save_reply(&mut transaction, branch, &reply).await?;
+                }
+                Answer::Done(if branch.phase == Phase::Try {
+                    reply.into()
+                } else {
+                    Default::default()
+                })
+            }
+            Entered::Answer { answer, .. } => answer,
+        };
+        transaction.commit().await?;
+        Ok(answer)
+    }
+
+    /// Moves goods along the shelf. Of a Try the reply says how many are left.
+    async fn work(
+        &self,
+        connection: &mut Connection,
+        phase: Phase,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, TryError> {
+        self.runs.fetch_add(1, Ordering::SeqCst);
+        let Json(Deduct { quantity, how }) = Json::decode(payload).map_err(TryError::Unknown)?;
+        let (from, to) = match phase {
+            Phase::Try => ("free", "held"),
+            Phase::Confirm => ("held", "sold"),
+            Phase::Cancel => ("held", "free"),
+        };
+        let sql = "UPDATE shelf SET {from} = {from} - {n}, {to} = {to} + {n}";
+        let sql =
+            sql.replace("{from}", from).replace("{to}", to).replace("{n}", &quantity.to_string());
+        sqlx::query(AssertSqlSafe(sql)).execute(&mut *connection).await?;
+        let left: i64 =
+            sqlx::query_scalar("SELECT free FROM shelf").fetch_one(&mut *connection).await?;
+        match (how.as_str(), phase) {
+            ("refuse", Phase::Try) => {
+                Err(Refusal::new("OUT_OF_STOCK").message("none left").with("left", left).into())
+            }
+            ("refuse long", Phase::Try) => {
+                let mut refusal = Refusal::new("OUT_OF_STOCK").message("库存不足".repeat(2000));
+                for n in 0..40 {
+                    refusal = refusal.with(format!("key-{n}"), "值".repeat(100));
+                }
+                Err(refusal.into())
+            }
+            ("fail", _) => Err(std::io::Error::other("the disk is on fire").into()),
+            ("long", Phase::Try) => Ok(Json("x".repeat(64 * 1024)).encode().unwrap().to_vec()),
+            ("end", _) => {
+                // What an author might do by mistake; and what SQLite does by itself when the disk is full.
+                sqlx::raw_sql("ROLLBACK").execute(connection).await?;
+                Ok(Vec::new())
+            }
+            _ => Ok(Json(format!("{left} left")).encode().unwrap().to_vec()),
+        }
+    }
+
+    pub(crate) async fn shelf(&self) -> Shelf {
+        sqlx::query_as("SELECT free, held, sold FROM shelf").fetch_one(&self.pool).await.unwrap()
+    }
+
+    /// The state of branch 1 of the `n`th transaction, in words.
+    pub(crate) async fn state(&self, n: u64) -> Option<String> {
+        sqlx::query_scalar(sql("SELECT state FROM handfast_fence_readable WHERE xid = ?"))
+            .bind(branch(n, Phase::Try).xid.to_string())
+            .fetch_optional(&self.pool)
+            .await
+            .unwrap()
+    }
+
+    pub(crate) fn runs(&self) -> usize {
+        self.runs.load(Ordering::SeqCst)
+    }
+}
+
+impl Action for Shop {
+    type Contract = DeductStock;
+    type Db = Db;
+
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Db>,
+        branch: &Branch,
+        args: &Json<Deduct>,
+    ) -> Result<Json<String>, TryError> {
+        let reply = self.work(tx, branch.phase, &args.encode().unwrap()).await?;
+        Ok(Json::decode(&reply).unwrap_or_default())
+    }
+
+    async fn on_confirm(
+        &self,
+        tx: &mut Tx<Db>,
+        branch: &Branch,
+        args: &Json<Deduct>,
+    ) -> Result<(), Failed> {
+        self.phase_two(tx, branch, args).await
+    }
+
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Db>,
+        branch: &Branch,
+        args: &Json<Deduct>,
+    ) -> Result<(), Failed> {
+        self.phase_two(tx, branch, args).await
+    }
+}
+
+impl Shop {
+    async fn phase_two(
+        &self,
+        tx: &mut Tx<Db>,
+        branch: &Branch,
+        args: &Json<Deduct>,
+    ) -> Result<(), Failed> {
+        if args.0.how == "attention" {
+            return Err(Failed::NeedsAttention("the shelf has fallen over".to_owned()));
+        }
+        match self.work(tx, branch.phase, &args.encode().unwrap()).await {
+            Ok(_) => Ok(()),
+            Err(TryError::Unknown(error)) => Err(Failed::Retry(error)),
+            Err(TryError::Refused(refusal)) => panic!("{refusal}"),
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! On SQLite: each shop in a file of its own, or in memory.
+
+use std::{sync::Arc, time::Duration};
+
+pub(crate) use sqlx::Sqlite as Db;
+use sqlx::{
+    AssertSqlSafe, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions},
+};
+use tempfile::TempDir;
+
+#[path = "shop.rs"]
+pub(crate) mod shop;
+#[path = "suite.rs"]
+mod suite;
+
+use shop::Shop;
+
+use crate::{
+    Fence, Phase,
+    fence::{
+        TableError,
+        fixture::{Level, branch, payload, word},
+    },
+};
+
+/// Levels at which a call may be given up, and whether in memory. There the database is its connection, and sqlx may close it at level 0,
+/// where the local transaction is sqlx's.
+const GIVEN_UP: [(Level, bool); 5] = [
+    (Level::Enter, false),
+    (Level::Run, false),
+    (Level::Run, true),
+    (Level::Action, false),
+    (Level::Action, true),
+];
+/// How a local transaction begins that is not the fence's.
+const BEGIN: &str = "BEGIN IMMEDIATE";
+
+/// The one place there is.
+struct Place;
+
+/// A folder with a database file.
+#[derive(Clone)]
+pub(crate) struct Home(Arc<TempDir>);
+
+async fn places() -> [Place; 1] {
+    [Place]
+}
+
+impl Place {
+    /// A shop with a pool of so many connections.
+    async fn open(&self, connections: u32) -> Shop {
+        let home = Home(Arc::new(tempfile::tempdir().unwrap()));
+        Shop::open(home.connect(connections).await, Some(home)).await
+    }
+
+    /// One with a single connection.
+    async fn alone(&self) -> Shop {
+        Shop::in_memory().await
+    }
+}
+
+impl Home {
+    async fn connect(&self, connections: u32) -> SqlitePool {
+        let options = SqliteConnectOptions::new()
+            .filename(self.0.path().join("shop.db"))
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal);
+        SqlitePoolOptions::new().max_connections(connections).connect_with(options).await.unwrap()
+    }
+}
+
+impl Shop {
+    /// A database that is its only connection.
+    pub(crate) async fn in_memory() -> Self {
+        let pool = SqlitePoolOptions::new().max_connections(1);
+        Self::open(pool.connect("sqlite::memory:").await.unwrap(), None).await
+    }
+}
+
+/// A statement with a question mark for each value.
+fn sql(text: &str) -> AssertSqlSafe<String> {
+    AssertSqlSafe(text.to_owned())
+}
+
+#[tokio::test]
+async fn a_call_that_cannot_have_the_lock_fails_and_the_next_one_does_not() {
+    let shop = Place.open(8).await;
+    let mut other = shop.pool.acquire().await.unwrap();
+    sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut *other).await.unwrap();
+    let impatient = SqlitePoolOptions::new().max_connections(1).connect_with(
+        (*shop.pool.connect_options()).clone().busy_timeout(Duration::from_millis(50)),
+    );
+    let pool = impatient.await.unwrap();
+    let waiting = Shop { fence: Fence::new(pool.clone()), pool, ..shop.clone() };
+    for (phase, expected) in [(Phase::Try, "Unknown"), (Phase::Cancel, "Retry")] {
+        let answer = waiting.deliver(Level::Run, &branch(1, phase), &payload(2)).await;
+        assert_eq!(word(&answer), expected, "{answer:?}");
+    }
+    sqlx::raw_sql("ROLLBACK").execute(&mut *other).await.unwrap();
+    let answer = waiting.deliver(Level::Run, &branch(1, Phase::Try), &payload(2)).await;
+    assert_eq!(word(&answer), "Done", "{answer:?}");
+}
+
+#[tokio::test]
+async fn verify_says_what_is_wrong_and_what_to_do() {
+    let pool = SqlitePool::connect("sqlite::memory:").await.unwrap();
+    let fence = Fence::new(pool.clone());
+    let run = async |sql: &'static str| {
+        sqlx::raw_sql(sql).execute(&pool).await.unwrap();
+    };
+    let text = fence.verify().await.unwrap_err().to_string();
+    assert!(text.contains("no table `handfast_fence` here (SQLite)"), "{text}");
+    assert!(text.contains("create_table_if_missing") && text.contains("schema/sqlite.sql"));
+
+    run("CREATE TABLE handfast_fence (xid BLOB, branch_id TEXT, state INTEGER, PRIMARY KEY (xid))")
+        .await;
+    let text = fence.verify().await.unwrap_err().to_string();
+    for difference in [
+        "column branch_id is TEXT, not blob",
+        "column payload is missing",
+        "column seen is missing",
+        "primary key is not (xid, branch_id)",
+        "schema/sqlite.sql",
+    ] {
+        assert!(text.contains(difference), "{text}");
+    }
+    let error = fence.create_table_if_missing().await.unwrap_err();
+    assert!(matches!(error, TableError::Differs { .. }), "one that is there is left alone");
+
+    run("DROP TABLE handfast_fence").await;
+    fence.create_table_if_missing().await.unwrap();
+    fence.create_table_if_missing().await.unwrap();
+    run("ALTER TABLE handfast_fence ADD COLUMN note TEXT").await;
+    fence.verify().await.unwrap();
+}

@@ -1,12 +1,17 @@
 //! A coordinator on MySQL or MariaDB: its tables, and who is next when it is gone.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use handfast_proto::v1::{BeginRequest, coordinator_service_client::CoordinatorServiceClient};
+use handfast::{Json, Outcome};
+use handfast_proto::v1::{
+    BeginRequest, BranchSpec, DecideRequest, Decision,
+    coordinator_service_client::CoordinatorServiceClient,
+};
 use handfast_tests::{
-    database::{Database, free_port, servers},
+    database::{Database, Server, free_port, kinds, servers},
     process::{Coordinator, Signal, handfast},
     wait_for,
+    warehouse::{Deduct, Warehouse},
 };
 use tonic::{Code, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -60,6 +65,182 @@ async fn a_server_that_does_not_let_us_in_is_told_without_the_password() {
     }
 }
 
+/// A server's setting that loses commits or takes none: what it is called in the refusal, what makes it, and how servers of one kind
+/// mend it if not by the statement that the refusal names.
+struct Flaw {
+    kinds: &'static [&'static str],
+    key: &'static str,
+    reason: &'static str,
+    sql: &'static str,
+    mend: &'static str,
+}
+
+const BOTH: &[&str] = &["mariadb", "mysql"];
+
+const FLAWS: [Flaw; 6] = [
+    Flaw {
+        kinds: BOTH,
+        key: "innodb_flush_log_at_trx_commit is 2",
+        reason: "a crash loses commits",
+        sql: "SET GLOBAL innodb_flush_log_at_trx_commit = 2",
+        mend: "SET GLOBAL innodb_flush_log_at_trx_commit = 1",
+    },
+    Flaw {
+        kinds: &["mysql"], // MariaDB has no binary log unless it is told to
+        key: "sync_binlog is 0",
+        reason: "a crash loses commits from the binary log",
+        sql: "SET GLOBAL sync_binlog = 0",
+        mend: "SET GLOBAL sync_binlog = 1",
+    },
+    Flaw {
+        kinds: BOTH,
+        key: "read_only = 1",
+        reason: "a coordinator has to write",
+        sql: "SET GLOBAL read_only = 1",
+        mend: "SET GLOBAL read_only = 0",
+    },
+    Flaw {
+        kinds: BOTH,
+        key: "max_allowed_packet is 1048576",
+        reason: "must be 16777216 or more",
+        sql: "SET GLOBAL max_allowed_packet = 1048576",
+        mend: "SET GLOBAL max_allowed_packet = 16777216",
+    },
+    Flaw {
+        kinds: &["mysql"],
+        key: "it is a replica",
+        reason: "Connect to the source",
+        sql: "CHANGE REPLICATION SOURCE TO SOURCE_HOST = '127.0.0.1', SOURCE_PORT = 1",
+        mend: "",
+    },
+    Flaw {
+        kinds: &["mariadb"],
+        key: "it is a replica",
+        reason: "Connect to the source",
+        sql: "CHANGE MASTER TO MASTER_HOST = '127.0.0.1', MASTER_PORT = 1",
+        mend: "",
+    },
+];
+
+#[tokio::test]
+async fn a_server_that_would_lose_commits_is_refused_with_what_mends_it() {
+    for kind in kinds() {
+        let server = Server::start(&kind).await;
+        let database = Database::migrated(&server.url()).await;
+        let url = database.url();
+        let serve = ["serve", "--listen", "127.0.0.1:0", "--store", &url];
+        // What a session can set for itself is nobody's business.
+        let isolation = if kind == "mysql" { "transaction_isolation" } else { "tx_isolation" };
+        let sloppy = format!(
+            "SET GLOBAL sql_mode = '', GLOBAL {isolation} = 'READ-UNCOMMITTED', GLOBAL autocommit = 0"
+        );
+        database.execute(&sloppy).await;
+        Coordinator::start_on(&url, &[]).await.kill().await;
+
+        for flaw in FLAWS.iter().filter(|flaw| flaw.kinds.contains(&kind.as_str())) {
+            database.execute(flaw.sql).await;
+            let refused = refusal(&serve).await;
+            for said in [flaw.key, flaw.reason, flaw.mend] {
+                assert!(refused.contains(said), "{kind}: {said:?} is not in {refused}");
+            }
+            // Told to, it serves all the same, and says so.
+            let mut allowed = Coordinator::command(&url, &["--take-over"]);
+            allowed.env("HANDFAST_STORE_UNSAFE", "true");
+            let writable = !flaw.sql.contains("read_only");
+            if writable {
+                let allowed = Coordinator::spawn(allowed).await;
+                let warned = allowed.log().lines().into_iter().any(|line| {
+                    line["level"] == "WARN"
+                        && line["flaw"].as_str().is_some_and(|text| text.contains(flaw.key))
+                });
+                assert!(warned, "{kind}: {:?}", allowed.log().lines());
+                allowed.kill().await;
+            }
+            if flaw.mend.is_empty() {
+                break; // the last one
+            }
+            database.execute(flaw.mend).await;
+            Coordinator::start_on(&url, &["--take-over"]).await.kill().await;
+        }
+    }
+}
+
+/// The database stands still for longer than callers wait: they hear that, and nothing else is wrong afterwards.
+#[tokio::test]
+async fn a_database_that_is_away_for_a_while() {
+    for kind in kinds() {
+        let server = Server::start(&kind).await;
+        let database = Database::migrated(&server.url()).await;
+        let coordinator = Coordinator::start_on(&database.url(), &[]).await;
+        let folder = tempfile::tempdir().unwrap();
+        let warehouse = Warehouse::open("warehouse", folder.path()).await;
+        let mut client = CoordinatorServiceClient::new(coordinator.channel());
+        let handfast = coordinator.handfast();
+
+        // Tried, and not decided.
+        let global = handfast.transaction("order").begin().await.unwrap();
+        global.call::<Deduct>(&warehouse.remote(), Json(3)).await.unwrap();
+        let xid = global.xid().await.unwrap();
+
+        server.signal("STOP");
+        let decide = DecideRequest {
+            xid: xid.to_string(),
+            decision: Decision::Confirm.into(),
+            tried_branch_ids: vec!["1".to_owned()],
+            ..DecideRequest::default()
+        };
+        let branch = BranchSpec {
+            branch_id: "1".to_owned(),
+            action: "warehouse.deduct".to_owned(),
+            participant: "warehouse".to_owned(),
+            target: warehouse.url(),
+            ..BranchSpec::default()
+        };
+        let begin = BeginRequest {
+            name: "order".to_owned(),
+            branches: vec![branch],
+            ..BeginRequest::default()
+        };
+        let deadline = Duration::from_secs(15); // longer than the coordinator waits for its store, which is 10 s
+        let within = |message| {
+            let mut request = tonic::Request::new(message);
+            request.set_timeout(deadline);
+            request
+        };
+        let began = Instant::now();
+        let mut second = client.clone();
+        let decided = client.decide(within(decide.clone()));
+        let mut begin = tonic::Request::new(begin);
+        begin.set_timeout(deadline);
+        let (decided, begun) = tokio::join!(decided, second.begin(begin));
+        assert_eq!(decided.unwrap_err().code(), Code::Unavailable, "{kind}");
+        assert_eq!(begun.unwrap_err().code(), Code::Unavailable, "{kind}");
+        assert!(began.elapsed() < deadline, "{kind}: {:?}", began.elapsed());
+        let not_ready =
+            async || (is_ready(&coordinator.address).await == Some(false)).then_some(());
+        wait_for("readiness goes off", not_ready).await;
+        assert_eq!(warehouse.stock().await.2, 0, "sold before the decision was durable");
+
+        server.signal("CONT");
+        let ready = async || (is_ready(&coordinator.address).await == Some(true)).then_some(());
+        wait_for("readiness comes back", ready).await;
+        // The decision whose answer was lost stands, is carried out by itself, and once.
+        let sold = async || (warehouse.stock().await.2 == 3).then_some(());
+        wait_for("what was decided is done", sold).await;
+        let again = client.decide(decide).await;
+        assert!(again.is_ok(), "{kind}: {again:?}");
+        assert!(matches!(handfast.outcome(xid).await.unwrap(), Outcome::Confirmed { .. }));
+        let done = handfast.transaction("order").run(async |global| {
+            global.call::<Deduct>(&warehouse.remote(), Json(2)).await?;
+            Ok(())
+        });
+        done.await.unwrap();
+        wait_for("the next one is done", async || (warehouse.stock().await.2 == 5).then_some(()))
+            .await;
+        coordinator.kill().await;
+    }
+}
+
 /// Whether what listens there says that it is ready; `None`: it does not say.
 async fn is_ready(address: &str) -> Option<bool> {
     let channel =
@@ -106,7 +287,7 @@ async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
         let fourth = Coordinator::start_on(&url, &["--take-over"]).await;
         assert_eq!(third.ended().await.code(), Some(8));
         let outcome = fourth.handfast().outcome(xid).await.unwrap();
-        assert_eq!(outcome, handfast::Outcome::Undecided, "three owners later it is still known");
+        assert_eq!(outcome, Outcome::Undecided, "three owners later it is still known");
         fourth.kill().await;
         database.drop().await;
     }

@@ -73,6 +73,18 @@ impl Server {
         }
     }
 
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    ///
+    /// When it is not running.
+    pub fn signal(&self, name: &str) {
+        let pid = std::fs::read_to_string(self.folder.path().join("pid")).expect("it is running");
+        let kill = format!("kill -{name} {}", pid.trim());
+        let sent = std::process::Command::new("sh").args(["-c", &kill]).status();
+        assert!(sent.expect("a shell").success());
+    }
+
     /// Starts it again, on the same files.
     ///
     /// # Panics

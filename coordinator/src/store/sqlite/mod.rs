@@ -328,6 +328,22 @@ mod tests {
             row,
             (xid.to_string(), "trying".to_owned(), "2023-11-14 22:13:20.123".to_owned())
         );
+
+        // Decided, and one of three has acknowledged.
+        let path = folder.path().join("store.db");
+        let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
+        sqlx::query("UPDATE global_transaction SET state = 2").execute(&mut db).await.unwrap();
+        for (position, participant, state) in
+            [(0, "order", 1), (1, "inventory", 2), (2, "points", 1)]
+        {
+            let branch = "INSERT INTO branch (xid, position, branch_id, action, participant, target, state, attempts, needs_attention)
+                          SELECT xid, ?, ?, 'a.b', ?, '', ?, 0, 0 FROM global_transaction";
+            let branch = sqlx::query(branch).bind(position).bind(position).bind(participant);
+            branch.bind(state).execute(&mut db).await.unwrap();
+        }
+        let waiting = sqlx::query_scalar("SELECT waiting_for FROM readable_transaction");
+        let waiting: String = waiting.fetch_one(&mut db).await.unwrap();
+        assert_eq!(waiting, "order, points");
     }
 
     #[tokio::test]

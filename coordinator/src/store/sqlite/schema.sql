@@ -100,6 +100,8 @@ CREATE VIEW readable_transaction AS
 SELECT t.text AS xid, g.name,
        CASE g.state WHEN 1 THEN 'trying' WHEN 2 THEN 'confirming' WHEN 3 THEN 'cancelling' WHEN 4 THEN 'confirmed'
                     WHEN 5 THEN 'cancelled' END AS state,
+       (SELECT group_concat(participant, ', ') FROM
+            (SELECT participant FROM branch WHERE xid = g.xid AND g.state IN (2, 3) AND state = 1 ORDER BY position)) AS waiting_for,
        strftime('%Y-%m-%d %H:%M:%f', g.begun_at / 1000.0, 'unixepoch') AS begun_at,
        strftime('%Y-%m-%d %H:%M:%f', g.decided_at / 1000.0, 'unixepoch') AS decided_at,
        strftime('%Y-%m-%d %H:%M:%f', g.finished_at / 1000.0, 'unixepoch') AS finished_at,

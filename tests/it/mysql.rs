@@ -182,7 +182,7 @@ async fn a_database_that_is_away_for_a_while() {
         global.call::<Deduct>(&warehouse.remote(), Json(3)).await.unwrap();
         let xid = global.xid().await.unwrap();
 
-        server.signal("STOP");
+        server.signal(Signal::STOP);
         let decide = DecideRequest {
             xid: xid.to_string(),
             decision: Decision::Confirm.into(),
@@ -221,7 +221,7 @@ async fn a_database_that_is_away_for_a_while() {
         wait_for("readiness goes off", not_ready).await;
         assert_eq!(warehouse.stock().await.2, 0, "sold before the decision was durable");
 
-        server.signal("CONT");
+        server.signal(Signal::CONT);
         let ready = async || (is_ready(&coordinator.address).await == Some(true)).then_some(());
         wait_for("readiness comes back", ready).await;
         // The decision whose answer was lost stands, is carried out by itself, and once.

@@ -65,24 +65,23 @@ impl Server {
 
     /// Kills it: SIGKILL, whatever it is doing. Once this returns it is gone.
     pub fn kill(&self) {
-        let pid = std::fs::read_to_string(self.folder.join("pid")).unwrap_or_default();
-        let Some(pid) = pid.trim().parse().ok().and_then(Pid::from_raw) else { return };
+        let Some(pid) = self.pid() else { return };
         let _ended_by_itself = kill_process(pid, Signal::KILL);
         while test_kill_process(pid).is_ok() {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Sends it a signal.
-    ///
-    /// # Panics
-    ///
-    /// When it is not running.
-    pub fn signal(&self, name: &str) {
-        let pid = std::fs::read_to_string(self.folder.path().join("pid")).expect("it is running");
-        let kill = format!("kill -{name} {}", pid.trim());
-        let sent = std::process::Command::new("sh").args(["-c", &kill]).status();
-        assert!(sent.expect("a shell").success());
+    /// Sends it a signal. It may be gone.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.pid() {
+            let _ended_by_itself = kill_process(pid, signal);
+        }
+    }
+
+    fn pid(&self) -> Option<Pid> {
+        let pid = std::fs::read_to_string(self.folder.join("pid")).ok()?;
+        pid.trim().parse().ok().and_then(Pid::from_raw)
     }
 
     /// Starts it again, on the same files.

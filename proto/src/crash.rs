@@ -36,7 +36,7 @@ pub fn come_by(name: &str) {
         let text = std::env::var("CRASH_POINT").ok()?;
         let parsed =
             text.split_once(':').and_then(|(name, n)| Some((name.to_owned(), n.parse().ok()?)));
-        Some(parsed.expect("CRASH_POINT is a name, a colon, and the how manieth time"))
+        Some(parsed.expect("CRASH_POINT is a name, a colon and a number"))
     });
     static TIMES: AtomicU64 = AtomicU64::new(0);
 

@@ -34,7 +34,7 @@ const LIFE_MS: std::ops::Range<u64> = 200..1800;
 const FENCED: i32 = 8;
 const CANNOT_START: std::ops::RangeInclusive<i32> = 1..=7;
 
-/// Where a coordinator can be told to die, and at the how manieth time that is worth trying.
+/// Where a coordinator can be told to die, and at which time of coming by it is worth trying.
 pub(crate) const CRASH_POINTS: [(&str, &[u32]); 17] = [
     ("takeover.before_commit", &[1]),
     ("takeover.after_commit", &[1]),

@@ -26,7 +26,7 @@ const PAUSE_MS: std::ops::Range<u64> = 300..3000;
 /// How long an orderly end may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(2);
 
-/// Where a service can be told to die, and at the how manieth time that is worth trying.
+/// Where a service can be told to die, and at which time of coming by it is worth trying.
 pub(crate) const CRASH_POINTS: [(&str, &[u32]); 6] = [
     ("fence.entered", &[1, 2, 6]),
     ("fence.before_commit", &[1, 2, 6]),

@@ -37,7 +37,7 @@ const FENCE_CONFIRMED: i64 = 2;
 const FENCE_CANCELLED: i64 = 3;
 const FENCE_SUSPENDED: i64 = 4;
 
-/// Waits until nothing is open. Returns how long the last one has taken.
+/// Waits until nothing is open, within reason. Returns how long the last one has taken.
 pub(crate) async fn settle(world: &World) -> anyhow::Result<Duration> {
     let began = Instant::now();
     let mut since: Option<Instant> = None;
@@ -50,13 +50,11 @@ pub(crate) async fn settle(world: &World) -> anyhow::Result<Duration> {
             }
             (0, Some(_)) => {}
             (0, None) => since = Some(Instant::now()),
-            (open, _) => {
-                since = None;
-                anyhow::ensure!(
-                    began.elapsed() < SETTLED_WITHIN,
-                    "{open} transactions are open {SETTLED_WITHIN:?} after everything was healed"
-                );
+            (open, _) if began.elapsed() >= SETTLED_WITHIN => {
+                world.tally.violation(format!("{open} transactions do not come to their end"));
+                return Ok(began.elapsed());
             }
+            (_, _) => since = None,
         }
         sleep(LOOK_EVERY).await;
     }

@@ -37,8 +37,8 @@ fn check(report: &Value) {
 /// One after the other: each is a load for itself.
 #[tokio::test]
 async fn nothing_is_lost_whatever_breaks() {
-    check(&chaos("sqlite", 20).await);
+    check(&chaos("sqlite", 15).await);
     for kind in kinds() {
-        check(&chaos(&kind, 30).await);
+        check(&chaos(&kind, 25).await);
     }
 }

@@ -62,7 +62,7 @@ fn clean() -> Vec<Variant> {
         ),
         large("a takeover, 1 crash, 1 fault", Scope { crashes: 1, ..FAULTY }),
         large("two takeovers (two zombies), 1 fault", Scope { takeovers: 2, ..FAULTY }),
-        large("two takeovers, 1 crash, 1 fault", Scope { takeovers: 2, crashes: 1, ..FAULTY }),
+        large("two takeovers, 1 crash", Scope { takeovers: 2, crashes: 1, ..ZOMBIE }),
         large(
             "memory and store forget, takeover, 1 fault",
             Scope { crashes: 0, standby: true, takeovers: 1, ..FORGETFUL },

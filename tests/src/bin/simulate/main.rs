@@ -40,7 +40,7 @@ mod audit;
 mod report;
 mod workers;
 
-use std::process::ExitCode;
+use std::{collections::BTreeMap, process::ExitCode};
 
 use anyhow::{Result, bail};
 use clap::Parser;
@@ -108,25 +108,28 @@ fn main() -> Result<ExitCode> {
 /// Each planted bug, one after another.
 #[expect(clippy::print_stdout, reason = "this is its answer")]
 fn bugs(args: &Args) -> Result<ExitCode> {
-    let mut all = true;
+    let mut took = BTreeMap::new();
     for (name, _) in Bug::ALL {
         let outcomes = workers::run(args.seed, BUG_SEEDS.max(args.seeds), args.jobs, Some(name))?;
         let report = Report::of(outcomes);
-        match report.violating().next() {
-            Some(found) => {
-                let violation = &found.violations[0];
-                let seeds = found.seed - args.seed + 1;
-                println!(
-                    "{name}: found after {seeds} seeds ({}: {})",
-                    violation.invariant, violation.what
-                );
-            }
-            None => {
-                all = false;
-                println!("{name}: NOT FOUND");
-            }
+        let found = report.violating().next();
+        let seeds = found.map(|found| found.seed - args.seed + 1);
+        took.insert(name, seeds);
+        if args.json {
+            continue;
+        }
+        match (seeds, found.and_then(|found| found.violations.first())) {
+            (Some(seeds), Some(violation)) => println!(
+                "{name}: found after {seeds} seeds ({}: {})",
+                violation.invariant, violation.what
+            ),
+            _ => println!("{name}: NOT FOUND"),
         }
     }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&took)?);
+    }
+    let all = took.values().all(Option::is_some);
     Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

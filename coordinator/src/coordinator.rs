@@ -25,8 +25,9 @@ use crate::{
     transaction::{Decision, GlobalTransaction, NewTransaction, StuckAfter, Timestamp},
 };
 
-/// Longest wait for an answer that only the store can hold up.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for an answer that only the store can hold up. Shorter than what callers wait (the SDK: 5 s), so that they are told
+/// UNAVAILABLE rather than nothing.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 /// Transactions that one step of the purge looks at: few, so that it stalls nobody.
 const PURGE_STEP: usize = 256;
 /// Pause between steps of the purge, and between rounds.

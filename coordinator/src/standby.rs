@@ -51,36 +51,66 @@ async fn routes() -> Routes {
     Routes::from(Routes::new(health).into_axum_router().fallback(turned_away))
 }
 
-/// Returns when nobody has the store, or its owner shows no life.
+/// Returns when nobody has the store, or its owner shows no life. Only time between two looks counts that both saw the store: while
+/// it cannot be looked at, the owner's heartbeat may stand still for the same reason.
 pub async fn turn(store: &dyn Store) {
-    let mut seen: Option<(_, Instant)> = None;
+    let mut seen = None;
+    let mut still = Duration::ZERO;
+    let mut looked_at: Option<Instant> = None;
     loop {
         match store.seats().await {
             Ok(seats) if seats.iter().all(|seat| seat.owner.is_none()) => return,
-            Ok(seats) => match &seen {
-                Some((before, since)) if *before == seats => {
-                    if since.elapsed() >= STILL_MAX {
-                        warn!(
-                            still_seconds = STILL_MAX.as_secs(),
-                            "the owner shows no life; taking over"
-                        );
-                        return;
-                    }
+            Ok(seats) => {
+                if seen.is_none() {
+                    let owner = seats.iter().find_map(|seat| seat.owner.as_deref());
+                    info!(owner, "another coordinator has the store; waiting as its standby");
                 }
-                before => {
-                    if before.is_none() {
-                        let owner = seats.iter().find_map(|seat| seat.owner.as_deref());
-                        info!(owner, "another coordinator has the store; waiting as its standby");
-                    }
-                    seen = Some((seats, Instant::now()));
+                if seen.as_ref() == Some(&seats) {
+                    still += looked_at.map_or(Duration::ZERO, |at| at.elapsed());
+                } else {
+                    (seen, still) = (Some(seats), Duration::ZERO);
                 }
-            },
+                if still >= STILL_MAX {
+                    warn!(still_seconds = still.as_secs(), "the owner shows no life; taking over");
+                    return;
+                }
+                looked_at = Some(Instant::now());
+            }
             Err(error) => {
                 warn!(%error, "the store cannot be looked at");
-                // The owner's heartbeat may stand still for the same reason.
-                seen = seen.map(|(seats, _)| (seats, Instant::now()));
+                looked_at = None;
             }
         }
         sleep(LOOK_EVERY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{store::scripted::ScriptedStore, transaction::Timestamp};
+
+    #[tokio::test(start_paused = true)]
+    async fn looks_that_fail_neither_count_nor_begin_the_wait_anew() {
+        let store = Arc::new(ScriptedStore::default());
+        store.acquire("the first", Timestamp(1)).await.unwrap();
+        let began = Instant::now();
+        let looking = store.clone();
+        let waiting = tokio::spawn(async move { turn(&*looking).await });
+        // Every third look fails.
+        let mut looks = 0_u32;
+        while !waiting.is_finished() {
+            store.fail_reads(looks % 3 == 2);
+            looks += 1;
+            sleep(LOOK_EVERY).await;
+            assert!(began.elapsed() < STILL_MAX * 6, "it waits for ever");
+        }
+        assert!(
+            began.elapsed() >= STILL_MAX * 2,
+            "{:?}: only what was seen counts",
+            began.elapsed()
+        );
     }
 }

@@ -201,7 +201,7 @@ async fn a_database_that_is_away_for_a_while() {
             branches: vec![branch],
             ..BeginRequest::default()
         };
-        let deadline = Duration::from_secs(15); // longer than the coordinator waits for its store, which is 10 s
+        let deadline = Duration::from_secs(15); // longer than the coordinator waits for its store, which is 4 s
         let within = |message| {
             let mut request = tonic::Request::new(message);
             request.set_timeout(deadline);

@@ -119,6 +119,11 @@ impl Store for ScriptedStore {
         self.beats.load(Ordering::SeqCst).then_some(Duration::from_secs(2))
     }
 
+    async fn seats(&self) -> Result<Vec<Seat>, Error> {
+        self.readable()?;
+        self.inner.seats().await
+    }
+
     async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
         self.inner.acquire(owner, now).await
     }

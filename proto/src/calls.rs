@@ -1,4 +1,4 @@
-//! What goes over a [`stream`](crate::stream), both kinds: calls to the coordinator, and calls to participants.
+//! What goes over a [`stream`], both kinds: calls to the coordinator, and calls to participants.
 
 use std::{sync::Arc, time::Duration};
 

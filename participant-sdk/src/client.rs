@@ -71,6 +71,7 @@ pub struct Unanswered {
 /// # Errors
 ///
 /// When that is no address.
+#[cfg_attr(not(feature = "testing"), allow(unreachable_pub, reason = "the test kit exports it"))]
 pub fn endpoint(url: &str) -> Result<Endpoint, InvalidAddress> {
     let invalid = || InvalidAddress(url.to_owned());
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;

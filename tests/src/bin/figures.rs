@@ -43,8 +43,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// Makes a row of what a machine answered.
+type Row = fn(&Value) -> String;
+
 fn table(folder: &Path) -> String {
-    let makers: [(&str, fn(&Value) -> String); 8] = [
+    let makers: [(&str, Row); 8] = [
         ("model", model),
         ("simulate", simulation),
         ("bugs", bugs),

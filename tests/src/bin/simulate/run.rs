@@ -15,8 +15,6 @@ use crate::{
     world::{self, World},
 };
 
-/// Orders of one seed: another seed finds more than more of the same.
-const ORDERS_MAX: u64 = 300;
 /// When all is well again, everything must be resolved within so long: the longest that anybody waits for anything is the sum of
 /// a takeover (10 s), a dead connection (15 s), a patient initiator (40 s), a clock that was 20 s ahead, and the pauses of retries
 /// and breakers (15 s and 10 s), some of them one after another.
@@ -53,10 +51,7 @@ pub(crate) fn run(seed: u64, loud: bool) -> Outcome {
     world.chronicle.note(format_args!("{:?}", world.mix));
     let mut sim = build(&world);
     let mut nemesis = Nemesis::new(world.clone());
-    while sim.elapsed() < world.mix.active
-        && world.orders() < ORDERS_MAX
-        && !world.chronicle.is_violated()
-    {
+    while sim.elapsed() < world.mix.active && !world.chronicle.is_violated() {
         nemesis.step(&mut sim);
         step(&mut sim, &world);
     }

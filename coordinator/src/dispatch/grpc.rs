@@ -184,7 +184,7 @@ impl Dispatch for GrpcDispatch {
         }
         let (clock, closing) = (self.clock.clone(), self.closing.clone());
         let returned = returned.clone();
-        let address = match self.targets.address(&call.participant, &call.target) {
+        let address = match self.targets.address(&call.spec.participant, &call.spec.target) {
             Ok(address) => address,
             Err(unreachable) => {
                 // The configuration may have changed since the door was passed.
@@ -270,13 +270,13 @@ fn named(status: Status) -> Status {
 async fn send(line: &Line<ToParticipant>, call: &CallRequest) -> Result<Option<Payload>, Status> {
     let context = Some(pb::BranchContext {
         xid: call.xid.to_string(),
-        branch_id: call.branch_id.to_string(),
-        action: call.action.clone(),
+        branch_id: call.spec.branch_id.to_string(),
+        action: call.spec.action.clone(),
         attempt: call.attempt,
         expires_at: Some(timestamp(call.expires_at.0)),
         labels: call.labels.clone(),
     });
-    let payload = call.payload.as_ref().map(|payload| pb::Payload {
+    let payload = call.spec.payload.as_ref().map(|payload| pb::Payload {
         data: payload.data.clone(),
         content_type: payload.content_type.clone(),
     });

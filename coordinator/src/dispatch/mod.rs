@@ -8,15 +8,15 @@ mod answer;
 mod grpc;
 mod lane;
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
-use handfast_proto::{BranchId, Xid};
+use handfast_proto::Xid;
 use tokio::sync::mpsc;
 
 pub(crate) use answer::one_line;
 pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable, endpoint};
 
-use crate::transaction::{Outcome, Payload, Phase, Timestamp};
+use crate::transaction::{BranchSpec, Outcome, Phase, Timestamp};
 
 /// One call to one participant.
 #[derive(Debug, Clone)]
@@ -25,24 +25,16 @@ pub struct CallRequest {
     pub xid: Xid,
     /// Which of its branches, by index.
     pub branch: usize,
-    /// Which of its branches, by name.
-    pub branch_id: BranchId,
+    /// That branch, as it was registered. The payload is that of a Try, or carried.
+    pub spec: Arc<BranchSpec>,
     /// What to do.
     pub phase: Phase,
-    /// `inventory.deduct`.
-    pub action: String,
-    /// `inventory`: the configuration may know its address, and that wins.
-    pub participant: String,
-    /// The address that the branch brought; may be empty.
-    pub target: String,
     /// From 1, within the phase.
     pub attempt: u32,
     /// End of phase one.
     pub expires_at: Timestamp,
     /// Of the transaction.
     pub labels: BTreeMap<String, String>,
-    /// Of a Try, or carried.
-    pub payload: Option<Payload>,
     /// How long it may take, from the moment it leaves.
     pub deadline: Duration,
     /// An operator has asked for it: it goes out though its participant has not been answering.

@@ -32,7 +32,7 @@ use std::{
 use handfast_proto::{Xid, crash_point, planted::Bug};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use self::{
     entry::{Entry, Watcher},
@@ -387,7 +387,7 @@ impl Partition {
             Weight::Durable
         };
         let global = GlobalTransaction::begin(xid, new, self.now());
-        info!(%xid, name = global.name, branches = global.branches.len(), "begun");
+        debug!(%xid, name = global.name, branches = global.branches.len(), "begun");
         self.insert(Entry::begun(global));
         self.record(xid, Change { weight, head: true, branches: BranchSet::EMPTY });
         self.drive(xid, Hurry::No);
@@ -461,12 +461,13 @@ impl Partition {
         }
     }
 
+    /// What went well is told in one line, at its end.
     fn log_decision(&self, xid: Xid) {
         let Some(entry) = self.entries.get(&xid) else { return };
         let global = &entry.global;
         match (global.state.decision(), &global.cancel) {
             (Some(Decision::Confirm), _) => {
-                info!(%xid, name = global.name, decision = "CONFIRM", "decided");
+                debug!(%xid, name = global.name, decision = "CONFIRM", "decided");
             }
             (_, Some(cause)) => {
                 info!(%xid, name = global.name, decision = "CANCEL", %cause, "decided");
@@ -557,15 +558,11 @@ impl Partition {
         let call = CallRequest {
             xid,
             branch,
-            branch_id: known.spec.branch_id.clone(),
+            spec: known.spec.clone(),
             phase,
-            action: known.spec.action.clone(),
-            participant: known.spec.participant.clone(),
-            target: known.spec.target.clone(),
             attempt: known.attempts + 1,
             expires_at: global.expires_at,
             labels: global.labels.clone(),
-            payload: known.spec.payload.clone(),
             deadline,
             hurried: hurry == Hurry::Yes,
         };

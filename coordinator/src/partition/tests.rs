@@ -154,7 +154,7 @@ impl Rig {
     async fn no_call(&self) {
         settle().await;
         if let Some((call, _)) = self.script.calls.lock().unwrap().front() {
-            panic!("{:?} of {} left", call.phase, call.branch_id);
+            panic!("{:?} of {} left", call.phase, call.spec.branch_id);
         }
     }
 
@@ -343,13 +343,13 @@ async fn a_try_of_the_coordinator_leaves_when_its_branch_is_durable() {
     for _ in 0..2 {
         let made = rig.call().await;
         assert_eq!(made.call.phase, Phase::Try);
-        let payload = made.call.payload.clone().unwrap();
-        assert_eq!(payload.data, made.call.branch_id.as_str());
+        let payload = made.call.spec.payload.clone().unwrap();
+        assert_eq!(payload.data, made.call.spec.branch_id.as_str());
         made.returns(Outcome::Done { reply: Some(payload) }).await;
     }
     for _ in 0..2 {
         let made = rig.call().await;
-        assert_eq!((made.call.phase, &made.call.payload), (Phase::Confirm, &None));
+        assert_eq!((made.call.phase, &made.call.spec.payload), (Phase::Confirm, &None));
         made.done().await;
     }
     let global = execute.answer().await.unwrap().global;

@@ -371,7 +371,17 @@ pub(super) fn list(
 
 // ---- What goes out.
 
+/// All that is known of a transaction.
 pub(super) fn transaction(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
+    pb::Transaction {
+        labels: global.labels.clone(),
+        branches: (0..global.branches.len()).map(|index| branch_message(global, index)).collect(),
+        ..head(global, stuck)
+    }
+}
+
+/// The same without what its initiator has told us.
+pub(super) fn head(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
     let at = |at: Timestamp| timestamp(at.0);
     let (refusal, refused_branch_id) = match &global.cancel {
         Some(CancelCause::Refused { branch_id, refusal }) => (Some(refusal), branch_id.as_ref()),
@@ -387,7 +397,7 @@ pub(super) fn transaction(global: &GlobalTransaction, stuck: bool) -> pb::Transa
             Drive::Coordinator { .. } => pb::Drive::Coordinator,
         }
         .into(),
-        labels: global.labels.clone(),
+        labels: BTreeMap::new(),
         begun_at: Some(at(global.begun_at)),
         expires_at: Some(at(global.expires_at)),
         decided_at: global.decided_at.map(at),
@@ -405,7 +415,7 @@ pub(super) fn transaction(global: &GlobalTransaction, stuck: bool) -> pb::Transa
             metadata: metadata.clone(),
         }),
         refused_branch_id: refused_branch_id.map(BranchId::to_string).unwrap_or_default(),
-        branches: (0..global.branches.len()).map(|index| branch_message(global, index)).collect(),
+        branches: Vec::new(),
         stuck,
         timeout: Some(wire_duration(global.expires_at - global.begun_at)),
     }

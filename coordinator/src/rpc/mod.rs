@@ -76,6 +76,11 @@ impl Services {
     fn transaction(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
         Some(convert::transaction(global, self.coordinator.is_stuck(global)))
     }
+
+    /// For the calls that every transaction makes.
+    fn head(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
+        Some(convert::head(global, self.coordinator.is_stuck(global)))
+    }
 }
 
 #[tonic::async_trait]
@@ -87,7 +92,7 @@ impl CoordinatorService for Services {
         let request = NewRequest::from(request.into_inner());
         let new = convert::new_transaction(request, &self.targets, self.timeout_default)?;
         let answer = self.coordinator.begin(new, Until::Now).await?;
-        let transaction = self.transaction(&answer.global);
+        let transaction = self.head(&answer.global);
         Ok(Response::new(pb::BeginResponse { transaction, existed: answer.existed }))
     }
 
@@ -104,9 +109,7 @@ impl CoordinatorService for Services {
         let branches = convert::branches(branches, Drive::Initiator, &self.targets)?;
         let answer =
             self.coordinator.ask(xid, What::Register(branches), Until::Now, Duration::ZERO).await?;
-        Ok(Response::new(pb::RegisterBranchResponse {
-            transaction: self.transaction(&answer.global),
-        }))
+        Ok(Response::new(pb::RegisterBranchResponse { transaction: self.head(&answer.global) }))
     }
 
     async fn decide(
@@ -125,7 +128,7 @@ impl CoordinatorService for Services {
         let wait = convert::wait(request.wait)?;
         let (xid, what) = convert::decide(request)?;
         let answer = self.coordinator.ask(xid, what, until, wait).await?;
-        Ok(Response::new(pb::DecideResponse { transaction: self.transaction(&answer.global) }))
+        Ok(Response::new(pb::DecideResponse { transaction: self.head(&answer.global) }))
     }
 
     async fn execute(

@@ -15,7 +15,7 @@ use crate::{
     dispatch::{CallRequest, Dispatch, Later, Returned, address::AllowList},
     partition::Settings,
     store::memory::MemoryStore,
-    transaction::{Outcome, Payload, StuckAfter, Timestamp, retry::RetryPolicy},
+    transaction::{Outcome, StuckAfter, Timestamp, retry::RetryPolicy},
 };
 
 /// Participants that do whatever they are asked. A Try is answered with its own payload.
@@ -24,8 +24,8 @@ struct Willing;
 
 impl Dispatch for Willing {
     fn submit(&self, call: CallRequest, returned: &mpsc::Sender<Returned>) -> Result<(), Later> {
-        let CallRequest { xid, branch, phase, payload, .. } = call;
-        let reply: Option<Payload> = payload;
+        let CallRequest { xid, branch, phase, spec, .. } = call;
+        let reply = spec.payload.clone();
         let returned = returned.clone();
         tokio::spawn(async move {
             drop(

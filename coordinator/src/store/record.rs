@@ -3,7 +3,7 @@
 //! A batch becomes [`Rows`] of a few tables, which each database writes in its own words; rows that were read become
 //! transactions again.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use handfast_proto::{BranchId, Xid};
@@ -95,6 +95,10 @@ macro_rules! rows {
     };
 }
 
+fn new_of(write: &Write) -> &[Branch] {
+    write.global.branches.get(write.new_branches..).unwrap_or_default()
+}
+
 /// What `writes` do to the tables, in the order in which it is to be done.
 pub(super) fn rows(writes: &[Write]) -> [Rows; 7] {
     let heads = |head| {
@@ -114,15 +118,28 @@ pub(super) fn rows(writes: &[Write]) -> [Rows; 7] {
         let changed = write.changed_branches.iter();
         changed.filter_map(|position| ResolutionRow::of(&write.global, position))
     });
+    // What is new is as good as always undecided, and its branches have neither failed nor a payload: half of the columns are NULL
+    // then, and need not be sent. Two shapes, so that statements are prepared once.
+    let decided = |write: &Write| write.head == Head::Insert && write.global.decided_at.is_some();
+    let has_more = |branch: &Branch| branch.spec.carry_payload || branch.last_error.is_some();
+    let new = heads(Head::Insert);
     [
-        rows!("global_transaction", 0, heads(Head::Insert) => xid name drive state labels begun_at expires_at decided_at
-            finished_at due_at cancel_cause cancel_branch_id cancel_reason refusal key_hash),
+        if writes.iter().any(decided) {
+            rows!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash decided_at
+                finished_at cancel_cause cancel_branch_id cancel_reason refusal)
+        } else {
+            rows!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash)
+        },
         rows!("idempotency", 0, keys => key_hash xid key_digest),
         rows!("global_transaction", 1, alike(heads(Head::Update)) => xid state decided_at finished_at due_at cancel_cause
             cancel_branch_id cancel_reason refusal),
         rows!("global_transaction", 1, alike(heads(Head::Finish)) => xid state finished_at due_at),
-        rows!("branch", 0, new_branches => xid position branch_id action participant target payload payload_type state
-            attempts needs_attention due_at error_code error_message error_at),
+        if writes.iter().flat_map(new_of).any(has_more) {
+            rows!("branch", 0, new_branches => xid position branch_id action participant target state attempts
+                needs_attention payload payload_type due_at error_code error_message error_at)
+        } else {
+            rows!("branch", 0, new_branches => xid position branch_id action participant target state attempts needs_attention)
+        },
         rows!("branch", 2, changed_branches => xid position state attempts needs_attention due_at error_code
             error_message error_at),
         rows!("resolution", 0, resolutions => xid branch_id decision name action operator reason at),
@@ -424,14 +441,14 @@ impl BranchRow {
                 _ => return Err("branch.state"),
             };
         Ok(Branch {
-            spec: BranchSpec {
+            spec: Arc::new(BranchSpec {
                 branch_id: self.branch_id.parse().map_err(|_| "branch_id")?,
                 action: self.action,
                 participant: self.participant,
                 target: self.target,
                 carry_payload: payload.is_some(),
                 payload,
-            },
+            }),
             attempts: match branch_state {
                 BranchState::Acknowledged if self.state == 1 => 1,
                 BranchState::Acknowledged

@@ -218,7 +218,7 @@ impl GlobalTransaction {
         if self.branches.len() + fresh.len() > limits::BRANCHES_MAX {
             return Err(Rejection::TooManyBranches);
         }
-        let payload_bytes: usize = (self.branches.iter().map(|branch| &branch.spec).chain(&fresh))
+        let payload_bytes: usize = (self.branches.iter().map(|branch| &*branch.spec).chain(&fresh))
             .filter_map(|spec| spec.payload.as_ref())
             .map(|payload| payload.data.len())
             .sum();
@@ -437,9 +437,7 @@ impl GlobalTransaction {
             if let Call::Idle { due_at } = &mut branch.call {
                 *due_at = now;
             }
-            if !branch.spec.carry_payload {
-                branch.spec.payload = None;
-            }
+            branch.let_go_of_payload();
         }
         if self.branches.is_empty() {
             self.finish(now);

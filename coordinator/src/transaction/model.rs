@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     ops::{Add, Sub},
+    sync::Arc,
     time::Duration,
 };
 
@@ -264,8 +265,8 @@ pub enum Call {
 /// One participant's part of a global transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Branch {
-    /// As it was registered.
-    pub spec: BranchSpec,
+    /// As it was registered. Shared: a transaction that changes while what it was is still being recorded or answered is copied.
+    pub spec: Arc<BranchSpec>,
     /// How far it has come.
     pub state: BranchState,
     /// Calls made so far in the present phase.
@@ -287,7 +288,7 @@ impl Branch {
     #[must_use]
     pub fn registered(spec: BranchSpec, now: Timestamp) -> Self {
         Self {
-            spec,
+            spec: Arc::new(spec),
             state: BranchState::Registered,
             attempts: 0,
             timeouts: 0,
@@ -295,6 +296,13 @@ impl Branch {
             call: Call::Idle { due_at: now },
             last_error: None,
             reply: None,
+        }
+    }
+
+    /// Unless it is to be carried: what only a Try needs is not kept after it.
+    pub(super) fn let_go_of_payload(&mut self) {
+        if self.spec.payload.is_some() && !self.spec.carry_payload {
+            Arc::make_mut(&mut self.spec).payload = None;
         }
     }
 
@@ -459,9 +467,7 @@ impl GlobalTransaction {
         for branch in &mut recorded.branches {
             branch.reply = None;
             branch.timeouts = 0;
-            if !branch.spec.carry_payload {
-                branch.spec.payload = None;
-            }
+            branch.let_go_of_payload();
             if branch.state == BranchState::Tried {
                 branch.state = BranchState::Registered;
             }

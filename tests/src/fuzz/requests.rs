@@ -47,13 +47,13 @@ impl Dispatch for Moody {
             0 => return Err(Later(Duration::from_secs(mood % 20))),
             1 => Outcome::Refused(Refusal {
                 reason: "OUT_OF_STOCK".to_owned(),
-                domain: call.participant.clone(),
+                domain: call.spec.participant.clone(),
                 message: String::new(),
                 metadata: BTreeMap::new(),
             }),
             2 => Outcome::Unknown { error: error(), timed_out: true, hopeless: false },
             3 => Outcome::Unknown { error: error(), timed_out: false, hopeless: true },
-            _ => Outcome::Done { reply: call.payload.clone() },
+            _ => Outcome::Done { reply: call.spec.payload.clone() },
         };
         let (xid, branch, phase) = (call.xid, call.branch, call.phase);
         let returned = returned.clone();

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use handfast_proto::crash_point;
-use sqlx::{Connection as _, QueryBuilder};
+use sqlx::{Arguments as _, Connection as _, Database, QueryBuilder};
 
 use super::{
     super::{
@@ -17,7 +17,12 @@ use super::{
 use crate::transaction::Timestamp;
 
 /// Rows of one statement. A few fixed sizes, so that statements are prepared once and reused.
-pub(super) const ROWS: [usize; 6] = [64, 16, 4, 3, 2, 1];
+pub(super) const ROWS: [usize; 8] = [64, 32, 16, 8, 4, 3, 2, 1];
+/// Statements that a connection keeps prepared: more than there are shapes of rows, each in all those sizes. One that is prepared
+/// anew waits for TCP's delayed acknowledgement, 40 ms.
+pub(super) const STATEMENTS_MAX: usize = 256;
+/// What a cell takes in the text of a statement, and as its value, as a rule.
+const CELL_BYTES: usize = 32;
 /// Guards of one statement.
 pub(super) const GUARDS: [usize; 3] = [1, 4, 16];
 
@@ -126,7 +131,7 @@ async fn write_all(tx: &mut Connection, writes: &[Write], counter: &Counter) -> 
         while left > 0 {
             let size = ROWS.into_iter().find(|size| *size <= left).expect("one is 1");
             left -= size;
-            let mut query = QueryBuilder::new("");
+            let mut query = room_for(size * shape.columns.len());
             let chunk = cells.by_ref().take(size * shape.columns.len());
             if shape.keys == 0 {
                 push_insert(&mut query, &shape, chunk);
@@ -144,6 +149,13 @@ async fn write_all(tx: &mut Connection, writes: &[Write], counter: &Counter) -> 
         }
     }
     Ok(())
+}
+
+/// A query with room for the text and the values of so many cells, so that neither is copied while it grows.
+fn room_for(cells: usize) -> QueryBuilder<Db> {
+    let mut arguments = <Db as Database>::Arguments::default();
+    arguments.reserve(cells, cells * CELL_BYTES);
+    QueryBuilder::with_arguments(String::with_capacity(cells * CELL_BYTES), arguments)
 }
 
 fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<Item = Cell>) {

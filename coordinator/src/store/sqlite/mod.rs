@@ -105,6 +105,7 @@ impl SqliteStore {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY_TIMEOUT)
             .foreign_keys(false)
+            .statement_cache_capacity(write::STATEMENTS_MAX)
             .pragma("journal_size_limit", JOURNAL_BYTES_KEPT.to_string());
         let connection = file.open_database(&options).await?;
         let readers = SqlitePoolOptions::new()

@@ -206,7 +206,9 @@ impl World {
         let store = self.store(name);
         let mut command = if name == COORDINATOR {
             let mut command = clean(self.program("handfast"));
-            command.args(["serve", "--log-format", "json"]);
+            // What the walk shows of the coordinator is in its log.
+            let log = "info,handfast_coordinator::partition=debug";
+            command.args(["serve", "--log-format", "json", "--log", log]);
             if let Store::MySql(_) = store {
                 // The one before was killed here; else this one would first wait whether that shows any life.
                 command.arg("--take-over");

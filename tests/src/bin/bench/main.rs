@@ -31,19 +31,30 @@ mod meter;
 mod plot;
 mod report;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, thread};
 
 use clap::Parser as _;
+use tokio::runtime;
 
 use self::{
     options::{Load, Options, Subject},
     report::Outcome,
 };
 
-#[tokio::main]
-async fn main() -> ExitCode {
+/// As in the coordinator. Initiators and participants that have it too leave more of the machine to what is measured.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
     let options = Options::parse();
-    match measure(&options).await {
+    // As the coordinator, for the same reason.
+    let workers =
+        thread::available_parallelism().map_or(1, |processors| (processors.get() / 2).max(1));
+    let runtime = runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
+    let measured = runtime
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(measure(&options)));
+    match measured {
         Ok(outcomes) => {
             tell(&options, &outcomes);
             if let Some(path) = &options.plot

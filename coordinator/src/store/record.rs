@@ -76,13 +76,6 @@ pub(super) struct Rows {
     pub(super) cells: Vec<Cell>,
 }
 
-impl Rows {
-    /// How many.
-    pub(super) fn len(&self) -> usize {
-        self.cells.len() / self.columns.len()
-    }
-}
-
 /// Rows of `table`: these columns of these rows.
 macro_rules! rows {
     ($table:literal, $keys:literal, $rows:expr => $($column:ident)*) => {

@@ -11,7 +11,7 @@ use super::{
         Appended, Batch, Counter, Error, Guard, Ownership, Seat, Write, judge,
         record::{self, Cell, Rows},
     },
-    BEGIN_WRITING, Connection, Db, UPSERT_PURGED, push_update,
+    BEGIN_WRITING, Connection, Db, PADDED_UPDATES, UPSERT_PURGED, push_update,
     read::Finished,
 };
 use crate::transaction::Timestamp;
@@ -126,24 +126,32 @@ async fn move_positions(tx: &mut Connection, guards: &[Guard]) -> Result<u64, Er
 /// Writes all of them, and checks that each row counted.
 async fn write_all(tx: &mut Connection, writes: &[Write], counter: &Counter) -> Result<(), Error> {
     for rows in record::rows(writes) {
-        let mut left = rows.len();
-        let (shape, mut cells) = (Rows { cells: Vec::new(), ..rows }, rows.cells.into_iter());
-        while left > 0 {
-            let size = ROWS.into_iter().find(|size| *size <= left).expect("one is 1");
-            left -= size;
-            let mut query = room_for(size * shape.columns.len());
-            let chunk = cells.by_ref().take(size * shape.columns.len());
-            if shape.keys == 0 {
-                push_insert(&mut query, &shape, chunk);
+        let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
+        let mut left = &all[..];
+        while !left.is_empty() {
+            let count = if rows.keys > 0 && PADDED_UPDATES {
+                left.len().min(ROWS[0])
             } else {
-                push_update(&mut query, &shape, chunk);
+                ROWS.into_iter().find(|size| *size <= left.len()).expect("the last is 1")
+            };
+            let chunk;
+            (chunk, left) = left.split_at(count);
+            // A row that is to be changed changes once, however often it is said.
+            let size =
+                ROWS.into_iter().rfind(|size| *size >= count).expect("the first is the largest");
+            let padded: Vec<_> = chunk.iter().copied().cycle().take(size).collect();
+            let mut query = room_for(size * rows.columns.len());
+            if rows.keys == 0 {
+                push_insert(&mut query, &rows, &padded);
+            } else {
+                push_update(&mut query, &rows, &padded);
             }
             let written = query.build().execute(&mut *tx).await?.rows_affected();
-            counter.statement(size);
-            if written != size as u64 {
+            counter.statement(count);
+            if written != count as u64 {
                 return Err(Error::Corrupt(format!(
-                    "{written} of {size} rows of `{}` were there to be changed",
-                    shape.table
+                    "{written} of {count} rows of `{}` were there to be changed",
+                    rows.table
                 )));
             }
         }
@@ -158,20 +166,25 @@ fn room_for(cells: usize) -> QueryBuilder<Db> {
     QueryBuilder::with_arguments(String::with_capacity(cells * CELL_BYTES), arguments)
 }
 
-fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<Item = Cell>) {
+fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
     query.push("INSERT INTO ").push(shape.table).push(" (").push(shape.columns.join(", "));
-    for (n, cell) in cells.enumerate() {
-        query.push(match (n, n % shape.columns.len()) {
-            (0, _) => ") VALUES (",
-            (_, 0) => "), (",
-            _ => ", ",
-        });
-        push_cell(query, cell);
+    query.push(") VALUES ");
+    push_values(query, rows);
+}
+
+/// `(…), (…)`
+pub(super) fn push_values(query: &mut QueryBuilder<Db>, rows: &[&[Cell]]) {
+    for (n, row) in rows.iter().enumerate() {
+        query.push(if n == 0 { "(" } else { "), (" });
+        for (n, cell) in row.iter().enumerate() {
+            query.push(if n == 0 { "" } else { ", " });
+            push_cell(query, cell);
+        }
     }
     query.push(")");
 }
 
-pub(super) fn push_cell(query: &mut QueryBuilder<Db>, cell: Cell) {
+pub(super) fn push_cell(query: &mut QueryBuilder<Db>, cell: &Cell) {
     match cell {
         Cell::Int(value) => query.push_bind(value),
         Cell::Text(value) => query.push_bind(value),

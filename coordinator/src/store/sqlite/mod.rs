@@ -23,7 +23,7 @@ use sqlx::{
 use tokio::sync::Mutex;
 use tracing::warn;
 
-use self::write::push_cell;
+use self::write::push_values;
 use super::{
     Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary,
     Written,
@@ -45,12 +45,14 @@ const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
 /// IMMEDIATE: from here on nobody else writes, so what is read still holds at COMMIT.
 const BEGIN_WRITING: &str = "BEGIN IMMEDIATE";
 const BEGIN_READING: &str = "BEGIN";
+/// A statement costs no round trip: several of the right sizes are cheaper than one with rows that are there twice.
+const PADDED_UPDATES: bool = false;
 /// Bind: partition, xid, xid.
 const UPSERT_PURGED: &str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
                              ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
 
 /// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`
-fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<Item = Cell>) {
+fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
     let equal = |(n, column): (usize, &&str)| format!("{column} = v.column{}", n + 1);
     let (keys, values): (Vec<_>, Vec<_>) =
         shape.columns.iter().enumerate().partition(|(n, _)| *n < shape.keys);
@@ -61,16 +63,9 @@ fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, cells: impl Iterator<
         .push(shape.table)
         .push(" SET ")
         .push(values.join(", "))
-        .push(" FROM (VALUES (");
-    for (n, cell) in cells.enumerate() {
-        query.push(match (n, n % shape.columns.len()) {
-            (0, _) => "",
-            (_, 0) => "), (",
-            _ => ", ",
-        });
-        push_cell(query, cell);
-    }
-    query.push(")) AS v WHERE ").push(keys.join(" AND "));
+        .push(" FROM (VALUES ");
+    push_values(query, rows);
+    query.push(") AS v WHERE ").push(keys.join(" AND "));
 }
 
 /// See the module's comment.

@@ -26,8 +26,8 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{tally::Tally, world::World};
 
-/// Customers at a time: those of the order service, and those that are initiators themselves.
-const CUSTOMERS_AT_A_TIME: [usize; 2] = [16, 8];
+/// One of so many customers is an initiator by itself; the others come through the order service.
+const THEMSELVES_ONE_OF: usize = 3;
 /// Who they are.
 pub(crate) const CUSTOMERS: [&str; 4] = ["ada", "ben", "cleo", "dan"];
 /// What they order. Of the last there are few, so most orders of it are refused.
@@ -87,15 +87,16 @@ pub(crate) async fn order(
     world: &World,
     progress: Arc<Progress>,
     seed: u64,
+    at_a_time: usize,
 ) -> anyhow::Result<Told> {
-    let [through_service, themselves] = CUSTOMERS_AT_A_TIME;
     let mut customers = JoinSet::new();
-    for n in 0..through_service + themselves {
+    for n in 0..at_a_time {
         // Connections of their own, so that one that is lost is not everybody's.
         let (doors, progress) = (Doors::of(world)?, progress.clone());
         let rng = StdRng::seed_from_u64(seed.wrapping_add(n as u64));
         let tally = world.tally.clone();
-        customers.spawn(customer(doors, n < through_service, progress, tally, rng));
+        let through_service = n % THEMSELVES_ONE_OF > 0;
+        customers.spawn(customer(doors, through_service, progress, tally, rng));
     }
     let mut told = Told::new();
     while let Some(of_one) = customers.join_next().await {

@@ -57,6 +57,9 @@ struct Flags {
     /// How long things are broken
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(5..=86_400))]
     seconds: u64,
+    /// Customers at a time. Many fill the streams between initiators, coordinator and participants, and whoever dies takes all of it along
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=2_000))]
+    customers: u16,
     /// Decides what is broken when [default: a random one]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
@@ -88,9 +91,9 @@ async fn main() -> ExitCode {
         Err(error) => {
             let kept = folder.keep();
             let release = if cfg!(debug_assertions) { "" } else { " --release" };
-            let Flags { store, seconds, .. } = flags;
+            let Flags { store, seconds, customers, .. } = flags;
             failed(&format!(
-                "{error:#}\nall logs and stores are in {}\nonce more: cargo run{release} -p handfast-tests --bin chaos -- --store {store} --seconds {seconds} --seed {seed}",
+                "{error:#}\nall logs and stores are in {}\nonce more: cargo run{release} -p handfast-tests --bin chaos -- --store {store} --seconds {seconds} --customers {customers} --seed {seed}",
                 kept.display()
             ))
         }
@@ -117,7 +120,7 @@ async fn run(flags: &Flags, seed: u64, folder: &TempDir) -> anyhow::Result<Repor
     let progress = Arc::new(Progress::default());
     let trouble = async {
         tokio::try_join!(
-            load::order(&world, progress.clone(), seed.wrapping_add(1000)),
+            load::order(&world, progress.clone(), seed.wrapping_add(1000), flags.customers.into()),
             coordinators.trouble(),
             order.trouble(),
             inventory.trouble(),

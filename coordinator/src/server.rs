@@ -20,7 +20,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{info, warn};
 
 use crate::{
-    clock::SystemClock,
+    clock::{Clock as _, SystemClock},
     config::{Config, StoreUrl},
     coordinator::{Coordinator, Running},
     dispatch::{GrpcDispatch, Tcp},
@@ -100,8 +100,10 @@ pub enum Error {
 pub enum Turn {
     /// Wait until it hands back, or shows no life any more.
     Wait,
-    /// Take over from it.
+    /// Take over from it, unless that was done too often of late.
     AtOnce,
+    /// Take over from it, however often.
+    Always,
 }
 
 /// Runs the coordinator until SIGTERM or SIGINT, or until it is replaced. `announce` is called once it serves. A second signal
@@ -134,17 +136,21 @@ pub async fn run(
     let started =
         Started { grpc: listener.local_addr().map_err(failed)?, store: config.store.to_string() };
 
-    let listener = match turn {
-        Turn::AtOnce => listener,
-        Turn::Wait => {
-            let waited = standby::wait(&*store, listener);
-            tokio::select! {
-                listener = waited => listener.map_err(failed)?,
-                () = stop.cancelled() => return Ok(Exit::Stopped),
-            }
+    let clock = Arc::new(SystemClock::default());
+    let at_once = match turn {
+        Turn::Wait => false,
+        Turn::AtOnce => standby::may_take_over(&*store, clock.now()).await,
+        Turn::Always => true,
+    };
+    let listener = if at_once {
+        listener
+    } else {
+        let waited = standby::wait(&*store, listener);
+        tokio::select! {
+            listener = waited => listener.map_err(failed)?,
+            () = stop.cancelled() => return Ok(Exit::Stopped),
         }
     };
-    let clock = Arc::new(SystemClock::default());
     let targets = Arc::new(config.targets.clone());
     let dispatch = Arc::new(GrpcDispatch::new(targets.clone(), Arc::new(Tcp), clock.clone()));
     let settings = Settings {
@@ -154,8 +160,12 @@ pub async fn run(
         open_max: config.limits.open,
         stuck_after: config.stuck,
     };
-    let (coordinator, running) =
-        Coordinator::start(store, dispatch.clone(), clock, settings, config.retention).await?;
+    let starting = Coordinator::start(store, dispatch.clone(), clock, settings, config.retention);
+    let (coordinator, running) = tokio::select! {
+        started = starting => started?,
+        // Given up while it waits for the batch of the owner before; that one goes on then.
+        () = stop.cancelled() => return Ok(Exit::Stopped),
+    };
     let closing = CancellationToken::new();
     let services = Services::new(coordinator.clone(), targets, config.transaction_timeout)
         .until(closing.clone());

@@ -14,12 +14,40 @@ use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming}
 use tonic_health::ServingStatus;
 use tracing::{info, warn};
 
-use crate::{server::HEALTH_NAMES, store::Store};
+use crate::{server::HEALTH_NAMES, store::Store, transaction::Timestamp};
 
 /// How often the owner is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// An owner of whom nothing was seen for so long is gone.
 const STILL_MAX: Duration = Duration::from_secs(10);
+
+/// The store may be taken over so often within so long a time until one that was told to do it at once waits for its turn all the
+/// same. Longer than supervisors wait before they start again what has ended: two coordinators that are both told to would else
+/// take it from each other for ever.
+const TAKEOVERS_MAX: u64 = 3;
+const TAKEOVERS_WITHIN: Duration = Duration::from_secs(600);
+
+/// Whether one that was told to take over at once may. Each counts also what it did itself, by its own clock: clocks that differ
+/// let two of them take turns a little longer, not for ever.
+pub(crate) async fn may_take_over(store: &dyn Store, now: Timestamp) -> bool {
+    let within = i64::try_from(TAKEOVERS_WITHIN.as_millis()).expect("a few minutes");
+    match store.takeovers(Timestamp(now.0 - within), now).await {
+        Ok(times) if times >= TAKEOVERS_MAX => {
+            warn!(
+                times,
+                within_seconds = TAKEOVERS_WITHIN.as_secs(),
+                "the store is taken over too often: not at once again, as two that do it to each other would never stop \
+                 (--take-over=always does)"
+            );
+            false
+        }
+        Ok(_) => true,
+        Err(error) => {
+            warn!(%error, "the store cannot be looked at");
+            true // the takeover itself says what is wrong
+        }
+    }
+}
 
 /// Returns when it is this process's turn. Meanwhile it answers who asks after its health; everybody else is told to come again.
 pub(crate) async fn wait(store: &dyn Store, listener: TcpListener) -> std::io::Result<TcpListener> {

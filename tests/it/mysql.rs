@@ -144,7 +144,7 @@ async fn a_server_that_would_lose_commits_is_refused_with_what_mends_it() {
                 assert!(refused.contains(said), "{kind}: {said:?} is not in {refused}");
             }
             // Told to, it serves all the same, and says so.
-            let mut allowed = Coordinator::command(&url, &["--take-over"]);
+            let mut allowed = Coordinator::command(&url, &["--take-over=always"]);
             allowed.env("HANDFAST_STORE_UNSAFE", "true");
             let writable = !flaw.sql.contains("read_only");
             if writable {
@@ -160,7 +160,7 @@ async fn a_server_that_would_lose_commits_is_refused_with_what_mends_it() {
                 break; // the last one
             }
             database.execute(flaw.mend).await;
-            Coordinator::start_on(&url, &["--take-over"]).await.kill().await;
+            Coordinator::start_on(&url, &["--take-over=always"]).await.kill().await;
         }
     }
 }

@@ -164,8 +164,31 @@ impl Database {
     ///
     /// When the server does not let us.
     pub async fn execute(&self, sql: &str) {
-        let mut connection = MySqlConnection::connect(&self.url()).await.expect("it is there");
+        let mut connection = self.connect().await;
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.expect("it is SQL");
+    }
+
+    /// Runs SQL in it that gives one number.
+    ///
+    /// # Panics
+    ///
+    /// When the server does not let us.
+    pub async fn number(&self, sql: &str) -> u64 {
+        let mut connection = self.connect().await;
+        let number: i64 = sqlx::query_scalar(AssertSqlSafe(sql))
+            .fetch_one(&mut connection)
+            .await
+            .expect("it is SQL");
+        number.unsigned_abs()
+    }
+
+    /// A connection to it.
+    ///
+    /// # Panics
+    ///
+    /// When the server does not let us.
+    pub async fn connect(&self) -> MySqlConnection {
+        MySqlConnection::connect(&self.url()).await.expect("it is there")
     }
 
     /// Deletes it.

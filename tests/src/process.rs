@@ -29,6 +29,13 @@ pub fn send(pid: u32, signal: Signal) {
     let _it_is_gone = rustix::process::kill_process(pid, signal);
 }
 
+/// Whether a process is stopped: SIGSTOP, until SIGCONT.
+#[must_use]
+pub fn is_stopped(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:\tT"))
+}
+
 /// Where cargo puts binaries, and whether the program that is running is a test. A test is target/debug/deps/it-…, a binary of ours
 /// target/release/bench.
 fn target_folder() -> (PathBuf, bool) {
@@ -120,6 +127,9 @@ pub async fn handfast(arguments: &[&str]) -> Output {
     tokio::time::timeout(PATIENCE, output).await.expect("it ends").expect("it runs")
 }
 
+/// What a coordinator says once it serves.
+pub const SERVING: &str = "serving";
+
 /// A coordinator that is running. Killed when it is dropped.
 #[derive(Debug)]
 pub struct Coordinator {
@@ -186,7 +196,17 @@ impl Coordinator {
     /// # Panics
     ///
     /// When it does not.
-    pub async fn spawn(mut command: Command) -> Self {
+    pub async fn spawn(command: Command) -> Self {
+        Self::launch(command).serves().await
+    }
+
+    /// Starts `command`, and waits for nothing.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be started.
+    #[must_use]
+    pub fn launch(mut command: Command) -> Launched {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -202,15 +222,7 @@ impl Coordinator {
                 taking.0.lock().expect("nothing panics while it is locked").push(line);
             }
         });
-        let serving = wait_for("the coordinator serves", async || {
-            if let Ok(Some(status)) = child.try_wait() {
-                panic!("the coordinator has ended: {status}, {:?}", log.lines());
-            }
-            log.with_message("serving").pop()
-        });
-        let serving = serving.await;
-        let address = serving["address"].as_str().expect("an address").to_owned();
-        Self { child, address, log }
+        Launched { child, log }
     }
 
     /// Its URL.
@@ -279,6 +291,59 @@ impl Coordinator {
     ///
     /// When it does not.
     pub async fn ended(&mut self) -> ExitStatus {
+        tokio::time::timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("it ends")
+            .expect("it was started")
+    }
+}
+
+/// A coordinator that was started and may not serve yet. Killed when it is dropped.
+#[derive(Debug)]
+pub struct Launched {
+    child: Child,
+    log: Log,
+}
+
+impl Launched {
+    /// Waits until it says one of these, and tells which.
+    ///
+    /// # Panics
+    ///
+    /// When it does not, or ends.
+    pub async fn says<'m>(&mut self, messages: &[&'m str]) -> &'m str {
+        let said = wait_for("it says something", async || {
+            let found = messages.iter().find(|message| !self.log.with_message(message).is_empty());
+            if found.is_none()
+                && let Ok(Some(status)) = self.child.try_wait()
+            {
+                panic!("the coordinator has ended: {status}, {:?}", self.log.lines());
+            }
+            found.copied()
+        });
+        said.await
+    }
+
+    /// Waits until it serves.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    pub async fn serves(mut self) -> Coordinator {
+        self.says(&[SERVING]).await;
+        let Self { child, log } = self;
+        let line = log.with_message(SERVING).pop().expect("it has just said so");
+        let address = line["address"].as_str().expect("an address").to_owned();
+        Coordinator { child, address, log }
+    }
+
+    /// Ends it with this signal, and says how it ended.
+    ///
+    /// # Panics
+    ///
+    /// When it has ended before, or does not now.
+    pub async fn end(mut self, signal: Signal) -> ExitStatus {
+        send(self.child.id().expect("it is running"), signal);
         tokio::time::timeout(PATIENCE, self.child.wait())
             .await
             .expect("it ends")

@@ -20,7 +20,10 @@ Logs go to stdout as JSON, one object in each line; or as text to stderr, if std
 which. SIGTERM or Ctrl-C stops in order within --shutdown-grace; a second one at once.
 
 On MySQL, `handfast migrate` makes the tables. A second coordinator on the same store is a standby: it waits until the \
-first one stops, or shows no life for ten seconds.
+first one stops, or shows no life for ten seconds. --take-over does not wait; the first one stops by itself then, with \
+exit code 8. A supervisor may start both of them again and again, with --take-over too: it waits like without after the \
+store was taken over three times within ten minutes, so that they do not take it from each other for ever. \
+--take-over=always does not look at that: it is for whoever knows that the one before is dead.
 
 Examples:
   handfast serve --store sqlite:handfast.db
@@ -38,10 +41,19 @@ pub(super) struct Serve {
     #[arg(long)]
     check: bool,
     /// Take a MySQL store over at once from the coordinator that has it, which then stops
-    #[arg(long)]
-    take_over: bool,
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "seldom")]
+    take_over: Option<TakeOver>,
     #[command(flatten)]
     flags: Flags,
+}
+
+/// How often a store is taken over at once.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum TakeOver {
+    /// Unless it was taken over three times within the last ten minutes [without =WHEN]
+    Seldom,
+    /// However often
+    Always,
 }
 
 /// Keys that are flags too. Their texts are checked with everything else of the configuration.
@@ -95,7 +107,11 @@ impl Serve {
         if !config.listen.ip().is_loopback() {
             warn!(address = %config.listen, "other machines can connect, and there is no authentication yet (insecure)");
         }
-        let turn = if self.take_over { Turn::AtOnce } else { Turn::Wait };
+        let turn = match self.take_over {
+            None => Turn::Wait,
+            Some(TakeOver::Seldom) => Turn::AtOnce,
+            Some(TakeOver::Always) => Turn::Always,
+        };
         ended(server::run(config, turn, |_| {}).await?)
     }
 

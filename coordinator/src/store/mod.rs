@@ -261,6 +261,12 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         Ok(Vec::new())
     }
 
+    /// How often the partitions were taken over from then until now, by the clocks of those who did. None, where nobody can take
+    /// them from a coordinator that runs.
+    async fn takeovers(&self, _from: Timestamp, _until: Timestamp) -> Result<u64, Error> {
+        Ok(0)
+    }
+
     /// Takes over all partitions, each with an epoch that is one larger and a new nonce. When it returns, batches of earlier
     /// owners change nothing any more. `owner` names this process for people. A repeat is another takeover.
     async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error>;

@@ -56,6 +56,9 @@ const BEGIN_WRITING: &str = "BEGIN";
 const BEGIN_READING: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
 /// Each statement is a round trip: one with some rows said twice is cheaper than several of the right sizes.
 const PADDED_UPDATES: bool = true;
+/// All partitions are taken over together. Bind: from, until.
+const TAKEOVERS: &str =
+    "SELECT COUNT(*) FROM epoch WHERE `partition` = 0 AND taken_at BETWEEN ? AND ?";
 /// Bind: partition, xid, xid.
 const UPSERT_PURGED: &str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
                              ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
@@ -220,6 +223,18 @@ impl Store for MySqlStore {
 
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         self.reading(async |connection| write::seats(connection).await).await
+    }
+
+    async fn takeovers(&self, from: Timestamp, until: Timestamp) -> Result<u64, Error> {
+        self.reading(async |connection| {
+            let takeovers: i64 = sqlx::query_scalar(TAKEOVERS)
+                .bind(from.0)
+                .bind(until.0)
+                .fetch_one(connection)
+                .await?;
+            Ok(takeovers.cast_unsigned())
+        })
+        .await
     }
 
     async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {

@@ -211,7 +211,7 @@ impl World {
             command.args(["serve", "--log-format", "json", "--log", log]);
             if let Store::MySql(_) = store {
                 // The one before was killed here; else this one would first wait whether that shows any life.
-                command.arg("--take-over");
+                command.arg("--take-over=always");
             }
             command
         } else {

@@ -183,7 +183,7 @@ impl<'w> Coordinators<'w> {
         if paused {
             current.life.signal(Signal::STOP);
         }
-        let mut second = self.world.coordinator(&["--take-over"], None)?;
+        let mut second = self.world.coordinator(&["--take-over=always"], None)?;
         let refused = second.serves(REFUSED_WITHIN).await?;
         current.life.signal(Signal::CONT);
         match refused {
@@ -322,7 +322,7 @@ impl<'w> Coordinators<'w> {
 async fn serving(world: &World, mut crash: Option<String>) -> anyhow::Result<Serving> {
     let limit = Instant::now() + START_PATIENCE;
     loop {
-        let life = world.coordinator(&["--take-over"], crash.as_deref())?;
+        let life = world.coordinator(&["--take-over=always"], crash.as_deref())?;
         let mut one = Serving { life, crash };
         match one.life.serves(START_PATIENCE).await? {
             Ok(address) => {

@@ -9,7 +9,7 @@ use crate::transaction::{
     NewTransaction, Outcome, Payload, Phase, Refusal, Resolution, State,
 };
 
-const NOW: Timestamp = Timestamp(1_700_000_000_000);
+pub(super) const NOW: Timestamp = Timestamp(1_700_000_000_000);
 const STUCK_AFTER: StuckAfter = StuckAfter { attempts: 3, time: Duration::from_secs(120) };
 
 /// One suite, all stores.
@@ -56,15 +56,15 @@ on_every_store! {
 }
 
 /// An owner of all partitions, who numbers its batches.
-struct Owner<'a> {
+pub(super) struct Owner<'a> {
     store: &'a dyn Store,
-    ownerships: Vec<Ownership>,
+    pub(super) ownerships: Vec<Ownership>,
     positions: BTreeMap<u16, u64>,
     sequence: u64,
 }
 
 impl<'a> Owner<'a> {
-    async fn of(store: &'a dyn Store) -> Self {
+    pub(super) async fn of(store: &'a dyn Store) -> Self {
         let ownerships = store.acquire("test", NOW).await.unwrap();
         Self { store, ownerships, positions: BTreeMap::new(), sequence: 0 }
     }
@@ -73,7 +73,7 @@ impl<'a> Owner<'a> {
         *self.ownerships.iter().find(|ownership| ownership.partition == partition).unwrap()
     }
 
-    fn xid(&mut self, partition: u16) -> Xid {
+    pub(super) fn xid(&mut self, partition: u16) -> Xid {
         let Ownership { epoch, nonce, .. } = self.ownership(partition);
         self.sequence += 1;
         Xid { partition, epoch, sequence: self.sequence, nonce }
@@ -95,17 +95,17 @@ impl<'a> Owner<'a> {
         Batch { guards: guards.collect(), writes }
     }
 
-    async fn append(&mut self, writes: Vec<Write>) {
+    pub(super) async fn append(&mut self, writes: Vec<Write>) {
         let batch = self.batch(writes);
         assert_eq!(self.store.append(&batch).await.unwrap(), Appended::Durable);
     }
 
-    async fn insert(&mut self, global: &GlobalTransaction) {
+    pub(super) async fn insert(&mut self, global: &GlobalTransaction) {
         self.append(vec![inserted(global)]).await;
     }
 }
 
-fn inserted(global: &GlobalTransaction) -> Write {
+pub(super) fn inserted(global: &GlobalTransaction) -> Write {
     Write {
         global: Arc::new(global.clone()),
         head: Head::Insert,
@@ -114,7 +114,7 @@ fn inserted(global: &GlobalTransaction) -> Write {
     }
 }
 
-fn updated(global: &GlobalTransaction, changed_branches: BranchSet) -> Write {
+pub(super) fn updated(global: &GlobalTransaction, changed_branches: BranchSet) -> Write {
     let new_branches = global.branches.len();
     Write { global: Arc::new(global.clone()), head: Head::Update, new_branches, changed_branches }
 }
@@ -130,7 +130,7 @@ fn spec(branch_id: &str) -> BranchSpec {
     }
 }
 
-fn begun(xid: Xid, branches: &[&str]) -> GlobalTransaction {
+pub(super) fn begun(xid: Xid, branches: &[&str]) -> GlobalTransaction {
     let new = NewTransaction {
         name: "checkout".to_owned(),
         drive: Drive::Initiator,
@@ -142,7 +142,7 @@ fn begun(xid: Xid, branches: &[&str]) -> GlobalTransaction {
     GlobalTransaction::begin(xid, new, NOW)
 }
 
-fn cancel(global: &mut GlobalTransaction, cause: CancelCause) {
+pub(super) fn cancel(global: &mut GlobalTransaction, cause: CancelCause) {
     global
         .apply(
             Event::DecisionRequested(DecisionRequest::Cancel(cause)),
@@ -151,13 +151,13 @@ fn cancel(global: &mut GlobalTransaction, cause: CancelCause) {
         .unwrap();
 }
 
-fn confirm(global: &mut GlobalTransaction) {
+pub(super) fn confirm(global: &mut GlobalTransaction) {
     let tried = global.branches.iter().map(|branch| branch.spec.branch_id.clone()).collect();
     let event = Event::DecisionRequested(DecisionRequest::Confirm { tried });
     global.apply(event, NOW + Duration::from_secs(1)).unwrap();
 }
 
-fn call(global: &mut GlobalTransaction, branch: usize, outcome: Outcome) {
+pub(super) fn call(global: &mut GlobalTransaction, branch: usize, outcome: Outcome) {
     let phase = if global.state == State::Confirming { Phase::Confirm } else { Phase::Cancel };
     let at = NOW + Duration::from_secs(2);
     global.apply(Event::CallStarted { branch, phase }, at).unwrap();
@@ -165,7 +165,7 @@ fn call(global: &mut GlobalTransaction, branch: usize, outcome: Outcome) {
     global.apply(Event::CallReturned { branch, phase, outcome, retry_in }, at).unwrap();
 }
 
-fn failed(hopeless: bool) -> Outcome {
+pub(super) fn failed(hopeless: bool) -> Outcome {
     let error = AttemptError {
         code: "UNAVAILABLE".to_owned(),
         message: "connection refused".to_owned(),

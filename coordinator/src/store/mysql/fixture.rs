@@ -46,6 +46,11 @@ impl Database {
         MySqlStore::open(&self.url(), true).await.unwrap()
     }
 
+    /// A connection of nobody's.
+    pub(super) async fn connect(&self) -> Connection {
+        Connection::connect(&self.url()).await.unwrap()
+    }
+
     async fn execute(&self, sql: &str) {
         let mut connection = Connection::connect(&self.server).await.unwrap();
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();

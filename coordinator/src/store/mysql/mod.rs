@@ -9,6 +9,8 @@
 pub(super) mod fixture;
 mod schema;
 mod server;
+#[cfg(test)]
+mod tests;
 
 #[path = "../sql/read.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
@@ -56,6 +58,9 @@ const BEGIN_WRITING: &str = "BEGIN";
 const BEGIN_READING: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
 /// Each statement is a round trip: one with some rows said twice is cheaper than several of the right sizes.
 const PADDED_UPDATES: bool = true;
+/// For the next local transaction. One in REPEATABLE READ locks the gaps beside the branches that it deletes too, and whoever
+/// writes there, next to the newest that is deleted, would wait for it.
+const LOCK_ROWS_ONLY: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
 /// All partitions are taken over together. Bind: from, until.
 const TAKEOVERS: &str =
     "SELECT COUNT(*) FROM epoch WHERE `partition` = 0 AND taken_at BETWEEN ? AND ?";
@@ -300,6 +305,7 @@ impl Store for MySqlStore {
         self.reading(async |connection| {
             let (finished, next) =
                 read::finished(connection, partition, finished_before, after, limit).await?;
+            sqlx::raw_sql(LOCK_ROWS_ONLY).execute(&mut *connection).await?;
             write::purge(connection, partition, &finished).await?;
             Ok((u64::try_from(finished.len()).expect("a page of them"), next))
         })

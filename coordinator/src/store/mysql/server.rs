@@ -83,10 +83,16 @@ pub(super) async fn set_up_writer(
     Ok(())
 }
 
-/// Makes a connection one whose local transactions see one moment, whatever the server's default is.
+/// Makes a connection one whose local transactions see one moment, whatever the server's default is. One that cleans up waits for
+/// rows less long than we wait for its answer: what nobody waits for any more must not go on at the server.
 pub(super) async fn set_up_reader(connection: &mut Connection) -> Result<(), sqlx::Error> {
-    let level = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ";
-    sqlx::raw_sql(level).execute(connection).await?;
+    let wait_seconds = CALL_TIMEOUT.as_secs() / 2;
+    sqlx::raw_sql(AssertSqlSafe(format!(
+        "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
+         SET SESSION innodb_lock_wait_timeout = {wait_seconds}"
+    )))
+    .execute(connection)
+    .await?;
     Ok(())
 }
 

@@ -1,0 +1,164 @@
+//! What only a server can show: what it is asked to prepare, and who waits for whom.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::{Connection as _, Row as _};
+
+use super::{
+    super::{
+        Head, Store as _, Write,
+        conformance::{NOW, Owner, begun, call, cancel, confirm, failed, inserted, updated},
+    },
+    fixture::{Database, servers},
+    write::{GUARDS, ROWS, STATEMENTS_MAX},
+    *,
+};
+use crate::transaction::{
+    BranchSet, BranchState, CancelCause, GlobalTransaction, Key, Outcome, Resolution,
+};
+
+/// How often a connection that writes has asked its server to prepare a statement, and how many it keeps.
+async fn prepared(store: &MySqlStore) -> (u64, usize) {
+    let asked = store.writing(async |connection| {
+        let status = sqlx::raw_sql("SHOW SESSION STATUS LIKE 'Com_stmt_prepare'");
+        let asked: String = status.fetch_one(&mut *connection).await?.get(1);
+        Ok((asked.parse().unwrap(), connection.cached_statements_size()))
+    });
+    asked.await.unwrap()
+}
+
+/// Ways in which a transaction and its branch can have changed. Rows of one statement differ in text by who of these is in it.
+const CHANGES: [fn(&mut GlobalTransaction); 6] = [
+    |_still_trying| {},
+    confirm,
+    |tried_again| {
+        confirm(tried_again);
+        call(tried_again, 0, failed(false));
+    },
+    |done_at_last| {
+        confirm(done_at_last);
+        call(done_at_last, 0, failed(true));
+        call(done_at_last, 0, Outcome::Done { reply: None });
+    },
+    |confirmed| {
+        confirm(confirmed);
+        call(confirmed, 0, Outcome::Done { reply: None });
+    },
+    |cancelled| {
+        cancel(cancelled, CancelCause::TimedOut);
+        call(cancelled, 0, Outcome::Done { reply: None });
+    },
+];
+
+/// Runs each statement that a batch can have, in each size.
+async fn everything(store: &MySqlStore) {
+    let mut owner = Owner::of(store).await;
+    let only = BranchSet::only(0);
+    for (size, partitions) in ROWS.into_iter().zip(GUARDS.into_iter().cycle()) {
+        for (n, change) in CHANGES.into_iter().enumerate() {
+            for other in CHANGES.into_iter().skip(n) {
+                let mut globals: Vec<_> = (0..size)
+                    .map(|n| {
+                        let partition = u16::try_from(n % partitions).unwrap();
+                        let mut global = begun(owner.xid(partition), &["1"]);
+                        let [hash, digest] = [rand::random(), rand::random()];
+                        global.key = Some(Key { hash, digest });
+                        global
+                    })
+                    .collect();
+                owner.append(globals.iter().map(inserted).collect()).await;
+                let last = size - 1;
+                for (n, global) in globals.iter_mut().enumerate() {
+                    if n == last { other(global) } else { change(global) }
+                }
+                let write = |global| updated(global, only);
+                owner.append(globals.iter().map(write).collect()).await;
+                let finish = |global| Write { head: Head::Finish, ..updated(global, only) };
+                owner.append(globals.iter().map(finish).collect()).await;
+                for global in &mut globals {
+                    let (operator, reason) = ("ann".to_owned(), "by hand".to_owned());
+                    if global.state.decision().is_some() {
+                        let resolution = Resolution { operator, reason, at: NOW };
+                        global.branches[0].state = BranchState::Resolved(resolution);
+                    }
+                }
+                let keep = |global| Write { head: Head::Keep, ..updated(global, only) };
+                owner.append(globals.iter().map(keep).collect()).await;
+            }
+        }
+    }
+    store.release(&owner.ownerships).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_keeps_all_the_statements_that_it_has_prepared() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store().await;
+        everything(&store).await;
+        let (asked, kept) = prepared(&store).await;
+        println!("{kept} statements");
+        everything(&store).await;
+        assert_eq!(prepared(&store).await, (asked, kept), "some are prepared again");
+        assert!(kept > 90 && kept <= STATEMENTS_MAX, "{kept}");
+        database.drop().await;
+    }
+}
+
+/// Somebody holds a row that is to be deleted. The purge waits; batches do not, wherever their rows belong.
+#[tokio::test]
+async fn a_purge_that_waits_holds_nobody_up() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = Arc::new(database.store().await);
+        let mut owner = Owner::of(&*store).await;
+        let mut keyed = |partition| {
+            let mut global = begun(owner.xid(partition), &["1", "2"]);
+            global.key = Some(Key { hash: rand::random(), digest: [0; 32] });
+            global
+        };
+        let mut old: Vec<_> = (0..300).map(|_| keyed(2)).collect();
+        for global in &mut old {
+            confirm(global);
+            call(global, 0, Outcome::Done { reply: None });
+            call(global, 1, Outcome::Done { reply: None });
+        }
+        let new: Vec<_> =
+            (1..4).flat_map(|partition| [keyed(partition), keyed(partition)]).collect();
+        owner.append(old.iter().map(inserted).collect()).await;
+
+        let mut holder = database.connect().await;
+        let mut hold = holder.begin().await.unwrap();
+        sqlx::query("SELECT 1 FROM global_transaction WHERE xid = ? FOR UPDATE")
+            .bind(old[99].xid.to_bytes().to_vec())
+            .execute(&mut *hold)
+            .await
+            .unwrap();
+        let purging = store.clone();
+        let limit = 100;
+        let purge = tokio::spawn(async move {
+            purging.purge(2, NOW + Duration::from_secs(60), None, limit).await
+        });
+        let mut looking = database.connect().await;
+        let branches = "SELECT position FROM branch WHERE xid = ? FOR UPDATE SKIP LOCKED";
+        loop {
+            let free = sqlx::query(branches).bind(old[0].xid.to_bytes().to_vec());
+            if free.fetch_all(&mut looking).await.unwrap().is_empty() {
+                break; // it has deleted branches
+            }
+            assert!(!purge.is_finished(), "it waits for nobody");
+        }
+        owner.append(new.iter().map(inserted).collect()).await;
+        let confirmed = new.into_iter().map(|mut global| {
+            confirm(&mut global);
+            updated(&global, BranchSet::EMPTY)
+        });
+        owner.append(confirmed.collect()).await;
+        assert!(!purge.is_finished(), "it waits for nobody");
+
+        hold.rollback().await.unwrap();
+        let (deleted, next) = purge.await.unwrap().unwrap();
+        assert_eq!((deleted, next), (100, Some(old[99].xid)), "a step takes as many as it may");
+        database.drop().await;
+    }
+}

@@ -274,6 +274,7 @@ pub struct Partition {
     /// What happens when the change of that number is durable.
     effects: BTreeMap<u64, Vec<Effect>>,
     durable: Durable,
+    woke_at: Timestamp,
     next_sequence: u64,
     keys: Keys,
     reading: Reading,
@@ -291,6 +292,7 @@ impl Partition {
             parts,
             durable: *outbox.durable().borrow(),
             outbox,
+            woke_at: now,
             entries: BTreeMap::new(),
             timers: BTreeSet::new(),
             effects: BTreeMap::new(),
@@ -311,14 +313,14 @@ impl Partition {
             tokio::select! {
                 biased; // all that is ready is taken below; a run of the same events is the same run
                 () = stop.cancelled() => {}
-                Some(command) = commands.recv() => self.take_command(command),
-                Some(returned) = self.returned.1.recv() => self.take_returned(returned),
-                Some(read) = self.reads.1.recv() => self.take_read(read),
-                Ok(()) = durable.changed() => {}
+                Some(command) = commands.recv() => self.woken().take_command(command),
+                Some(returned) = self.returned.1.recv() => self.woken().take_returned(returned),
+                Some(read) = self.reads.1.recv() => self.woken().take_read(read),
+                Ok(()) = durable.changed() => { self.woken(); }
                 () = async { match wake_at {
                     Some(at) => clock.sleep_until(at).await,
                     None => std::future::pending().await,
-                } } => {}
+                } } => { self.woken(); }
             }
             // Take everything that is ready, then act.
             for _ in 0..EVENTS_IN_A_ROW_MAX {
@@ -343,8 +345,14 @@ impl Partition {
         }
     }
 
+    /// When it woke: the clock is everybody's, and is not asked for each step.
     fn now(&self) -> Timestamp {
-        self.parts.clock.now()
+        self.woke_at
+    }
+
+    fn woken(&mut self) -> &mut Self {
+        self.woke_at = self.parts.clock.now();
+        self
     }
 
     fn wake_at(&self) -> Option<Timestamp> {

@@ -16,6 +16,7 @@
 mod entry;
 mod keys;
 mod reading;
+mod specs;
 #[cfg(test)]
 mod tests;
 
@@ -38,6 +39,7 @@ use self::{
     entry::{Entry, Watcher},
     keys::Keys,
     reading::{ReadResult, Reading},
+    specs::Specs,
 };
 use crate::{
     clock::Clock,
@@ -277,6 +279,7 @@ pub struct Partition {
     woke_at: Timestamp,
     next_sequence: u64,
     keys: Keys,
+    specs: Specs,
     reading: Reading,
     returned: (mpsc::Sender<Returned>, mpsc::Receiver<Returned>),
     reads: (mpsc::UnboundedSender<ReadResult>, mpsc::UnboundedReceiver<ReadResult>),
@@ -298,6 +301,7 @@ impl Partition {
             effects: BTreeMap::new(),
             next_sequence: 1,
             keys: Keys::default(),
+            specs: Specs::default(),
             reading: Reading::from_the_start(now),
             returned: mpsc::channel(RETURNED_MAX),
             reads: mpsc::unbounded_channel(), // bounded by the reads under way
@@ -497,7 +501,10 @@ impl Partition {
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
         let before = entry.global.state;
         let hurry = if event == Event::RetryRequested { Hurry::Yes } else { Hurry::No };
-        let change = Arc::make_mut(&mut entry.global).apply(event, now)?;
+        let global = Arc::make_mut(&mut entry.global);
+        let known = global.branches.len();
+        let change = global.apply(event, now)?;
+        self.specs.share(&mut global.branches[known..]);
         let decided = before.decision().is_none() && entry.global.state.decision().is_some();
         self.record(xid, change);
         if decided {
@@ -683,8 +690,9 @@ impl Partition {
     }
 
     /// Takes a transaction into memory.
-    fn insert(&mut self, entry: Entry) {
+    fn insert(&mut self, mut entry: Entry) {
         let xid = entry.global.xid;
+        self.specs.share(&mut Arc::make_mut(&mut entry.global).branches);
         self.keys.known(&entry.global);
         if self.entries.insert(xid, entry).is_none() {
             self.parts.open.fetch_add(1, Ordering::Relaxed);

@@ -417,7 +417,7 @@ impl BranchRow {
         };
         let last_error = match (self.error_code, self.error_message, self.error_at) {
             (Some(code), Some(message), Some(at)) => {
-                Some(AttemptError { code, message, at: Timestamp(at) })
+                Some(Box::new(AttemptError { code, message, at: Timestamp(at) }))
             }
             (None, None, None) => None,
             _ => return Err("error_at"),
@@ -429,7 +429,7 @@ impl BranchRow {
                 (1, None, None, None) => BranchState::Registered,
                 (2, None, None, None) => BranchState::Acknowledged,
                 (3, Some(operator), Some(reason), Some(at)) => {
-                    BranchState::Resolved(Resolution { operator, reason, at: Timestamp(at) })
+                    BranchState::Resolved(Box::new(Resolution { operator, reason, at: Timestamp(at) }))
                 }
                 _ => return Err("branch.state"),
             };

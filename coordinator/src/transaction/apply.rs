@@ -298,7 +298,7 @@ impl GlobalTransaction {
         match outcome {
             Outcome::Done { reply } => {
                 branch.state = BranchState::Tried;
-                branch.reply = reply;
+                branch.reply = reply.map(Box::new);
                 if self.branches.iter().all(|branch| branch.state == BranchState::Tried) {
                     return self.decide(State::Confirming, now);
                 }
@@ -315,7 +315,7 @@ impl GlobalTransaction {
                     branch_id: branch.spec.branch_id.clone(),
                     error: format!("{}: {}", error.code, error.message),
                 };
-                branch.last_error = Some(error);
+                branch.last_error = Some(Box::new(error));
                 if hopeless || now + retry_in >= half_time {
                     return self.cancel(cause, now);
                 }
@@ -373,7 +373,7 @@ impl GlobalTransaction {
         let branch = &mut self.branches[index];
         branch.timeouts = if timed_out { branch.timeouts.saturating_add(1) } else { 0 };
         branch.needs_attention = hopeless;
-        branch.last_error = Some(error);
+        branch.last_error = Some(Box::new(error));
         branch.call = Call::Idle { due_at };
         Change::of_branch(index, Weight::Lazy)
     }
@@ -412,7 +412,7 @@ impl GlobalTransaction {
                 Err(Rejection::NotDecided)
             }
             BranchState::Registered | BranchState::Tried => {
-                self.branches[index].state = BranchState::Resolved(resolution);
+                self.branches[index].state = BranchState::Resolved(Box::new(resolution));
                 let change = self.finish_if_acknowledged(index, now);
                 Ok(Change { weight: Weight::Durable, ..change })
             }

@@ -101,7 +101,7 @@ pub enum Drive {
 }
 
 /// Bytes that participants understand and the coordinator does not.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Payload {
     /// At most `limits::PAYLOAD_BYTES_MAX`.
     pub data: Bytes,
@@ -188,7 +188,7 @@ pub struct Key {
 }
 
 /// One participant's part, as its initiator names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BranchSpec {
     /// Its name within the transaction; the same in every repeat.
     pub branch_id: BranchId,
@@ -225,7 +225,7 @@ pub enum BranchState {
     /// The participant has done what was decided.
     Acknowledged,
     /// An operator has answered for the participant.
-    Resolved(Resolution),
+    Resolved(Box<Resolution>),
 }
 
 /// What an operator did for a branch by hand. Kept for ever.
@@ -278,9 +278,9 @@ pub struct Branch {
     /// Whether a call is under way, or when the next one is due.
     pub call: Call,
     /// Of the latest attempt that failed.
-    pub last_error: Option<AttemptError>,
+    pub last_error: Option<Box<AttemptError>>,
     /// What its Try answered. Only in memory, coordinator-driven only.
-    pub reply: Option<Payload>,
+    pub reply: Option<Box<Payload>>,
 }
 
 impl Branch {

@@ -79,7 +79,7 @@ async fn everything(store: &MySqlStore) {
                     let (operator, reason) = ("ann".to_owned(), "by hand".to_owned());
                     if global.state.decision().is_some() {
                         let resolution = Resolution { operator, reason, at: NOW };
-                        global.branches[0].state = BranchState::Resolved(resolution);
+                        global.branches[0].state = BranchState::Resolved(Box::new(resolution));
                     }
                 }
                 let keep = |global| Write { head: Head::Keep, ..updated(global, only) };

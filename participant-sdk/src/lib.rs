@@ -21,6 +21,8 @@
 //! # }
 //! ```
 //!
+//! If many branches change the same few rows, an [`ActionInBatches`] confirms those that wait together with one statement.
+//!
 //! If you have a gRPC or HTTP handler already, use [`Fence::run`] in it; if you have a local transaction already,
 //! [`Fence::enter`].
 //!
@@ -38,6 +40,7 @@ mod transaction;
 
 mod contract;
 
+mod batches;
 mod participant;
 mod service;
 
@@ -66,6 +69,7 @@ pub use outcome::{Confirmed, Outcome, TransactionError};
 pub use propagation::{Context, ContextLayer, ContextService, PropagateLayer, PropagateService};
 pub use transaction::{OpenTransaction, TransactionBuilder};
 
+pub use batches::{ActionInBatches, Tried};
 pub use branch::{Branch, InvalidBranch, Phase};
 pub use contract::{Contract, Json, Payload, Proto};
 pub use error::{BoxError, Failed, Refusal, TryError, WorkError};

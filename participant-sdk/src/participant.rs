@@ -3,6 +3,8 @@
 use std::{collections::BTreeMap, error::Error, fmt, future::Future, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
+#[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
+use futures_util::future::join_all;
 use handfast_proto::{BranchId, Xid, limits, reason};
 
 use crate::{
@@ -25,6 +27,8 @@ use crate::{
 /// - what is done through `tx` is kept if the function returns `Ok`, and undone otherwise.
 ///
 /// Do nothing in them that cannot be rolled back with `tx`: no mail, no call to another service.
+///
+/// If many branches change the same few rows, see [`ActionInBatches`](crate::ActionInBatches).
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")]
@@ -156,7 +160,7 @@ impl Participant {
     ///
     /// # Cancel safety
     ///
-    /// As [`Fence::run`].
+    /// As [`Fence::run`]. What waits with others (see [`ActionInBatches`](crate::ActionInBatches)) may be done all the same.
     pub async fn handle(&self, branch: &Branch, payload: &[u8]) -> Answer {
         let Some(served) = self.actions.get(branch.action.as_str()) else {
             let answer = Answer::NotServed(self.not_served(&branch.action));
@@ -170,6 +174,12 @@ impl Participant {
             refusal.domain = self.name.as_ref().to_owned();
         }
         answer
+    }
+
+    /// Serves calls of one action and phase, not Try, each for another branch, as if they had waited together.
+    #[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
+    pub(crate) async fn handle_together(&self, branches: &[Branch]) -> Vec<Answer> {
+        self.actions[branches[0].action.as_str()].handle_together(branches).await
     }
 
     fn not_served(&self, action: &str) -> Refusal {
@@ -229,6 +239,11 @@ impl ParticipantBuilder {
 /// An action whose types are forgotten.
 pub(crate) trait Served: Send + Sync {
     fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer>;
+    /// Calls of one phase, not Try, each for another branch, that have waited together.
+    #[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
+    fn handle_together<'a>(&'a self, branches: &'a [Branch]) -> BoxFuture<'a, Vec<Answer>> {
+        Box::pin(join_all(branches.iter().map(|branch| self.handle(branch, &[]))))
+    }
     fn content_types(&self) -> ContentTypes;
     /// Branches that are still tried long after the end of phase one.
     fn overdue(&self) -> BoxFuture<'_, Overdue>;
@@ -247,9 +262,10 @@ impl ContentTypes {
     }
 }
 
-struct Fenced<A: Action> {
-    fence: Fence<A::Db>,
-    action: A,
+/// An action with its fence, which serves one call at a time.
+pub(crate) struct Fenced<A: Action> {
+    pub(crate) fence: Fence<A::Db>,
+    pub(crate) action: A,
 }
 
 type Args<A> = <<A as Action>::Contract as Contract>::Args;
@@ -259,14 +275,7 @@ impl<A: Action> Served for Fenced<A> {
     fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer> {
         match branch.phase {
             Phase::Try => Box::pin(self.on_try(branch, payload)),
-            Phase::Confirm => Box::pin(self.fence.run(branch, &[], async |tx| {
-                let args = stored_args::<A>(tx)?;
-                self.action.on_confirm(tx, branch, &args).await
-            })),
-            Phase::Cancel => Box::pin(self.fence.run(branch, &[], async |tx| {
-                let args = stored_args::<A>(tx)?;
-                self.action.on_cancel(tx, branch, &args).await
-            })),
+            Phase::Confirm | Phase::Cancel => Box::pin(self.phase_two(branch)),
         }
     }
 
@@ -292,6 +301,18 @@ impl<A: Action> Fenced<A> {
             Ok::<_, TryError>(())
         };
         self.fence.run(branch, payload, work).await
+    }
+
+    /// A Confirm or a Cancel.
+    pub(crate) async fn phase_two(&self, branch: &Branch) -> Answer {
+        let work = async |tx: &mut Tx<A::Db>| {
+            let args = stored_args::<A>(tx)?;
+            match branch.phase {
+                Phase::Cancel => self.action.on_cancel(tx, branch, &args).await,
+                Phase::Try | Phase::Confirm => self.action.on_confirm(tx, branch, &args).await,
+            }
+        };
+        self.fence.run(branch, &[], work).await
     }
 }
 

@@ -6,6 +6,8 @@
     reason = "what is here holds payloads, and those are never printed"
 )]
 
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+use std::collections::BTreeMap;
 use std::{future::Future, time::Duration};
 
 use handfast_proto::{BranchId, Xid};
@@ -39,6 +41,9 @@ pub trait Statements: Database {
     /// The table's columns: name, and type as [`Statements::columns`] tells it. The first two are the primary key.
     const COLUMNS: [(&'static str, &'static str); 11];
 
+    /// Batches of one action and phase that run side by side.
+    const BATCHES_AT_A_TIME: usize;
+
     /// A connection from the pool.
     fn acquire(
         pool: &Pool<Self>,
@@ -60,6 +65,13 @@ pub trait Statements: Database {
         key: &Key,
     ) -> impl Future<Output = Result<Option<Record>, Error>> + Send;
 
+    /// Confirm and Cancel of several branches: as [`Statements::find`] for each, in the order of the keys, which are all different. A
+    /// row that another local transaction holds may be left out, and is never waited for where others could wait for this one.
+    fn find_many(
+        connection: &mut Self::Connection,
+        keys: &[Key],
+    ) -> impl Future<Output = Result<Vec<Option<Record>>, Error>> + Send;
+
     /// Writes what was done, and the reply if there is one. Tells how many rows it wrote: one, or none if this local
     /// transaction no longer holds the row as `seen` counted it.
     fn settle(
@@ -67,8 +79,20 @@ pub trait Statements: Database {
         settle: &Settle<'_>,
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
+    /// As [`Statements::settle`] for each, all with the same state and no reply. Tells how many rows it wrote.
+    fn settle_many(
+        connection: &mut Self::Connection,
+        settles: &[Settle<'_>],
+    ) -> impl Future<Output = Result<u64, Error>> + Send;
+
     /// The time.
     fn now(connection: &mut Self::Connection) -> impl Future<Output = Result<i64, Error>> + Send;
+
+    /// Runs statements that have no values and no answer.
+    fn execute(
+        connection: &mut Self::Connection,
+        sql: &'static str,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Deletes some of the rows that nobody can ask for any more. Tells how many.
     fn delete_old(
@@ -189,4 +213,21 @@ impl TryFrom<RecordRow> for Record {
         })?;
         Ok(Self { state, action, payload, reply, digest, seen, now })
     }
+}
+
+/// What [`Statements::find_many`] reads of a row: its [`KeyRow`], and of the [`Record`] what phase two needs: state, action, payload, seen,
+/// now.
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+pub(crate) type FoundRow = (Vec<u8>, Vec<u8>, i16, String, Option<Vec<u8>>, i64, i64);
+
+/// Sorts what was found to the keys that were asked for.
+#[cfg(any(feature = "mysql", feature = "postgres"))]
+pub(crate) fn in_order(keys: &[Key], rows: Vec<FoundRow>) -> Result<Vec<Option<Record>>, Error> {
+    let mut found = BTreeMap::new();
+    for (xid, branch_id, code, action, payload, seen, now) in rows {
+        let record = Record::try_from((code, action, payload, None, None, seen, now))?;
+        found.insert((xid, branch_id), record);
+    }
+    let name = |key: &Key| (key.xid.to_vec(), key.branch_id.to_vec());
+    Ok(keys.iter().map(|key| found.remove(&name(key))).collect())
 }

@@ -8,7 +8,7 @@ use crate::{Answer, Branch, Contract, Json, Payload as _, Phase, Xid};
 
 pub(crate) const STOCK: i64 = 10;
 
-/// What is asked for. `how` makes the shop misbehave: `refuse`, `fail`, `attention`, `long`.
+/// What is asked for. `how` makes the shop misbehave: `refuse`, `fail`, `attention`, `panic`, `hang`, `long`, `end`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Deduct {
     pub(crate) quantity: i64,
@@ -82,12 +82,14 @@ pub(crate) fn word(answer: &Answer) -> &str {
     }
 }
 
-/// Which of the three ways into the SDK a test takes.
+/// Which way into the SDK a test takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Level {
     Enter,
     Run,
     Action,
+    /// As [`Level::Action`], and phase two as a batch of one, which is otherwise never made.
+    Batch,
 }
 
-pub(crate) const LEVELS: [Level; 3] = [Level::Enter, Level::Run, Level::Action];
+pub(crate) const LEVELS: [Level; 4] = [Level::Enter, Level::Run, Level::Action, Level::Batch];

@@ -70,6 +70,12 @@ impl<DB: FenceDb> Fence<DB> {
 }
 
 impl Look {
+    /// Decides on a call of phase two whose row is there.
+    pub(super) fn of_phase_two(branch: &Branch, record: Record, retention: Duration) -> Self {
+        let now = record.now;
+        Self::new(branch, &[0; 32], Some(record), now, retention)
+    }
+
     /// Decides. `record`: the row as this call found or made it; `digest`: of this call's action and payload, if it is a Try.
     pub(super) fn new(
         branch: &Branch,
@@ -172,12 +178,17 @@ impl Look {
         phase: Phase,
         reply: &[u8],
     ) -> Result<(), Error> {
+        write::<DB>(connection, &self.settled(phase, reply)).await
+    }
+
+    /// The row when the work of this phase is done.
+    pub(super) fn settled<'a>(&'a self, phase: Phase, reply: &'a [u8]) -> Settle<'a> {
         let (state, reply) = match phase {
             Phase::Try => (State::Tried, Some(reply)),
             Phase::Confirm => (State::Confirmed, None),
             Phase::Cancel => (State::Cancelled, None),
         };
-        write::<DB>(connection, &Settle { key: &self.key, state, reply, seen: self.seen() }).await
+        Settle { key: &self.key, state, reply, seen: self.seen() }
     }
 
     /// Writes that no Try will have an effect.
@@ -204,7 +215,19 @@ pub(super) async fn write<DB: FenceDb>(
     connection: &mut DB::Connection,
     settle: &Settle<'_>,
 ) -> Result<(), Error> {
-    if DB::settle(connection, settle).await? == 1 {
+    wrote_all(DB::settle(connection, settle).await?, 1)
+}
+
+/// As [`write`], to several rows.
+pub(super) async fn write_many<DB: FenceDb>(
+    connection: &mut DB::Connection,
+    settles: &[Settle<'_>],
+) -> Result<(), Error> {
+    wrote_all(DB::settle_many(connection, settles).await?, settles.len())
+}
+
+fn wrote_all(written: u64, rows: usize) -> Result<(), Error> {
+    if usize::try_from(written) == Ok(rows) {
         return Ok(());
     }
     Err(Error::InvalidArgument(

@@ -48,13 +48,14 @@ use crate::{
 mod verdict;
 
 mod look;
+pub(crate) mod many;
 mod tx;
 
 #[cfg_attr(
     not(any(feature = "mysql", feature = "postgres", feature = "sqlite")),
     expect(dead_code, reason = "no database, nobody to ask")
 )]
-mod db;
+pub(crate) mod db;
 #[cfg(feature = "mysql")]
 mod mysql;
 #[cfg(feature = "postgres")]
@@ -93,6 +94,7 @@ pub struct Fence<DB: FenceDb> {
     pool: Pool<DB>,
     retention: Duration,
     forgotten_confirms: Arc<AtomicU64>,
+    failed_batches: Arc<AtomicU64>,
 }
 
 /// What [`Fence::enter`] says.
@@ -119,7 +121,12 @@ impl<DB: FenceDb> Fence<DB> {
     /// A fence whose table is in the database of this pool. Nothing is asked of it yet: see [`Fence::verify`].
     #[must_use]
     pub fn new(pool: Pool<DB>) -> Self {
-        Self { pool, retention: RETENTION, forgotten_confirms: Arc::default() }
+        Self {
+            pool,
+            retention: RETENTION,
+            forgotten_confirms: Arc::default(),
+            failed_batches: Arc::default(),
+        }
     }
 
     /// Keeps rows for another time than [`RETENTION`] after their last change. Give every program that shares the fence the same:
@@ -313,6 +320,13 @@ impl<DB: FenceDb> Fence<DB> {
     pub fn forgotten_confirms(&self) -> u64 {
         self.forgotten_confirms.load(Ordering::Relaxed)
     }
+
+    /// How many batches (see [`ActionInBatches`](crate::ActionInBatches)) were rolled back, so that their branches went one by one. Each is
+    /// in the log too, with its error. If they are many, batches disturb each other, or those who go alone.
+    #[must_use]
+    pub fn failed_batches(&self) -> u64 {
+        self.failed_batches.load(Ordering::Relaxed)
+    }
 }
 
 /// A length of time as the database counts it.
@@ -326,6 +340,7 @@ impl<DB: FenceDb> Clone for Fence<DB> {
             pool: self.pool.clone(),
             retention: self.retention,
             forgotten_confirms: self.forgotten_confirms.clone(),
+            failed_batches: self.failed_batches.clone(),
         }
     }
 }

@@ -4,9 +4,14 @@
 //! It does not matter whether the isolation level is REPEATABLE READ or READ COMMITTED: nothing here is read before its lock is
 //! held, and a locking read opens no snapshot, so the author's first SELECT sees what the lock waited for.
 
+use std::sync::LazyLock;
+
 use sqlx::{Error, MySql, MySqlConnection, pool::PoolConnection};
 
-use super::db::{Claim, FenceDb, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements};
+use super::db::{
+    Claim, FenceDb, FoundRow, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements,
+    in_order,
+};
 
 // The time is UTC_TIMESTAMP, that is when its statement began. So it is read by statements that follow the one which may wait;
 // and unlike UNIX_TIMESTAMP(SYSDATE(3)) it is not an hour off in the night when the session's time zone ends summer time.
@@ -29,6 +34,37 @@ UPDATE handfast_fence
 SET state = ?, reply = COALESCE(?, reply),
     changed_at = TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000
 WHERE xid = ? AND branch_id = ? AND seen = ?";
+
+// Of several rows. The index is forced: a plan that reads the whole table would lock the whole table. A row that others hold is skipped, so
+// this waits for nobody, and no two batches wait for each other.
+const HOLD_MANY: &str = "
+SELECT xid, branch_id, state, action, CASE WHEN state = 1 THEN payload END, seen + 1,
+    TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000
+FROM handfast_fence FORCE INDEX (PRIMARY) WHERE {rows} FOR UPDATE SKIP LOCKED";
+
+const COUNT_MANY: &str =
+    "UPDATE handfast_fence FORCE INDEX (PRIMARY) SET seen = seen + 1 WHERE {rows}";
+
+const SETTLE_MANY: &str = "
+UPDATE handfast_fence FORCE INDEX (PRIMARY)
+SET state = ?, changed_at = TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000
+WHERE {rows}";
+
+const ROW: &str = "(xid = ? AND branch_id = ?)";
+const ROW_AS_SEEN: &str = "(xid = ? AND branch_id = ? AND seen = ?)";
+
+/// How many rows a statement names. Few sizes, so that few statements are prepared: what is too few is filled up with the last row once
+/// more, which changes nothing, and what is too many is told in several.
+const SIZES: [usize; 4] = [1, 4, 16, ROWS_MAX];
+const ROWS_MAX: usize = 64;
+
+/// Hold, count and settle, for each size.
+static MANY: LazyLock<[[String; 3]; 4]> = LazyLock::new(|| {
+    SIZES.map(|size| {
+        [(HOLD_MANY, ROW), (COUNT_MANY, ROW), (SETTLE_MANY, ROW_AS_SEEN)]
+            .map(|(sql, row)| sql.replace("{rows}", &vec![row; size].join(" OR ")))
+    })
+});
 
 const NOW: &str = "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000";
 
@@ -77,6 +113,8 @@ BEGIN";
         ("seen", "bigint"),
     ];
 
+    const BATCHES_AT_A_TIME: usize = 1;
+
     async fn claim(connection: &mut MySqlConnection, claim: &Claim<'_>) -> Result<Record, Error> {
         sqlx::query(CLAIM)
             .bind(&claim.key.xid[..])
@@ -104,6 +142,48 @@ BEGIN";
         read(connection, key).await.map(Some)
     }
 
+    async fn find_many(
+        connection: &mut MySqlConnection,
+        keys: &[Key],
+    ) -> Result<Vec<Option<Record>>, Error> {
+        let mut found = Vec::with_capacity(keys.len());
+        for keys in keys.chunks(ROWS_MAX) {
+            let (rows, [hold, ..]) = filled(keys);
+            let mut query = sqlx::query_as::<_, FoundRow>(hold);
+            for key in rows {
+                query = query.bind(&key.xid[..]).bind(&key.branch_id[..]);
+            }
+            found.extend(in_order(keys, query.fetch_all(&mut *connection).await?)?);
+        }
+        let held = keys.iter().zip(&found).filter(|(_, record)| record.is_some());
+        let held: Vec<_> = held.map(|(key, _)| key).collect();
+        for keys in held.chunks(ROWS_MAX) {
+            let (rows, [_, count, _]) = filled(keys);
+            let mut query = sqlx::query(count);
+            for key in rows {
+                query = query.bind(&key.xid[..]).bind(&key.branch_id[..]);
+            }
+            query.execute(&mut *connection).await?;
+        }
+        Ok(found)
+    }
+
+    async fn settle_many(
+        connection: &mut MySqlConnection,
+        settles: &[Settle<'_>],
+    ) -> Result<u64, Error> {
+        let mut done = 0;
+        for settles in settles.chunks(ROWS_MAX) {
+            let (rows, [.., settle]) = filled(settles);
+            let mut query = sqlx::query(settle).bind(settles[0].state.code());
+            for Settle { key, seen, .. } in rows {
+                query = query.bind(&key.xid[..]).bind(&key.branch_id[..]).bind(seen);
+            }
+            done += query.execute(&mut *connection).await?.rows_affected();
+        }
+        Ok(done)
+    }
+
     async fn settle(connection: &mut MySqlConnection, settle: &Settle<'_>) -> Result<u64, Error> {
         // sqlx sets CLIENT_FOUND_ROWS, so a row that was found counts, also if it already said all this.
         let done = sqlx::query(SETTLE)
@@ -119,6 +199,11 @@ BEGIN";
 
     async fn now(connection: &mut MySqlConnection) -> Result<i64, Error> {
         sqlx::query_scalar(NOW).fetch_one(connection).await
+    }
+
+    async fn execute(connection: &mut MySqlConnection, sql: &'static str) -> Result<(), Error> {
+        sqlx::raw_sql(sql).execute(connection).await?;
+        Ok(())
     }
 
     async fn delete_old(connection: &mut MySqlConnection, old: &Old) -> Result<u64, Error> {
@@ -152,13 +237,11 @@ BEGIN";
     }
 
     async fn create(connection: &mut MySqlConnection) -> Result<(), Error> {
-        sqlx::raw_sql(Self::SCHEMA).execute(connection).await?;
-        Ok(())
+        Self::execute(connection, Self::SCHEMA).await
     }
 
     async fn restore(connection: &mut MySqlConnection) -> Result<(), Error> {
-        sqlx::raw_sql(RESTORE).execute(connection).await?;
-        Ok(())
+        Self::execute(connection, RESTORE).await
     }
 
     /// The connection is closed. It may be in the middle of a statement, and sqlx says itself that such a one should not be
@@ -167,6 +250,14 @@ BEGIN";
     fn abandon(mut connection: PoolConnection<Self>) {
         connection.close_on_drop();
     }
+}
+
+/// The smallest size that holds these rows: they, filled up, and its statements. At least one row, at most [`ROWS_MAX`].
+fn filled<T>(rows: &[T]) -> (impl Iterator<Item = &T>, [&'static str; 3]) {
+    let size = SIZES.iter().position(|size| rows.len() <= *size).unwrap_or(SIZES.len() - 1);
+    let last = rows.len() - 1;
+    let rows = (0..SIZES[size]).map(move |n| &rows[n.min(last)]);
+    (rows, MANY[size].each_ref().map(String::as_str))
 }
 
 async fn read(connection: &mut MySqlConnection, key: &Key) -> Result<Record, Error> {

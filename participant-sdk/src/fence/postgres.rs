@@ -2,7 +2,10 @@
 
 use sqlx::{Error, PgConnection, Postgres, pool::PoolConnection};
 
-use super::db::{Claim, FenceDb, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements};
+use super::db::{
+    Claim, FenceDb, FoundRow, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements,
+    in_order,
+};
 
 // `clock_timestamp()` and not `now()`: that is the time when the local transaction began, which may be before it waited.
 
@@ -24,6 +27,23 @@ const SETTLE: &str = "
 UPDATE handfast_fence
 SET state = $3, reply = coalesce($4, reply), changed_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint
 WHERE xid = $1 AND branch_id = $2 AND seen = $5";
+
+// A row that others hold is skipped, so this waits for nobody, and no two batches wait for each other.
+const FIND_MANY: &str = "
+WITH held AS (
+    SELECT xid, branch_id FROM handfast_fence
+    WHERE (xid, branch_id) IN (SELECT * FROM unnest($1::bytea[], $2::bytea[]))
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE handfast_fence AS f SET seen = f.seen + 1 FROM held WHERE f.xid = held.xid AND f.branch_id = held.branch_id
+RETURNING f.xid, f.branch_id, f.state, f.action, CASE WHEN f.state = 1 THEN f.payload END, f.seen,
+    (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
+
+const SETTLE_MANY: &str = "
+UPDATE handfast_fence AS f
+SET state = $4, changed_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint
+FROM unnest($1::bytea[], $2::bytea[], $3::bigint[]) AS seen (xid, branch_id, seen)
+WHERE f.xid = seen.xid AND f.branch_id = seen.branch_id AND f.seen = seen.seen";
 
 const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
 
@@ -70,6 +90,8 @@ impl Statements for Postgres {
         ("seen", "bigint"),
     ];
 
+    const BATCHES_AT_A_TIME: usize = 1;
+
     async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> Result<Record, Error> {
         sqlx::query_as::<_, RecordRow>(CLAIM)
             .bind(&claim.key.xid[..])
@@ -94,6 +116,26 @@ impl Statements for Postgres {
             .transpose()
     }
 
+    async fn find_many(
+        connection: &mut PgConnection,
+        keys: &[Key],
+    ) -> Result<Vec<Option<Record>>, Error> {
+        let (xids, branch_ids) = columns(keys.iter());
+        let found = sqlx::query_as::<_, FoundRow>(FIND_MANY).bind(xids).bind(branch_ids);
+        in_order(keys, found.fetch_all(connection).await?)
+    }
+
+    async fn settle_many(
+        connection: &mut PgConnection,
+        settles: &[Settle<'_>],
+    ) -> Result<u64, Error> {
+        let Some(Settle { state, .. }) = settles.first() else { return Ok(0) };
+        let (xids, branch_ids) = columns(settles.iter().map(|settle| settle.key));
+        let seen: Vec<_> = settles.iter().map(|settle| settle.seen).collect();
+        let query = sqlx::query(SETTLE_MANY).bind(xids).bind(branch_ids).bind(seen);
+        Ok(query.bind(state.code()).execute(connection).await?.rows_affected())
+    }
+
     async fn settle(connection: &mut PgConnection, settle: &Settle<'_>) -> Result<u64, Error> {
         let done = sqlx::query(SETTLE)
             .bind(&settle.key.xid[..])
@@ -108,6 +150,11 @@ impl Statements for Postgres {
 
     async fn now(connection: &mut PgConnection) -> Result<i64, Error> {
         sqlx::query_scalar(NOW).fetch_one(connection).await
+    }
+
+    async fn execute(connection: &mut PgConnection, sql: &'static str) -> Result<(), Error> {
+        sqlx::raw_sql(sql).execute(connection).await?;
+        Ok(())
     }
 
     async fn delete_old(connection: &mut PgConnection, old: &Old) -> Result<u64, Error> {
@@ -137,9 +184,8 @@ impl Statements for Postgres {
     }
 
     async fn create(connection: &mut PgConnection) -> Result<(), Error> {
-        sqlx::raw_sql(CREATE_ONE_AT_A_TIME).execute(&mut *connection).await?;
-        sqlx::raw_sql(Self::SCHEMA).execute(connection).await?;
-        Ok(())
+        Self::execute(connection, CREATE_ONE_AT_A_TIME).await?;
+        Self::execute(connection, Self::SCHEMA).await
     }
 
     /// SET LOCAL ends with the local transaction.
@@ -152,4 +198,9 @@ impl Statements for Postgres {
     fn abandon(mut connection: PoolConnection<Self>) {
         connection.close_on_drop();
     }
+}
+
+/// Keys as two arrays.
+fn columns<'a>(keys: impl Iterator<Item = &'a Key>) -> (Vec<&'a [u8]>, Vec<&'a [u8]>) {
+    keys.map(|key| (&key.xid[..], &key.branch_id[..])).unzip()
 }

@@ -67,6 +67,9 @@ impl Statements for Sqlite {
         ("seen", "integer"),
     ];
 
+    // There is one writer.
+    const BATCHES_AT_A_TIME: usize = 1;
+
     /// In a task of its own, which goes on when its caller has given up: sqlx closes a connection whose user goes away while it is
     /// pinged before use, and a connection of `sqlite::memory:` is the database.
     async fn acquire(pool: &Pool<Self>) -> Result<PoolConnection<Self>, Error> {
@@ -99,6 +102,29 @@ impl Statements for Sqlite {
             .transpose()
     }
 
+    // No server, no round trips: one after the other costs little.
+    async fn find_many(
+        connection: &mut SqliteConnection,
+        keys: &[Key],
+    ) -> Result<Vec<Option<Record>>, Error> {
+        let mut records = Vec::with_capacity(keys.len());
+        for key in keys {
+            records.push(Self::find(connection, key).await?);
+        }
+        Ok(records)
+    }
+
+    async fn settle_many(
+        connection: &mut SqliteConnection,
+        settles: &[Settle<'_>],
+    ) -> Result<u64, Error> {
+        let mut done = 0;
+        for settle in settles {
+            done += Self::settle(connection, settle).await?;
+        }
+        Ok(done)
+    }
+
     async fn settle(connection: &mut SqliteConnection, settle: &Settle<'_>) -> Result<u64, Error> {
         let done = sqlx::query(SETTLE)
             .bind(&settle.key.xid[..])
@@ -113,6 +139,11 @@ impl Statements for Sqlite {
 
     async fn now(connection: &mut SqliteConnection) -> Result<i64, Error> {
         sqlx::query_scalar(NOW).fetch_one(connection).await
+    }
+
+    async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> Result<(), Error> {
+        sqlx::raw_sql(sql).execute(connection).await?;
+        Ok(())
     }
 
     async fn delete_old(connection: &mut SqliteConnection, old: &Old) -> Result<u64, Error> {
@@ -144,8 +175,7 @@ impl Statements for Sqlite {
     }
 
     async fn create(connection: &mut SqliteConnection) -> Result<(), Error> {
-        sqlx::raw_sql(Self::SCHEMA).execute(connection).await?;
-        Ok(())
+        Self::execute(connection, Self::SCHEMA).await
     }
 
     async fn restore(_: &mut SqliteConnection) -> Result<(), Error> {

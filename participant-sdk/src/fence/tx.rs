@@ -20,6 +20,10 @@ use super::db::FenceDb;
 /// which ends its local transaction as surely, but later.
 pub(super) const GIVE_BACK_WITHIN: Duration = Duration::from_secs(2);
 
+// A savepoint is gone when the local transaction is in which it was made.
+const MARK: &str = "SAVEPOINT handfast";
+const MARK_AGAIN: &str = "RELEASE SAVEPOINT handfast; SAVEPOINT handfast";
+
 /// The local transaction in which the fence and your own statements are one.
 ///
 /// Write to your database through `&mut **tx`, and only through that: what goes over another connection is not undone with the
@@ -41,10 +45,12 @@ pub struct Tx<DB: FenceDb> {
     connection: Option<PoolConnection<DB>>,
     payload: Bytes,
     reply: Bytes,
+    marked: bool,
 }
 
 impl<DB: FenceDb> Tx<DB> {
-    /// What Try got, as its bytes: also in Confirm and Cancel, whatever their request carries.
+    /// What Try got, as its bytes: also in Confirm and Cancel, whatever their request carries. Where several branches are confirmed or
+    /// cancelled together it is empty: each [`Tried`](crate::Tried) has its own.
     #[must_use]
     pub fn payload(&self) -> &Bytes {
         &self.payload
@@ -56,7 +62,7 @@ impl<DB: FenceDb> Tx<DB> {
         self.reply = reply.into();
     }
 
-    pub(super) fn set_payload(&mut self, payload: Bytes) {
+    pub(crate) fn set_payload(&mut self, payload: Bytes) {
         self.payload = payload;
     }
 
@@ -64,10 +70,17 @@ impl<DB: FenceDb> Tx<DB> {
         mem::take(&mut self.reply)
     }
 
+    /// Fails if the local transaction has ended in which the last mark was made.
+    pub(crate) async fn mark(&mut self) -> Result<(), Error> {
+        let sql = if self.marked { MARK_AGAIN } else { MARK };
+        self.marked = true;
+        DB::execute(self, sql).await
+    }
+
     /// Waits for a connection, and begins.
     pub(super) async fn begin(pool: &Pool<DB>) -> Result<Self, Error> {
         let connection = Some(DB::acquire(pool).await?);
-        let mut tx = Self { connection, payload: Bytes::new(), reply: Bytes::new() };
+        let mut tx = Self { connection, payload: Bytes::new(), reply: Bytes::new(), marked: false };
         // Through sqlx's own counter of nested transactions, so that the author's `tx.begin()` makes a savepoint. Had we sent a
         // plain BEGIN, theirs would be a second one, and on MySQL that commits the first.
         DB::TransactionManager::begin(&mut tx, Some(DB::BEGIN.into_sql_str())).await?;

@@ -1,6 +1,7 @@
 //! The laws of an action. Whatever the network does, a branch ends in one of two ways: confirmed, once; or as if it had never
 //! been. Here Try, Confirm and Cancel are delivered in every order that can happen, repeated, late, side by side, and with the
-//! author's code given up in the middle, each time in a new world; and each time the world's state must be the one or the other.
+//! author's code given up in the middle, each time in a new world; and each time the world's state must be the one or the other. So must
+//! that of two branches whose phase two comes together.
 
 use std::{
     fmt::{self, Debug},
@@ -12,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
-use handfast_proto::Xid;
+use handfast_proto::{Xid, reason};
 
 use crate::{Answer, Branch, Contract, Participant, Payload, Phase};
 
@@ -230,15 +231,10 @@ async fn check<S: PartialEq + Debug>(
         for (first, second, expected) in
             [(&[Try, Confirm][..], other, &confirmed), (other, &[Try, Confirm], &other_confirmed)]
         {
-            let end = play.story(first, second).await?.state;
-            let story = format!(
-                "{}; and in turn with it, of another branch: {}",
-                words(first),
-                words(second)
-            );
-            play.same(&story, neighbours, expected, &end)?;
+            play.both_end_in(first, second, neighbours, expected).await?;
         }
     }
+    play.together([&untouched, &confirmed, &other_confirmed]).await?;
     // What was never tried cannot be confirmed.
     let end = play.story(&[Step::StrayConfirm], &[]).await?.state;
     play.same("confirm", "what was never tried is not confirmed", &untouched, &end)?;
@@ -259,6 +255,12 @@ enum Step {
     GiveUp(Phase, usize),
     /// A Confirm of what nobody has tried.
     StrayConfirm,
+    /// One for each of the two branches, in one batch if the action is served in batches; or else side by side.
+    Both(Phase),
+    /// The same, beside one for the first branch alone.
+    BothBesideOne(Phase),
+    /// The same, dropped when it is suspended for the nth time.
+    GiveUpBoth(Phase, usize),
 }
 
 impl fmt::Display for Step {
@@ -271,6 +273,13 @@ impl fmt::Display for Step {
             Self::ConfirmConfirm => f.write_str("confirm beside confirm"),
             Self::CancelCancel => f.write_str("cancel beside cancel"),
             Self::TryCancel => f.write_str("try beside cancel"),
+            Self::Both(phase) => write!(f, "{phase} of both branches together"),
+            Self::BothBesideOne(phase) => {
+                write!(f, "{phase} of both branches together beside {phase} of the first")
+            }
+            Self::GiveUpBoth(phase, n) => {
+                write!(f, "{phase} of both branches together given up at its {n}. suspension")
+            }
             Self::GiveUp(phase, n) => write!(f, "{phase} given up at its {n}. suspension"),
         }
     }
@@ -325,6 +334,69 @@ impl<W, I> Play<W, I> {
             }
         }
         Ok(Played { state: world.state().await, gave_up })
+    }
+
+    /// Two branches whose phase two comes together. `ends`: untouched, the first one confirmed, the second one confirmed.
+    async fn together<S>(&mut self, ends: [&S; 3]) -> Result<(), BrokenLaw>
+    where
+        S: PartialEq + Debug,
+        W: AsyncFn() -> World<S>,
+        I: Fn(&S) -> bool,
+    {
+        use Phase::{Cancel as Cancelled, Confirm as Confirmed};
+        use Step::{Both, BothBesideOne, Cancel, Confirm, GiveUpBoth, Try};
+
+        let law = "branches whose phase two comes together end as if each had come alone";
+        let [untouched, one_confirmed, other_confirmed] = ends;
+        let both_confirmed = &self.story(&[Try, Confirm], &[Try, Confirm]).await?.state;
+        for (one, other, end) in [
+            (&[Try, Both(Confirmed)][..], &[Try][..], both_confirmed),
+            (&[Try, Both(Cancelled)], &[Try], untouched),
+            // One that was done before, one that never was, and one that ended the other way.
+            (&[Try, Confirm, Both(Confirmed), Both(Confirmed)], &[Try], both_confirmed),
+            (&[Try, Cancel, Both(Cancelled), Both(Cancelled)], &[Try], untouched),
+            (&[Both(Cancelled), Try, Both(Cancelled)], &[], untouched),
+            (&[Try, Confirm, Both(Cancelled)], &[Try], one_confirmed),
+            (&[Try, Cancel, Both(Confirmed)], &[Try], other_confirmed),
+        ] {
+            self.both_end_in(one, other, law, end).await?;
+        }
+        for _ in 0..ROUNDS {
+            for (phase, end) in [(Confirmed, both_confirmed), (Cancelled, untouched)] {
+                self.both_end_in(&[Try, BothBesideOne(phase)], &[Try], law, end).await?;
+            }
+        }
+        for (phase, end) in [(Confirmed, both_confirmed), (Cancelled, untouched)] {
+            let (mut suspension, mut through) = (1, 0);
+            while through < THROUGH && suspension <= SUSPENSIONS_MAX {
+                let steps = [Try, GiveUpBoth(phase, suspension), Both(phase)];
+                if self.both_end_in(&steps, &[Try], law, end).await?.gave_up {
+                    (suspension, through) = (suspension + 1, 0);
+                } else {
+                    through += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn both_end_in<S>(
+        &mut self,
+        one: &[Step],
+        other: &[Step],
+        law: &str,
+        expected: &S,
+    ) -> Result<Played<S>, BrokenLaw>
+    where
+        S: PartialEq + Debug,
+        W: AsyncFn() -> World<S>,
+        I: Fn(&S) -> bool,
+    {
+        let played = self.story(one, other).await?;
+        let other = if other.is_empty() { "nothing".to_owned() } else { words(other) };
+        let story = format!("{}; and in turn with it, of another branch: {other}", words(one));
+        self.same(&story, law, expected, &played.state)?;
+        Ok(played)
     }
 
     async fn ends_in<S>(
@@ -382,6 +454,21 @@ impl<W, I> Play<W, I> {
                 self.report.given_up += usize::from(gave_up);
                 return Ok(gave_up);
             }
+            Step::Both(phase) => self.deliver_both(world, phase).await,
+            Step::BothBesideOne(phase) => {
+                let both = self.deliver_both(world, phase);
+                let (mut answers, one) = tokio::join!(both, once(phase));
+                answers.push((phase, one));
+                answers
+            }
+            Step::GiveUpBoth(phase, suspension) => {
+                let both = ["1", "2"].map(|branch_id| self.branch(branch_id, phase));
+                let both = world.participant.handle_together(&both);
+                let gave_up = !within_suspensions(both, suspension).await;
+                self.report.deliveries += 2;
+                self.report.given_up += usize::from(gave_up);
+                return Ok(gave_up);
+            }
             Step::StrayConfirm => {
                 self.report.deliveries += 1;
                 let answer = self.call(world, branch_id, Phase::Confirm).await;
@@ -398,6 +485,10 @@ impl<W, I> Play<W, I> {
                 (_, Answer::Done(_)) => true,
                 // Whether it is too late the story knows; that it had no effect, its end.
                 (Phase::Try, Answer::TooLate(_)) => story.contains("cancel"),
+                // Of a batch, one may have ended the other way before: whether it has the story knows, too.
+                (_, Answer::Refused(refusal)) if matches!(step, Step::Both(_)) => {
+                    refusal.reason == reason::OPPOSITE_DONE
+                }
                 _ => false,
             };
             if !fits {
@@ -431,10 +522,30 @@ impl<W, I> Play<W, I> {
         }
     }
 
-    async fn call<S>(&self, world: &World<S>, branch_id: &str, phase: Phase) -> Answer {
+    /// Delivers a call of phase two to both branches, together, and repeats alone what is to be repeated.
+    async fn deliver_both<S>(&self, world: &World<S>, phase: Phase) -> Vec<(Phase, Answer)> {
+        let both = ["1", "2"].map(|branch_id| self.branch(branch_id, phase));
+        let together = world.participant.handle_together(&both);
+        let answers = tokio::time::timeout(CALL_TIMEOUT, together).await.unwrap_or_else(|_| {
+            vec![Answer::Unknown(format!("no answer within {CALL_TIMEOUT:?}")); both.len()]
+        });
+        let mut last = Vec::new();
+        for (branch, mut answer) in both.iter().zip(answers) {
+            if let Answer::Retry(_) = answer {
+                answer = self.deliver(world, branch.branch_id.as_str(), phase).await;
+            }
+            last.push((phase, answer));
+        }
+        last
+    }
+
+    fn branch(&self, branch_id: &str, phase: Phase) -> Branch {
         let xid = Xid { partition: 0, epoch: 1, sequence: 1, nonce: 1 };
-        let branch_id = branch_id.parse().expect("a branch id");
-        let branch = Branch::new(xid, branch_id, self.action, phase);
+        Branch::new(xid, branch_id.parse().expect("a branch id"), self.action, phase)
+    }
+
+    async fn call<S>(&self, world: &World<S>, branch_id: &str, phase: Phase) -> Answer {
+        let branch = self.branch(branch_id, phase);
         let payload: &[u8] = match (phase, branch.branch_id.as_str()) {
             (Phase::Confirm | Phase::Cancel, _) => &[],
             (Phase::Try, "1") => &self.payloads[0],

@@ -24,7 +24,7 @@ use crate::fence::fixture::Level;
 const SERVERS: &str = "TEST_MYSQL_SERVERS";
 /// Levels at which a call may be given up, and whether in memory, which is nothing else here. At level 0 the local transaction is sqlx's, and that loses a connection of MySQL for ever
 /// if it is dropped in the middle of a statement.
-const GIVEN_UP: [(Level, bool); 1] = [(Level::Action, false)];
+const GIVEN_UP: [(Level, bool); 2] = [(Level::Action, false), (Level::Batch, false)];
 /// How a local transaction begins that is not the fence's.
 const BEGIN: &str = "BEGIN";
 /// Isolation levels that a service may have set, as a statement for a new connection.
@@ -32,6 +32,8 @@ const ISOLATIONS: [&str; 2] = [
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
 ];
+/// At which of them a row that has changed since the local transaction began cannot be changed.
+const SERIALIZES: Option<&str> = None;
 /// What the database calls a deadlock.
 const DEADLOCK: &str = "1213";
 

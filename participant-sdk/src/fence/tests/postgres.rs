@@ -23,7 +23,8 @@ use crate::fence::fixture::Level;
 /// Where the servers are.
 const SERVERS: &str = "TEST_POSTGRES_SERVERS";
 /// Levels at which a call may be given up, and whether in memory, which is nothing else here.
-const GIVEN_UP: [(Level, bool); 2] = [(Level::Enter, false), (Level::Action, false)];
+const GIVEN_UP: [(Level, bool); 3] =
+    [(Level::Enter, false), (Level::Action, false), (Level::Batch, false)];
 /// How a local transaction begins that is not the fence's.
 const BEGIN: &str = "BEGIN";
 /// Isolation levels that a service may have set, as a statement for a new connection.
@@ -31,6 +32,8 @@ const ISOLATIONS: [&str; 2] = [
     "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED",
     "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 ];
+/// At which of them a row that has changed since the local transaction began cannot be changed.
+const SERIALIZES: Option<&str> = Some(ISOLATIONS[1]);
 /// What the database calls a deadlock.
 const DEADLOCK: &str = "40P01";
 

@@ -2,25 +2,31 @@
 //! each other. The same text for each kind of server.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use sqlx::Executor as _;
 
-use super::{DEADLOCK, Db, ISOLATIONS, Pool, PoolOptions, places, sql};
+use super::{DEADLOCK, Db, ISOLATIONS, Pool, PoolOptions, SERIALIZES, places, shop::Shop, sql};
 use crate::{
-    Action, Answer, Branch, Contract, Failed, Fence, Json, Participant, Phase, TryError, Tx, Xid,
+    Action, ActionInBatches, Answer, Branch, Contract, Failed, Fence, Json, Participant, Phase,
+    Tried, TryError, Tx, Xid,
+    batches::one_by_one,
     fence::{
         LOCK_WAIT,
-        fixture::{Level, UNTOUCHED, branch as branch_of_shop, payload, word},
+        db::Statements as _,
+        fixture::{Level, UNTOUCHED, branch as branch_of_shop, payload, payload_that, word},
     },
 };
 
 /// Transactions that race, each with three branches of this participant.
 const TRANSACTIONS: u64 = 40;
 /// How often each call is delivered.
-const TIMES: usize = 2;
+const TIMES: usize = 3;
 /// How long connections may be busy with statements that wait for a lock. (To MySQL, one is closed when it has answered, which is when
 /// its statement has waited long enough; the server looks once a second.) Without a limit of ours it would be 50 s.
 const BUSY_MAX: Duration = Duration::from_secs(LOCK_WAIT.as_secs() * 3);
@@ -35,7 +41,11 @@ impl Contract for Deduct {
     type Reply = ();
 }
 
-struct Stock;
+#[derive(Clone, Default)]
+struct Stock {
+    /// How many branches went together, of all batches.
+    together: Arc<AtomicUsize>,
+}
 
 /// One row for each branch, so that what is tested is the fence and not a hot row of the test's own.
 impl Action for Stock {
@@ -71,6 +81,26 @@ impl Action for Stock {
     }
 }
 
+impl ActionInBatches for Stock {
+    async fn on_confirm_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<i64>>],
+    ) -> Result<(), Failed> {
+        self.together.fetch_add(tried.len(), Ordering::Relaxed);
+        one_by_one(self, tx, tried).await
+    }
+
+    async fn on_cancel_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<i64>>],
+    ) -> Result<(), Failed> {
+        self.together.fetch_add(tried.len(), Ordering::Relaxed);
+        one_by_one(self, tx, tried).await
+    }
+}
+
 fn name(branch: &Branch) -> String {
     format!("{}/{}", branch.xid, branch.branch_id)
 }
@@ -97,18 +127,29 @@ async fn deliver(participant: &Participant, branch: &Branch, answers: &Mutex<Vec
     panic!("{} of {} never ends", branch.phase, name(branch));
 }
 
-async fn race(url: &str, isolation: &'static str) {
+async fn connect(url: &str, isolation: &'static str) -> Pool {
     let pool = PoolOptions::new().max_connections(16).after_connect(move |connection, _| {
         Box::pin(async move { connection.execute(isolation).await.map(drop) })
     });
-    let pool: Pool = pool.connect(url).await.unwrap();
+    pool.connect(url).await.unwrap()
+}
+
+async fn race(url: &str, isolation: &'static str) {
+    let pool = connect(url, isolation).await;
     let fence = Fence::new(pool.clone());
     fence.create_table_if_missing().await.unwrap();
     let held = "DROP TABLE IF EXISTS held; DELETE FROM handfast_fence; \
                 CREATE TABLE held (branch VARCHAR(64) PRIMARY KEY, pieces BIGINT NOT NULL, sold BIGINT NOT NULL)";
     sqlx::raw_sql(held).execute(&pool).await.unwrap();
 
-    let participant = Participant::builder("stock").action(&fence, Stock).build();
+    // Two programs that serve the same: one in batches, the other one by one; and a third, in batches too.
+    let stock = Stock::default();
+    let builder = || Participant::builder("stock");
+    let participants = [
+        builder().action_in_batches(&fence, stock.clone()).build(),
+        builder().action(&fence, stock.clone()).build(),
+        builder().action_in_batches(&fence, stock.clone()).build(),
+    ];
     let answers = Arc::new(Mutex::new(Vec::new()));
     let mut calls = tokio::task::JoinSet::new();
     for n in 1..=TRANSACTIONS {
@@ -116,7 +157,8 @@ async fn race(url: &str, isolation: &'static str) {
             // Every other one is confirmed. A Try and a Cancel of the rest meet in any order, and so do their repeats.
             let phases = [Phase::Try, if n % 2 == 0 { Phase::Confirm } else { Phase::Cancel }];
             for phase in phases.repeat(TIMES) {
-                let (participant, answers) = (participant.clone(), answers.clone());
+                let participant = participants[calls.len() % participants.len()].clone();
+                let answers = answers.clone();
                 calls.spawn(async move {
                     deliver(&participant, &branch(n, id, phase), &answers).await;
                 });
@@ -130,6 +172,12 @@ async fn race(url: &str, isolation: &'static str) {
     let deadlocks: Vec<_> =
         answers.iter().filter(|answer| format!("{answer:?}").contains(DEADLOCK)).collect();
     assert!(deadlocks.is_empty(), "{isolation}: {} deadlocks: {:?}", deadlocks.len(), deadlocks[0]);
+
+    if SERIALIZES != Some(isolation) {
+        assert_eq!(fence.failed_batches(), 0, "{isolation}: batches disturb somebody");
+    }
+    let together = stock.together.load(Ordering::Relaxed);
+    assert!(together > 0, "{isolation}: there were no batches");
 
     let rows: Vec<(String, i64, i64)> =
         sqlx::query_as("SELECT branch, pieces, sold FROM held").fetch_all(&pool).await.unwrap();
@@ -199,5 +247,105 @@ async fn a_hung_try_does_not_empty_the_pool() {
         assert_eq!((word(&answer), shop.state(1).await.as_deref()), ("Done", Some("suspended")));
         shop.deliver(Level::Run, &branch_of_shop(2, Phase::Cancel), &[]).await;
         assert_eq!(shop.shelf().await, UNTOUCHED);
+    }
+}
+
+/// Somebody else holds the row of one branch. Those that are confirmed with it do not wait for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_row_that_is_held_holds_up_its_own_branch_only() {
+    for place in places().await {
+        let shop = place.open(8).await;
+        let turns = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
+        let (held, last) = (turns + 1, turns + 3);
+        for n in 1..=last {
+            shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(1)).await;
+        }
+        let mut other = shop.pool.begin().await.unwrap();
+        let hold = sql("UPDATE handfast_fence SET seen = seen WHERE xid = ?");
+        let xid = branch_of_shop(held, Phase::Try).xid.to_bytes();
+        sqlx::query(hold).bind(&xid[..]).execute(&mut *other).await.unwrap();
+
+        let calls: Vec<_> = (1..=last).map(|n| branch_of_shop(n, Phase::Confirm)).collect();
+        let mut waiting = tokio::spawn({
+            let (shop, calls) = (shop.clone(), calls.clone());
+            async move { shop.together(&calls).await }
+        });
+        // What is together is committed at once; the one that is left waits alone.
+        let rest = async {
+            while shop.state(last).await.as_deref() != Some("confirmed") {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LOCK_WAIT, rest).await.expect("they wait for the row that is held");
+        assert!(!waiting.is_finished());
+        other.rollback().await.unwrap();
+        let answers = (&mut waiting).await.unwrap();
+        assert!(answers.iter().all(|answer| word(answer) == "Done"), "{answers:?}");
+    }
+}
+
+/// A Confirm hangs in its author's code. Those that wait for it do so for a while only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_hung_confirm_does_not_hold_up_the_others() {
+    for place in places().await {
+        let shop = place.open(8).await;
+        let turns = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
+        for n in 1..=turns + 3 {
+            shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(0)).await;
+        }
+        let participant = shop.participant_in_batches();
+        let confirm = |n| {
+            let (participant, confirm) = (participant.clone(), branch_of_shop(n, Phase::Confirm));
+            tokio::spawn(async move { participant.handle(&confirm, &[]).await })
+        };
+        let runs = shop.runs();
+        for n in 1..=turns {
+            shop.change_payload(n, payload_that(0, "hang")).await;
+        }
+        let hanging: Vec<_> = (1..=turns).map(confirm).collect();
+        while shop.runs() < runs + hanging.len() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let others: Vec<_> = (turns + 1..=turns + 3).map(confirm).collect();
+        for other in others {
+            let answer = tokio::time::timeout(LOCK_WAIT, other).await.expect("they wait for it");
+            assert_eq!(word(&answer.unwrap()), "Done");
+        }
+        for hanging in hanging {
+            assert!(!hanging.is_finished());
+            hanging.abort();
+            drop(hanging.await);
+        }
+    }
+}
+
+/// A statement of a batch reads and locks the rows that it names, and no others: no plan may read the whole table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_batch_locks_no_rows_but_its_own() {
+    for place in places().await {
+        for isolation in ISOLATIONS {
+            let home = place.home().await;
+            let shop = Shop::open(connect(&home.url(), isolation).await, Some(home)).await;
+            for n in 1..=10 {
+                shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(0)).await;
+            }
+            // In the middle of a batch with the even ones, the odd ones are free.
+            let even = (2..=10).step_by(2).map(|n| branch_of_shop(n, Phase::Confirm));
+            let even: Vec<_> = even.collect();
+            let free = shop.clone();
+            let answers = shop.fence.run_many(Phase::Confirm, &even, async move |(_, to_run)| {
+                assert_eq!(to_run.len(), 5);
+                for n in (1..=11).step_by(2) {
+                    let cancel = branch_of_shop(n, Phase::Cancel);
+                    let cancel = free.deliver(Level::Run, &cancel, &[]);
+                    let cancelled = tokio::time::timeout(LOCK_WAIT / 2, cancel).await;
+                    assert_eq!(word(&cancelled.expect("it is locked")), "Done", "{n}");
+                }
+                Ok(())
+            });
+            let answers = answers.await;
+            assert!(answers.iter().flatten().all(|answer| word(answer) == "Done"), "{answers:?}");
+            assert_eq!(answers.iter().flatten().count(), 5);
+        }
     }
 }

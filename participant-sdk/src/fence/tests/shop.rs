@@ -9,8 +9,9 @@ use sqlx::{AssertSqlSafe, Pool};
 
 use super::{BEGIN, Db, Home, sql};
 use crate::{
-    Action, Answer, Branch, Failed, Fence, Json, Participant, Payload as _, Phase, Refusal,
-    TryError, Tx,
+    Action, ActionInBatches, Answer, Branch, Failed, Fence, Json, Participant, Payload as _, Phase,
+    Refusal, Tried, TryError, Tx,
+    batches::one_by_one,
     fence::{
         Entered,
         fixture::{Deduct, DeductStock, Level, STOCK, Shelf, branch},
@@ -25,6 +26,8 @@ pub(crate) struct Shop {
     pub(crate) fence: Fence<Db>,
     /// How often the author's code ran.
     pub(crate) runs: Arc<AtomicUsize>,
+    /// How often it was asked for several branches at once.
+    pub(crate) batches: Arc<AtomicUsize>,
     /// Its database. `None`: that is the only connection.
     pub(crate) home: Option<Home>,
 }
@@ -40,7 +43,7 @@ impl Shop {
             "DELETE FROM handfast_fence; DELETE FROM shelf; INSERT INTO shelf VALUES ({STOCK}, 0, 0)"
         );
         sqlx::raw_sql(AssertSqlSafe(shelf)).execute(&pool).await.unwrap();
-        Self { pool, fence, runs: Arc::default(), home }
+        Self { pool, fence, runs: Arc::default(), batches: Arc::default(), home }
     }
 
     /// Another program that serves the same.
@@ -51,6 +54,11 @@ impl Shop {
 
     pub(crate) fn participant(&self) -> Participant {
         Participant::builder("inventory").action(&self.fence, self.clone()).build()
+    }
+
+    /// The same, and calls that wait together go together.
+    pub(crate) fn participant_in_batches(&self) -> Participant {
+        Participant::builder("inventory").action_in_batches(&self.fence, self.clone()).build()
     }
 
     /// Delivers one call at one level. The work is the same at each.
@@ -72,7 +80,16 @@ impl Shop {
                 self.fence.run(branch, payload, work).await
             }
             Level::Action => self.participant().handle(branch, payload).await,
+            Level::Batch if branch.phase == Phase::Try => {
+                self.participant_in_batches().handle(branch, payload).await
+            }
+            Level::Batch => self.together(std::slice::from_ref(branch)).await.remove(0),
         }
+    }
+
+    /// Delivers calls of phase two that have waited together.
+    pub(crate) async fn together(&self, branches: &[Branch]) -> Vec<Answer> {
+        self.participant_in_batches().handle_together(branches).await
     }
 
     async fn enter(&self, branch: &Branch, payload: &[u8]) -> Result<Answer, TryError> {
@@ -128,6 +145,7 @@ impl Shop {
             }
             ("fail", _) => Err(std::io::Error::other("the disk is on fire").into()),
             ("long", Phase::Try) => Ok(Json("x".repeat(64 * 1024)).encode().unwrap().to_vec()),
+            ("panic", Phase::Confirm | Phase::Cancel) => panic!("as planned"),
             ("end", _) => {
                 // What an author might do by mistake; and what SQLite does by itself when the disk is full.
                 sqlx::raw_sql("ROLLBACK").execute(connection).await?;
@@ -148,6 +166,18 @@ impl Shop {
             .fetch_optional(&self.pool)
             .await
             .unwrap()
+    }
+
+    /// Changes what Try of the `n`th transaction has left for its phase two.
+    pub(crate) async fn change_payload(&self, n: u64, payload: Vec<u8>) {
+        let change = sqlx::query(sql("UPDATE handfast_fence SET payload = ? WHERE xid = ?"));
+        let xid = branch(n, Phase::Try).xid.to_bytes();
+        let changed = change.bind(payload).bind(&xid[..]).execute(&self.pool).await.unwrap();
+        assert_eq!(changed.rows_affected(), 1);
+    }
+
+    pub(crate) fn batches(&self) -> usize {
+        self.batches.load(Ordering::SeqCst)
     }
 
     pub(crate) fn runs(&self) -> usize {
@@ -188,6 +218,17 @@ impl Action for Shop {
     }
 }
 
+impl ActionInBatches for Shop {
+    async fn on_confirm_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<Deduct>>],
+    ) -> Result<(), Failed> {
+        self.batches.fetch_add(1, Ordering::SeqCst);
+        one_by_one(self, tx, tried).await
+    }
+}
+
 impl Shop {
     async fn phase_two(
         &self,
@@ -197,6 +238,10 @@ impl Shop {
     ) -> Result<(), Failed> {
         if args.0.how == "attention" {
             return Err(Failed::NeedsAttention("the shelf has fallen over".to_owned()));
+        }
+        if args.0.how == "hang" {
+            self.runs.fetch_add(1, Ordering::SeqCst);
+            std::future::pending::<()>().await;
         }
         match self.work(tx, branch.phase, &args.encode().unwrap()).await {
             Ok(_) => Ok(()),

@@ -26,12 +26,14 @@ use crate::{
 
 /// Levels at which a call may be given up, and whether in memory. There the database is its connection, and sqlx may close it at level 0,
 /// where the local transaction is sqlx's.
-const GIVEN_UP: [(Level, bool); 5] = [
+const GIVEN_UP: [(Level, bool); 7] = [
     (Level::Enter, false),
     (Level::Run, false),
     (Level::Run, true),
     (Level::Action, false),
     (Level::Action, true),
+    (Level::Batch, false),
+    (Level::Batch, true),
 ];
 /// How a local transaction begins that is not the fence's.
 const BEGIN: &str = "BEGIN IMMEDIATE";

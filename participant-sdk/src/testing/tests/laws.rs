@@ -6,6 +6,7 @@ use super::{
     super::{BrokenLaw, Report, World, laws},
     *,
 };
+use crate::{ActionInBatches, Tried};
 
 /// What is wrong with an action that is otherwise as it should be.
 enum Bug {
@@ -103,6 +104,106 @@ async fn an_action_as_it_should_be_keeps_them() {
     let report = check(|| Inventory).await.unwrap();
     assert!(report.stories > 80 && report.deliveries > 150, "{report:?}");
     assert!(report.given_up > 25, "each call was given up at each of its suspensions: {report:?}");
+}
+
+/// An action in batches that confirms in one statement.
+struct Batches(InBatches);
+
+enum InBatches {
+    AsTheyShouldBe,
+    /// It takes all branches to be as the first one.
+    OfOneOnly,
+    /// It remembers beside the database that it has been done.
+    NotRepeatable(AtomicBool),
+}
+
+impl Action for Batches {
+    type Contract = Deduct;
+    type Db = Sqlite;
+
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        args: &Json<i64>,
+    ) -> Result<Json<i64>, TryError> {
+        Inventory.on_try(tx, branch, args).await
+    }
+
+    async fn on_confirm(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        args: &Json<i64>,
+    ) -> Result<(), Failed> {
+        if let InBatches::NotRepeatable(done) = &self.0
+            && done.load(Ordering::Relaxed)
+        {
+            return Ok(());
+        }
+        Inventory.on_confirm(tx, branch, args).await
+    }
+
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        args: &Json<i64>,
+    ) -> Result<(), Failed> {
+        Inventory.on_cancel(tx, branch, args).await
+    }
+}
+
+impl ActionInBatches for Batches {
+    async fn on_confirm_many(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        tried: &[Tried<Json<i64>>],
+    ) -> Result<(), Failed> {
+        let pieces = match &self.0 {
+            InBatches::NotRepeatable(done) if done.swap(true, Ordering::Relaxed) => return Ok(()),
+            InBatches::OfOneOnly => tried[0].args.0,
+            InBatches::AsTheyShouldBe | InBatches::NotRepeatable(_) => {
+                tried.iter().map(|branch| branch.args.0).sum()
+            }
+        };
+        Inventory.on_confirm(tx, &tried[0].branch, &Json(pieces)).await
+    }
+}
+
+async fn check_batches(batches: impl Fn() -> InBatches) -> Result<Report, BrokenLaw> {
+    let new_world = async || {
+        let db = Database::new(SCHEMA).await;
+        let fence = Fence::new(db.pool());
+        fence.create_table_if_missing().await.unwrap();
+        let builder = Participant::builder("inventory");
+        let participant = builder.action_in_batches(&fence, Batches(batches())).build();
+        World::new(participant, async move || stock(&db.pool()).await)
+    };
+    laws::<Deduct, _>(Json(2), new_world, nothing_is_lost).await
+}
+
+#[tokio::test]
+async fn batches_as_they_should_be_keep_them() {
+    check_batches(|| InBatches::AsTheyShouldBe).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_batch_that_forgets_a_branch_is_found() {
+    let broken = check_batches(|| InBatches::OfOneOnly).await.unwrap_err();
+    assert!(broken.story.contains("confirm of both branches together"), "{broken}");
+    assert_eq!(
+        (broken.expected.as_str(), broken.found.as_str()),
+        ("(6, 0, 4)", "(6, 2, 2)"),
+        "{broken}"
+    );
+}
+
+#[tokio::test]
+async fn a_batch_that_is_not_repeatable_is_found() {
+    let broken =
+        check_batches(|| InBatches::NotRepeatable(AtomicBool::new(false))).await.unwrap_err();
+    assert!(broken.story.contains("together given up at its"), "{broken}");
 }
 
 #[tokio::test]

@@ -3,14 +3,17 @@
 //! Its one action, `inventory.deduct`: Try moves pieces from available to frozen, Confirm from frozen to sold, Cancel back to
 //! available. That each of them counts once, whatever the network does, is not its business: the fence sees to it.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use handfast::{Action, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, TryError, Tx};
-use sqlx::Pool;
+use handfast::{
+    Action, ActionInBatches, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, Tried,
+    TryError, Tx,
+};
+use sqlx::{Pool, QueryBuilder};
 use tonic::transport::Server;
 
 use super::Db; // sqlx::Sqlite or sqlx::MySql: see sqlite.rs and mysql.rs
-use crate::{Deduct, DeductStock, Setup, one_row};
+use crate::{Deduct, DeductStock, Setup, all_rows, one_row};
 
 /// Its tables.
 pub const SCHEMA: &str = "
@@ -94,6 +97,62 @@ impl Action for Inventory {
     }
 }
 
+/// Everybody buys the same mouse: orders that are confirmed at the same moment are one UPDATE of its row.
+impl ActionInBatches for Inventory {
+    async fn on_confirm_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<Deduct>>],
+    ) -> Result<(), Failed> {
+        for (sku, quantity) in pieces(tried) {
+            let sell = "UPDATE stock SET frozen = frozen - ?, sold = sold + ? WHERE sku = ?";
+            let sell = sqlx::query(sell).bind(quantity).bind(quantity).bind(sku);
+            one_row(sell.execute(&mut **tx).await?.rows_affected())?;
+        }
+        note(tx, "UPDATE deduction SET state = 'sold'", tried).await?;
+        Ok(())
+    }
+
+    async fn on_cancel_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<Deduct>>],
+    ) -> Result<(), Failed> {
+        for (sku, quantity) in pieces(tried) {
+            let thaw =
+                "UPDATE stock SET frozen = frozen - ?, available = available + ? WHERE sku = ?";
+            let thaw = sqlx::query(thaw).bind(quantity).bind(quantity).bind(sku);
+            one_row(thaw.execute(&mut **tx).await?.rows_affected())?;
+        }
+        note(tx, "DELETE FROM deduction", tried).await?;
+        Ok(())
+    }
+}
+
+/// How many of each SKU. Sorted: who locks several rows does so in the same order as everybody else.
+fn pieces(tried: &[Tried<Json<Deduct>>]) -> BTreeMap<&str, i64> {
+    let mut pieces = BTreeMap::new();
+    for Tried { args: Json(deduct), .. } in tried {
+        *pieces.entry(deduct.sku.as_str()).or_insert(0) += deduct.quantity;
+    }
+    pieces
+}
+
+/// Changes the deductions of these orders, all of which are frozen.
+async fn note(
+    tx: &mut Tx<Db>,
+    change: &'static str,
+    tried: &[Tried<Json<Deduct>>],
+) -> sqlx::Result<()> {
+    let mut note = QueryBuilder::<Db>::new(change);
+    let mut orders = note.push(" WHERE state = 'frozen' AND order_id IN (").separated(", ");
+    for Tried { args: Json(deduct), .. } in tried {
+        orders.push_bind(deduct.order_id);
+    }
+    note.push(")");
+    all_rows(note.build().execute(&mut **tx).await?.rows_affected(), tried.len())
+}
+
 /// Serves it until SIGTERM.
 ///
 /// # Errors
@@ -103,7 +162,8 @@ pub async fn serve(setup: &Setup, pool: Pool<Db>) -> anyhow::Result<()> {
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
     fence.create_table_if_missing().await?;
-    let participant = Participant::builder("inventory").action(&fence, Inventory).build();
+    let participant =
+        Participant::builder("inventory").action_in_batches(&fence, Inventory).build();
     // Nothing stays for ever: neither what the fence remembers, nor a reservation that nobody asks for any more.
     let _clean_up = fence.clean_up_every(HOUR);
     let _inquiries = participant.inquire_every(HOUR, &Handfast::connect(&setup.coordinator)?);
@@ -136,7 +196,8 @@ mod tests {
             goods.execute(&pool).await.unwrap();
             let fence = Fence::new(pool.clone());
             fence.create_table_if_missing().await.unwrap();
-            let participant = Participant::builder("inventory").action(&fence, Inventory).build();
+            let participant =
+                Participant::builder("inventory").action_in_batches(&fence, Inventory).build();
             World::new(participant, async move || -> State {
                 let stock = "SELECT available, frozen, sold FROM stock";
                 let deductions = "SELECT order_id, quantity, state FROM deduction";

@@ -174,5 +174,14 @@ pub fn log_to_stdout() {
 ///
 /// If it has not.
 pub fn one_row(rows: u64) -> Result<(), sqlx::Error> {
-    if rows == 1 { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
+    all_rows(rows, 1)
+}
+
+/// The same for a statement that is to meet several.
+///
+/// # Errors
+///
+/// If it has not.
+pub fn all_rows(rows: u64, expected: usize) -> Result<(), sqlx::Error> {
+    if usize::try_from(rows) == Ok(expected) { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
 }

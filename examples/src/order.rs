@@ -4,15 +4,15 @@
 use std::time::Duration;
 
 use handfast::{
-    Action, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, Remote, TransactionError,
-    TryError, Tx, Xid,
+    Action, ActionInBatches, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, Remote,
+    TransactionError, Tried, TryError, Tx, Xid,
 };
-use sqlx::Pool;
+use sqlx::{Pool, QueryBuilder};
 use tonic::{Request, Response, Status, transport::Server};
 
 use super::Db; // sqlx::Sqlite or sqlx::MySql: see sqlite.rs and mysql.rs
 use crate::{
-    CreateOrder, DeductStock, EarnPoints, Order, Setup, one_row,
+    CreateOrder, DeductStock, EarnPoints, Order, Setup, all_rows, one_row,
     v1::{
         Outcome, PlaceOrderRequest, PlaceOrderResponse,
         order_service_server::{OrderService, OrderServiceServer},
@@ -85,6 +85,25 @@ impl Action for Orders {
         let cancel = "UPDATE orders SET status = 'cancelled' WHERE id = ? AND status = 'pending'";
         let cancel = sqlx::query(cancel).bind(order.id);
         one_row(cancel.execute(&mut **tx).await?.rows_affected())?;
+        Ok(())
+    }
+}
+
+/// Orders that are placed at the same moment, together.
+impl ActionInBatches for Orders {
+    async fn on_confirm_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<Order>>],
+    ) -> Result<(), Failed> {
+        let place = "UPDATE orders SET status = 'placed' WHERE status = 'pending' AND id IN (";
+        let mut place = QueryBuilder::<Db>::new(place);
+        let mut ids = place.separated(", ");
+        for Tried { args: Json(order), .. } in tried {
+            ids.push_bind(order.id);
+        }
+        place.push(")");
+        all_rows(place.build().execute(&mut **tx).await?.rows_affected(), tried.len())?;
         Ok(())
     }
 }
@@ -213,7 +232,7 @@ pub async fn serve(
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
     fence.create_table_if_missing().await?;
-    let participant = Participant::builder("order").action(&fence, Orders).build();
+    let participant = Participant::builder("order").action_in_batches(&fence, Orders).build();
     let handfast = Handfast::connect(&setup.coordinator)?;
     let _clean_up = fence.clean_up_every(HOUR);
     let _inquiries = participant.inquire_every(HOUR, &handfast);
@@ -250,7 +269,8 @@ mod tests {
             let pool = database.emptied().await;
             let fence = Fence::new(pool.clone());
             fence.create_table_if_missing().await.unwrap();
-            let participant = Participant::builder("order").action(&fence, Orders).build();
+            let participant =
+                Participant::builder("order").action_in_batches(&fence, Orders).build();
             World::new(participant, async move || -> Vec<(i64, String)> {
                 // That an order was cancelled is remembered; to everybody else it is as if it had never been.
                 let orders = "SELECT id, status FROM orders WHERE status <> 'cancelled'";

@@ -3,14 +3,17 @@
 //! Its one action, `points.earn`: Try notes points as pending, Confirm adds them to the balance, Cancel forgets them. Pending
 //! points cannot be spent, so nobody spends what an order takes back.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use handfast::{Action, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, TryError, Tx};
-use sqlx::Pool;
+use handfast::{
+    Action, ActionInBatches, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, Tried,
+    TryError, Tx,
+};
+use sqlx::{Pool, QueryBuilder};
 use tonic::transport::Server;
 
 use super::Db; // sqlx::Sqlite or sqlx::MySql: see sqlite.rs and mysql.rs
-use crate::{Earn, EarnPoints, Setup, one_row};
+use crate::{Earn, EarnPoints, Setup, all_rows, one_row};
 
 /// Its tables.
 pub const SCHEMA: &str = "
@@ -89,6 +92,61 @@ impl Action for Points {
     }
 }
 
+/// Points of several orders, together: one UPDATE for each customer.
+impl ActionInBatches for Points {
+    async fn on_confirm_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<Earn>>],
+    ) -> Result<(), Failed> {
+        for (customer, points) in earned(tried) {
+            let add = "UPDATE account SET pending = pending - ?, balance = balance + ? WHERE customer = ?";
+            let add = sqlx::query(add).bind(points).bind(points).bind(customer);
+            one_row(add.execute(&mut **tx).await?.rows_affected())?;
+        }
+        note(tx, "UPDATE booking SET state = 'booked'", tried).await?;
+        Ok(())
+    }
+
+    async fn on_cancel_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<Earn>>],
+    ) -> Result<(), Failed> {
+        for (customer, points) in earned(tried) {
+            let forget = "UPDATE account SET pending = pending - ? WHERE customer = ?";
+            let forget = sqlx::query(forget).bind(points).bind(customer);
+            one_row(forget.execute(&mut **tx).await?.rows_affected())?;
+        }
+        note(tx, "DELETE FROM booking", tried).await?;
+        Ok(())
+    }
+}
+
+/// What each customer has earned. Sorted: who locks several rows does so in the same order as everybody else.
+fn earned(tried: &[Tried<Json<Earn>>]) -> BTreeMap<&str, i64> {
+    let mut earned = BTreeMap::new();
+    for Tried { args: Json(earn), .. } in tried {
+        *earned.entry(earn.customer.as_str()).or_insert(0) += earn.points;
+    }
+    earned
+}
+
+/// Changes the bookings of these orders, all of which are pending.
+async fn note(
+    tx: &mut Tx<Db>,
+    change: &'static str,
+    tried: &[Tried<Json<Earn>>],
+) -> sqlx::Result<()> {
+    let mut note = QueryBuilder::<Db>::new(change);
+    let mut orders = note.push(" WHERE state = 'pending' AND order_id IN (").separated(", ");
+    for Tried { args: Json(earn), .. } in tried {
+        orders.push_bind(earn.order_id);
+    }
+    note.push(")");
+    all_rows(note.build().execute(&mut **tx).await?.rows_affected(), tried.len())
+}
+
 /// Serves it until SIGTERM.
 ///
 /// # Errors
@@ -98,7 +156,7 @@ pub async fn serve(setup: &Setup, pool: Pool<Db>) -> anyhow::Result<()> {
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
     fence.create_table_if_missing().await?;
-    let participant = Participant::builder("points").action(&fence, Points).build();
+    let participant = Participant::builder("points").action_in_batches(&fence, Points).build();
     let _clean_up = fence.clean_up_every(HOUR);
     let _inquiries = participant.inquire_every(HOUR, &Handfast::connect(&setup.coordinator)?);
     setup.serve(Server::builder().add_service(participant.into_service())).await
@@ -130,7 +188,8 @@ mod tests {
             customer.execute(&pool).await.unwrap();
             let fence = Fence::new(pool.clone());
             fence.create_table_if_missing().await.unwrap();
-            let participant = Participant::builder("points").action(&fence, Points).build();
+            let participant =
+                Participant::builder("points").action_in_batches(&fence, Points).build();
             World::new(participant, async move || -> State {
                 let account = "SELECT balance, pending FROM account";
                 let bookings = "SELECT order_id, points, state FROM booking";

@@ -68,6 +68,17 @@ async fn the_benchmark_counts_what_it_did() {
 }
 
 #[tokio::test]
+async fn the_benchmark_confirms_in_batches_and_one_by_one_and_what_was_sold_adds_up() {
+    let flags = ["--fence", "sqlite", "--goods", "3", "--concurrency", "16"];
+    let told = bench(&[&flags[..], &["--phase-two", "one-by-one,batches"]].concat()).await;
+    let [one_by_one, batches] = &told["columns"].as_array().unwrap()[..] else { panic!("{told}") };
+    for column in [one_by_one, batches] {
+        assert_eq!(column["medians"]["violations"], 0.0, "{column}");
+    }
+    assert!(batches["medians"]["ratio"].is_f64(), "{batches}");
+}
+
+#[tokio::test]
 async fn the_benchmark_holds_transactions_open_and_hangs_participants() {
     let told = bench(&["--open", "20"]).await;
     let medians = &told["columns"][0]["medians"];

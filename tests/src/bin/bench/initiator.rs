@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -41,6 +41,8 @@ pub(crate) struct SdkInitiator {
     pub(crate) remotes: Arc<[Remote]>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) drive: Drive,
+    /// How many it has begun: each is about the next one of the goods.
+    pub(crate) orders: Arc<AtomicU32>,
 }
 
 /// Holds transactions between their Trys and their decision.
@@ -85,13 +87,13 @@ impl Initiator {
 
 impl SdkInitiator {
     async fn drive_it(&self, meant: Instant, hold: Option<&Hold>) -> anyhow::Result<Decided> {
-        let marks = Mutex::new(None);
+        let (marks, order) = (Mutex::new(None), self.next_order());
         let mut transaction = self.handfast.transaction("bench").until_decided();
         if hold.is_some() {
             transaction = transaction.timeout(HELD_TIMEOUT);
         }
         let confirmed = transaction.run(async |global| {
-            let calls = self.remotes.iter().map(|remote| global.call::<Work>(remote, Json(1)));
+            let calls = self.remotes.iter().map(|remote| global.call::<Work>(remote, Json(order)));
             // Polled together with the calls, the question for the xid is answered when Begin with all branches is.
             let (begun, _) = tokio::try_join!(self.begun(global), async {
                 Ok::<_, WorkError>(try_join_all(calls).await?)
@@ -112,6 +114,10 @@ impl SdkInitiator {
         Ok(Decided { meant, begun: Some(begun), tried: Some(tried), decided, completion })
     }
 
+    fn next_order(&self) -> u32 {
+        self.orders.fetch_add(1, Ordering::Relaxed)
+    }
+
     async fn begun(&self, global: &Global) -> Result<Instant, WorkError> {
         global.xid().await?;
         Ok(Instant::now())
@@ -119,8 +125,9 @@ impl SdkInitiator {
 
     async fn execute(&self, meant: Instant) -> anyhow::Result<Decided> {
         let transaction = self.handfast.execute("bench").until_decided();
+        let order = Json(self.next_order());
         let transaction = (self.remotes.iter())
-            .fold(transaction, |transaction, remote| transaction.call::<Work>(remote, &Json(1)));
+            .fold(transaction, |transaction, remote| transaction.call::<Work>(remote, &order));
         let executed = transaction.run().await?;
         let decided = Instant::now();
         let completion = self.expect(executed.xid);

@@ -19,6 +19,7 @@ mod load;
 mod dtm;
 mod initiator;
 
+mod goods;
 mod hanging;
 mod ledger;
 mod participants;
@@ -37,7 +38,7 @@ use clap::Parser as _;
 use tokio::runtime;
 
 use self::{
-    options::{Load, Options, Subject},
+    options::{Load, Options, PhaseTwo, Subject},
     report::Outcome,
 };
 
@@ -87,6 +88,9 @@ async fn measure(options: &Options) -> anyhow::Result<Vec<Outcome>> {
             let rate = sample.figures.get("completed_per_second").copied();
             let is_second = match (&outcome.column.subject, outcome.column.load) {
                 (_, Load::Beside { hangs, .. }) => hangs,
+                _ if options.phase_two.len() > 1 => {
+                    outcome.column.phase_two == Some(PhaseTwo::Batches)
+                }
                 (subject, _) => options.versus.is_some() && matches!(subject, Subject::Handfast(_)),
             };
             if let (true, Some(before), Some(rate)) = (is_second, before, rate) {

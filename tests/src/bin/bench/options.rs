@@ -24,6 +24,8 @@ Examples:
   bench --rate 500 --seconds 30
   bench --open 100000
   bench --hang
+  bench --store mysql://root@127.0.0.1:3306 --fence mysql://root@127.0.0.1:3306 --goods 10 --phase-two one-by-one,batches \
+      --concurrency 256 --runs 5
   bench --store mysql://root@127.0.0.1:3306 --versus http://127.0.0.1:36789/api/dtmsvr --runs 5";
 
 /// Measures what a coordinator does and what it costs: a real coordinator process with a real store; initiators and participants
@@ -64,6 +66,13 @@ pub(crate) struct Options {
     /// Where participants keep their fences: memory, sqlite, mysql://…
     #[arg(long, value_name = "PLACE", default_value = "memory", value_parser = store)]
     pub(crate) fence: Place,
+    /// Participants with a database sell pieces of so many goods, too: an UPDATE in Try and one in Confirm. Few goods are hot rows
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub(crate) goods: u32,
+    /// How participants with a database do their Confirms: those that wait together in one local transaction (the default), or each in
+    /// its own. Both: one after the other, and the ratio
+    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) phase_two: Vec<PhaseTwo>,
     /// Connections of initiators to the coordinator
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1_000))]
     pub(crate) connections: u16,
@@ -137,6 +146,12 @@ pub(crate) enum Trys {
     Local,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PhaseTwo {
+    Batches,
+    OneByOne,
+}
+
 fn store(text: &str) -> Result<Place, String> {
     match text.split_once(':') {
         None if text == "memory" => Ok(Place::Memory),
@@ -163,6 +178,8 @@ pub(crate) struct Column {
     pub(crate) subject: Subject,
     pub(crate) branches: u16,
     pub(crate) load: Load,
+    /// `None`: nobody asked.
+    pub(crate) phase_two: Option<PhaseTwo>,
 }
 
 /// Whose work is measured.
@@ -222,12 +239,19 @@ impl Options {
             };
             for branches in &self.branches {
                 for load in &loads {
-                    let column = |subject: &Subject| Column {
+                    let column = |subject: &Subject, phase_two| Column {
                         subject: subject.clone(),
                         branches: *branches,
                         load: *load,
+                        phase_two,
                     };
-                    columns.extend(subjects.iter().map(column));
+                    for subject in &subjects {
+                        let each = self.phase_two.iter().map(|way| column(subject, Some(*way)));
+                        columns.extend(each);
+                        if self.phase_two.is_empty() {
+                            columns.push(column(subject, None));
+                        }
+                    }
                 }
             }
         }

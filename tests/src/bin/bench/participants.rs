@@ -1,12 +1,12 @@
-//! The participants: they do no work of their own, and report each Confirm to the ledger. What is left is what taking part costs: a
-//! call, and a fence.
+//! The participants: they report each Confirm to the ledger and do no work of their own, or as little as an UPDATE of a row. What is left
+//! is what taking part costs: a call, and a fence.
 
-use std::{marker::PhantomData, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, marker::PhantomData, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use handfast::{
-    Action, Branch, Contract, Failed, Fence, Json, Participant, Remote, TryError, Tx,
-    fence::FenceDb,
+    Action, ActionInBatches, Branch, Contract, Failed, Fence, Json, Participant,
+    ParticipantBuilder, Remote, Tried, TryError, Tx,
     testing::{MemoryAction, MemoryFence},
 };
 use handfast_tests::database;
@@ -19,9 +19,10 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tonic::transport::server::TcpIncoming;
 
 use super::{
+    goods::{self, Goods, Shelves},
     hanging::Hanging,
     ledger::{Ledger, Name},
-    options::{Place, Transport, Trys},
+    options::{Options, PhaseTwo, Place, Transport, Trys},
 };
 
 /// Connections of one participant to its database.
@@ -41,12 +42,14 @@ impl Contract for Work {
 
 struct Reports<Db> {
     ledger: Arc<Ledger>,
+    /// How many there are to sell. None: nothing is sold.
+    goods: u32,
     db: PhantomData<fn() -> Db>,
 }
 
 impl<Db> Reports<Db> {
-    fn new(ledger: &Arc<Ledger>) -> Self {
-        Self { ledger: ledger.clone(), db: PhantomData }
+    fn new(ledger: &Arc<Ledger>, goods: u32) -> Self {
+        Self { ledger: ledger.clone(), goods, db: PhantomData }
     }
 
     fn confirmed(&self, branch: &Branch) {
@@ -60,25 +63,64 @@ pub(crate) fn name_of(xid: handfast::Xid) -> Name {
     Name::from_be_bytes(xid.to_bytes())
 }
 
-impl<Db: FenceDb> Action for Reports<Db> {
+impl<Db: Shelves> Action for Reports<Db> {
     type Contract = Work;
     type Db = Db;
 
-    async fn on_try(&self, _: &mut Tx<Db>, _: &Branch, _: &Json<u32>) -> Result<(), TryError> {
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(n): &Json<u32>,
+    ) -> Result<(), TryError> {
+        if self.goods > 0 {
+            Db::change(tx, goods::HOLD, 1, n % self.goods).await?;
+        }
         Ok(())
     }
 
     async fn on_confirm(
         &self,
-        _: &mut Tx<Db>,
+        tx: &mut Tx<Db>,
         branch: &Branch,
-        _: &Json<u32>,
+        Json(n): &Json<u32>,
     ) -> Result<(), Failed> {
+        if self.goods > 0 {
+            Db::change(tx, goods::SELL, 1, n % self.goods).await?;
+        }
         self.confirmed(branch);
         Ok(())
     }
 
-    async fn on_cancel(&self, _: &mut Tx<Db>, _: &Branch, _: &Json<u32>) -> Result<(), Failed> {
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Db>,
+        _: &Branch,
+        Json(n): &Json<u32>,
+    ) -> Result<(), Failed> {
+        if self.goods > 0 {
+            Db::change(tx, goods::GIVE_BACK, 1, n % self.goods).await?;
+        }
+        Ok(())
+    }
+}
+
+impl<Db: Shelves> ActionInBatches for Reports<Db> {
+    async fn on_confirm_many(
+        &self,
+        tx: &mut Tx<Db>,
+        tried: &[Tried<Json<u32>>],
+    ) -> Result<(), Failed> {
+        let mut pieces = BTreeMap::new();
+        for Tried { args: Json(n), .. } in tried.iter().filter(|_| self.goods > 0) {
+            *pieces.entry(n % self.goods).or_insert(0) += 1;
+        }
+        for (sku, pieces) in pieces {
+            Db::change(tx, goods::SELL, pieces, sku).await?;
+        }
+        for Tried { branch, .. } in tried {
+            self.confirmed(branch);
+        }
         Ok(())
     }
 }
@@ -104,6 +146,7 @@ impl MemoryAction for Reports<()> {
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) remote: Remote,
+    pub(crate) goods: Option<Goods>,
     tasks: Vec<JoinHandle<()>>,
     database: Option<database::Database>,
 }
@@ -112,16 +155,16 @@ impl Served {
     /// The `n`th. While `hangs` says so it answers no Confirm.
     pub(crate) async fn start(
         n: u16,
-        fence: &Place,
-        (trys, transport): (Trys, Transport),
+        options: &Options,
+        phase_two: Option<PhaseTwo>,
         ledger: &Arc<Ledger>,
         folder: &Path,
         hangs: Option<watch::Receiver<bool>>,
     ) -> anyhow::Result<Self> {
         let name = format!("participant-{n}");
         let builder = Participant::builder(name.as_str());
-        let (mut tasks, mut database) = (Vec::new(), None);
-        let participant = match fence {
+        let (mut tasks, mut database, mut goods) = (Vec::new(), None, None);
+        let participant = match &options.fence {
             Place::Memory => {
                 let fence = MemoryFence::default().retention(KEPT[0]);
                 let cleaned = fence.clone();
@@ -131,25 +174,35 @@ impl Served {
                         let _deleted = cleaned.clean_up();
                     }
                 }));
-                builder.memory_action(&fence, Reports::new(ledger)).build()
+                builder.memory_action(&fence, Reports::new(ledger, 0)).build()
             }
             Place::Sqlite(_) => {
-                let fence = Fence::new(sqlite(&folder.join(format!("{name}.db"))).await?);
+                let pool = sqlite(&folder.join(format!("{name}.db"))).await?;
+                goods = Some(Goods::Sqlite(pool.clone()));
+                let fence = Fence::new(pool);
                 fence.create_table_if_missing().await?;
-                builder.action(&fence, Reports::new(ledger)).build()
+                let reports = Reports::new(ledger, options.goods);
+                action(builder, phase_two, &fence, reports).build()
             }
             Place::MySql(server) => {
                 let made = database::Database::empty(server).await;
-                let fence = Fence::new(mysql(&made.url()).await?);
+                let pool = mysql(&made.url()).await?;
+                goods = Some(Goods::MySql(pool.clone()));
+                let fence = Fence::new(pool);
                 fence.create_table_if_missing().await?;
                 database = Some(made);
-                builder.action(&fence, Reports::new(ledger)).build()
+                let reports = Reports::new(ledger, options.goods);
+                action(builder, phase_two, &fence, reports).build()
             }
         };
+        let goods = goods.filter(|_| options.goods > 0);
+        if let Some(goods) = &goods {
+            goods.stock_up(options.goods).await?;
+        }
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
-        let remote = match trys {
-            Trys::Network if transport == Transport::Unary => {
+        let remote = match options.trys {
+            Trys::Network if options.transport == Transport::Unary => {
                 Remote::connect(&name, &url)?.without_streams()
             }
             Trys::Network => Remote::connect(&name, &url)?,
@@ -163,7 +216,7 @@ impl Served {
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let serve = router.serve_with_incoming(incoming);
         tasks.push(tokio::spawn(async move { serve.await.expect("it serves") }));
-        Ok(Self { remote, tasks, database })
+        Ok(Self { remote, goods, tasks, database })
     }
 
     pub(crate) async fn stop(self) {
@@ -173,6 +226,18 @@ impl Served {
         if let Some(database) = self.database {
             database.drop().await;
         }
+    }
+}
+
+fn action<Db: Shelves>(
+    builder: ParticipantBuilder,
+    phase_two: Option<PhaseTwo>,
+    fence: &Fence<Db>,
+    reports: Reports<Db>,
+) -> ParticipantBuilder {
+    match phase_two {
+        None | Some(PhaseTwo::Batches) => builder.action_in_batches(fence, reports),
+        Some(PhaseTwo::OneByOne) => builder.action(fence, reports),
     }
 }
 

@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::{
-    options::{Column, Load, Options, Place, Subject},
+    options::{Column, Load, Options, PhaseTwo, Place, Subject},
     run::Sample,
 };
 
@@ -91,14 +91,16 @@ impl Outcome {
             Load::Open(rate) => format!("{rate} a second"),
             Load::Held(held) => format!("{held} open"),
         };
-        format!("{}\n{} branches\n{load}{}", self.subject(), self.column.branches, self.hang())
+        let (subject, branches) = (self.subject(), self.column.branches);
+        format!("{subject}\n{branches} branches\n{load}{}{}", self.phase_two(), self.hang())
     }
 
     /// The same for all columns that differ in their load alone; or, without `branches`, in their branches.
     pub(crate) fn series(&self, branches: bool) -> String {
         let branches =
             if branches { format!(", {} branches", self.column.branches) } else { String::new() };
-        format!("{}{branches}{}", self.subject(), self.hang()).replace('\n', ", ")
+        let (subject, phase_two) = (self.subject(), self.phase_two());
+        format!("{subject}{branches}{phase_two}{}", self.hang()).replace('\n', ", ")
     }
 
     /// What is measured.
@@ -118,6 +120,14 @@ impl Outcome {
                 let host = url.trim_start_matches("http://").split('/').next().unwrap_or_default();
                 format!("{host}\n{store}")
             }
+        }
+    }
+
+    fn phase_two(&self) -> &'static str {
+        match self.column.phase_two {
+            Some(PhaseTwo::Batches) => "\nin batches",
+            Some(PhaseTwo::OneByOne) => "\none by one",
+            None => "",
         }
     }
 

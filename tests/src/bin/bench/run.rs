@@ -69,6 +69,13 @@ pub(crate) async fn run(options: &Options, column: &Column) -> anyhow::Result<Sa
     if begun != completed {
         violations.push(format!("{begun} were begun, {completed} confirmed by all participants"));
     }
+    match world.sold(options.goods).await {
+        Ok(Some(sold)) if sold != i64::from(column.branches) * i64::try_from(completed)? => {
+            violations.push(format!("{completed} were confirmed, and {sold} pieces sold"));
+        }
+        Ok(_) => {}
+        Err(error) => violations.push(error.to_string()),
+    }
     let server = world.server.as_ref().map(|server| server.version.clone());
     let Some(recorded) = world.stop(options.keep).await? else {
         return Ok(Sample { figures, violations, server });

@@ -99,8 +99,8 @@ impl World {
         for n in 0..=column.branches {
             // One more than are needed: the last one may hang, and transactions that need it have it in place of the first.
             let hanging = (n == column.branches).then(|| hanging.clone());
-            let (fence, reach) = (&options.fence, (options.trys, options.transport));
-            let served = Served::start(n, fence, reach, &ledger, folder.path(), hanging).await;
+            let (way, folder) = (column.phase_two, folder.path());
+            let served = Served::start(n, options, way, &ledger, folder, hanging).await;
             participants.push(served.context("a participant cannot be started")?);
         }
         let remotes: Vec<_> = participants.iter().map(|served| served.remote.clone()).collect();
@@ -115,6 +115,7 @@ impl World {
                 remotes: remotes.into(),
                 ledger: ledger.clone(),
                 drive: options.drive,
+                orders: Arc::default(),
             }))
         };
         let initiators = (0..options.connections)
@@ -134,6 +135,15 @@ impl World {
             database,
             folder,
         })
+    }
+
+    /// How many pieces all participants have sold, if they sell any.
+    pub(crate) async fn sold(&self, goods: u32) -> anyhow::Result<Option<i64>> {
+        let mut all = None;
+        for goods_of_one in self.participants.iter().filter_map(|served| served.goods.as_ref()) {
+            *all.get_or_insert(0) += goods_of_one.sold(goods).await?;
+        }
+        Ok(all)
     }
 
     /// Ends all of it, in order.

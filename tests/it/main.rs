@@ -12,6 +12,7 @@ mod nested;
 mod takeover;
 
 mod operators;
+mod secrets;
 mod shop;
 mod simulation;
 

@@ -71,7 +71,10 @@ impl FromStr for StoreUrl {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = |why| Err(format!("{text:?} {why}"));
+        // Whatever it was meant to be: what stands before an @ may be a password.
+        let shown =
+            text.rsplit_once('@').map_or_else(|| text.to_owned(), |(_, host)| format!("…@{host}"));
+        let wrong = |why| Err(format!("{shown:?} {why}"));
         match text.split_once(':') {
             Some(("memory", "")) => Ok(Self::Memory),
             Some(("mysql" | "mariadb", _)) => {

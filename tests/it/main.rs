@@ -9,6 +9,7 @@ mod fuzz;
 mod mishaps;
 mod mysql;
 mod nested;
+mod recovery;
 mod takeover;
 
 mod operators;

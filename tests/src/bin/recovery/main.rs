@@ -45,6 +45,9 @@ struct Options {
     /// How long the old ones may take to come to their end.
     #[arg(long, default_value_t = 3600, value_name = "SECONDS")]
     within: u64,
+    /// For how long new ones are tried when no old ones are left, and again beside those whose participant is gone.
+    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
+    sample: u64,
     /// Prints the figures as JSON, and no progress.
     #[arg(long)]
     json: bool,
@@ -108,13 +111,13 @@ async fn run(options: &Options, database: &Database) -> bool {
     let recovering = Waits::of(waits);
     say(format!("{left} left after {drained_seconds:.1} s; new ones meanwhile: {recovering}"));
 
-    let alone = Waits::of(initiator.some().await);
+    let alone = Waits::of(initiator.some(options.sample).await);
     say(format!("new ones with nothing else to do: {alone}"));
     fill::fill(&pool, "http://127.0.0.1:1", options.open..options.open + options.stuck).await;
     coordinator.kill().await;
     let coordinator = Coordinator::start_on(&database.url(), &flags).await;
     let initiator = New { handfast: coordinator.handfast(), ..initiator };
-    let beside = Waits::of(initiator.some().await);
+    let beside = Waits::of(initiator.some(options.sample).await);
     memory_mb_max = memory_mb_max.max(memory_mb(coordinator.pid()));
     say(format!("new ones beside {} stuck ones: {beside}", options.stuck));
 
@@ -152,10 +155,10 @@ impl New {
         began.elapsed()
     }
 
-    async fn some(&self) -> Vec<Duration> {
+    async fn some(&self, seconds: u64) -> Vec<Duration> {
         let began = Instant::now();
         let mut waits = Vec::new();
-        while began.elapsed() < LOOK * 20 {
+        while began.elapsed() < Duration::from_secs(seconds) {
             waits.push(self.run().await);
         }
         waits

@@ -27,9 +27,8 @@ struct Options {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    let table = table(&options.folder);
     if options.write.is_empty() {
-        println!("{table}");
+        println!("{}", table(&options.folder, ""));
     }
     for path in &options.write {
         let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
@@ -37,32 +36,42 @@ fn main() -> Result<()> {
         let (Some(begin), Some(end)) = (begin, end) else {
             anyhow::bail!("{} has no lines {MARKS:?}", path.display());
         };
+        let table = table(&options.folder, &text[begin..end]);
         let new = format!("{}{}\n\n{table}\n\n{}", &text[..begin], MARKS[0], &text[end..]);
         fs::write(path, new).with_context(|| path.display().to_string())?;
     }
     Ok(())
 }
 
-/// Makes a row of what a machine answered.
+/// What a machine did, and what it found.
 type Row = fn(&Value) -> String;
 
-fn table(folder: &Path) -> String {
-    let makers: [(&str, Row); 8] = [
-        ("model", model),
-        ("simulate", simulation),
-        ("bugs", bugs),
-        ("chaos-sqlite", chaos),
-        ("chaos-mysql", chaos),
-        ("chaos-mariadb", chaos),
-        ("recovery", recovery),
-        ("fuzz", fuzz),
-    ];
-    let rows = makers.iter().filter_map(|(name, row)| Some(row(&read(folder, name)?)));
+/// The machines: the file with the answer, the first cell of the row, and what makes the others.
+const MACHINES: [(&str, &str, Row); 8] = [
+    ("model", "model", model),
+    ("simulate", "simulation", simulation),
+    ("bugs", "planted bugs", bugs),
+    ("chaos-sqlite", "chaos, sqlite", chaos),
+    ("chaos-mysql", "chaos, mysql", chaos),
+    ("chaos-mariadb", "chaos, mariadb", chaos),
+    ("recovery", "recovery", recovery),
+    ("fuzz", "fuzzing", fuzz),
+];
+
+/// The table. A machine that has not answered here keeps the row of the table that was; one that never has, has none.
+fn table(folder: &Path, before: &str) -> String {
+    let rows = MACHINES.iter().filter_map(|(file, machine, row)| {
+        let begins = format!("| {machine} | ");
+        match read(folder, file) {
+            Some(answer) => Some(format!("{begins}{} |", row(&answer))),
+            None => before.lines().find(|line| line.starts_with(&begins)).map(str::to_owned),
+        }
+    });
     let rows: Vec<_> = rows.collect();
     format!("| machine | what it did | what it found |\n|---|---|---|\n{}", rows.join("\n"))
 }
 
-/// What a machine answered. A machine that has not run has no row.
+/// What a machine answered, if it has.
 fn read(folder: &Path, name: &str) -> Option<Value> {
     let text = fs::read_to_string(folder.join(name).with_extension("json")).ok()?;
     serde_json::from_str(&text).ok()
@@ -70,7 +79,7 @@ fn read(folder: &Path, name: &str) -> Option<Value> {
 
 fn model(it: &Value) -> String {
     format!(
-        "| model | {} states in {} variants; {} guards taken away, in {} rules | {} of {} clean with all rules; {} of {} broken without one |",
+        "{} states in {} variants; {} guards taken away, in {} rules | {} of {} clean with all rules; {} of {} broken without one",
         number(&it["states"]),
         it["clean_of"],
         it["broken_of"],
@@ -92,7 +101,7 @@ fn simulation(it: &Value) -> String {
     let faults: u64 =
         counts.filter(|(what, _)| is_fault(what)).filter_map(|(_, count)| count.as_u64()).sum();
     format!(
-        "| simulation | {} seeds, {:.0} simulated hours, {} orders, {} faults | promises broken: {}; all resolved within {} s once all was well |",
+        "{} seeds, {:.0} simulated hours, {} orders, {} faults | promises broken: {}; all resolved within {} s once all was well",
         number(&it["seeds"]),
         it["simulated_seconds"].as_f64().unwrap_or_default() / 3600.0,
         number(&it["orders"]),
@@ -109,14 +118,13 @@ fn bugs(it: &Value) -> String {
     });
     let found: Vec<_> = found.collect();
     let count = found.len();
-    format!("| planted bugs | {count}, one at a time | seeds until found: {} |", found.join(", "))
+    format!("{count}, one at a time | seeds until found: {}", found.join(", "))
 }
 
 fn chaos(it: &Value) -> String {
     let unknown = |how: &str| it["unknown_resolved"][how].as_u64().unwrap_or_default();
     format!(
-        "| chaos, {} | {} s: {} kills of processes, {} of the database, {} orders, {} told confirmed, {} unknown and resolved later | lost {}, promises broken {}; all resolved within {} s once all was well |",
-        it["store"].as_str().unwrap_or("?"),
+        "{} s: {} kills of processes, {} of the database, {} orders, {} told confirmed, {} unknown and resolved later | lost {}, promises broken {}; all resolved within {} s once all was well",
         it["seconds"],
         number(&it["process_kills"]),
         number(&it["database_kills"]),
@@ -132,7 +140,7 @@ fn chaos(it: &Value) -> String {
 fn recovery(it: &Value) -> String {
     let meanwhile = |what: &str| it["new_while_recovering"][what].as_f64().unwrap_or_default();
     format!(
-        "| recovery | {} open transactions at the start; {} whose participant is gone | serving after {} ms; {} left after {:.0} s; {} MB at most; new ones meanwhile: p50 {:.0} ms, p99 {:.0} ms |",
+        "{} open transactions at the start; {} whose participant is gone | serving after {} ms; {} left after {:.0} s; {} MB at most; new ones meanwhile: p50 {:.0} ms, p99 {:.0} ms",
         number(&it["open"]),
         number(&it["stuck"]),
         it["serving_after_ms"],
@@ -150,7 +158,7 @@ fn fuzz(it: &Value) -> String {
     let findings: usize =
         targets.iter().filter_map(|target| Some(target["findings"].as_array()?.len())).sum();
     format!(
-        "| fuzzing | {} s: {} inputs for {} readers of what comes from outside | {findings} findings |",
+        "{} s: {} inputs for {} readers of what comes from outside | {findings} findings",
         it["seconds"],
         grouped(inputs),
         targets.len(),

@@ -46,7 +46,7 @@ use anyhow::{Result, bail};
 use clap::Parser;
 use handfast_proto::planted::Bug;
 
-use crate::report::Report;
+use crate::{report::Report, run::Outcome};
 
 /// Seeds until a planted bug must have been found.
 const BUG_SEEDS: u64 = 200;
@@ -113,6 +113,9 @@ fn bugs(args: &Args) -> Result<ExitCode> {
         let outcomes = workers::run(args.seed, BUG_SEEDS.max(args.seeds), args.jobs, Some(name))?;
         let report = Report::of(outcomes);
         let found = report.violating().next();
+        if let Some(Outcome { seed, .. }) = found.filter(|found| found.has_died()) {
+            bail!("{name}: seed {seed} did not come to its end, which is no promise broken");
+        }
         let seeds = found.map(|found| found.seed - args.seed + 1);
         took.insert(name, seeds);
         if args.json {

@@ -12,6 +12,7 @@ use crate::{
     mix::Mix,
     nemesis::Nemesis,
     participant,
+    workers::DIED,
     world::{self, World},
 };
 
@@ -42,6 +43,13 @@ pub(crate) struct Outcome {
     pub(crate) violations: Vec<Violation>,
     /// Of everything that happened, in order.
     pub(crate) trace: String,
+}
+
+impl Outcome {
+    /// Whether its process has not come to its end.
+    pub(crate) fn has_died(&self) -> bool {
+        self.violations.iter().any(|violation| violation.invariant == DIED)
+    }
 }
 
 pub(crate) fn run(seed: u64, loud: bool) -> Outcome {

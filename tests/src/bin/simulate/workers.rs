@@ -110,6 +110,9 @@ fn end(worker: &mut Child) {
     drop(worker.wait());
 }
 
+/// In place of an invariant: the process of a seed has died, or taken too long.
+pub(crate) const DIED: &str = "process";
+
 /// A worker that has not come to the end of this seed.
 fn died(seed: u64) -> Outcome {
     let what = "its process died; what it said is above".to_owned();
@@ -121,7 +124,7 @@ fn died(seed: u64) -> Outcome {
         confirmed: 0,
         cancelled: 0,
         counts: BTreeMap::new(),
-        violations: vec![Violation { invariant: "process".to_owned(), at: 0, what }],
+        violations: vec![Violation { invariant: DIED.to_owned(), at: 0, what }],
         trace: String::new(),
     }
 }

@@ -56,6 +56,21 @@ async fn the_tables_are_made_by_migrate_and_looked_at_by_serve() {
 }
 
 #[tokio::test]
+async fn a_database_may_have_the_longest_name_that_there_is() {
+    for server in servers() {
+        let database = Database::empty(&server).await;
+        let name = format!("handfast_test_{:050}", rand::random::<u64>());
+        database.execute(&format!("CREATE DATABASE {name}")).await;
+        for said in ["has its tables now", "has version 1 already"] {
+            let migrated = handfast(&["migrate", "--store", &format!("{server}/{name}")]).await;
+            assert!(String::from_utf8_lossy(&migrated.stderr).contains(said), "{migrated:?}");
+        }
+        database.execute(&format!("DROP DATABASE {name}")).await;
+        database.drop().await;
+    }
+}
+
+#[tokio::test]
 async fn a_server_that_does_not_let_us_in_is_told_without_the_password() {
     for server in servers() {
         let url = server.replace("root@", "nobody:s3cret@") + "/handfast";

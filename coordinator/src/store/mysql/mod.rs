@@ -150,7 +150,7 @@ impl MySqlStore {
     pub async fn open(url: &str, allow_unsafe: bool) -> Result<Self, OpenError> {
         let options = options(url)?;
         let mut connection = server::connect(&options).await?;
-        schema::check(&mut connection).await?;
+        tokio::time::timeout(CALL_TIMEOUT, schema::check(&mut connection)).await??;
         server::check(&mut connection, allow_unsafe).await?;
         drop(connection.close().await);
         let readers = MySqlPoolOptions::new()

@@ -10,6 +10,9 @@ use super::{Connection, OpenError, server};
 const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
 const VERSION: usize = MIGRATIONS.len();
 
+/// How long one migration waits for another.
+const MIGRATION_WAIT_SECONDS: u32 = 60;
+
 /// Where it is written down which steps were done.
 const VERSIONS: &str = "CREATE TABLE IF NOT EXISTS handfast_schema (
     version    INT NOT NULL PRIMARY KEY COMMENT 'of the tables of this coordinator, after this step',
@@ -30,6 +33,11 @@ pub enum SchemaError {
         /// What is there; 0: nothing.
         found: usize,
     },
+    /// Somebody else is making them.
+    #[error(
+        "another `handfast migrate` has been at work on this store for {MIGRATION_WAIT_SECONDS} seconds; run this again when it is done"
+    )]
+    Busy,
     /// A newer program was here.
     #[error(
         "the store has schema version {found}, and this program knows versions up to {VERSION}; a newer Handfast has been here: use that one"
@@ -91,9 +99,16 @@ pub async fn pending(url: &str) -> Result<Vec<&'static str>, OpenError> {
 /// See [`OpenError`]. What was done until then stays, and the next run goes on from there.
 pub async fn migrate(url: &str) -> Result<(usize, usize), OpenError> {
     let mut connection = server::connect(&server::options(url)?).await?;
-    sqlx::query("SELECT GET_LOCK(CONCAT('handfast_migrate_', DATABASE()), 60)")
-        .execute(&mut connection)
-        .await?;
+    // A lock's name has at most 64 characters, like that of a database.
+    let locked: Option<i64> = sqlx::query_scalar(
+        "SELECT CAST(GET_LOCK(CONCAT('handfast_', LEFT(SHA2(DATABASE(), 256), 32)), ?) AS SIGNED)",
+    )
+    .bind(MIGRATION_WAIT_SECONDS)
+    .fetch_one(&mut connection)
+    .await?;
+    if locked != Some(1) {
+        return Err(SchemaError::Busy.into());
+    }
     let from = found(&mut connection).await?;
     if from > VERSION {
         return Err(SchemaError::Newer { found: from }.into());

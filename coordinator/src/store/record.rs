@@ -429,7 +429,11 @@ impl BranchRow {
                 (1, None, None, None) => BranchState::Registered,
                 (2, None, None, None) => BranchState::Acknowledged,
                 (3, Some(operator), Some(reason), Some(at)) => {
-                    BranchState::Resolved(Box::new(Resolution { operator, reason, at: Timestamp(at) }))
+                    BranchState::Resolved(Box::new(Resolution {
+                        operator,
+                        reason,
+                        at: Timestamp(at),
+                    }))
                 }
                 _ => return Err("branch.state"),
             };

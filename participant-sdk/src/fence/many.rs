@@ -80,8 +80,15 @@ impl<DB: FenceDb> Fence<DB> {
                 tx.rollback().await;
                 self.failed_batches.fetch_add(1, Ordering::Relaxed);
                 // Whoever is to blame says so again when it is alone. But two batches that disturbed each other are seen only here.
-                let (branches, error) = (branches.len(), Answer::from(failed));
-                tracing::warn!(%phase, branches, ?error, "a batch failed; its branches go one by one");
+                let (branches, error) = (
+                    branches.len(),
+                    match failed {
+                        Failed::Retry(error) => chain(&*error),
+                        // Its text may name a customer.
+                        Failed::NeedsAttention(_) => "one needs attention".to_owned(),
+                    },
+                );
+                tracing::warn!(%phase, branches, error, "a batch failed; its branches go one by one");
                 return vec![None; branches];
             }
         };

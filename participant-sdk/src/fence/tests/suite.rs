@@ -578,6 +578,21 @@ async fn one_that_fails_among_others_fails_alone() {
 }
 
 #[tokio::test]
+async fn a_batch_whose_local_transaction_has_ended_is_not_called_done() {
+    for place in places().await {
+        let shop = shop_after(&place, &[(1, &[Phase::Try]), (2, &[Phase::Try])]).await;
+        let calls = calls(1..=2, Phase::Confirm);
+        let answers = shop.fence.run_many(Phase::Confirm, &calls, async |(tx, _)| {
+            sqlx::raw_sql("ROLLBACK").execute(&mut **tx).await?;
+            Ok(())
+        });
+        assert_eq!(answers.await, [None, None]);
+        assert_eq!(shop.state(1).await.as_deref(), Some("tried"));
+        assert_eq!(shop.fence.failed_batches(), 1);
+    }
+}
+
+#[tokio::test]
 async fn a_batch_has_room_for_all_sizes() {
     for place in places().await {
         for size in [2, 4, 5, 16, 17, 64] {

@@ -24,7 +24,7 @@ const STILL_MAX: Duration = Duration::from_secs(10);
 /// The store may be taken over so often within so long a time until one that was told to do it at once waits for its turn all the
 /// same. Longer than supervisors wait before they start again what has ended: two coordinators that are both told to would else
 /// take it from each other for ever.
-const TAKEOVERS_MAX: u64 = 3;
+const TAKEOVERS_MAX: u64 = 6;
 const TAKEOVERS_WITHIN: Duration = Duration::from_secs(600);
 
 /// Whether one that was told to take over at once may. Each counts also what it did itself, by its own clock: clocks that differ

@@ -64,7 +64,7 @@ async fn two_that_take_over_from_each_other_come_to_rest() {
             let mut fenced = std::mem::replace(&mut owner, next.serves().await);
             assert_eq!(fenced.ended().await.code(), FENCED);
         };
-        assert_eq!((takeovers, epoch(&database).await), (3, 3));
+        assert_eq!((takeovers, epoch(&database).await), (6, 6));
         // At rest: the one serves, the other is there if need be.
         assert!(begin(&mut Client::new(owner.channel())).await.is_some());
         owner.signal(Signal::TERM);

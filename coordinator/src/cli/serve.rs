@@ -22,7 +22,7 @@ which. SIGTERM or Ctrl-C stops in order within --shutdown-grace; a second one at
 On MySQL, `handfast migrate` makes the tables. A second coordinator on the same store is a standby: it waits until the \
 first one stops, or shows no life for ten seconds. --take-over does not wait; the first one stops by itself then, with \
 exit code 8. A supervisor may start both of them again and again, with --take-over too: it waits like without after the \
-store was taken over three times within ten minutes, so that they do not take it from each other for ever. \
+store was taken over six times within ten minutes, so that they do not take it from each other for ever. \
 --take-over=always does not look at that: it is for whoever knows that the one before is dead.
 
 Examples:
@@ -50,7 +50,7 @@ pub(super) struct Serve {
 /// How often a store is taken over at once.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum TakeOver {
-    /// Unless it was taken over three times within the last ten minutes [without =WHEN]
+    /// Unless it was taken over six times within the last ten minutes [without =WHEN]
     Seldom,
     /// However often
     Always,

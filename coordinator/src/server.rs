@@ -4,12 +4,13 @@
 //! go → what is under way finishes → no further calls to participants, and those under way come back → what was waiting for
 //! company is recorded → the partitions are handed back. A kill at any moment is just as right, only slower to recover from.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{env, io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use futures_util::StreamExt as _;
 use handfast_proto::FILE_DESCRIPTOR_SET;
 use tokio::{
     net::TcpListener,
+    runtime::{Builder, Runtime},
     signal::unix::{SignalKind, signal},
     sync::Semaphore,
     time::Instant,
@@ -45,6 +46,23 @@ const READINESS_INTERVAL: Duration = Duration::from_millis(500);
 /// Names that can be asked for with grpc.health.v1: the process, and its services.
 pub(crate) const HEALTH_NAMES: [&str; 3] =
     ["", "handfast.v1.CoordinatorService", "handfast.v1.AdminService"];
+
+/// What everything runs on: as many threads as TOKIO_WORKER_THREADS says, else half as many as there are processors. The work is many
+/// small pieces that wake each other, across threads a quarter dearer than within one; and the other half is for the store's server
+/// and whoever else is on this machine.
+///
+/// # Errors
+///
+/// When the system has no threads to give.
+pub fn runtime() -> io::Result<Runtime> {
+    let mut builder = Builder::new_multi_thread();
+    // tokio reads it by itself.
+    if env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        builder.worker_threads((processors / 2).max(1));
+    }
+    builder.enable_all().build()
+}
 
 /// What is told once the coordinator serves.
 #[derive(Debug, Clone)]

@@ -316,7 +316,7 @@ impl Partition {
             let clock = self.parts.clock.clone();
             tokio::select! {
                 biased; // all that is ready is taken below; a run of the same events is the same run
-                () = stop.cancelled() => {}
+                () = stop.cancelled() => { self.woken(); } // and takes what is ready
                 Some(command) = commands.recv() => self.woken().take_command(command),
                 Some(returned) = self.returned.1.recv() => self.woken().take_returned(returned),
                 Some(read) = self.reads.1.recv() => self.woken().take_read(read),

@@ -610,6 +610,20 @@ async fn an_orderly_end_records_what_was_waiting_for_company() {
     next.no_call().await;
 }
 
+#[tokio::test]
+async fn what_comes_with_the_end_begins_at_the_end_and_not_when_somebody_was_last_here() {
+    let rig = Rig::new().await;
+    settle().await;
+    rig.clock.advance(Duration::from_secs(3600));
+    let _begun = rig.begin(new(&["1", "2"]));
+    rig.stop.cancel(); // both are there when the partition looks
+    rig.tasks.close();
+    rig.tasks.wait().await;
+    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let stored = rig.stored(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
+    assert_eq!(stored.begun_at, rig.clock.now());
+}
+
 // ---- Time.
 
 #[tokio::test]

@@ -32,10 +32,10 @@ mod meter;
 mod plot;
 mod report;
 
-use std::{process::ExitCode, thread};
+use std::process::ExitCode;
 
 use clap::Parser as _;
-use tokio::runtime;
+use handfast_coordinator::server;
 
 use self::{
     options::{Load, Options, PhaseTwo, Subject},
@@ -49,12 +49,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     let options = Options::parse();
     // As the coordinator, for the same reason.
-    let workers =
-        thread::available_parallelism().map_or(1, |processors| (processors.get() / 2).max(1));
-    let runtime = runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
-    let measured = runtime
-        .map_err(anyhow::Error::from)
-        .and_then(|runtime| runtime.block_on(measure(&options)));
+    let runtime = server::runtime().map_err(anyhow::Error::from);
+    let measured = runtime.and_then(|runtime| runtime.block_on(measure(&options)));
     match measured {
         Ok(outcomes) => {
             tell(&options, &outcomes);

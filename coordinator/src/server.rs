@@ -103,14 +103,14 @@ pub enum Error {
         address: SocketAddr,
         /// Why not.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The server broke.
     #[error("the server failed: {0}")]
     Serve(#[from] tonic::transport::Error),
     /// Signals cannot be received.
     #[error("cannot wait for signals: {0}")]
-    Signals(#[source] std::io::Error),
+    Signals(#[source] io::Error),
 }
 
 /// What to do about a coordinator that has the store now.
@@ -243,7 +243,7 @@ pub fn router(services: &Services) -> (Router, HealthReporter) {
 fn incoming(
     listener: TcpListener,
     connections_max: usize,
-) -> impl futures_util::Stream<Item = std::io::Result<Connection<tokio::net::TcpStream>>> {
+) -> impl futures_util::Stream<Item = io::Result<Connection<tokio::net::TcpStream>>> {
     let places = Arc::new(Semaphore::new(connections_max));
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
         let place = places.clone().try_acquire_owned();
@@ -300,7 +300,7 @@ async fn stop_in_order(
 }
 
 /// Is cancelled with the first SIGTERM or SIGINT. The second one ends the process.
-fn stop_signal() -> std::io::Result<CancellationToken> {
+fn stop_signal() -> io::Result<CancellationToken> {
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = CancellationToken::new();

@@ -2,6 +2,7 @@
 //! question finds its partition here.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -30,7 +31,7 @@ use crate::{
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 /// Transactions without a key that begin one after the other in the same partition. Those that begin together are recorded and decided
 /// together: a few partitions with much to do cost less than all of them with a little.
-const IN_A_ROW: usize = 32;
+const IN_A_ROW: usize = 128;
 /// Transactions that one step of the purge looks at: few, so that it stalls nobody.
 const PURGE_STEP: usize = 256;
 /// Pause between steps of the purge, and between rounds.
@@ -47,7 +48,8 @@ pub struct Coordinator {
     next: AtomicUsize,
     store: Arc<dyn Store>,
     clock: Arc<dyn Clock>,
-    health: Arc<JournalHealth>,
+    /// Of each journal.
+    health: Vec<Arc<JournalHealth>>,
     durable: Vec<watch::Receiver<Durable>>,
     stuck_after: StuckAfter,
 }
@@ -56,12 +58,12 @@ pub struct Coordinator {
 #[derive(Debug)]
 pub struct Running {
     store: Arc<dyn Store>,
-    health: Arc<JournalHealth>,
+    health: Vec<Arc<JournalHealth>>,
     ownerships: Vec<Ownership>,
     /// What may end at any moment.
     background: CancellationToken,
     partitions: (TaskTracker, CancellationToken),
-    journal: (TaskTracker, CancellationToken),
+    journals: (TaskTracker, CancellationToken),
 }
 
 impl Coordinator {
@@ -79,40 +81,49 @@ impl Coordinator {
     ) -> Result<(Arc<Self>, Running), store::Error> {
         let owner = format!("process {}, started at {}", std::process::id(), clock.now().0);
         let ownerships = store.acquire(&owner, clock.now()).await?;
-        let (journal, outboxes, health) = Journal::new(store.clone(), clock.clone(), &ownerships);
-        let running = Running {
+        let mut running = Running {
             store: store.clone(),
-            health: health.clone(),
+            health: Vec::new(),
             ownerships: ownerships.clone(),
             background: CancellationToken::new(),
             partitions: Default::default(),
-            journal: Default::default(),
+            journals: Default::default(),
         };
-        running.journal.0.spawn(journal.run(running.journal.1.clone()));
-        let parts = Parts {
-            store: store.clone(),
-            dispatch,
-            clock: clock.clone(),
-            health: health.clone(),
-            open: Arc::default(),
-            tasks: running.partitions.0.clone(),
-            settings,
-        };
-        let mut partitions = Vec::new();
-        for (ownership, outbox) in ownerships.iter().zip(&outboxes) {
-            let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
-            let partition = Partition::new(*ownership, parts.clone(), outbox.clone());
-            running.partitions.0.spawn(partition.run(receiver, running.partitions.1.clone()));
-            partitions.push(commands);
+        let mut partitions = BTreeMap::new();
+        let (open, at_a_time) = (Arc::default(), store.batches_at_a_time());
+        for remainder in 0..at_a_time {
+            let of_one = |ownership: &&Ownership| ownership.partition % at_a_time == remainder;
+            let ownerships: Vec<_> = ownerships.iter().filter(of_one).copied().collect();
+            let (journal, outboxes, health) =
+                Journal::new(store.clone(), clock.clone(), &ownerships);
+            running.journals.0.spawn(journal.run(running.journals.1.clone()));
+            running.health.push(health.clone());
+            let parts = Parts {
+                store: store.clone(),
+                dispatch: dispatch.clone(),
+                clock: clock.clone(),
+                health,
+                open: Arc::clone(&open),
+                tasks: running.partitions.0.clone(),
+                settings,
+            };
+            for (ownership, outbox) in ownerships.into_iter().zip(outboxes) {
+                let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+                let durable = outbox.durable();
+                let partition = Partition::new(ownership, parts.clone(), outbox);
+                running.partitions.0.spawn(partition.run(receiver, running.partitions.1.clone()));
+                partitions.insert(ownership.partition, (commands, durable));
+            }
         }
+        let (partitions, durable) = partitions.into_values().unzip();
         let coordinator = Arc::new(Self {
             partitions,
             ownerships,
             next: AtomicUsize::new(0),
             store,
             clock,
-            health,
-            durable: outboxes.iter().map(|outbox| outbox.durable()).collect(),
+            health: running.health.clone(),
+            durable,
             stuck_after: settings.stuck_after,
         });
         let background = running.background.clone();
@@ -253,7 +264,7 @@ impl Coordinator {
     /// Whether the store answers.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        !self.health.is_store_silent()
+        !self.health.iter().any(|health| health.is_store_silent())
     }
 
     /// Completes when a partition is not recorded any more: this process has been replaced, or a person must look. Nothing is
@@ -346,7 +357,7 @@ impl Coordinator {
             let now = self.clock.now();
             match self.store.summary(now, self.stuck_after).await {
                 Ok(Summary { open, stuck, oldest }) => {
-                    let Counts { batches, transactions, .. } = self.health.counts();
+                    let Counts { batches, transactions, .. } = counts(&self.health);
                     let oldest_seconds = oldest.map_or(0, |oldest| (now - oldest).as_secs());
                     let batches_lately = batches - before.0;
                     let per_batch =
@@ -376,17 +387,22 @@ impl Running {
         stop.cancel();
         partitions.close();
         partitions.wait().await;
-        let (journal, stop) = self.journal;
+        let (journals, stop) = self.journals;
         stop.cancel();
-        journal.close();
-        journal.wait().await;
+        journals.close();
+        journals.wait().await;
         if let Err(error) = self.store.release(&self.ownerships).await {
             warn!(%error, "cannot hand the partitions back; the next owner takes them over all the same");
         }
-        let Counts { batches, awaited, transactions } = self.health.counts();
+        let Counts { batches, awaited, transactions } = counts(&self.health);
         let Written { statements, rows } = self.store.written();
         info!(batches, awaited, transactions, statements, rows, "recorded");
     }
+}
+
+/// What all journals have appended.
+fn counts(health: &[Arc<JournalHealth>]) -> Counts {
+    health.iter().map(|health| health.counts()).sum()
 }
 
 /// The word for a decision, in logs and in error details.

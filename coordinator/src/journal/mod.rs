@@ -11,9 +11,12 @@
 //!   its first change would count as durable too early; kept with its first content, a decision would be lost.)
 //! - One batch is under way at a time, and a batch number never gets other content: when nobody knows what became of a batch,
 //!   the same one is appended again until the store says.
+//!
+//! For a store that can take several batches at a time there are several journals, each with partitions of its own.
 
 use std::{
     collections::BTreeMap,
+    iter::Sum,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -259,6 +262,16 @@ pub struct Counts {
     pub awaited: u64,
     /// Transactions in them; one that is recorded three times counts three times.
     pub transactions: u64,
+}
+
+impl Sum for Counts {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            batches: sum.batches + one.batches,
+            awaited: sum.awaited + one.awaited,
+            transactions: sum.transactions + one.transactions,
+        })
+    }
 }
 
 impl JournalHealth {

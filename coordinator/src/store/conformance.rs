@@ -41,6 +41,7 @@ on_every_store! {
     what_was_appended_comes_back
     every_kind_of_record_comes_back
     many_changes_of_one_batch_come_back
+    batches_that_may_come_at_a_time_are_not_in_each_others_way
     a_batch_is_applied_once_however_often_it_is_appended
     an_owner_that_was_replaced_changes_nothing
     one_fenced_partition_stops_the_whole_batch
@@ -297,6 +298,40 @@ async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
     owner.append(written.iter().map(finished).collect()).await;
     for global in &written {
         assert_eq!(found(store, global.xid).await, global.recorded());
+    }
+}
+
+async fn batches_that_may_come_at_a_time_are_not_in_each_others_way(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let at_a_time = store.batches_at_a_time();
+    for _ in 0..20 {
+        let mut written: Vec<Vec<_>> = (0..at_a_time)
+            .map(|remainder| {
+                let partitions = (0..PARTITIONS).filter(|n| n % at_a_time == remainder);
+                partitions.map(|partition| begun(owner.xid(partition), &["1", "2"])).collect()
+            })
+            .collect();
+        for round in 0..2 {
+            let batches: Vec<_> = (written.iter())
+                .map(|globals| {
+                    let write = |global| match round {
+                        0 => inserted(global),
+                        _ => updated(global, BranchSet::EMPTY),
+                    };
+                    owner.batch(globals.iter().map(write).collect())
+                })
+                .collect();
+            let appended = batches.iter().map(|batch| store.append(batch));
+            for appended in futures_util::future::join_all(appended).await {
+                assert_eq!(appended.unwrap(), Appended::Durable);
+            }
+            for global in written.iter_mut().flatten() {
+                assert_eq!(found(store, global.xid).await, global.recorded());
+                if round == 0 {
+                    confirm(global);
+                }
+            }
+        }
     }
 }
 

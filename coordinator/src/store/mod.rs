@@ -251,6 +251,12 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// How many batches it can take at the same time, if they are of different partitions: of partitions whose numbers leave different
+    /// remainders when they are divided by this.
+    fn batches_at_a_time(&self) -> u16 {
+        1
+    }
+
     /// What batches have cost so far, for whoever measures. Nothing, where nothing is worth counting.
     fn written(&self) -> Written {
         Written::default()

@@ -48,6 +48,9 @@ const SILENCE_MAX_SECONDS: u32 = 5;
 /// How often an idle owner writes an empty batch. It keeps the connection open, shows a process that waits that the owner is
 /// alive, and tells the owner if it is not the owner any more.
 const HEARTBEAT: Duration = Duration::from_secs(2);
+/// Connections that write, each for partitions of its own: while the server works on a batch, or waits for its disk, it can work on another
+/// one, and it makes one write to the disk of two commits that come together.
+const WRITERS: u16 = 2;
 /// Connections for reading and cleaning up, beside the one that writes.
 const READERS: u32 = 4;
 /// How often a takeover is tried again that has waited too long for the batch of the owner before.
@@ -124,12 +127,12 @@ fn push_which(query: &mut QueryBuilder<Db>, key: &[&str], row: &[Cell]) {
 /// See the module's comment.
 #[derive(Debug)]
 pub struct MySqlStore {
-    writer: Mutex<Writer>,
+    writers: Vec<Mutex<Writer>>,
     readers: MySqlPool,
     counter: Counter,
 }
 
-/// The one connection that writes.
+/// A connection that writes.
 #[derive(Debug)]
 struct Writer {
     options: MySqlConnectOptions,
@@ -158,16 +161,18 @@ impl MySqlStore {
             .acquire_timeout(CALL_TIMEOUT)
             .after_connect(|connection, _| Box::pin(server::set_up_reader(connection)))
             .connect_lazy_with(options.clone());
-        let writer = Writer { options, connection: None, id: 0 };
-        Ok(Self { writer: Mutex::new(writer), readers, counter: Counter::default() })
+        let writer = |_| Mutex::new(Writer { options: options.clone(), connection: None, id: 0 });
+        let writers = (0..WRITERS).map(writer).collect();
+        Ok(Self { writers, readers, counter: Counter::default() })
     }
 
-    /// Runs `work` on the connection that writes. After an error, or without an answer in time, that one is thrown away.
+    /// Runs `work` on a connection that writes. After an error, or without an answer in time, that one is thrown away.
     async fn writing<T>(
         &self,
+        writer: u16,
         work: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writers[usize::from(writer)].lock().await;
         let result = tokio::time::timeout(CALL_TIMEOUT, async {
             let mut connection = match writer.connection.take() {
                 Some(connection) => connection,
@@ -222,6 +227,10 @@ impl Store for MySqlStore {
         Some(HEARTBEAT)
     }
 
+    fn batches_at_a_time(&self) -> u16 {
+        WRITERS
+    }
+
     fn written(&self) -> Written {
         self.counter.written()
     }
@@ -245,8 +254,9 @@ impl Store for MySqlStore {
     async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
         let mut attempts = 1;
         loop {
-            let acquired =
-                self.writing(async |connection| write::acquire(connection, owner, now).await).await;
+            let acquired = self
+                .writing(0, async |connection| write::acquire(connection, owner, now).await)
+                .await;
             match acquired {
                 Err(Error::Unavailable(cause)) if attempts < ACQUIRE_ATTEMPTS => {
                     // The owner before may have a batch under way; the server ends that one in time.
@@ -260,7 +270,12 @@ impl Store for MySqlStore {
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        self.writing(async |connection| write::append(connection, batch, &self.counter).await).await
+        // What repeats a batch comes to the same connection, and so ends the one that is in doubt.
+        let partition = batch.guards.first().map_or(0, |guard| guard.partition);
+        let append = async |connection: &mut Connection| {
+            write::append(connection, batch, &self.counter).await
+        };
+        self.writing(partition % WRITERS, append).await
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
@@ -313,6 +328,6 @@ impl Store for MySqlStore {
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
-        self.writing(async |connection| write::release(connection, ownerships).await).await
+        self.writing(0, async |connection| write::release(connection, ownerships).await).await
     }
 }

@@ -17,9 +17,9 @@ use crate::transaction::{
     BranchSet, BranchState, CancelCause, GlobalTransaction, Key, Outcome, Resolution,
 };
 
-/// How often a connection that writes has asked its server to prepare a statement, and how many it keeps.
+/// How often the connection that writes partition 0 has asked its server to prepare a statement, and how many it keeps.
 async fn prepared(store: &MySqlStore) -> (u64, usize) {
-    let asked = store.writing(async |connection| {
+    let asked = store.writing(0, async |connection| {
         let status = sqlx::raw_sql("SHOW SESSION STATUS LIKE 'Com_stmt_prepare'");
         let asked: String = status.fetch_one(&mut *connection).await?.get(1);
         Ok((asked.parse().unwrap(), connection.cached_statements_size()))

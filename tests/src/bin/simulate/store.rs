@@ -326,6 +326,10 @@ impl Store for Client {
         Some(HEARTBEAT)
     }
 
+    fn batches_at_a_time(&self) -> u16 {
+        2
+    }
+
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         self.call(Kind::Read, |database| at_once(database.tables.seats())).await
     }

@@ -50,10 +50,10 @@ fn no_promise_is_broken_in_a_few_seeds() {
 #[cfg(feature = "planted-bugs")]
 const FOUND: [(&str, &str, &str); 5] = [
     ("decide-before-durable", "0", "30"),
-    ("skip-epoch-check", "3", "30"),
+    ("skip-epoch-check", "1", "30"),
     ("forget-trying", "1", "30"),
-    ("drop-empty-rollback", "89", "60"),
-    ("unknown-is-refused", "6", "30"),
+    ("drop-empty-rollback", "3", "30"),
+    ("unknown-is-refused", "5", "30"),
 ];
 
 #[cfg(feature = "planted-bugs")]

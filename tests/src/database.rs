@@ -155,7 +155,11 @@ impl Database {
     /// As `--store` takes it.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("{}/{}", self.server, self.name)
+        let (server, parameters) = match self.server.split_once('?') {
+            Some((server, parameters)) => (server, format!("?{parameters}")),
+            None => (self.server.as_str(), String::new()),
+        };
+        format!("{}/{}{parameters}", server.trim_end_matches('/'), self.name)
     }
 
     /// Runs SQL in it.

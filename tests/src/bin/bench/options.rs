@@ -157,7 +157,9 @@ fn store(text: &str) -> Result<Place, String> {
         None if text == "memory" => Ok(Place::Memory),
         None if text == "sqlite" => Ok(Place::Sqlite(None)),
         Some(("sqlite", path)) if !path.is_empty() => Ok(Place::Sqlite(Some(path.to_owned()))),
-        Some(("mysql", rest)) if rest.matches('/').count() == 2 => {
+        Some(("mysql", rest))
+            if !rest.split('?').next().unwrap_or_default().trim_matches('/').contains('/') =>
+        {
             Ok(Place::MySql(text.to_owned()))
         }
         Some(("mysql", _)) => {

@@ -308,7 +308,12 @@ async fn batches_that_may_come_at_a_time_are_not_in_each_others_way(store: &dyn 
         let mut written: Vec<Vec<_>> = (0..at_a_time)
             .map(|remainder| {
                 let partitions = (0..PARTITIONS).filter(|n| n % at_a_time == remainder);
-                partitions.map(|partition| begun(owner.xid(partition), &["1", "2"])).collect()
+                let keyed = partitions.map(|partition| {
+                    let mut global = begun(owner.xid(partition), &["1", "2"]);
+                    global.key = Some(Key { hash: rand::random(), digest: [8; 32] });
+                    global
+                });
+                keyed.collect()
             })
             .collect();
         for round in 0..2 {

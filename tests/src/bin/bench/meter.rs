@@ -28,6 +28,34 @@ pub(crate) fn processor_time(pid: u32) -> anyhow::Result<Duration> {
     Ok(TICK * ticks.sum::<Result<u32, _>>()?)
 }
 
+/// Time of all processors since the machine started, in ticks.
+#[derive(Debug)]
+pub(crate) struct Processors {
+    all: f64,
+    idle: f64,
+    /// Another machine on the same host had them.
+    stolen: f64,
+}
+
+impl Processors {
+    pub(crate) fn read() -> anyhow::Result<Self> {
+        let stat = fs::read_to_string("/proc/stat").context("cannot look at the processors")?;
+        // "cpu", then user, nice, system, idle, waiting for disks, interrupts, soft interrupts, stolen.
+        let ticks = stat.split_whitespace().skip(1).take(8).map(str::parse);
+        let ticks = ticks.collect::<Result<Vec<f64>, _>>()?;
+        let [.., idle, waiting, _, _, stolen] = ticks[..] else {
+            anyhow::bail!("/proc/stat has too few fields");
+        };
+        Ok(Self { all: ticks.iter().sum(), idle: idle + waiting, stolen })
+    }
+
+    /// What was idle, and what was stolen, since `before`: percent.
+    pub(crate) fn since(&self, before: &Self) -> (f64, f64) {
+        let percent = |part: f64| 100.0 * part / (self.all - before.all).max(1.0);
+        (percent(self.idle - before.idle), percent(self.stolen - before.stolen))
+    }
+}
+
 /// Memory of a process that is in RAM.
 pub(crate) fn resident_bytes(pid: u32) -> anyhow::Result<u64> {
     let kilobytes = field(pid, "status", "VmRSS:")?;

@@ -11,7 +11,7 @@ use super::{
 };
 
 /// What the table tells: a figure's name, what it means, and how many digits after the point are worth telling. JSON has more.
-const FIGURES: [(&str, &str, usize); 34] = [
+const FIGURES: [(&str, &str, usize); 36] = [
     ("completed_per_second", "transactions completed a second", 0),
     ("ratio", "  times the column before", 2),
     ("begun_per_second", "transactions begun a second", 0),
@@ -29,6 +29,8 @@ const FIGURES: [(&str, &str, usize); 34] = [
     ("coordinator_cpu", "processor time, a transaction: coordinator, µs", 0),
     ("server_cpu", "  the store's server, µs", 0),
     ("program_cpu", "  initiators and participants, µs", 0),
+    ("idle", "all processors: idle, %", 0),
+    ("stolen", "  with other machines of the same host, %", 0),
     ("commits", "coordinator, a transaction: commits", 3),
     ("commits_awaited", "  that somebody waited for", 3),
     ("statements", "  statements in them", 2),

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::{
     initiator::Hold,
     load::{self, Tally},
-    meter,
+    meter::{self, Processors},
     options::{Column, Load, Options},
     world::World,
 };
@@ -118,6 +118,7 @@ async fn put_under_load(
     }
     tokio::time::sleep(options.warm_up()).await;
 
+    let processors = Processors::read()?;
     let (completed, before, began) = (tally.completed(), used(world).await?, Instant::now());
     tally.measure(true);
     let mut largest_mb = 0.0_f64;
@@ -129,6 +130,9 @@ async fn put_under_load(
     tally.measure(false);
     let (completed, after) = (tally.completed() - completed, used(world).await?);
     let took = began.elapsed();
+    let (idle, stolen) = Processors::read()?.since(&processors);
+    figures.insert("idle".to_owned(), idle);
+    figures.insert("stolen".to_owned(), stolen);
     if world.pid.is_some() {
         figures.insert("load_mb".to_owned(), largest_mb);
     }

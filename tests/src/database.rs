@@ -155,11 +155,9 @@ impl Database {
     /// As `--store` takes it.
     #[must_use]
     pub fn url(&self) -> String {
-        let (server, parameters) = match self.server.split_once('?') {
-            Some((server, parameters)) => (server, format!("?{parameters}")),
-            None => (self.server.as_str(), String::new()),
-        };
-        format!("{}/{}{parameters}", server.trim_end_matches('/'), self.name)
+        let (server, parameters) = self.server.split_once('?').unwrap_or((&self.server, ""));
+        let question = if parameters.is_empty() { "" } else { "?" };
+        format!("{}/{}{question}{parameters}", server.trim_end_matches('/'), self.name)
     }
 
     /// Runs SQL in it.

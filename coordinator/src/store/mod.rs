@@ -251,8 +251,8 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// How many batches it can take at the same time, if they are of different partitions: of partitions whose numbers leave different
-    /// remainders when they are divided by this.
+    /// How many batches it can take at the same time. Divided by this, the numbers of all partitions in one batch leave the same
+    /// remainder, and those of two batches at the same time different ones.
     fn batches_at_a_time(&self) -> u16 {
         1
     }

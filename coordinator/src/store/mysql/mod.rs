@@ -51,7 +51,7 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Connections that write, each for partitions of its own: while the server works on a batch, or waits for its disk, it can work on another
 /// one, and it makes one write to the disk of two commits that come together.
 const WRITERS: u16 = 2;
-/// Connections for reading and cleaning up, beside the one that writes.
+/// Connections for reading and cleaning up, beside those that write.
 const READERS: u32 = 4;
 /// How often a takeover is tried again that has waited too long for the batch of the owner before.
 const ACQUIRE_ATTEMPTS: usize = 6;
@@ -316,7 +316,7 @@ impl Store for MySqlStore {
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
-        // Not on the connection that writes: the journal does not wait for it.
+        // Not on a connection that writes: no journal waits for it.
         self.reading(async |connection| {
             let (finished, next) =
                 read::finished(connection, partition, finished_before, after, limit).await?;

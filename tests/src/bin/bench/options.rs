@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Parser, ValueEnum};
+use sqlx::mysql::MySqlConnectOptions;
 
 const HELP: &str = "\
 Lists make a table with a column for each combination: --branches 1,3,10 --concurrency 1,16,64,256,1024
@@ -157,14 +158,14 @@ fn store(text: &str) -> Result<Place, String> {
         None if text == "memory" => Ok(Place::Memory),
         None if text == "sqlite" => Ok(Place::Sqlite(None)),
         Some(("sqlite", path)) if !path.is_empty() => Ok(Place::Sqlite(Some(path.to_owned()))),
-        Some(("mysql", rest))
-            if !rest.split('?').next().unwrap_or_default().trim_matches('/').contains('/') =>
-        {
-            Ok(Place::MySql(text.to_owned()))
-        }
-        Some(("mysql", _)) => {
-            Err("a server, without a database: mysql://root@127.0.0.1:3306".to_owned())
-        }
+        Some(("mysql", rest)) => match text.parse::<MySqlConnectOptions>() {
+            Ok(options)
+                if rest.starts_with("//") && options.get_database().is_none_or(str::is_empty) =>
+            {
+                Ok(Place::MySql(text.to_owned()))
+            }
+            _ => Err("a server, without a database: mysql://root@127.0.0.1:3306".to_owned()),
+        },
         _ => Err("memory, sqlite, sqlite:PATH, or mysql://user@host:port".to_owned()),
     }
 }
@@ -266,5 +267,21 @@ impl Options {
 
     pub(crate) fn measured(&self) -> Duration {
         Duration::from_secs(self.seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_named_without_a_database() {
+        for right in ["mysql://root@127.0.0.1:3306", "mysql://root@db/?ssl-mode=disabled"] {
+            assert!(matches!(store(right), Ok(Place::MySql(url)) if url == right), "{right}");
+        }
+        for wrong in ["mysql:", "mysql:db", "mysql://root@db/orders", "mysql://db/orders?a=b", "my"]
+        {
+            assert!(store(wrong).is_err(), "{wrong}");
+        }
     }
 }

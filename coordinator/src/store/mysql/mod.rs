@@ -22,11 +22,12 @@ mod write;
 pub use schema::{SchemaError, migrate, pending};
 pub use server::{OpenError, options};
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
 use handfast_proto::Xid;
 use sqlx::{
-    Connection as _, MySql as Db, MySqlConnection as Connection, MySqlPool, QueryBuilder,
+    AssertSqlSafe, Connection as _, MySql as Db, MySqlConnection as Connection, MySqlPool,
+    QueryBuilder,
     mysql::{MySqlConnectOptions, MySqlPoolOptions},
 };
 use tokio::sync::Mutex;
@@ -111,6 +112,32 @@ fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
         push_which(query.push(if n == 0 { &first } else { next }), key, row);
     }
     query.push(end);
+}
+
+/// Deletes the rows with these ids, and touches no other. With `IN (…)` a server that takes the table for small reads it from end to end,
+/// whatever index is forced: it would wait for rows that others write, and then keep their locks. (MySQL is twice as fast this way;
+/// MariaDB takes 4 µs more a row.)
+async fn delete(
+    tx: &mut Connection,
+    table: &str,
+    column: &str,
+    ids: Vec<Vec<u8>>,
+) -> Result<(), Error> {
+    let mut array = String::from("[");
+    for id in &ids {
+        array.push_str(if array.len() == 1 { "\"" } else { ", \"" });
+        for byte in id {
+            write!(array, "{byte:02X}").expect("a String takes everything");
+        }
+        array.push('"');
+    }
+    array.push(']');
+    let sql = format!(
+        "DELETE t FROM JSON_TABLE(?, '$[*]' COLUMNS (id CHAR(64) PATH '$')) AS ids \
+         STRAIGHT_JOIN {table} AS t FORCE INDEX (PRIMARY) ON t.{column} = UNHEX(ids.id)"
+    );
+    sqlx::query(AssertSqlSafe(sql)).bind(array).execute(tx).await?;
+    Ok(())
 }
 
 /// Which row: a value of the only column of the key, or a condition.
@@ -209,7 +236,7 @@ impl Writer {
         let mut connection = Connection::connect_with(&self.options).await?;
         if self.id != 0 {
             // Most likely the server has noticed by itself, and there is nobody of that number any more.
-            let kill = sqlx::AssertSqlSafe(format!("KILL {}", self.id));
+            let kill = AssertSqlSafe(format!("KILL {}", self.id));
             if sqlx::raw_sql(kill).execute(&mut connection).await.is_ok() {
                 info!(connection = self.id, "a connection in doubt was ended at the server");
             }

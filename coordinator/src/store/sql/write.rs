@@ -11,7 +11,7 @@ use super::{
         Appended, Batch, Counter, Error, Guard, Ownership, Seat, Write, judge,
         record::{self, Cell, Rows},
     },
-    BEGIN_WRITING, Connection, Db, PADDED_UPDATES, UPSERT_PURGED, push_update,
+    BEGIN_WRITING, Connection, Db, PADDED_UPDATES, UPSERT_PURGED, delete, push_update,
     read::Finished,
 };
 use crate::transaction::Timestamp;
@@ -199,12 +199,12 @@ pub(super) async fn purge(
     finished: &[Finished],
 ) -> Result<(), Error> {
     let Some(through) = finished.iter().map(|finished| finished.xid).max() else { return Ok(()) };
-    let xids = || finished.iter().map(|finished| finished.xid.to_bytes().to_vec());
+    let xids: Vec<_> = finished.iter().map(|finished| finished.xid.to_bytes().to_vec()).collect();
     let keys: Vec<_> = finished.iter().filter_map(|finished| finished.key_hash.clone()).collect();
     let mut tx = connection.begin_with(BEGIN_WRITING).await?;
-    delete(&mut tx, "DELETE FROM idempotency WHERE key_hash IN (", keys).await?;
-    delete(&mut tx, "DELETE FROM branch WHERE xid IN (", xids().collect()).await?;
-    delete(&mut tx, "DELETE FROM global_transaction WHERE xid IN (", xids().collect()).await?;
+    delete(&mut tx, "idempotency", "key_hash", keys).await?;
+    delete(&mut tx, "branch", "xid", xids.clone()).await?;
+    delete(&mut tx, "global_transaction", "xid", xids).await?;
     let through = through.to_bytes().to_vec();
     sqlx::query(UPSERT_PURGED)
         .bind(partition)
@@ -213,20 +213,6 @@ pub(super) async fn purge(
         .execute(&mut *tx)
         .await?;
     tx.commit().await?;
-    Ok(())
-}
-
-async fn delete(tx: &mut Connection, sql: &str, ids: Vec<Vec<u8>>) -> Result<(), Error> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    let mut query = QueryBuilder::new(sql);
-    let mut listed = query.separated(", ");
-    for id in ids {
-        listed.push_bind(id);
-    }
-    // As long as there are rows: such a statement would only drive others out of the cache.
-    query.push(")").build().persistent(false).execute(&mut *tx).await?;
     Ok(())
 }
 

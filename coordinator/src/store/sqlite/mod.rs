@@ -68,6 +68,26 @@ fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
     query.push(") AS v WHERE ").push(keys.join(" AND "));
 }
 
+/// Deletes the rows with these ids.
+async fn delete(
+    tx: &mut Connection,
+    table: &str,
+    column: &str,
+    ids: Vec<Vec<u8>>,
+) -> Result<(), Error> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let mut query = QueryBuilder::new(format!("DELETE FROM {table} WHERE {column} IN ("));
+    let mut listed = query.separated(", ");
+    for id in ids {
+        listed.push_bind(id);
+    }
+    // As long as there are rows: such a statement would only drive others out of the cache.
+    query.push(")").build().persistent(false).execute(tx).await?;
+    Ok(())
+}
+
 /// See the module's comment.
 #[derive(Debug)]
 pub struct SqliteStore {

@@ -349,3 +349,31 @@ async fn a_batch_locks_no_rows_but_its_own() {
         }
     }
 }
+
+/// Rows that are new are held by others. What is old goes all the same, and nobody new waits for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_clean_up_waits_for_nobody_and_nobody_for_it() {
+    for place in places().await {
+        for isolation in ISOLATIONS {
+            let home = place.home().await;
+            let shop = Shop::open(connect(&home.url(), isolation).await, Some(home)).await;
+            for n in 1..=10 {
+                shop.deliver(Level::Action, &branch_of_shop(2 * n, Phase::Cancel), &[]).await;
+            }
+            let age = "UPDATE handfast_fence SET changed_at = 0, expires_at = 0";
+            sqlx::raw_sql(age).execute(&shop.pool).await.unwrap();
+            for n in [1, 11, 21] {
+                shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(0)).await;
+            }
+            let mut other = shop.pool.begin().await.unwrap();
+            for n in [1, 11, 21] {
+                let hold = sql("UPDATE handfast_fence SET seen = seen WHERE xid = ?");
+                let xid = branch_of_shop(n, Phase::Try).xid.to_bytes();
+                sqlx::query(hold).bind(&xid[..]).execute(&mut *other).await.unwrap();
+            }
+            let deleted = shop.fence.clean_up().await;
+            assert_eq!(deleted.unwrap(), 10, "{isolation}");
+            other.rollback().await.unwrap();
+        }
+    }
+}

@@ -238,6 +238,20 @@ async fn every_kind_of_record_comes_back(store: &dyn Store) {
     for drive in [Drive::Coordinator { in_order: false }, Drive::Coordinator { in_order: true }] {
         written.push(GlobalTransaction { drive, ..begun(owner.xid(1), &["1"]) });
     }
+    // Text is text, whatever it would mean in a statement.
+    for text in
+        ["'", "\\", "\\'; COMMIT; --", "a'b\"c`d", "?", "{}%", "\0\n\t\x7f\x1a", "不行 🙅", "é\\"]
+    {
+        let mut global = begun(owner.xid(0), &["1"]);
+        text.clone_into(&mut global.name);
+        global.labels.insert(text.to_owned(), text.to_owned());
+        let data = bytes::Bytes::copy_from_slice(text.as_bytes());
+        let payload = Some(Payload { data, content_type: text.to_owned() });
+        let spec = BranchSpec { payload, carry_payload: true, ..spec("2") };
+        global.apply(Event::Registered(vec![spec]), NOW).unwrap();
+        cancel(&mut global, CancelCause::Requested { reason: text.to_owned() });
+        written.push(global);
+    }
     // No branches, no labels, no time between begin and end.
     let mut empty = begun(owner.xid(15), &[]);
     empty.labels.clear();

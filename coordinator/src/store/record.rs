@@ -147,6 +147,14 @@ fn alike(rows: impl Iterator<Item = TransactionRow>) -> impl Iterator<Item = Tra
     rows.into_iter()
 }
 
+/// Checks that a statement has written all rows that it was to write.
+pub(super) fn all_written(table: &str, rows: usize, written: u64) -> Result<(), Error> {
+    if written == rows as u64 {
+        return Ok(());
+    }
+    Err(Error::Corrupt(format!("{written} of {rows} rows of `{table}` were there to be changed")))
+}
+
 /// A row of `resolution`: what an operator has answered for a branch.
 struct ResolutionRow {
     xid: Vec<u8>,

@@ -5,6 +5,7 @@
 //! answer in time may still carry out what it was told, so it is ended at the server before anything is repeated, and never used
 //! again.
 
+mod batch;
 #[cfg(test)]
 pub(super) mod fixture;
 mod schema;
@@ -22,22 +23,19 @@ mod write;
 pub use schema::{SchemaError, migrate, pending};
 pub use server::{OpenError, options};
 
-use std::{fmt::Write as _, time::Duration};
+use std::time::Duration;
 
 use handfast_proto::Xid;
 use sqlx::{
     AssertSqlSafe, Connection as _, MySql as Db, MySqlConnection as Connection, MySqlPool,
-    QueryBuilder,
     mysql::{MySqlConnectOptions, MySqlPoolOptions},
 };
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
-use self::write::push_cell;
 use super::{
     Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
     Written,
-    record::{Cell, Rows},
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -60,8 +58,6 @@ const ACQUIRE_ATTEMPTS: usize = 6;
 const BEGIN_WRITING: &str = "BEGIN";
 /// One moment for all its queries. (InnoDB's snapshots are of REPEATABLE READ; what reads has it, what writes has not.)
 const BEGIN_READING: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
-/// Each statement is a round trip: one with some rows said twice is cheaper than several of the right sizes.
-const PADDED_UPDATES: bool = true;
 /// For the next local transaction. One in REPEATABLE READ locks the gaps beside the branches that it deletes too, and whoever
 /// writes there, next to the newest that is deleted, would wait for it.
 const LOCK_ROWS_ONLY: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
@@ -71,85 +67,6 @@ const TAKEOVERS: &str =
 /// Bind: partition, xid, xid.
 const UPSERT_PURGED: &str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
                              ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
-
-/// `UPDATE … SET state = ?, decided_at = CASE xid WHEN ? THEN ? … END WHERE xid IN (?, …)`. A tenth to a half cheaper for the server
-/// than a join with a list of values (JSON_TABLE, or UNION ALL), and far cheaper than a statement for each row.
-fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
-    let same = |column: usize| rows.iter().all(|row| row[column] == rows[0][column]);
-    // A few shapes for the rows of one statement, so that statements are prepared once: either they differ in nothing but moments,
-    // or they may differ in everything.
-    let is_moment = |column: usize| shape.columns[column].ends_with("_at");
-    let is_null = |cell: &Cell| matches!(cell, Cell::Int(None));
-    let differing = shape.keys..shape.columns.len();
-    let moments_only = differing.clone().all(|column| is_moment(column) || same(column));
-    let key = &shape.columns[..shape.keys];
-    let (case, first, next, end) = match key {
-        [only] => (format!("CASE {only}"), format!(" WHERE {only} IN ("), ", ", ")"),
-        _ => ("CASE".to_owned(), " WHERE ".to_owned(), " OR ", ""),
-    };
-    // The server may think of reading a small table from end to end, and would then wait for rows that others write.
-    query.push("UPDATE ").push(shape.table).push(" FORCE INDEX (PRIMARY) SET ");
-    for column in differing {
-        let comma = if column == shape.keys { "" } else { ", " };
-        query.push(comma).push(shape.columns[column]).push(" = ");
-        let one_value = if is_moment(column) {
-            rows.iter().all(|row| is_null(&row[column]))
-        } else {
-            moments_only
-        };
-        if one_value || rows.len() == 1 {
-            push_cell(query, &rows[0][column]);
-            continue;
-        }
-        query.push(&case);
-        for row in rows {
-            push_which(query.push(" WHEN "), key, row);
-            push_cell(query.push(" THEN "), &row[column]);
-        }
-        query.push(" END");
-    }
-    for (n, row) in rows.iter().enumerate() {
-        push_which(query.push(if n == 0 { &first } else { next }), key, row);
-    }
-    query.push(end);
-}
-
-/// Deletes the rows with these ids, and touches no other. With `IN (…)` a server that takes the table for small reads it from end to end,
-/// whatever index is forced: it would wait for rows that others write, and then keep their locks. (MySQL is twice as fast this way;
-/// MariaDB takes 4 µs more a row.)
-async fn delete(
-    tx: &mut Connection,
-    table: &str,
-    column: &str,
-    ids: Vec<Vec<u8>>,
-) -> Result<(), Error> {
-    let mut array = String::from("[");
-    for id in &ids {
-        array.push_str(if array.len() == 1 { "\"" } else { ", \"" });
-        for byte in id {
-            write!(array, "{byte:02X}").expect("a String takes everything");
-        }
-        array.push('"');
-    }
-    array.push(']');
-    let sql = format!(
-        "DELETE t FROM JSON_TABLE(?, '$[*]' COLUMNS (id CHAR(64) PATH '$')) AS ids \
-         STRAIGHT_JOIN {table} AS t FORCE INDEX (PRIMARY) ON t.{column} = UNHEX(ids.id)"
-    );
-    sqlx::query(AssertSqlSafe(sql)).bind(array).execute(tx).await?;
-    Ok(())
-}
-
-/// Which row: a value of the only column of the key, or a condition.
-fn push_which(query: &mut QueryBuilder<Db>, key: &[&str], row: &[Cell]) {
-    if let [_] = key {
-        return push_cell(query, &row[0]);
-    }
-    for (n, (column, cell)) in key.iter().zip(row).enumerate() {
-        query.push(if n == 0 { "" } else { " AND " }).push(column).push(" = ");
-        push_cell(query, cell);
-    }
-}
 
 /// See the module's comment.
 #[derive(Debug)]

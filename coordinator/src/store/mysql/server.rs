@@ -7,7 +7,7 @@ use sqlx::{
 };
 use tracing::warn;
 
-use super::{CALL_TIMEOUT, Connection, SchemaError, write::STATEMENTS_MAX};
+use super::{CALL_TIMEOUT, Connection, SchemaError};
 
 /// Bytes that `max_allowed_packet` must have. A batch stays below a quarter of it.
 const PACKET_BYTES_MIN: i64 = 16 * 1024 * 1024;
@@ -50,7 +50,6 @@ pub fn options(url: &str) -> Result<MySqlConnectOptions, OpenError> {
     }
     let options =
         MySqlConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
-    let options = options.statement_cache_capacity(STATEMENTS_MAX);
     let options = options.disable_statement_logging(); // what is slow or fails is told by whoever waits
     if options.get_database().is_none_or(str::is_empty) {
         return Err(OpenError::Url("it names no database".to_owned()));

@@ -6,101 +6,40 @@ use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 
 use super::{
     super::{
-        Head, Store as _, Write,
-        conformance::{NOW, Owner, begun, call, cancel, confirm, failed, inserted, updated},
+        Store as _,
+        conformance::{NOW, Owner, begun, call, confirm, failed, inserted, updated},
     },
     fixture::{Database, servers},
-    write::{GUARDS, ROWS, STATEMENTS_MAX},
     *,
 };
-use crate::transaction::{
-    BranchSet, BranchState, CancelCause, GlobalTransaction, Key, Outcome, Resolution,
-};
+use crate::transaction::{BranchSet, GlobalTransaction, Key, Outcome};
 
-/// How often the connection that writes partition 0 has asked its server to prepare a statement, and how many it keeps.
-async fn prepared(store: &MySqlStore) -> (u64, usize) {
+/// How often the connection that writes partition 0 has asked its server to prepare a statement.
+async fn prepared(store: &MySqlStore) -> u64 {
     let asked = store.writing(0, async |connection| {
         let status = sqlx::raw_sql("SHOW SESSION STATUS LIKE 'Com_stmt_prepare'");
         let asked: String = status.fetch_one(&mut *connection).await?.get(1);
-        Ok((asked.parse().unwrap(), connection.cached_statements_size()))
+        Ok(asked.parse().unwrap())
     });
     asked.await.unwrap()
 }
 
-/// Ways in which a transaction and its branch can have changed. Rows of one statement differ in text by who of these is in it.
-const CHANGES: [fn(&mut GlobalTransaction); 6] = [
-    |_still_trying| {},
-    confirm,
-    |tried_again| {
-        confirm(tried_again);
-        call(tried_again, 0, failed(false));
-    },
-    |done_at_last| {
-        confirm(done_at_last);
-        call(done_at_last, 0, failed(true));
-        call(done_at_last, 0, Outcome::Done { reply: None });
-    },
-    |confirmed| {
-        confirm(confirmed);
-        call(confirmed, 0, Outcome::Done { reply: None });
-    },
-    |cancelled| {
-        cancel(cancelled, CancelCause::TimedOut);
-        call(cancelled, 0, Outcome::Done { reply: None });
-    },
-];
-
-/// Runs each statement that a batch can have, in each size.
-async fn everything(store: &MySqlStore) {
-    let mut owner = Owner::of(store).await;
-    let only = BranchSet::only(0);
-    for (size, partitions) in ROWS.into_iter().zip(GUARDS.into_iter().cycle()) {
-        for (n, change) in CHANGES.into_iter().enumerate() {
-            for other in CHANGES.into_iter().skip(n) {
-                let mut globals: Vec<_> = (0..size)
-                    .map(|n| {
-                        let partition = u16::try_from(n % partitions).unwrap();
-                        let mut global = begun(owner.xid(partition), &["1"]);
-                        let [hash, digest] = [rand::random(), rand::random()];
-                        global.key = Some(Key { hash, digest });
-                        global
-                    })
-                    .collect();
-                owner.append(globals.iter().map(inserted).collect()).await;
-                let last = size - 1;
-                for (n, global) in globals.iter_mut().enumerate() {
-                    if n == last { other(global) } else { change(global) }
-                }
-                let write = |global| updated(global, only);
-                owner.append(globals.iter().map(write).collect()).await;
-                let finish = |global| Write { head: Head::Finish, ..updated(global, only) };
-                owner.append(globals.iter().map(finish).collect()).await;
-                for global in &mut globals {
-                    let (operator, reason) = ("ann".to_owned(), "by hand".to_owned());
-                    if global.state.decision().is_some() {
-                        let resolution = Resolution { operator, reason, at: NOW };
-                        global.branches[0].state = BranchState::Resolved(Box::new(resolution));
-                    }
-                }
-                let keep = |global| Write { head: Head::Keep, ..updated(global, only) };
-                owner.append(globals.iter().map(keep).collect()).await;
-            }
-        }
-    }
-    store.release(&owner.ownerships).await.unwrap();
-}
-
 #[tokio::test]
-async fn a_connection_keeps_all_the_statements_that_it_has_prepared() {
+async fn nothing_is_prepared_for_a_batch() {
     for server in servers() {
         let database = Database::new(&server).await;
         let store = database.store().await;
-        everything(&store).await;
-        let (asked, kept) = prepared(&store).await;
-        println!("{kept} statements");
-        everything(&store).await;
-        assert_eq!(prepared(&store).await, (asked, kept), "some are prepared again");
-        assert!(kept > 90 && kept <= STATEMENTS_MAX, "{kept}");
+        let mut owner = Owner::of(&store).await;
+        let before = prepared(&store).await;
+        let mut globals: Vec<_> = (0..100).map(|n| keyed(&mut owner, 2 * (n % 8))).collect();
+        owner.append(globals.iter().map(inserted).collect()).await;
+        for global in &mut globals {
+            confirm(global);
+            call(global, 0, failed(false));
+        }
+        let write = |global| updated(global, BranchSet::only(0));
+        owner.append(globals.iter().map(write).collect()).await;
+        assert_eq!(prepared(&store).await, before);
         database.drop().await;
     }
 }
@@ -150,10 +89,12 @@ async fn a_purge_waits_only_for_what_it_deletes() {
             let sql = format!("SELECT 1 FROM {table} FOR UPDATE");
             sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *hold).await.unwrap();
         }
-        let old = old(&mut owner, 300);
-        owner.append(old.iter().map(inserted).collect()).await;
-        let purge = store.purge(2, NOW + Duration::from_secs(60), None, 1000).await;
-        assert_eq!(purge.unwrap().0, 300);
+        for count in [1, 20, 300] {
+            let old = old(&mut owner, count);
+            owner.append(old.iter().map(inserted).collect()).await;
+            let purge = store.purge(2, NOW + Duration::from_secs(60), None, 1000).await;
+            assert_eq!(purge.unwrap().0, count as u64);
+        }
         hold.rollback().await.unwrap();
         database.drop().await;
     }

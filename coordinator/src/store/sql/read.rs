@@ -188,12 +188,6 @@ pub(super) async fn summary(
     })
 }
 
-/// A transaction that finished, and the hash of its key.
-pub(super) struct Finished {
-    pub(super) xid: Xid,
-    pub(super) key_hash: Option<Vec<u8>>,
-}
-
 /// Of the next `limit` transactions of a partition after `after`: those that finished before that moment; and the last one
 /// looked at, if there may be more. (Xids of a partition are sorted by age: what follows one that began later did not finish
 /// before.)
@@ -203,12 +197,11 @@ pub(super) async fn finished(
     before: Timestamp,
     after: Option<Xid>,
     limit: usize,
-) -> Result<(Vec<Finished>, Option<Xid>), Error> {
-    type Row = (Vec<u8>, i64, Option<i64>, Option<Vec<u8>>);
+) -> Result<(Vec<Xid>, Option<Xid>), Error> {
     let (first, last) = xids_of(partition);
     let mut tx = connection.begin_with(BEGIN_READING).await?;
-    let found: Vec<Row> = sqlx::query_as(
-        "SELECT xid, begun_at, finished_at, key_hash FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
+    let found: Vec<(Vec<u8>, i64, Option<i64>)> = sqlx::query_as(
+        "SELECT xid, begun_at, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
     )
     .bind(after.unwrap_or(first).to_bytes().to_vec())
     .bind(last.to_bytes().to_vec())
@@ -217,11 +210,11 @@ pub(super) async fn finished(
     .await?;
     let (mut finished, mut next) = (Vec::new(), None);
     let full = found.len() == limit;
-    for (xid, begun_at, finished_at, key_hash) in found {
+    for (xid, begun_at, finished_at) in found {
         let xid = record::xid(&xid)?;
         next = (full && begun_at < before.0).then_some(xid);
         if finished_at.is_some_and(|at| at < before.0) {
-            finished.push(Finished { xid, key_hash });
+            finished.push(xid);
         }
     }
     Ok((finished, next))

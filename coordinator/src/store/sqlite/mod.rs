@@ -3,6 +3,7 @@
 //! One process holds the lock file beside it for life, so an owner is never replaced while it lives. All the same every
 //! batch checks epoch and position: a lost answer to COMMIT (a full disk, an I/O error) is settled by them.
 
+mod batch;
 mod file;
 #[path = "../sql/read.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
@@ -17,17 +18,15 @@ use std::{path::Path, time::Duration};
 
 use handfast_proto::Xid;
 use sqlx::{
-    Connection as _, QueryBuilder, Sqlite as Db, SqliteConnection as Connection, SqlitePool,
+    Connection as _, Sqlite as Db, SqliteConnection as Connection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 use tokio::sync::Mutex;
 use tracing::warn;
 
-use self::write::push_values;
 use super::{
     Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary,
     Written,
-    record::{Cell, Rows},
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -45,48 +44,9 @@ const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
 /// IMMEDIATE: from here on nobody else writes, so what is read still holds at COMMIT.
 const BEGIN_WRITING: &str = "BEGIN IMMEDIATE";
 const BEGIN_READING: &str = "BEGIN";
-/// A statement costs no round trip: several of the right sizes are cheaper than one with rows that are there twice.
-const PADDED_UPDATES: bool = false;
 /// Bind: partition, xid, xid.
 const UPSERT_PURGED: &str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
                              ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
-
-/// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`
-fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
-    let equal = |(n, column): (usize, &&str)| format!("{column} = v.column{}", n + 1);
-    let (keys, values): (Vec<_>, Vec<_>) =
-        shape.columns.iter().enumerate().partition(|(n, _)| *n < shape.keys);
-    let values: Vec<_> = values.into_iter().map(equal).collect();
-    let keys: Vec<_> = keys.into_iter().map(equal).collect();
-    query
-        .push("UPDATE ")
-        .push(shape.table)
-        .push(" SET ")
-        .push(values.join(", "))
-        .push(" FROM (VALUES ");
-    push_values(query, rows);
-    query.push(") AS v WHERE ").push(keys.join(" AND "));
-}
-
-/// Deletes the rows with these ids.
-async fn delete(
-    tx: &mut Connection,
-    table: &str,
-    column: &str,
-    ids: Vec<Vec<u8>>,
-) -> Result<(), Error> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    let mut query = QueryBuilder::new(format!("DELETE FROM {table} WHERE {column} IN ("));
-    let mut listed = query.separated(", ");
-    for id in ids {
-        listed.push_bind(id);
-    }
-    // As long as there are rows: such a statement would only drive others out of the cache.
-    query.push(")").build().persistent(false).execute(tx).await?;
-    Ok(())
-}
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -120,7 +80,7 @@ impl SqliteStore {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY_TIMEOUT)
             .foreign_keys(false)
-            .statement_cache_capacity(write::STATEMENTS_MAX)
+            .statement_cache_capacity(batch::STATEMENTS_MAX)
             .pragma("journal_size_limit", JOURNAL_BYTES_KEPT.to_string());
         let connection = file.open_database(&options).await?;
         let readers = SqlitePoolOptions::new()

@@ -1,0 +1,127 @@
+//! The statements of a batch, prepared once: there is no way to the engine that a fuller statement would save.
+
+use handfast_proto::Xid;
+use sqlx::{Arguments as _, Database, QueryBuilder};
+
+use super::{
+    super::{
+        Counter, Error, Guard, Write,
+        record::{self, Cell, Rows, all_written},
+    },
+    BEGIN_WRITING, Connection, Db,
+};
+
+/// Rows of one statement. A few fixed sizes, so that statements are prepared once and reused.
+const ROWS: [usize; 8] = [64, 32, 16, 8, 4, 3, 2, 1];
+/// Guards of one statement.
+const GUARDS: [usize; 3] = [1, 4, 16];
+/// Statements that the connection keeps prepared: more than there are shapes of rows, each in all those sizes.
+pub(super) const STATEMENTS_MAX: usize = 256;
+/// What a cell takes in the text of a statement, and as its value, as a rule.
+const CELL_BYTES: usize = 32;
+
+/// Begins a local transaction, and moves the partitions' positions by one, where epoch and position are as the guards say. Returns how many
+/// it has moved.
+pub(super) async fn begin(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
+    let size = GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
+    let mut query = QueryBuilder::<Db>::new("UPDATE partition SET position = position + 1 WHERE ");
+    // Said twice it still counts once.
+    for (n, guard) in guards.iter().cycle().take(size).enumerate() {
+        query.push(if n == 0 { "(partition = " } else { " OR (partition = " });
+        query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
+        query.push(" AND position = ").push_bind(guard.position.cast_signed() - 1).push(")");
+    }
+    sqlx::query(BEGIN_WRITING).execute(&mut *connection).await?;
+    Ok(query.build().execute(connection).await?.rows_affected())
+}
+
+/// Writes all of them, and checks that each row counted.
+pub(super) async fn write_all(
+    connection: &mut Connection,
+    writes: &[Write],
+    counter: &Counter,
+) -> Result<(), Error> {
+    for rows in record::rows(writes) {
+        let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
+        let mut left = &all[..];
+        while !left.is_empty() {
+            let count = ROWS.into_iter().find(|size| *size <= left.len()).expect("the last is 1");
+            let chunk;
+            (chunk, left) = left.split_at(count);
+            let mut query = room_for(count * rows.columns.len());
+            if rows.keys == 0 {
+                push_insert(&mut query, &rows, chunk);
+            } else {
+                push_update(&mut query, &rows, chunk);
+            }
+            let written = query.build().execute(&mut *connection).await?.rows_affected();
+            counter.statement(count);
+            all_written(rows.table, count, written)?;
+        }
+    }
+    Ok(())
+}
+
+/// A query with room for the text and the values of so many cells, so that neither is copied while it grows.
+fn room_for(cells: usize) -> QueryBuilder<Db> {
+    let mut arguments = <Db as Database>::Arguments::default();
+    arguments.reserve(cells, cells * CELL_BYTES);
+    QueryBuilder::with_arguments(String::with_capacity(cells * CELL_BYTES), arguments)
+}
+
+fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
+    query.push("INSERT INTO ").push(shape.table).push(" (").push(shape.columns.join(", "));
+    query.push(") VALUES ");
+    push_values(query, rows);
+}
+
+/// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`
+fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
+    let equal = |(n, column): (usize, &&str)| format!("{column} = v.column{}", n + 1);
+    let (keys, values): (Vec<_>, Vec<_>) =
+        shape.columns.iter().enumerate().partition(|(n, _)| *n < shape.keys);
+    let values: Vec<_> = values.into_iter().map(equal).collect();
+    let keys: Vec<_> = keys.into_iter().map(equal).collect();
+    query
+        .push("UPDATE ")
+        .push(shape.table)
+        .push(" SET ")
+        .push(values.join(", "))
+        .push(" FROM (VALUES ");
+    push_values(query, rows);
+    query.push(") AS v WHERE ").push(keys.join(" AND "));
+}
+
+/// `(…), (…)`
+fn push_values(query: &mut QueryBuilder<Db>, rows: &[&[Cell]]) {
+    for (n, row) in rows.iter().enumerate() {
+        query.push(if n == 0 { "(" } else { "), (" });
+        for (n, cell) in row.iter().enumerate() {
+            query.push(if n == 0 { "" } else { ", " });
+            match cell {
+                Cell::Int(value) => query.push_bind(value),
+                Cell::Text(value) => query.push_bind(value),
+                Cell::Bytes(value) => query.push_bind(value),
+            };
+        }
+    }
+    query.push(")");
+}
+
+/// Deletes these transactions, with all that belongs to them.
+pub(super) async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
+    for which in [
+        "idempotency WHERE key_hash IN (SELECT key_hash FROM global_transaction WHERE xid IN (",
+        "branch WHERE (xid IN (",
+        "global_transaction WHERE (xid IN (",
+    ] {
+        let mut query = QueryBuilder::<Db>::new("DELETE FROM ");
+        let mut xids = query.push(which).separated(", ");
+        for xid in finished {
+            xids.push_bind(xid.to_bytes().to_vec());
+        }
+        // As long as there are rows: such a statement would only drive others out of the cache.
+        query.push("))").build().persistent(false).execute(&mut *connection).await?;
+    }
+    Ok(())
+}

@@ -81,7 +81,7 @@ impl<'a> Owner<'a> {
     }
 
     /// The next batch of all partitions that `writes` touches.
-    fn batch(&mut self, writes: Vec<Write>) -> Batch {
+    pub(super) fn batch(&mut self, writes: Vec<Write>) -> Batch {
         let partitions: std::collections::BTreeSet<_> =
             writes.iter().map(|write| write.global.xid.partition).collect();
         let guards = partitions.into_iter().map(|partition| {

@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, Either};
 
 use super::{
     super::{
-        Counter, Error, Guard, Write,
+        Batch, Counter, Error, Guard,
         record::{self, Cell, Rows, all_written},
     },
     BEGIN_WRITING, Connection,
@@ -21,80 +21,96 @@ const MESSAGE_BYTES: usize = 16_000;
 /// Rows of one statement. Each of them looks through the values of all.
 const ROWS_MAX: usize = 64;
 
-/// Begins a local transaction, and moves the partitions' positions by one, where epoch and position are as the guards say. Returns how many
-/// it has moved.
-pub(super) async fn begin(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
-    let fits = guards.iter().map(|Guard { partition, epoch, position }| {
-        let before = position - 1;
-        format!("(`partition` = {partition} AND epoch = {epoch} AND position = {before})")
-    });
-    let fits = fits.collect::<Vec<_>>().join(" OR ");
-    let sql = format!(
-        "{BEGIN_WRITING}; UPDATE `partition` FORCE INDEX (PRIMARY) SET position = position + 1 WHERE {fits}"
-    );
-    Ok(sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await?.rows_affected())
-}
-
-/// Writes all of them, and checks that each row counted.
-pub(super) async fn write_all(
+/// Begins a local transaction, moves the partitions' positions by one where epoch and position are as the guards say, and if that are all of
+/// them, writes the rows and checks that each one counted. Returns how many positions it has moved.
+pub(super) async fn write(
     connection: &mut Connection,
-    writes: &[Write],
+    Batch { guards, writes }: &Batch,
     counter: &Counter,
-) -> Result<(), Error> {
-    let rows = record::rows(writes);
-    let mut statements = Vec::new();
-    for rows in &rows {
+) -> Result<u64, Error> {
+    let mut statements = begin(guards);
+    for rows in &record::rows(writes) {
         let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
         for some in all.chunks(ROWS_MAX) {
             push_statements(&mut statements, rows, some);
         }
     }
-    let mut left = &statements[..];
-    while !left.is_empty() {
+    let (mut sent, mut moved) = (0, 0);
+    while sent < statements.len() {
         let mut bytes = 0;
-        let fit = left.iter().take_while(|statement| {
+        let fit = statements[sent..].iter().take_while(|statement| {
             bytes += statement.sql.len();
             bytes <= MESSAGE_BYTES
         });
-        let message;
-        (message, left) = left.split_at(fit.count().max(1));
-        send(connection, message, counter).await?;
+        let message = &statements[sent..][..fit.count().max(1)];
+        let (written, ended) = send(connection, message).await;
+        if sent == 0 {
+            moved = written.get(1).copied().unwrap_or(0);
+            if written.len() > 1 && moved != guards.len() as u64 {
+                return Ok(moved); // and it has ended there
+            }
+        }
+        ended?;
+        for (statement, written) in message.iter().zip(written) {
+            if let Some(table) = statement.table {
+                counter.statement(statement.rows);
+                all_written(table, statement.rows, written)?;
+            }
+        }
+        sent += message.len();
     }
-    Ok(())
+    Ok(moved)
 }
 
-/// Sends a message, and checks its answers.
+/// Sends a message. Returns how many rows each statement has written, up to the one that failed.
 async fn send(
     connection: &mut Connection,
     message: &[Statement],
-    counter: &Counter,
-) -> Result<(), Error> {
+) -> (Vec<u64>, Result<(), sqlx::Error>) {
     let sql: Vec<_> = message.iter().map(|statement| statement.sql.as_str()).collect();
     let mut answers = sqlx::raw_sql(AssertSqlSafe(sql.join("; "))).fetch_many(connection);
-    let mut asked = message.iter();
-    while let Some(answer) = answers.try_next().await? {
-        if let (Either::Left(written), Some(statement)) = (answer, asked.next()) {
-            counter.statement(statement.rows);
-            all_written(statement.table, statement.rows, written.rows_affected())?;
+    let mut written = Vec::with_capacity(message.len());
+    loop {
+        match answers.try_next().await {
+            Ok(Some(Either::Left(answer))) => written.push(answer.rows_affected()),
+            Ok(Some(Either::Right(_row))) => {}
+            Ok(None) => return (written, Ok(())),
+            Err(error) => return (written, Err(error)),
         }
-    }
-    match asked.next() {
-        Some(statement) => all_written(statement.table, statement.rows, 0),
-        None => Ok(()),
     }
 }
 
 struct Statement {
-    table: &'static str,
+    /// `None`: none of those whose rows are counted.
+    table: Option<&'static str>,
+    /// So many are written, or something is wrong.
     rows: usize,
     sql: String,
+}
+
+/// Begins, and moves the positions. The third statement is one that fails if those were not all, and with it ends the message.
+fn begin(guards: &[Guard]) -> Vec<Statement> {
+    let fits = guards.iter().map(|Guard { partition, epoch, position }| {
+        let before = position - 1;
+        format!("(`partition` = {partition} AND epoch = {epoch} AND position = {before})")
+    });
+    let fits = fits.collect::<Vec<_>>().join(" OR ");
+    let all = guards.len();
+    let statements = [
+        BEGIN_WRITING.to_owned(),
+        format!(
+            "UPDATE `partition` FORCE INDEX (PRIMARY) SET position = position + 1 WHERE {fits}"
+        ),
+        format!("SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {all} INTO @all_moved"),
+    ];
+    statements.into_iter().map(|sql| Statement { table: None, rows: 0, sql }).collect()
 }
 
 /// One that writes these rows, or several if it would be too long.
 fn push_statements(statements: &mut Vec<Statement>, shape: &Rows, rows: &[&[Cell]]) {
     let sql = if shape.keys == 0 { insert(shape, rows) } else { update(shape, rows) };
     if sql.len() <= MESSAGE_BYTES || rows.len() == 1 {
-        statements.push(Statement { table: shape.table, rows: rows.len(), sql });
+        statements.push(Statement { table: Some(shape.table), rows: rows.len(), sql });
         return;
     }
     let (first, second) = rows.split_at(rows.len() / 2);

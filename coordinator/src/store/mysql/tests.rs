@@ -44,6 +44,30 @@ async fn nothing_is_prepared_for_a_batch() {
     }
 }
 
+/// Somebody holds the row that a replaced owner would change.
+#[tokio::test]
+async fn who_was_replaced_waits_for_no_row() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store().await;
+        let mut owner = Owner::of(&store).await;
+        let mut global = keyed(&mut owner, 2);
+        owner.insert(&global).await;
+        let _its_successor = Owner::of(&store).await;
+        let mut holder = database.connect().await;
+        let mut hold = holder.begin().await.unwrap();
+        let rows = "SELECT 1 FROM global_transaction FOR UPDATE";
+        sqlx::raw_sql(rows).fetch_all(&mut *hold).await.unwrap();
+        confirm(&mut global);
+        let batch = owner.batch(vec![updated(&global, BranchSet::EMPTY)]);
+        let waits = Duration::from_secs(u64::from(SILENCE_MAX_SECONDS) - 1);
+        let answer = tokio::time::timeout(waits, store.append(&batch)).await;
+        assert_eq!(answer.expect("it waits").unwrap(), Appended::Fenced(vec![2]));
+        hold.rollback().await.unwrap();
+        database.drop().await;
+    }
+}
+
 /// With two branches and a key.
 fn keyed(owner: &mut Owner<'_>, partition: u16) -> GlobalTransaction {
     let mut global = begun(owner.xid(partition), &["1", "2"]);

@@ -51,15 +51,14 @@ pub(super) async fn append(
     batch: &Batch,
     counter: &Counter,
 ) -> Result<Appended, Error> {
-    let Batch { guards, writes } = batch;
+    let guards = &batch.guards;
     if guards.is_empty() {
         return Err(Error::Corrupt("a batch without a guard".to_owned()));
     }
     // First the UPDATE: it waits for an earlier attempt whose COMMIT is still under way.
-    let moved = batch::begin(connection, guards).await?;
+    let moved = batch::write(connection, batch, counter).await?;
     counter.statement(0);
     if moved == guards.len() as u64 {
-        batch::write_all(connection, writes, counter).await?;
         crash_point!("batch.before_commit");
         sqlx::raw_sql("COMMIT").execute(connection).await?;
         crash_point!("batch.after_commit");

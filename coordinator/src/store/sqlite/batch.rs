@@ -5,7 +5,7 @@ use sqlx::{Arguments as _, Database, QueryBuilder};
 
 use super::{
     super::{
-        Counter, Error, Guard, Write,
+        Batch, Counter, Error, Guard,
         record::{self, Cell, Rows, all_written},
     },
     BEGIN_WRITING, Connection, Db,
@@ -20,27 +20,18 @@ pub(super) const STATEMENTS_MAX: usize = 256;
 /// What a cell takes in the text of a statement, and as its value, as a rule.
 const CELL_BYTES: usize = 32;
 
-/// Begins a local transaction, and moves the partitions' positions by one, where epoch and position are as the guards say. Returns how many
-/// it has moved.
-pub(super) async fn begin(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
-    let size = GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
-    let mut query = QueryBuilder::<Db>::new("UPDATE partition SET position = position + 1 WHERE ");
-    // Said twice it still counts once.
-    for (n, guard) in guards.iter().cycle().take(size).enumerate() {
-        query.push(if n == 0 { "(partition = " } else { " OR (partition = " });
-        query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
-        query.push(" AND position = ").push_bind(guard.position.cast_signed() - 1).push(")");
-    }
-    sqlx::query(BEGIN_WRITING).execute(&mut *connection).await?;
-    Ok(query.build().execute(connection).await?.rows_affected())
-}
-
-/// Writes all of them, and checks that each row counted.
-pub(super) async fn write_all(
+/// Begins a local transaction, moves the partitions' positions by one where epoch and position are as the guards say, and if that are all of
+/// them, writes the rows and checks that each one counted. Returns how many positions it has moved.
+pub(super) async fn write(
     connection: &mut Connection,
-    writes: &[Write],
+    Batch { guards, writes }: &Batch,
     counter: &Counter,
-) -> Result<(), Error> {
+) -> Result<u64, Error> {
+    sqlx::query(BEGIN_WRITING).execute(&mut *connection).await?;
+    let moved = move_positions(connection, guards).await?;
+    if moved != guards.len() as u64 {
+        return Ok(moved);
+    }
     for rows in record::rows(writes) {
         let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
         let mut left = &all[..];
@@ -59,7 +50,19 @@ pub(super) async fn write_all(
             all_written(rows.table, count, written)?;
         }
     }
-    Ok(())
+    Ok(moved)
+}
+
+async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
+    let size = GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
+    let mut query = QueryBuilder::<Db>::new("UPDATE partition SET position = position + 1 WHERE ");
+    // Said twice it still counts once.
+    for (n, guard) in guards.iter().cycle().take(size).enumerate() {
+        query.push(if n == 0 { "(partition = " } else { " OR (partition = " });
+        query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
+        query.push(" AND position = ").push_bind(guard.position.cast_signed() - 1).push(")");
+    }
+    Ok(query.build().execute(connection).await?.rows_affected())
 }
 
 /// A query with room for the text and the values of so many cells, so that neither is copied while it grows.

@@ -51,6 +51,9 @@ pub(super) async fn write(
             }
         }
         ended?;
+        if written.len() != message.len() {
+            return Err(Error::unavailable("the server has not answered to every statement"));
+        }
         for (statement, written) in message.iter().zip(written) {
             if let Some(table) = statement.table {
                 counter.statement(statement.rows);

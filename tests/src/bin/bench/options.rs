@@ -29,6 +29,13 @@ Examples:
       --concurrency 256 --runs 5
   bench --store mysql://root@127.0.0.1:3306 --versus http://127.0.0.1:36789/api/dtmsvr --runs 5";
 
+/// How long a load runs before it is measured.
+const WARM_UP: Duration = Duration::from_secs(3);
+/// Longer than what is measured, so that nothing of it is deleted.
+const LONG: Duration = Duration::from_secs(300);
+/// At the latest so long after their retention, finished transactions are deleted.
+const PURGE_EVERY: Duration = Duration::from_secs(7);
+
 /// Measures what a coordinator does and what it costs: a real coordinator process with a real store; initiators and participants
 /// are this program.
 #[derive(Debug, Clone, Parser)]
@@ -49,9 +56,9 @@ pub(crate) struct Options {
     /// How long is measured
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: u64,
-    /// How long the same load runs before that
-    #[arg(long, value_name = "S", default_value_t = 3, value_parser = clap::value_parser!(u64).range(0..=3_600))]
-    pub(crate) warm_up: u64,
+    /// How long the same load runs before that [default: 3, or with a short retention until the purge deletes as much as is finished]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=3_600))]
+    pub(crate) warm_up: Option<u64>,
     /// How often all of it is repeated, one after the other; medians are told
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=100))]
     pub(crate) runs: u16,
@@ -79,7 +86,7 @@ pub(crate) struct Options {
     pub(crate) connections: u16,
     /// How long the coordinator keeps what is finished; short, and its purge runs
     #[arg(long, value_name = "TIME", default_value = "7d")]
-    pub(crate) retention: String,
+    pub(crate) retention: humantime::Duration,
     /// What the coordinator logs, into a file
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub(crate) log: String,
@@ -262,7 +269,9 @@ impl Options {
     }
 
     pub(crate) fn warm_up(&self) -> Duration {
-        Duration::from_secs(self.warm_up)
+        let retention = *self.retention;
+        let purged = (retention < LONG).then(|| retention + PURGE_EVERY);
+        self.warm_up.map_or(purged.unwrap_or(WARM_UP), Duration::from_secs)
     }
 
     pub(crate) fn measured(&self) -> Duration {

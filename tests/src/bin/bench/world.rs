@@ -168,7 +168,7 @@ impl World {
 
 /// The coordinator's configuration, beside its flags.
 fn settings(options: &Options, column: &Column) -> Vec<(String, String)> {
-    let mut settings = vec![("retention".to_owned(), options.retention.clone())];
+    let mut settings = vec![("retention".to_owned(), options.retention.to_string())];
     if options.transport == Transport::Unary {
         settings.push(("calls.streams".to_owned(), "false".to_owned()));
     }

@@ -230,13 +230,12 @@ LEFT JOIN idempotency AS i FORCE INDEX (PRIMARY) ON i.key_hash = g.key_hash";
 
 /// Deletes these transactions, with all that belongs to them.
 pub(super) async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
-    let mut xids = String::from("[");
-    for (n, xid) in finished.iter().enumerate() {
-        xids.push_str(if n == 0 { "\"" } else { ", \"" });
-        push_hex(&mut xids, &xid.to_bytes());
-        xids.push('"');
-    }
-    xids.push(']');
+    let quoted = finished.iter().map(|xid| {
+        let mut text = String::new();
+        push_hex(&mut text, &xid.to_bytes());
+        format!("\"{text}\"")
+    });
+    let xids = format!("[{}]", quoted.collect::<Vec<_>>().join(", "));
     sqlx::query(DELETE).bind(xids).execute(connection).await?;
     Ok(())
 }

@@ -18,7 +18,7 @@ use crate::{
     batches::one_by_one,
     fence::{
         LOCK_WAIT,
-        db::Statements as _,
+        db::{Key, Old, Statements as _},
         fixture::{Level, UNTOUCHED, branch as branch_of_shop, payload, payload_that, word},
     },
 };
@@ -350,7 +350,7 @@ async fn a_batch_locks_no_rows_but_its_own() {
     }
 }
 
-/// Rows that are new are held by others. What is old goes all the same, and nobody new waits for that.
+/// Rows that are new are held by others. What is old is deleted all the same, and meanwhile new ones come.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_clean_up_waits_for_nobody_and_nobody_for_it() {
     for place in places().await {
@@ -367,12 +367,20 @@ async fn a_clean_up_waits_for_nobody_and_nobody_for_it() {
             }
             let mut other = shop.pool.begin().await.unwrap();
             for n in [1, 11, 21] {
-                let hold = sql("UPDATE handfast_fence SET seen = seen WHERE xid = ?");
-                let xid = branch_of_shop(n, Phase::Try).xid.to_bytes();
-                sqlx::query(hold).bind(&xid[..]).execute(&mut *other).await.unwrap();
+                let held = Db::find(&mut other, &Key::of(&branch_of_shop(n, Phase::Try))).await;
+                assert!(held.unwrap().is_some());
             }
-            let deleted = shop.fence.clean_up().await;
-            assert_eq!(deleted.unwrap(), 10, "{isolation}");
+            let mut cleaning = shop.pool.begin().await.unwrap();
+            let old = Old { retention_millis: 3_600_000, margin_millis: 3_600_000, limit: 500 };
+            assert_eq!(Db::delete_old(&mut cleaning, &old).await.unwrap(), 10, "{isolation}");
+            for n in [3, 13, 23] {
+                let new = branch_of_shop(n, Phase::Try);
+                let payload = payload(0);
+                let tried = shop.deliver(Level::Run, &new, &payload);
+                let tried = tokio::time::timeout(LOCK_WAIT / 2, tried).await;
+                assert_eq!(word(&tried.expect("it waits")), "Done", "{isolation}: {n}");
+            }
+            cleaning.commit().await.unwrap();
             other.rollback().await.unwrap();
         }
     }

@@ -31,10 +31,10 @@ Examples:
 
 /// How long a load runs before it is measured.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// Longer than what is measured, so that nothing of it is deleted.
-const LONG: Duration = Duration::from_secs(300);
-/// At the latest so long after their retention, finished transactions are deleted.
-const PURGE_EVERY: Duration = Duration::from_secs(7);
+/// With a shorter retention than this, the purge is part of what is measured.
+const SHORT_RETENTION: Duration = Duration::from_secs(300);
+/// So long after the retention of the first transactions, the purge is at work: it looks every five seconds.
+const PURGE_BEGINS: Duration = Duration::from_secs(7);
 
 /// Measures what a coordinator does and what it costs: a real coordinator process with a real store; initiators and participants
 /// are this program.
@@ -56,7 +56,7 @@ pub(crate) struct Options {
     /// How long is measured
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: u64,
-    /// How long the same load runs before that [default: 3, or with a short retention until the purge deletes as much as is finished]
+    /// How long the same load runs before that [default: 3; with a short retention until the purge is at work]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=3_600))]
     pub(crate) warm_up: Option<u64>,
     /// How often all of it is repeated, one after the other; medians are told
@@ -269,9 +269,11 @@ impl Options {
     }
 
     pub(crate) fn warm_up(&self) -> Duration {
-        let retention = *self.retention;
-        let purged = (retention < LONG).then(|| retention + PURGE_EVERY);
-        self.warm_up.map_or(purged.unwrap_or(WARM_UP), Duration::from_secs)
+        match self.warm_up {
+            Some(seconds) => Duration::from_secs(seconds),
+            None if *self.retention < SHORT_RETENTION => *self.retention + PURGE_BEGINS,
+            None => WARM_UP,
+        }
     }
 
     pub(crate) fn measured(&self) -> Duration {

@@ -22,7 +22,9 @@ use crate::{
     partition::{
         Answer, Ask, COMMANDS_MAX, Command, Error, Partition, Parts, Reply, Settings, Until, What,
     },
-    store::{self, ListFilter, Ownership, PARTITIONS, Show, Store, Summary, Written},
+    store::{
+        self, ALL_PARTITIONS, ListFilter, Ownership, PARTITIONS, Show, Store, Summary, Written,
+    },
     transaction::{Decision, GlobalTransaction, NewTransaction, StuckAfter, Timestamp},
 };
 
@@ -80,7 +82,7 @@ impl Coordinator {
         retention: Duration,
     ) -> Result<(Arc<Self>, Running), store::Error> {
         let owner = format!("process {}, started at {}", std::process::id(), clock.now().0);
-        let ownerships = store.acquire(&owner, clock.now()).await?;
+        let ownerships = store.acquire(&ALL_PARTITIONS, &owner, clock.now()).await?;
         let mut running = Running {
             store: store.clone(),
             health: Vec::new(),

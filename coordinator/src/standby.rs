@@ -118,12 +118,15 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{store::scripted::ScriptedStore, transaction::Timestamp};
+    use crate::{
+        store::{ALL_PARTITIONS, scripted::ScriptedStore},
+        transaction::Timestamp,
+    };
 
     #[tokio::test(start_paused = true)]
     async fn looks_that_fail_neither_count_nor_begin_the_wait_anew() {
         let store = Arc::new(ScriptedStore::default());
-        store.acquire("the first", Timestamp(1)).await.unwrap();
+        store.acquire(&ALL_PARTITIONS, "the first", Timestamp(1)).await.unwrap();
         let began = Instant::now();
         let looking = store.clone();
         let waiting = tokio::spawn(async move { turn(&*looking).await });

@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     clock::ManualClock,
     store::{
-        Head, Lookup,
+        ALL_PARTITIONS, Head, Lookup,
         scripted::{Fault, ScriptedStore},
     },
     transaction::{
@@ -30,7 +30,7 @@ impl Rig {
     async fn new() -> Self {
         let store = Arc::new(ScriptedStore::default());
         let clock = ManualClock::at(Timestamp(1_000_000));
-        let ownerships = store.acquire("test", clock.now()).await.unwrap();
+        let ownerships = store.acquire(&ALL_PARTITIONS, "test", clock.now()).await.unwrap();
         let (journal, outboxes, health) =
             Journal::new(store.clone(), Arc::new(clock.clone()), &ownerships);
         let stop = CancellationToken::new();
@@ -201,7 +201,7 @@ async fn what_nobody_waits_for_goes_with_the_next_batch_or_after_a_while() {
 async fn a_partition_that_was_taken_over_stops_and_the_others_go_on() {
     let mut rig = Rig::new().await;
     // Another owner takes all; only partition 3 of ours is still the old one.
-    let newer = rig.store.acquire("other", rig.clock.now()).await.unwrap();
+    let newer = rig.store.acquire(&ALL_PARTITIONS, "other", rig.clock.now()).await.unwrap();
     let Rig { store, clock, .. } = &rig;
     let mut mixed = newer.clone();
     mixed[3] = rig.ownerships[3];
@@ -306,7 +306,7 @@ async fn changes_that_wait_together_lose_none_of_their_branches() {
 #[tokio::test]
 async fn what_is_fenced_does_not_keep_the_journal_busy() {
     let mut rig = Rig::new().await;
-    rig.store.acquire("other", rig.clock.now()).await.unwrap();
+    rig.store.acquire(&ALL_PARTITIONS, "other", rig.clock.now()).await.unwrap();
     let (one, two, three) = (rig.begin(0), rig.begin(0), rig.begin(0));
     rig.store.hold();
     rig.put(&one, Head::Insert, Urgency::Awaited);
@@ -328,11 +328,12 @@ fn a_journal_that_was_replaced_is_idle() {
         runtime.block_on(async move {
             let store = Arc::new(ScriptedStore::default());
             store.beats.store(true, Ordering::SeqCst);
-            let ownerships = store.acquire("the first", Timestamp(1)).await.unwrap();
+            let ownerships =
+                store.acquire(&ALL_PARTITIONS, "the first", Timestamp(1)).await.unwrap();
             let clock = Arc::new(ManualClock::at(Timestamp(1)));
             let (journal, outboxes, _) = Journal::new(store.clone(), clock, &ownerships);
             tokio::spawn(journal.run(CancellationToken::new()));
-            store.acquire("the second", Timestamp(2)).await.unwrap();
+            store.acquire(&ALL_PARTITIONS, "the second", Timestamp(2)).await.unwrap();
             for outbox in outboxes {
                 outbox.durable().wait_for(|durable| durable.ended.is_some()).await.unwrap();
             }

@@ -10,7 +10,7 @@ use crate::{
     clock::ManualClock,
     journal::Journal,
     store::{
-        Lookup,
+        ALL_PARTITIONS, Lookup,
         scripted::{Fault, ScriptedStore},
     },
     transaction::{AttemptError, CancelCause, Drive, Key, Payload, Refusal, State},
@@ -77,7 +77,8 @@ impl Rig {
     }
 
     async fn start(store: Arc<ScriptedStore>, clock: ManualClock, settings: Settings) -> Self {
-        let ownership = store.acquire("test", clock.now()).await.unwrap()[usize::from(PARTITION)];
+        let ownership = store.acquire(&ALL_PARTITIONS, "test", clock.now()).await.unwrap()
+            [usize::from(PARTITION)];
         let (journal, outboxes, health) =
             Journal::new(store.clone(), Arc::new(clock.clone()), &[ownership]);
         let (script, open, tasks) =

@@ -48,6 +48,7 @@ on_every_store! {
     a_batch_that_does_not_follow_is_an_alarm
     an_update_of_what_is_not_there_is_an_alarm
     every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own
+    a_takeover_takes_the_partitions_that_it_names
     keys_lead_to_their_transactions
     what_is_due_comes_in_pages_and_in_order
     the_list_shows_the_newest_that_fit
@@ -66,7 +67,7 @@ pub(super) struct Owner<'a> {
 
 impl<'a> Owner<'a> {
     pub(super) async fn of(store: &'a dyn Store) -> Self {
-        let ownerships = store.acquire("test", NOW).await.unwrap();
+        let ownerships = store.acquire(&ALL_PARTITIONS, "test", NOW).await.unwrap();
         Self { store, ownerships, positions: BTreeMap::new(), sequence: 0 }
     }
 
@@ -451,6 +452,43 @@ async fn every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own(store: &dyn St
     store.release(&second.ownerships).await.unwrap();
     let third = Owner::of(store).await;
     assert_eq!(second.ownership(0).epoch + 1, third.ownership(0).epoch);
+}
+
+async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn Store) {
+    let mut first = Owner::of(store).await;
+    let taken = store.acquire(&[3, 1], "other", NOW).await.unwrap();
+    let named: Vec<_> = taken.iter().map(|ownership| ownership.partition).collect();
+    assert_eq!(named, [3, 1], "in the order in which they were named");
+    for ownership in &taken {
+        assert_eq!(ownership.epoch, first.ownership(ownership.partition).epoch + 1);
+    }
+    // The owner of the others goes on with those.
+    let (lost, kept) = (begun(first.xid(1), &["1"]), begun(first.xid(2), &["1"]));
+    let late = first.batch(vec![inserted(&lost)]);
+    assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![1]));
+    first.insert(&kept).await;
+    assert_eq!(found(store, kept.xid).await, kept.recorded());
+
+    // So does handing back: it hands back what it names, and only from the epoch that it names.
+    store.release(&[taken[0], first.ownership(1)]).await.unwrap();
+    for seat in store.seats().await.unwrap() {
+        let owner = match seat.partition {
+            3 => None,
+            1 => Some("other".to_owned()),
+            _ => Some("test".to_owned()),
+        };
+        assert_eq!(seat.owner, owner, "{seat:?}");
+    }
+
+    // None of them is taken when one is none.
+    let before = store.seats().await.unwrap();
+    let error = store.acquire(&[0, PARTITIONS], "other", NOW).await.unwrap_err();
+    assert!(matches!(error, Error::Corrupt(_)), "{error}");
+    assert_eq!(store.seats().await.unwrap(), before);
+    assert_eq!(store.acquire(&[], "other", NOW).await.unwrap(), []);
+    assert_eq!(store.seats().await.unwrap(), before);
+    let taken = store.acquire(&[0], "other", NOW).await.unwrap();
+    assert_eq!(taken[0].epoch, first.ownership(0).epoch + 1);
 }
 
 async fn keys_lead_to_their_transactions(store: &dyn Store) {

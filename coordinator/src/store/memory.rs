@@ -64,9 +64,17 @@ impl Store for MemoryStore {
         Ok(tables.partitions.iter().map(seat).collect())
     }
 
-    async fn acquire(&self, owner: &str, _now: Timestamp) -> Result<Vec<Ownership>, Error> {
+    async fn acquire(
+        &self,
+        partitions: &[u16],
+        owner: &str,
+        _now: Timestamp,
+    ) -> Result<Vec<Ownership>, Error> {
+        if let Some(partition) = partitions.iter().find(|partition| **partition >= PARTITIONS) {
+            return Err(Error::Corrupt(format!("the store has no row for partition {partition}")));
+        }
         let mut tables = self.tables();
-        Ok((0..PARTITIONS)
+        Ok((partitions.iter().copied())
             .map(|partition| {
                 let nonce = fastrand::u32(..);
                 let (epoch, position) = tables.partitions.entry(partition).or_default();

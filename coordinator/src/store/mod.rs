@@ -35,6 +35,17 @@ use crate::transaction::{BranchSet, GlobalTransaction, StuckAfter, Timestamp};
 /// Partitions of a store. Fixed when the store is made: an xid names its partition for ever.
 pub const PARTITIONS: u16 = 16;
 
+/// All of them, for an owner of the whole store.
+pub const ALL_PARTITIONS: [u16; PARTITIONS as usize] = {
+    let mut all = [0; PARTITIONS as usize];
+    let mut partition = 0;
+    while partition < PARTITIONS {
+        all[partition as usize] = partition;
+        partition += 1;
+    }
+    all
+};
+
 /// The right to write a partition, until somebody takes it over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ownership {
@@ -267,15 +278,22 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         Ok(Vec::new())
     }
 
-    /// How often the partitions were taken over from then until now, by the clocks of those who did. None, where nobody can take
-    /// them from a coordinator that runs.
+    /// How often the partition that changed hands most often was taken over from then until now, by the clocks of those who took
+    /// it. None, where nobody can take a partition from a coordinator that runs.
     async fn takeovers(&self, _from: Timestamp, _until: Timestamp) -> Result<u64, Error> {
         Ok(0)
     }
 
-    /// Takes over all partitions, each with an epoch that is one larger and a new nonce. When it returns, batches of earlier
-    /// owners change nothing any more. `owner` names this process for people. A repeat is another takeover.
-    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error>;
+    /// Takes over `partitions`, all or none of them, each with an epoch that is one larger and a new nonce. Returns their
+    /// ownerships in the order in which the partitions were named; the other partitions stay as they are. When it returns,
+    /// batches of earlier owners of these partitions change nothing any more. `owner` names this process for people. A repeat is
+    /// another takeover.
+    async fn acquire(
+        &self,
+        partitions: &[u16],
+        owner: &str,
+        now: Timestamp,
+    ) -> Result<Vec<Ownership>, Error>;
 
     /// Makes `batch` durable, exactly once. A crash before it returns leaves all of it or nothing. After
     /// [`Error::Unavailable`] nobody knows which: the same batch must be appended again, before any other of its partitions.
@@ -320,7 +338,8 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error>;
 
-    /// Hands the partitions back at an orderly end. Changes nothing that safety rests on.
+    /// Hands these partitions back: each one only if its epoch is still the one that is named. Changes nothing that safety rests
+    /// on.
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error>;
 }
 

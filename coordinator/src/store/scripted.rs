@@ -124,8 +124,13 @@ impl Store for ScriptedStore {
         self.inner.seats().await
     }
 
-    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
-        self.inner.acquire(owner, now).await
+    async fn acquire(
+        &self,
+        partitions: &[u16],
+        owner: &str,
+        now: Timestamp,
+    ) -> Result<Vec<Ownership>, Error> {
+        self.inner.acquire(partitions, owner, now).await
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {

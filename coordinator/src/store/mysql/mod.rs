@@ -61,9 +61,9 @@ const BEGIN_READING: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ON
 /// For the next local transaction. One in REPEATABLE READ locks the gaps beside the branches that it deletes too, and whoever
 /// writes there, next to the newest that is deleted, would wait for it.
 const LOCK_ROWS_ONLY: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
-/// All partitions are taken over together. Bind: from, until.
-const TAKEOVERS: &str =
-    "SELECT COUNT(*) FROM epoch WHERE `partition` = 0 AND taken_at BETWEEN ? AND ?";
+/// Takeovers of the partition that was taken over most often. Bind: from, until.
+const TAKEOVERS: &str = "SELECT CAST(COALESCE(MAX(times), 0) AS SIGNED) FROM (SELECT COUNT(*) AS times FROM epoch \
+                         WHERE taken_at BETWEEN ? AND ? GROUP BY `partition`) AS of_each";
 /// Bind: partition, xid, xid.
 const UPSERT_PURGED: &str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
                              ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
@@ -195,12 +195,18 @@ impl Store for MySqlStore {
         .await
     }
 
-    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
+    async fn acquire(
+        &self,
+        partitions: &[u16],
+        owner: &str,
+        now: Timestamp,
+    ) -> Result<Vec<Ownership>, Error> {
         let mut attempts = 1;
         loop {
-            let acquired = self
-                .writing(0, async |connection| write::acquire(connection, owner, now).await)
-                .await;
+            let acquire = async |connection: &mut Connection| {
+                write::acquire(connection, partitions, owner, now).await
+            };
+            let acquired = self.writing(0, acquire).await;
             match acquired {
                 Err(Error::Unavailable(cause)) if attempts < ACQUIRE_ATTEMPTS => {
                     // The owner before may have a batch under way; the server ends that one in time.

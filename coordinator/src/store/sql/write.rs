@@ -4,30 +4,41 @@
 use std::collections::BTreeMap;
 
 use handfast_proto::{Xid, crash_point};
-use sqlx::Connection as _;
+use sqlx::{Connection as _, QueryBuilder};
 
 use super::{
     super::{Appended, Batch, Counter, Error, Ownership, Seat, judge},
-    BEGIN_WRITING, Connection, UPSERT_PURGED, batch,
+    BEGIN_WRITING, Connection, Db, UPSERT_PURGED, batch,
 };
 use crate::transaction::Timestamp;
 
 pub(super) async fn acquire(
     connection: &mut Connection,
+    partitions: &[u16],
     owner: &str,
     now: Timestamp,
 ) -> Result<Vec<Ownership>, Error> {
+    if partitions.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut tx = connection.begin_with(BEGIN_WRITING).await?;
     // First the UPDATE: from here on the rows are ours, and what is read is what was written.
-    sqlx::query("UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = ?")
-        .bind(owner)
-        .execute(&mut *tx)
-        .await?;
+    let mut query =
+        QueryBuilder::<Db>::new("UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = ");
+    query.push_bind(owner.to_owned()).push(" WHERE `partition` IN (");
+    let mut named = query.separated(", ");
+    for partition in partitions {
+        named.push_bind(*partition);
+    }
+    query.push(")").build().persistent(false).execute(&mut *tx).await?;
     let recorded = recorded(&mut tx).await?;
-    let ownerships: Vec<_> = recorded
-        .into_iter()
-        .map(|(partition, (epoch, _))| Ownership { partition, epoch, nonce: rand::random() })
-        .collect();
+    let ownership = |partition: &u16| match recorded.get(partition) {
+        Some((epoch, _)) => {
+            Ok(Ownership { partition: *partition, epoch: *epoch, nonce: rand::random() })
+        }
+        None => Err(Error::Corrupt(format!("the store has no row for partition {partition}"))),
+    };
+    let ownerships = partitions.iter().map(ownership).collect::<Result<Vec<_>, _>>()?;
     for Ownership { partition, epoch, nonce } in &ownerships {
         sqlx::query(
             "INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) VALUES (?, ?, ?, ?, ?)",

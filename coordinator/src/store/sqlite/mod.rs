@@ -135,8 +135,14 @@ impl Store for SqliteStore {
         self.counter.written()
     }
 
-    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
-        self.writing(async |connection| write::acquire(connection, owner, now).await).await
+    async fn acquire(
+        &self,
+        partitions: &[u16],
+        owner: &str,
+        now: Timestamp,
+    ) -> Result<Vec<Ownership>, Error> {
+        self.writing(async |connection| write::acquire(connection, partitions, owner, now).await)
+            .await
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
@@ -211,7 +217,7 @@ mod tests {
     use std::{collections::BTreeMap, sync::Arc};
 
     use super::{
-        super::{Guard, Head, Write},
+        super::{ALL_PARTITIONS, Guard, Head, Write},
         *,
     };
     use crate::transaction::{BranchSet, Drive, NewTransaction};
@@ -220,7 +226,8 @@ mod tests {
     async fn a_full_disk_loses_nothing_and_is_got_over() {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let Ownership { epoch, nonce, .. } = store.acquire("test", Timestamp(0)).await.unwrap()[0];
+        let Ownership { epoch, nonce, .. } =
+            store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[0];
         let writes = (1..=1000).map(|sequence| {
             let new = NewTransaction {
                 name: "x".repeat(100),
@@ -275,7 +282,8 @@ mod tests {
     async fn people_can_read_it() {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let Ownership { epoch, nonce, .. } = store.acquire("test", Timestamp(0)).await.unwrap()[3];
+        let Ownership { epoch, nonce, .. } =
+            store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[3];
         let xid = Xid { partition: 3, epoch, sequence: 70_000, nonce };
         let new = NewTransaction {
             name: "checkout".to_owned(),
@@ -326,7 +334,8 @@ mod tests {
     async fn what_is_there_twice_is_an_alarm() {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let Ownership { epoch, nonce, .. } = store.acquire("test", Timestamp(0)).await.unwrap()[3];
+        let Ownership { epoch, nonce, .. } =
+            store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[3];
         let new = NewTransaction {
             name: "checkout".to_owned(),
             drive: Drive::Initiator,

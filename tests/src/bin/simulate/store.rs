@@ -334,9 +334,16 @@ impl Store for Client {
         self.call(Kind::Read, |database| at_once(database.tables.seats())).await
     }
 
-    async fn acquire(&self, owner: &str, now: Timestamp) -> Result<Vec<Ownership>, Error> {
-        let owner = owner.to_owned();
-        self.call(Kind::Write, move |database| at_once(database.tables.acquire(&owner, now))).await
+    async fn acquire(
+        &self,
+        partitions: &[u16],
+        owner: &str,
+        now: Timestamp,
+    ) -> Result<Vec<Ownership>, Error> {
+        let (partitions, owner) = (partitions.to_vec(), owner.to_owned());
+        let acquire =
+            move |database: &Database| at_once(database.tables.acquire(&partitions, &owner, now));
+        self.call(Kind::Write, acquire).await
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {

@@ -6,15 +6,13 @@ use backon::BackoffBuilder as _;
 use handfast_proto::{
     Xid,
     calls::{ToCoordinator, ToParticipant},
+    connection::{DEADLINE_MARGIN, InvalidAddress, endpoint},
     reason,
     stream::Line,
     v1::{self as pb, call_stream_request::Call, call_stream_response::Answer},
 };
 use tokio::time::Instant;
-use tonic::{
-    Code, Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 
 use crate::{
@@ -27,17 +25,10 @@ use crate::{
     transaction::TransactionBuilder,
 };
 
-/// How long connecting may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a connection with calls on it is asked whether it lives, and how long it may take to say so.
-const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(5)];
 /// First and longest pause before a call is repeated.
 const REPEAT_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// How long one attempt of a call to the coordinator may take, beside what it is asked to wait.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How much more time the other end is given than we wait, so that it is we who notice the end of it: tonic's own timers, here and
-/// there, would say CANCELLED.
-pub(crate) const MARGIN: Duration = Duration::from_secs(1);
 /// How long a question about an outcome is repeated.
 pub(crate) const ASK_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -50,11 +41,6 @@ pub struct Handfast {
     waits: Line<ToCoordinator>,
 }
 
-/// A text is no address.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no address: one looks like http://127.0.0.1:7420")]
-pub struct InvalidAddress(String);
-
 /// There is no answer to a question about a transaction. Ask again.
 #[derive(Debug, thiserror::Error)]
 #[error("the coordinator does not say what became of {asked}: {cause}")]
@@ -64,25 +50,6 @@ pub struct Unanswered {
     /// Why there is no answer.
     #[source]
     cause: BoxError,
-}
-
-/// A connection as it should be, over whatever network.
-///
-/// # Errors
-///
-/// When that is no address.
-#[cfg_attr(not(feature = "testing"), allow(unreachable_pub, reason = "the test kit exports it"))]
-pub fn endpoint(url: &str) -> Result<Endpoint, InvalidAddress> {
-    let invalid = || InvalidAddress(url.to_owned());
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;
-    if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().authority().is_none() {
-        return Err(invalid());
-    }
-    Ok(endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEP_ALIVE[0])
-        .keep_alive_timeout(KEEP_ALIVE[1]))
 }
 
 impl Handfast {
@@ -284,11 +251,12 @@ where
     loop {
         let attempt_ends = deadline.min(from_now(attempt_timeout));
         let timeout = attempt_ends.saturating_duration_since(Instant::now());
-        let error = match tokio::time::timeout_at(attempt_ends, ask(timeout + MARGIN)).await {
-            Ok(Ok(response)) => return Ok(response),
-            Ok(Err(status)) => status,
-            Err(_) => Status::deadline_exceeded("no answer in time"),
-        };
+        let error =
+            match tokio::time::timeout_at(attempt_ends, ask(timeout + DEADLINE_MARGIN)).await {
+                Ok(Ok(response)) => return Ok(response),
+                Ok(Err(status)) => status,
+                Err(_) => Status::deadline_exceeded("no answer in time"),
+            };
         let pause = pauses.next().unwrap_or(REPEAT_PAUSES[1]);
         if !may_be_repeated(&error) {
             return Err(error);

@@ -5,17 +5,8 @@
 
 use std::{collections::BTreeMap, error::Error, fmt};
 
-use handfast_proto::limits;
-
 /// Any error, as `?` makes it.
 pub type BoxError = Box<dyn Error + Send + Sync>;
-
-/// Bytes of [`Refusal::reason`].
-const REASON_BYTES_MAX: usize = 128;
-/// Bytes of [`Refusal::message`], and of every status text. It travels twice, as a header and in the details, and in the header
-/// each byte of Chinese takes three. gRPC clients take 16 KiB of headers (Rust) or 8 KiB (Java): a longer one would turn the
-/// refusal into an unknown.
-pub(crate) const MESSAGE_BYTES_MAX: usize = 1024;
 
 /// A decided "no": out of stock, no such account, over the limit. Repeating will not help.
 ///
@@ -67,28 +58,6 @@ impl Refusal {
     pub(crate) fn of_handfast(reason: &str, message: impl Into<String>) -> Self {
         let domain = handfast_proto::reason::DOMAIN.to_owned();
         Self { domain, ..Self::new(reason).message(message) }
-    }
-
-    /// The same within the limits of the contract.
-    #[must_use]
-    pub(crate) fn cut(self) -> Self {
-        let mut refusal = Self {
-            reason: cut(self.reason, REASON_BYTES_MAX),
-            domain: cut(self.domain, limits::PARTICIPANT_BYTES_MAX),
-            message: cut(self.message, MESSAGE_BYTES_MAX),
-            metadata: BTreeMap::new(),
-        };
-        let texts = refusal.reason.len() + refusal.domain.len() + refusal.message.len();
-        let mut room = limits::REFUSAL_BYTES_MAX - texts;
-        for (key, value) in self.metadata {
-            let value = cut(value, limits::LABEL_VALUE_BYTES_MAX);
-            // A key is never cut: half of one would be another one.
-            if let Some(left) = room.checked_sub(key.len() + value.len()) {
-                room = left;
-                refusal.metadata.insert(key, value);
-            }
-        }
-        refusal
     }
 }
 
@@ -172,45 +141,9 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// The text, or as many whole characters of it as leave room for an ellipsis.
-pub(crate) fn cut(mut text: String, bytes_max: usize) -> String {
-    const ELLIPSIS: &str = "…";
-    if text.len() > bytes_max {
-        text.truncate(text.floor_char_boundary(bytes_max - ELLIPSIS.len()));
-        text.push_str(ELLIPSIS);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn bytes(refusal: &Refusal) -> usize {
-        let metadata: usize = refusal.metadata.iter().map(|(k, v)| k.len() + v.len()).sum();
-        refusal.reason.len() + refusal.domain.len() + refusal.message.len() + metadata
-    }
-
-    #[test]
-    fn a_short_refusal_is_left_alone() {
-        let refusal = Refusal::new("OUT_OF_STOCK").message("2 on hand").with("sku", 1042);
-        assert_eq!(refusal.clone().cut(), refusal);
-    }
-
-    #[test]
-    fn a_long_refusal_is_cut_between_characters_and_keeps_whole_keys() {
-        let mut refusal = Refusal::new("R".repeat(500)).message("库存不足".repeat(1000));
-        for n in 0..100 {
-            refusal = refusal.with(format!("key-{n:03}"), "值".repeat(n));
-        }
-        refusal = refusal.with("k".repeat(5000), "");
-        let short = refusal.cut();
-        assert!(bytes(&short) <= limits::REFUSAL_BYTES_MAX, "{}", bytes(&short));
-        assert!(bytes(&short) > limits::REFUSAL_BYTES_MAX - 300, "room is used");
-        assert!(short.message.starts_with("库存不足") && short.message.ends_with('…'));
-        assert!(short.metadata.keys().all(|key| key.len() == 7));
-        assert_eq!(short.clone().cut(), short);
-    }
 
     #[test]
     fn a_question_mark_is_unknown_and_a_refusal_is_not() {

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use handfast_proto::{
     BranchId, Xid,
     calls::{BranchCall, BranchRequest},
+    connection::DEADLINE_MARGIN,
     crash_point,
     time::{millis, timestamp, wire_duration},
     v1 as pb,
@@ -31,8 +32,7 @@ use tonic::{Code, Status};
 use crate::{
     branch::{Branch, Phase},
     client::{
-        Handfast, MARGIN, Reach, Reason, Remote, from_now, leaves_open, may_be_repeated,
-        status_error,
+        Handfast, Reach, Reason, Remote, from_now, leaves_open, may_be_repeated, status_error,
     },
     contract::{Contract, Payload},
     error::{BoxError, Refusal},
@@ -351,7 +351,7 @@ impl Global {
                     };
                     let call =
                         BranchCall { call: BranchRequest::TryBranch(request), may_join: true };
-                    let timeout = ends.saturating_duration_since(Instant::now()) + MARGIN;
+                    let timeout = ends.saturating_duration_since(Instant::now()) + DEADLINE_MARGIN;
                     let answer = line.call(call, timeout).await?;
                     self.nested(answer.nested_branch_ids.iter().map(String::as_bytes));
                     Ok(answer.reply.unwrap_or_default().data)

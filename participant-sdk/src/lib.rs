@@ -58,11 +58,11 @@ mod async_func;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use handfast_proto::{BranchId, Xid};
+pub use handfast_proto::{BranchId, Xid, connection::InvalidAddress};
 
 pub use answer::Answer;
 pub use async_func::AsyncFunc;
-pub use client::{Handfast, InvalidAddress, Remote, Unanswered};
+pub use client::{Handfast, Remote, Unanswered};
 pub use execute::{ExecuteBuilder, Executed};
 pub use global::{CallError, Global};
 pub use outcome::{Confirmed, Outcome, TransactionError};

@@ -145,10 +145,8 @@ pub(crate) fn standing<T>(
             Some(Ok(Confirmed { xid, value: None, completed }))
         }
         (pb::Decision::Cancel, pb::CancelCause::Refused) => {
-            let pb::Refusal { reason, domain, message, metadata } =
-                transaction.refusal.clone().unwrap_or_default();
+            let refusal = transaction.refusal.clone().unwrap_or_default().into();
             let branch_id = transaction.refused_branch_id.parse().ok();
-            let refusal = Refusal { reason, domain, message, metadata };
             Some(Err(TransactionError::Refused { xid, branch_id, refusal }))
         }
         (pb::Decision::Cancel, pb::CancelCause::TimedOut) => {

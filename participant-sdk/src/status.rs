@@ -3,15 +3,14 @@
 //! The codes are those of `participant.proto`. Texts are for people; programs read `google.rpc.ErrorInfo`.
 
 use bytes::Bytes;
-use handfast_proto::reason;
-use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, ErrorInfo, StatusExt as _};
-
-use crate::{
-    answer::Answer,
-    branch::InvalidBranch,
-    error::{MESSAGE_BYTES_MAX, Refusal, cut},
+use handfast_proto::{
+    limits::{STATUS_MESSAGE_BYTES_MAX, cut},
+    reason, refusal, v1 as pb,
 };
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::{answer::Answer, branch::InvalidBranch, error::Refusal};
 
 impl Answer {
     /// The answer as gRPC has it: the reply, or a status.
@@ -24,8 +23,10 @@ impl Answer {
             Self::Done(reply) => Ok(reply),
             Self::Refused(refusal) => Err(refusal.into_status(Code::FailedPrecondition)),
             Self::TooLate(refusal) => Err(refusal.into_status(Code::Aborted)),
-            Self::Unknown(message) => Err(Status::unknown(cut(message, MESSAGE_BYTES_MAX))),
-            Self::Retry(message) => Err(Status::unavailable(cut(message, MESSAGE_BYTES_MAX))),
+            Self::Unknown(message) => Err(Status::unknown(cut(message, STATUS_MESSAGE_BYTES_MAX))),
+            Self::Retry(message) => {
+                Err(Status::unavailable(cut(message, STATUS_MESSAGE_BYTES_MAX)))
+            }
             Self::Invalid { field, message } => Err(invalid(field, &message)),
             Self::NotServed(refusal) => Err(refusal.into_status(Code::Unimplemented)),
         }
@@ -39,7 +40,7 @@ impl From<InvalidBranch> for Status {
 }
 
 fn invalid(field: &str, message: &str) -> Status {
-    let message = cut(format!("{field}: {message}"), MESSAGE_BYTES_MAX);
+    let message = cut(format!("{field}: {message}"), STATUS_MESSAGE_BYTES_MAX);
     let mut details = ErrorDetails::with_bad_request_violation(field, message.clone());
     details.set_error_info(reason::INVALID_FIELD, reason::DOMAIN, []);
     Status::with_error_details(Code::InvalidArgument, message, details)
@@ -52,25 +53,25 @@ impl Refusal {
     /// is then `FAILED_PRECONDITION`. No other code is.
     #[must_use]
     pub fn from_status(status: &Status) -> Option<Self> {
-        if status.code() != Code::FailedPrecondition {
-            return None;
-        }
-        let refusal = match status.get_details_error_info() {
-            Some(info) => Self {
-                reason: info.reason,
-                domain: info.domain,
-                message: status.message().to_owned(),
-                metadata: info.metadata.into_iter().collect(),
-            },
-            None => Self::new("FAILED_PRECONDITION").message(status.message()),
-        };
-        Some(refusal.cut())
+        refusal::read(status).map(Self::from)
     }
 
     fn into_status(self, code: Code) -> Status {
-        let Self { reason, domain, message, metadata } = self.cut();
-        let info = ErrorInfo { reason, domain, metadata: metadata.into_iter().collect() };
-        Status::with_error_details_vec(code, message, [info.into()])
+        refusal::status(code, self.into())
+    }
+}
+
+impl From<pb::Refusal> for Refusal {
+    fn from(message: pb::Refusal) -> Self {
+        let pb::Refusal { reason, domain, message, metadata } = message;
+        Self { reason, domain, message, metadata }
+    }
+}
+
+impl From<Refusal> for pb::Refusal {
+    fn from(refusal: Refusal) -> Self {
+        let Refusal { reason, domain, message, metadata } = refusal;
+        Self { reason, domain, message, metadata }
     }
 }
 
@@ -84,19 +85,6 @@ impl From<Refusal> for Status {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_refusal_survives_the_wire() {
-        let mut refusal = Refusal::new("OUT_OF_STOCK").message("2 on hand").with("sku", 1042);
-        refusal.domain = "inventory".to_owned();
-        assert_eq!(Refusal::from_status(&refusal.clone().into()), Some(refusal));
-    }
-
-    #[test]
-    fn a_failed_precondition_without_details_is_a_refusal_too() {
-        let refusal = Refusal::from_status(&Status::failed_precondition("no")).unwrap();
-        assert_eq!(refusal, Refusal::new("FAILED_PRECONDITION").message("no"));
-    }
 
     #[test]
     fn no_other_code_is_a_refusal() {

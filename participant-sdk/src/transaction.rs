@@ -2,14 +2,20 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
-use handfast_proto::{BranchId, Xid, crash_point, planted::Bug, time::wire_duration, v1 as pb};
+use handfast_proto::{
+    BranchId, Xid, crash_point,
+    limits::{self, cut},
+    planted::Bug,
+    time::wire_duration,
+    v1 as pb,
+};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use crate::{
     async_func::AsyncFunc,
     client::{ASK_PATIENCE, Handfast, Reason, from_now, status_error},
-    error::{BoxError, WorkError, cut},
+    error::{BoxError, WorkError},
     global::{CallError, Calls, Global, NewTransaction},
     outcome::{Confirmed, TransactionError, standing},
     propagation,
@@ -23,8 +29,6 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const COMPLETION_WAIT: Duration = Duration::from_secs(2);
 /// How long a decision is asked for again while there is no answer, if nobody says.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Bytes of the reason of a Cancel.
-const REASON_BYTES_MAX: usize = handfast_proto::limits::REASON_BYTES_MAX;
 
 /// Describes a global transaction before it is begun.
 #[must_use]
@@ -293,12 +297,7 @@ impl OpenTransaction {
             (failure, Calls::Failed(CallError::Refused { branch_id, refusal, .. })) => {
                 drop(failure); // the refusal says more than what the closure made of it
                 let cancel = pb::DecideRequest {
-                    refusal: Some(pb::Refusal {
-                        reason: refusal.reason.clone(),
-                        domain: refusal.domain.clone(),
-                        message: refusal.message.clone(),
-                        metadata: refusal.metadata.clone(),
-                    }),
+                    refusal: Some(refusal.clone().into()),
                     refused_branch_id: branch_id.to_string(),
                     ..pb::DecideRequest::default()
                 };
@@ -357,7 +356,8 @@ impl OpenTransaction {
         xid: Xid,
         cause: BoxError,
     ) -> Result<Confirmed<()>, TransactionError> {
-        let reason = cut(cause.to_string(), REASON_BYTES_MAX).replace(char::is_control, " ");
+        let reason =
+            cut(cause.to_string(), limits::REASON_BYTES_MAX).replace(char::is_control, " ");
         let cancel = pb::DecideRequest { reason, ..pb::DecideRequest::default() };
         self.cancel_because(xid, cancel, TransactionError::Cancelled { xid, cause }).await
     }

@@ -6,12 +6,14 @@
 //! with `handfast/v1/coordinator.proto`.
 
 pub mod calls;
+pub mod connection;
 pub mod crash;
 pub mod id;
 pub mod limits;
 pub mod metadata;
 pub mod planted;
 pub mod reason;
+pub mod refusal;
 pub mod stream;
 pub mod time;
 

@@ -30,6 +30,9 @@ pub const KEY_BYTES_MAX: usize = 128;
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Bytes of an operator's name.
 pub const OPERATOR_BYTES_MAX: usize = 128;
+/// Bytes of the text of a gRPC status. It travels twice, as a header and in the details, and in the header each byte of Chinese
+/// takes three. gRPC clients take 16 KiB of headers (Rust) or 8 KiB (Java): a longer text would turn a refusal into an unknown.
+pub const STATUS_MESSAGE_BYTES_MAX: usize = 1024;
 /// Bytes of a whole refusal: reason, domain, message and metadata together.
 pub const REFUSAL_BYTES_MAX: usize = 4 * 1024;
 /// Shortest timeout of phase one.
@@ -48,3 +51,14 @@ pub const LIST_DEFAULT: usize = 50;
 pub const REQUEST_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// Bytes of a response: a reply for each branch, or a list of [`LIST_MAX`] transactions.
 pub const RESPONSE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// The text, or as many whole characters of it as leave room for an ellipsis.
+#[must_use]
+pub fn cut(mut text: String, bytes_max: usize) -> String {
+    const ELLIPSIS: &str = "…";
+    if text.len() > bytes_max {
+        text.truncate(text.floor_char_boundary(bytes_max - ELLIPSIS.len()));
+        text.push_str(ELLIPSIS);
+    }
+    text
+}

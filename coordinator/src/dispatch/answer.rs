@@ -1,10 +1,7 @@
 //! What a participant's answer means: the table of `participant.proto`, read. The only place that reads gRPC codes.
 
-use std::collections::BTreeMap;
-
-use handfast_proto::limits;
+use handfast_proto::{refusal, v1 as pb};
 use tonic::{Code, Status};
-use tonic_types::StatusExt as _;
 
 use crate::transaction::{AttemptError, Outcome, Payload, Phase, Refusal, Timestamp};
 
@@ -22,8 +19,10 @@ pub(super) fn outcome(
         Err(status) => status,
     };
     let is_try = phase == Phase::Try;
+    if is_try && let Some(refusal) = refusal::read(&status) {
+        return Outcome::Refused(on_one_line(refusal));
+    }
     let (timed_out, hopeless) = match status.code() {
-        Code::FailedPrecondition if is_try => return Outcome::Refused(refusal(&status)),
         // A Try that came too late was not made, and will not be. Phase two is never given up; these only say that time
         // alone will not mend it.
         Code::Aborted => (false, is_try),
@@ -53,30 +52,11 @@ pub(crate) fn one_line(text: &str) -> String {
     text.chars().take(MESSAGE_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-fn refusal(status: &Status) -> Refusal {
-    let message = one_line(status.message());
-    match status.get_details_error_info() {
-        Some(info) => {
-            let (reason, domain) = (one_line(&info.reason), one_line(&info.domain));
-            let mut left = limits::REFUSAL_BYTES_MAX
-                .saturating_sub(reason.len() + domain.len() + message.len());
-            // What does not fit is left out: the refusal counts, whatever comes with it.
-            let mut metadata: BTreeMap<_, _> = info.metadata.into_iter().collect();
-            metadata.retain(|key, value| {
-                let bytes = key.len() + value.len();
-                let fits = bytes <= left;
-                left -= if fits { bytes } else { 0 };
-                fits
-            });
-            Refusal { reason, domain, message, metadata }
-        }
-        None => Refusal {
-            reason: code_name(Code::FailedPrecondition).to_owned(),
-            domain: String::new(),
-            message,
-            metadata: BTreeMap::new(),
-        },
-    }
+/// A refusal with texts that are fit for a log.
+fn on_one_line(refusal: pb::Refusal) -> Refusal {
+    let pb::Refusal { reason, domain, message, metadata } = refusal;
+    let [reason, domain, message] = [reason, domain, message].map(|text| one_line(&text));
+    Refusal { reason, domain, message, metadata }
 }
 
 /// The name of a gRPC code, as its specification writes it.
@@ -104,7 +84,7 @@ pub(super) fn code_name(code: Code) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use tonic_types::ErrorDetails;
+    use tonic_types::{ErrorDetails, StatusExt as _};
 
     use super::*;
 

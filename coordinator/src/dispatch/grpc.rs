@@ -9,6 +9,7 @@ use std::{
 
 use handfast_proto::{
     calls::{BranchCall, BranchRequest, ToParticipant},
+    connection::{self, DEADLINE_MARGIN},
     crash_point,
     stream::Line,
     time::timestamp,
@@ -36,15 +37,6 @@ use crate::{
 const LANES_MAX: usize = 4096;
 /// How much later, when all of them are busy.
 const LANES_FULL_PAUSE: Duration = Duration::from_secs(1);
-/// How long connecting may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a connection with calls on it is asked whether it lives, and how long it may take to say so.
-const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(5)];
-
-/// How much more time a participant is given than we wait, so that it is we who notice the end of it: tonic's own timers, here and
-/// there, would say CANCELLED.
-const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
-
 /// Makes connections. The one place to put another network: none at all, or a simulated one.
 pub trait Dialler: fmt::Debug + Send + Sync + 'static {
     /// A channel that connects when it is first used, and again when the connection is lost.
@@ -61,15 +53,10 @@ impl Dialler for Tcp {
     }
 }
 
-/// A connection as it should be, over whatever network.
+/// A connection to a participant, over whatever network, with the settings that every connection has.
 #[must_use]
 pub fn endpoint(address: &Address) -> Endpoint {
-    Endpoint::from_shared(address.to_string())
-        .expect("an address is a URL")
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEP_ALIVE[0])
-        .keep_alive_timeout(KEEP_ALIVE[1])
+    connection::endpoint(&address.to_string()).expect("an address is a URL")
 }
 
 /// What dispatch needs to know of the configuration.

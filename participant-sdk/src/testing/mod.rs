@@ -59,7 +59,6 @@ pub use coordinator::{Coordinator, Fault};
 pub use database::Database;
 pub use laws::{BrokenLaw, Report, World, laws, laws_with_neighbour};
 
-pub use crate::{
-    client::endpoint,
-    fence::memory::{MemoryAction, MemoryFence},
-};
+pub use handfast_proto::connection::endpoint;
+
+pub use crate::fence::memory::{MemoryAction, MemoryFence};

@@ -1,0 +1,39 @@
+//! How both sides connect: the coordinator to participants, and the SDK to both.
+
+use std::time::Duration;
+
+use tonic::transport::Endpoint;
+
+/// How long connecting may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a connection with calls on it may be silent before it is pinged.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// How long the other end may take to answer a ping before the connection is closed.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The deadline that is sent with a call is later than the caller's own by this much, so that the caller's timer always fires
+/// first. tonic's timers, on either end, would report CANCELLED instead of DEADLINE_EXCEEDED.
+pub const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
+
+/// The text is not the address of a server.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no address: one looks like http://127.0.0.1:7420")]
+pub struct InvalidAddress(String);
+
+/// The server at `url`, with the settings that every connection has. Does not connect yet.
+///
+/// # Errors
+///
+/// When `url` is not `http://host:port`.
+pub fn endpoint(url: &str) -> Result<Endpoint, InvalidAddress> {
+    let invalid = || InvalidAddress(url.to_owned());
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;
+    if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().authority().is_none() {
+        return Err(invalid());
+    }
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT))
+}

@@ -7,9 +7,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use handfast_proto::time::Timestamp;
 use tokio::{sync::watch, time::Instant};
-
-use crate::transaction::Timestamp;
 
 /// Longest sleep before the time is looked at again.
 const SLEEP_MAX: Duration = Duration::from_secs(10);

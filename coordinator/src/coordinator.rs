@@ -25,7 +25,7 @@ use crate::{
     store::{
         self, ALL_PARTITIONS, ListFilter, Ownership, PARTITIONS, Show, Store, Summary, Written,
     },
-    transaction::{Decision, GlobalTransaction, NewTransaction, StuckAfter, Timestamp},
+    transaction::{GlobalTransaction, NewTransaction, StuckAfter, Timestamp},
 };
 
 /// Longest wait for an answer that only the store can hold up. Shorter than what callers wait (the SDK: 5 s), so that they are told
@@ -173,7 +173,7 @@ impl Coordinator {
     ) -> Result<Answer, Error> {
         let partition = usize::from(xid.partition);
         if partition >= self.partitions.len() {
-            return Err(Error::OwnedElsewhere(xid));
+            return Err(Error::NotHere(Some(xid)));
         }
         let may_be_refused = matches!(what, What::Register(_));
         // First what became of it, then how far the transaction comes: a rejection that is late must not be lost.
@@ -405,13 +405,4 @@ impl Running {
 /// What all journals have appended.
 fn counts(health: &[Arc<JournalHealth>]) -> Counts {
     health.iter().map(|health| health.counts()).sum()
-}
-
-/// The word for a decision, in logs and in error details.
-#[must_use]
-pub fn decision_word(decision: Decision) -> &'static str {
-    match decision {
-        Decision::Confirm => "CONFIRM",
-        Decision::Cancel => "CANCEL",
-    }
 }

@@ -1,19 +1,44 @@
 //! Times on the wire and inside: UTC milliseconds since 1970.
 
-use std::time::Duration;
+use std::{
+    ops::{Add, Sub},
+    time::Duration,
+};
 
-use prost_types::Timestamp;
+/// A moment: UTC milliseconds since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(
+    /// Milliseconds since 1970, UTC.
+    pub i64,
+);
+
+impl Add<Duration> for Timestamp {
+    type Output = Self;
+
+    fn add(self, length: Duration) -> Self {
+        Self(self.0.saturating_add(i64::try_from(length.as_millis()).unwrap_or(i64::MAX)))
+    }
+}
+
+impl Sub for Timestamp {
+    type Output = Duration;
+
+    /// How long after `earlier` this is; zero if it is not after.
+    fn sub(self, earlier: Self) -> Duration {
+        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+}
 
 /// The timestamp of `millis` milliseconds since 1970, UTC.
 #[must_use]
-pub fn timestamp(millis: i64) -> Timestamp {
+pub fn timestamp(millis: i64) -> prost_types::Timestamp {
     let nanos = i32::try_from(millis.rem_euclid(1000) * 1_000_000).expect("less than a second");
-    Timestamp { seconds: millis.div_euclid(1000), nanos }
+    prost_types::Timestamp { seconds: millis.div_euclid(1000), nanos }
 }
 
 /// Milliseconds since 1970, UTC; what is finer is cut off, what is out of range is the nearest that is not.
 #[must_use]
-pub fn millis(timestamp: &Timestamp) -> i64 {
+pub fn millis(timestamp: &prost_types::Timestamp) -> i64 {
     timestamp.seconds.saturating_mul(1000).saturating_add(i64::from(timestamp.nanos) / 1_000_000)
 }
 

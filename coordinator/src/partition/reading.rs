@@ -14,7 +14,7 @@ use std::{
 
 use handfast_proto::{Xid, crash_point, planted::Bug};
 use tokio::sync::Semaphore;
-use tracing::{error, warn};
+use tracing::warn;
 
 use super::{Ask, Entry, Error, Partition, Settings};
 use crate::{
@@ -181,7 +181,7 @@ impl Partition {
     fn take_one(&mut self, xid: Xid, began: u64, found: Result<Lookup, store::Error>) {
         let stale = self.reading.is_stale(xid, began);
         self.reading.done(began);
-        if self.durable.ended.is_some() {
+        if self.ended.is_some() {
             return; // whoever waited has been told
         }
         if !self.entries.contains_key(&xid) {
@@ -247,7 +247,7 @@ impl Partition {
     }
 
     fn take_due(&mut self, began: u64, until: Timestamp, page: Result<DuePage, store::Error>) {
-        if self.durable.ended.is_some() {
+        if self.ended.is_some() {
             return;
         }
         self.reading.scan_blocked = false;
@@ -292,17 +292,5 @@ impl Partition {
         let xid = entry.global.xid;
         self.insert(entry);
         self.apply_fitting(xid, Event::Recovered);
-    }
-}
-
-impl From<&store::Error> for Error {
-    fn from(error: &store::Error) -> Self {
-        match error {
-            store::Error::Unavailable(_) => Self::StoreSilent,
-            store::Error::Corrupt(what) => {
-                error!(what, "a record makes no sense");
-                Self::Corrupt
-            }
-        }
     }
 }

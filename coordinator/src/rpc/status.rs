@@ -8,7 +8,6 @@ use tonic_types::{BadRequest, ErrorInfo, StatusExt as _};
 
 use super::convert::Invalid;
 use crate::{
-    coordinator::decision_word,
     partition::Error,
     transaction::{CancelCause, GlobalTransaction, Rejection},
 };
@@ -37,7 +36,7 @@ impl From<Error> for Status {
                 status(Code::ResourceExhausted, reason::TOO_MANY_CALLS, text, no_details)
             }
             Error::StoreSilent => status(Code::Unavailable, reason::STORE_SILENT, text, no_details),
-            Error::OwnedElsewhere(_) | Error::Fenced => {
+            Error::NotHere(_) | Error::Fenced => {
                 status(Code::Unavailable, reason::OWNED_ELSEWHERE, text, no_details)
             }
             Error::Stopping => status(Code::Unavailable, reason::STOPPING, text, no_details),
@@ -60,7 +59,7 @@ fn rejected(rejection: Rejection, global: &GlobalTransaction) -> Status {
         Rejection::AlreadyDecided(decision) => {
             let mut details = Metadata::from([
                 (reason::XID.to_owned(), global.xid.to_string()),
-                (reason::DECISION.to_owned(), decision_word(decision).to_owned()),
+                (reason::DECISION.to_owned(), decision.as_str().to_owned()),
             ]);
             details.extend(
                 global

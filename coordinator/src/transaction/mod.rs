@@ -30,10 +30,11 @@ pub mod retry;
 #[cfg(test)]
 mod tests;
 
+pub use handfast_proto::time::Timestamp;
+
 pub use apply::{Change, DecisionRequest, Event, Outcome, Rejection, Weight};
 pub use model::{
     AttemptError, Branch, BranchSet, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
     GlobalTransaction, Key, NewTransaction, Payload, Phase, Refusal, Resolution, State, StuckAfter,
-    Timestamp,
 };
 pub use plan::{DueCall, Plan};

@@ -1,39 +1,9 @@
 //! What is known of a global transaction.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    ops::{Add, Sub},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use handfast_proto::{BranchId, Xid};
-
-/// A moment: UTC milliseconds since 1970.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Timestamp(
-    /// Milliseconds since 1970, UTC.
-    pub i64,
-);
-
-impl Add<Duration> for Timestamp {
-    type Output = Self;
-
-    fn add(self, length: Duration) -> Self {
-        Self(self.0.saturating_add(i64::try_from(length.as_millis()).unwrap_or(i64::MAX)))
-    }
-}
-
-impl Sub for Timestamp {
-    type Output = Duration;
-
-    /// How long after `earlier` this is; zero if it is not after.
-    fn sub(self, earlier: Self) -> Duration {
-        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
-    }
-}
+use handfast_proto::{BranchId, Xid, time::Timestamp};
 
 /// Where a global transaction stands. Retry counts, timeouts, reasons and being stuck are fields, not states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -75,6 +45,17 @@ pub enum Decision {
     Confirm,
     /// Release what was reserved.
     Cancel,
+}
+
+impl Decision {
+    /// The word for it in logs and error details.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Confirm => "CONFIRM",
+            Self::Cancel => "CANCEL",
+        }
+    }
 }
 
 /// What a participant is asked to do.

@@ -106,7 +106,7 @@ pub(super) async fn of_store(round: &mut Round) {
 
 /// Of a damaged record it is right to say that something is wrong with us.
 fn judge(round: &mut Round, path: &str, answered: &wire::Answered) {
-    if !answered.message.contains("the record makes no sense") {
+    if !answered.message.contains("the transaction's record is damaged") {
         wire::judge(round, path, answered.code, &answered.message);
     }
 }

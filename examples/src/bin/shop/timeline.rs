@@ -56,7 +56,7 @@ fn told_twice(event: &Event, events: &[Event]) -> bool {
         && events.iter().any(|event| matches!(&event.what, What::Called(other) if same(other)))
 }
 
-const COORDINATOR_SAYS: &str = "call failed, will be repeated";
+const COORDINATOR_SAYS: &str = "call failed; will retry";
 
 fn row(event: &Event) -> Row {
     let to = event.at;
@@ -114,7 +114,7 @@ fn said(call: &Call) -> (String, Mood) {
         "empty rollback" => ("empty rollback: nothing to do", Mood::Mixed),
         "suspension" => ("suspension: too late", Mood::Mixed),
         "refused" => return (format!("refused: {reason}"), Mood::Bad),
-        COORDINATOR_SAYS => return (format!("{reason}, will be repeated"), Mood::Bad),
+        COORDINATOR_SAYS => return (format!("{reason}; will retry"), Mood::Bad),
         // The SDK's other words, and those of the network in front of a service, speak for themselves.
         other if reason.is_empty() => (other, Mood::Bad),
         other => return (format!("{other}: {reason}"), Mood::Bad),

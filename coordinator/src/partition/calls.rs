@@ -1,0 +1,62 @@
+//! Calls to participants: how a call that is due is made, and how its outcome is taken in.
+
+use std::{sync::Arc, time::Duration};
+
+use handfast_proto::Xid;
+
+use super::{Hurry, PARK_AFTER, Partition, Settings};
+use crate::{
+    dispatch::{CallRequest, Later, Returned},
+    transaction::{BranchSet, Change, DueCall, Event, Phase, Timestamp, Weight, retry},
+};
+
+impl Partition {
+    /// Hands a call that is due to dispatch, or notes when dispatch will have room for it.
+    pub(super) fn make_call(&mut self, xid: Xid, due: DueCall, now: Timestamp, hurry: Hurry) {
+        let DueCall { branch, phase } = due;
+        let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
+        let global = Arc::make_mut(&mut entry.global);
+        let known = &global.branches[branch];
+        let Settings { call_timeout, call_timeout_max, .. } = self.parts.settings;
+        let mut deadline = retry::call_deadline(call_timeout, known.timeouts, call_timeout_max);
+        if phase == Phase::Try {
+            deadline = deadline.min((global.expires_at - now).max(Duration::from_millis(1)));
+        }
+        let call = CallRequest {
+            xid,
+            branch,
+            spec: known.spec.clone(),
+            phase,
+            attempt: known.attempts + 1,
+            expires_at: global.expires_at,
+            labels: global.labels.clone(),
+            deadline,
+            hurried: hurry == Hurry::Yes,
+        };
+        let event = match self.parts.dispatch.submit(call, &self.returned.0) {
+            Ok(()) => Event::CallStarted { branch, phase },
+            Err(Later(wait)) => Event::CallPostponed { branch, until: now + wait },
+        };
+        let parks = matches!(event, Event::CallPostponed { until, .. } if until > now + PARK_AFTER);
+        if let Err(rejection) = global.apply(event, now) {
+            debug_assert!(false, "only commands are rejected: {rejection}");
+        }
+        if parks && phase != Phase::Try {
+            // Its record must say when it is due. Otherwise it could not leave memory, or would be found due at once.
+            let branches = BranchSet::only(branch);
+            self.record(xid, Change { weight: Weight::Lazy, head: true, branches });
+        }
+    }
+
+    /// Takes in what became of a call.
+    pub(super) fn take_returned(&mut self, returned: Returned) {
+        let Returned { xid, branch, phase, outcome } = returned;
+        let Some(entry) = self.entries.get(&xid) else {
+            return; // the partition has ended, or an operator resolved the branch and the transaction has left memory
+        };
+        let attempts = entry.global.branches[branch].attempts;
+        let retry_in = self.parts.settings.retry.delay(attempts, fastrand::u32(..));
+        self.log_failure(entry, branch, phase, &outcome);
+        self.apply_fitting(xid, Event::CallReturned { branch, phase, outcome, retry_in });
+    }
+}

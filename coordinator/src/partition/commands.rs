@@ -1,0 +1,141 @@
+//! Commands: what callers ask of the partition, and when they are answered.
+
+use std::sync::atomic::Ordering;
+
+use handfast_proto::Xid;
+use tracing::{debug, warn};
+
+use super::{
+    Answer, Ask, Command, Error, Hurry, Partition, Reply, Settings, Until, What,
+    entry::{Entry, Watcher},
+};
+use crate::{
+    journal::Ended,
+    store::Ownership,
+    transaction::{
+        BranchSet, Change, Event, GlobalTransaction, NewTransaction, Resolution, Weight,
+    },
+};
+
+impl Partition {
+    pub(super) fn take_command(&mut self, command: Command) {
+        match self.ended {
+            None => {}
+            Some(Ended::Fenced) => {
+                let not_here = Error::NotHere(command.xid());
+                return Self::answer_now(command.into_reply(), Err(not_here));
+            }
+            Some(Ended::Corrupt) => {
+                return Self::answer_now(command.into_reply(), Err(Error::Corrupt));
+            }
+        }
+        match command {
+            Command::Begin { new, until, reply } => self.begin(new, until, reply),
+            Command::FindKey { hash, reply } => self.find_key(hash, reply),
+            Command::Ask(ask) => self.ask(ask),
+        }
+    }
+
+    fn begin(&mut self, new: NewTransaction, until: Until, reply: Reply) {
+        match new.key {
+            Some(key) => self.begin_with_key(key, new, until, reply),
+            None => self.begin_new(new, until, reply),
+        }
+    }
+
+    pub(super) fn begin_new(&mut self, new: NewTransaction, until: Until, reply: Reply) {
+        let Settings { open_max, .. } = self.parts.settings;
+        if self.parts.open.load(Ordering::Relaxed) >= open_max {
+            return Self::answer_now(reply, Err(Error::TooManyOpen { open_max }));
+        }
+        let Ownership { partition, epoch, nonce } = self.ownership;
+        let xid = Xid { partition, epoch, sequence: self.next_sequence, nonce };
+        self.next_sequence += 1;
+        // A transaction with neither branches nor key may be lost: nothing was tried, and nobody can ask for it again.
+        let weight = if new.branches.is_empty() && new.key.is_none() {
+            Weight::Lazy
+        } else {
+            Weight::Durable
+        };
+        let global = GlobalTransaction::begin(xid, new, self.now());
+        debug!(%xid, name = global.name, branches = global.branches.len(), "begun");
+        self.insert(Entry::begun(global));
+        self.record(xid, Change { weight, head: true, branches: BranchSet::EMPTY });
+        self.drive(xid, Hurry::No);
+        self.respond(xid, until, false, reply);
+    }
+
+    pub(super) fn ask(&mut self, ask: Ask) {
+        let Ask { xid, what, until, reply } = ask;
+        if xid.epoch > self.ownership.epoch {
+            return Self::answer_now(reply, Err(Error::NotHere(Some(xid))));
+        }
+        let now = self.now();
+        let Some(entry) = self.entries.get_mut(&xid) else {
+            return self.read_for(Ask { xid, what, until, reply });
+        };
+        let event = match what {
+            What::Get => None,
+            What::BeginAgain(digest) => {
+                if entry.global.key.is_none_or(|key| key.digest != digest) {
+                    return self.answer(xid, reply, Err(Error::KeyTaken(xid)));
+                }
+                return self.respond(xid, until, true, reply);
+            }
+            What::Register(branches) => Some(Event::Registered(branches)),
+            What::Decide(request) => Some(Event::DecisionRequested(request)),
+            What::Retry => Some(Event::RetryRequested),
+            What::Resolve { branch_id, operator, reason } => Some(Event::Resolved {
+                branch_id,
+                resolution: Resolution { operator, reason, at: now },
+            }),
+        };
+        if let Some(event) = event {
+            let resolving = matches!(event, Event::Resolved { .. }).then(|| event.clone());
+            match self.apply(xid, event) {
+                Ok(change) => {
+                    if let Some(resolved) = resolving.filter(|_| change.weight == Weight::Durable) {
+                        warn!(%xid, ?resolved, "an operator resolved a branch");
+                    }
+                }
+                Err(rejection) => {
+                    let global = self.entries[&xid].global.clone();
+                    return self.answer(xid, reply, Err(Error::Rejected { rejection, global }));
+                }
+            }
+        }
+        self.respond(xid, until, false, reply);
+    }
+
+    /// Answers now if the transaction has come as far as `until`, else when it has.
+    fn respond(&mut self, xid: Xid, until: Until, existed: bool, reply: Reply) {
+        let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
+        if until.is_reached(&entry.global) {
+            let answer = Answer { global: entry.global.clone(), existed };
+            self.answer(xid, reply, Ok(answer));
+        } else {
+            entry.watchers.retain(|watcher| !watcher.reply.is_closed());
+            entry.watchers.push(Watcher { until, existed, reply });
+        }
+    }
+
+    /// Answers those whose wait is over.
+    pub(super) fn tell_watchers(&mut self, xid: Xid) {
+        let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
+        let global = entry.global.clone();
+        let reached: Vec<_> =
+            entry.watchers.extract_if(.., |watcher| watcher.until.is_reached(&global)).collect();
+        for Watcher { existed, reply, .. } in reached {
+            self.answer(xid, reply, Ok(Answer { global: global.clone(), existed }));
+        }
+    }
+
+    /// Sends an answer about a transaction in memory once the state that it tells is durable.
+    pub(super) fn answer(&mut self, xid: Xid, reply: Reply, answer: Result<Answer, Error>) {
+        self.effects.answer_or_wait(self.entries[&xid].awaits, reply, answer);
+    }
+
+    pub(super) fn answer_now(reply: Reply, answer: Result<Answer, Error>) {
+        drop(reply.send(answer)); // the caller may have gone
+    }
+}

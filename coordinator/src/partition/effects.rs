@@ -1,0 +1,121 @@
+//! Effects wait for durability: an answer, a call or a departure from memory happens when the change that it rests on is durable.
+//! Changes are numbered by the partition's outbox; here stands what waits for which number.
+
+use std::collections::BTreeMap;
+
+use handfast_proto::{Xid, crash_point, planted::Bug};
+use tokio::sync::watch;
+
+use super::{Answer, Error, Hurry, Partition, Reply};
+use crate::journal::Durable;
+
+/// From this many effects that wait for one change, answers whose caller has gone are dropped at 32, 64, 128, … effects. While the
+/// store is silent, callers give up and ask again.
+const EFFECTS_BEFORE_CLEAN_UP: usize = 32;
+
+/// What happens when a change is durable.
+#[derive(Debug)]
+pub(super) enum Effect {
+    /// The decision is logged.
+    Decided(Xid),
+    Answer(Reply, Result<Answer, Error>),
+    /// The transaction may have calls that are due now.
+    Drive(Xid),
+    /// The transaction may leave memory now.
+    Leave(Xid),
+}
+
+/// Effects that wait, by the number of the change that they wait for.
+#[derive(Debug)]
+pub(super) struct Effects {
+    by_number: BTreeMap<u64, Vec<Effect>>,
+    /// Changes up to this number are durable.
+    durable_upto: u64,
+}
+
+impl Effects {
+    pub(super) fn new(durable_upto: u64) -> Self {
+        Self { by_number: BTreeMap::new(), durable_upto }
+    }
+
+    pub(super) fn is_durable(&self, number: u64) -> bool {
+        number <= self.durable_upto
+    }
+
+    /// Whether what rests on this change may happen now.
+    pub(super) fn may_happen(&self, number: u64) -> bool {
+        self.is_durable(number) || Bug::DecideBeforeDurable.is_planted()
+    }
+
+    pub(super) fn push(&mut self, number: u64, effect: Effect) {
+        self.by_number.entry(number).or_default().push(effect);
+    }
+
+    /// Puts an effect before all others of its change.
+    pub(super) fn push_first(&mut self, number: u64, effect: Effect) {
+        self.by_number.entry(number).or_default().insert(0, effect);
+    }
+
+    /// Sends the answer if the change of that number is durable, else keeps it until then.
+    pub(super) fn answer_or_wait(
+        &mut self,
+        number: u64,
+        reply: Reply,
+        answer: Result<Answer, Error>,
+    ) {
+        if self.may_happen(number) {
+            return Partition::answer_now(reply, answer);
+        }
+        let effects = self.by_number.entry(number).or_default();
+        if effects.len() >= EFFECTS_BEFORE_CLEAN_UP && effects.len().is_power_of_two() {
+            effects
+                .retain(|effect| !matches!(effect, Effect::Answer(reply, _) if reply.is_closed()));
+        }
+        effects.push(Effect::Answer(reply, answer));
+    }
+
+    /// Notes that changes are durable up to `number`, and takes the effects that waited for them, in order.
+    fn take_upto(&mut self, number: u64) -> impl Iterator<Item = Effect> + use<> {
+        self.durable_upto = number;
+        let later = self.by_number.split_off(&(number + 1));
+        std::mem::replace(&mut self.by_number, later).into_values().flatten()
+    }
+
+    /// Nothing more will be durable: every answer that waits is `why`.
+    pub(super) fn end(&mut self, why: &Error) {
+        for effect in std::mem::take(&mut self.by_number).into_values().flatten() {
+            if let Effect::Answer(reply, _) = effect {
+                Partition::answer_now(reply, Err(why.clone()));
+            }
+        }
+    }
+}
+
+impl Partition {
+    /// Carries out the effects that waited for durability.
+    pub(super) fn take_durable(&mut self, durable: &mut watch::Receiver<Durable>) {
+        let Durable { upto, ended } = *durable.borrow_and_update();
+        self.ended = ended;
+        if let Some(ended) = ended {
+            return self.end(&ended.into());
+        }
+        let mut leaving = Vec::new();
+        for effect in self.effects.take_upto(upto) {
+            match effect {
+                Effect::Decided(xid) => self.log_decision(xid),
+                Effect::Answer(reply, answer) => {
+                    crash_point!("durable.before_reply");
+                    Self::answer_now(reply, answer);
+                }
+                Effect::Drive(xid) => {
+                    crash_point!("durable.before_calls");
+                    self.drive(xid, Hurry::No);
+                }
+                Effect::Leave(xid) => leaving.push(xid), // last, because the other effects still need its entry
+            }
+        }
+        for xid in leaving {
+            self.leave_if_idle(xid);
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! One idempotency key, one transaction.
+
+use super::*;
+
+#[tokio::test]
+async fn two_begins_with_one_key_are_one_transaction() {
+    let rig = Rig::new().await;
+    let (one, two) = (rig.begin(keyed(7, 1)), rig.begin(keyed(7, 1)));
+    let (one, two) = (one.answer().await.unwrap(), two.answer().await.unwrap());
+    assert_eq!(one.global.xid, two.global.xid);
+    assert_eq!((one.existed, two.existed), (false, true));
+    assert_eq!(rig.store.key_looks(), [1], "asked for once, and known from then on");
+    // Other content.
+    let other = rig.begin(keyed(7, 2)).answer().await.unwrap_err();
+    assert!(matches!(other, Error::KeyTaken(xid) if xid == one.global.xid), "{other:?}");
+    assert_eq!(rig.store.key_looks(), [1]);
+}
+
+#[tokio::test]
+async fn a_key_is_remembered_when_its_transaction_has_left_memory_and_after_a_restart() {
+    let first = Rig::new().await;
+    let xid = first.begin(keyed(7, 1)).answer().await.unwrap().global.xid;
+    first.cancel(xid).answer().await.unwrap();
+    for _ in 0..2 {
+        first.call().await.done().await;
+    }
+    first.until_memory_holds(0).await;
+    for rig in [&first, &first.restart().await] {
+        let again = rig.begin(keyed(7, 1)).answer().await.unwrap();
+        assert_eq!(
+            (again.global.xid, again.global.state, again.existed),
+            (xid, State::Cancelled, true)
+        );
+        let other = rig.begin(keyed(7, 2)).answer().await.unwrap_err();
+        assert!(matches!(other, Error::KeyTaken(taken) if taken == xid), "{other:?}");
+        let found =
+            rig.send(|reply| Command::FindKey { hash: [7; 32], reply }).answer().await.unwrap();
+        assert_eq!(found.global.xid, xid);
+        let none =
+            rig.send(|reply| Command::FindKey { hash: [8; 32], reply }).answer().await.unwrap_err();
+        assert!(matches!(none, Error::KeyUnknown));
+    }
+}
+
+#[tokio::test]
+async fn keys_that_come_together_are_looked_up_together() {
+    let rig = Rig::new().await;
+    let begins: Vec<_> = (0..100).map(|n| rig.begin(keyed(n, 1))).collect();
+    let mut xids = BTreeSet::new();
+    for begin in begins {
+        xids.insert(begin.answer().await.unwrap().global.xid);
+    }
+    assert_eq!(xids.len(), 100);
+    assert!(rig.store.key_looks().len() <= 2, "{:?}", rig.store.key_looks());
+}
+
+#[tokio::test]
+async fn a_keyed_begin_is_answered_when_it_is_durable_also_without_branches() {
+    let rig = Rig::new().await;
+    rig.store.hold();
+    let mut begin = rig.begin(NewTransaction { branches: Vec::new(), ..keyed(7, 1) });
+    begin.none_yet().await;
+    rig.store.release();
+    let xid = begin.answer().await.unwrap().global.xid;
+    assert!(rig.stored(xid).await.is_some());
+}
+
+#[tokio::test]
+async fn an_old_row_does_not_take_its_key_back() {
+    let rig = Rig::new().await;
+    let old = rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid;
+    rig.cancel(old).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    // Somebody asks for the old one; the row is read; before it arrives the old one is purged and its key begins anew.
+    rig.store.hold_loads(true);
+    let asked = rig.ask(old, What::Get, Until::Now);
+    while rig.store.loads().is_empty() {
+        settle().await;
+    }
+    rig.store.purge(PARTITION, Timestamp(i64::MAX), None, 100).await.unwrap();
+    rig.store.hold();
+    let first = rig.begin(keyed(7, 1));
+    settle().await;
+    rig.store.hold_loads(false);
+    asked.answer().await.unwrap();
+    settle().await;
+    let second = rig.begin(keyed(7, 1));
+    settle().await;
+    rig.store.release();
+    assert_eq!(
+        first.answer().await.unwrap().global.xid,
+        second.answer().await.unwrap().global.xid,
+        "one key, two transactions"
+    );
+}

@@ -1,0 +1,167 @@
+//! Recovery is the ordinary path: a new owner reads what is due and goes on.
+
+use super::*;
+
+#[tokio::test]
+async fn the_next_owner_carries_on_what_was_decided_and_waits_for_what_was_not() {
+    let first = Rig::new().await;
+    let (confirming, trying) = (first.begun().await, first.begun().await);
+    first.confirm(confirming).answer().await.unwrap();
+    let execute =
+        first.send(|reply| Command::Begin { new: executed(&["1"]), until: Until::Decided, reply });
+    while first.script.calls.lock().unwrap().len() < 3 {
+        settle().await; // two Confirms and a Try are under way when it dies
+    }
+    let executed = first.script.calls.lock().unwrap().back().unwrap().0.xid;
+
+    let rig = first.restart().await;
+    let mut phases = BTreeMap::new();
+    for _ in 0..3 {
+        let made = rig.call().await;
+        phases.entry(made.call.xid).or_insert_with(Vec::new).push(made.call.phase);
+        made.done().await;
+    }
+    let expected =
+        BTreeMap::from([(confirming, vec![Phase::Confirm; 2]), (executed, vec![Phase::Cancel])]);
+    assert_eq!(phases, expected);
+    assert_eq!(rig.stored(executed).await.unwrap().cancel, Some(CancelCause::CoordinatorRestarted));
+    // Initiator-driven: its initiator goes on as if nothing had happened.
+    assert_eq!(rig.state(trying).await, State::Trying);
+    assert_eq!(rig.confirm(trying).answer().await.unwrap().global.state, State::Confirming);
+    // The old one is fenced when it writes next, and answers nothing that was not durable.
+    let late = first.begin(new(&["1"])).answer().await.unwrap_err();
+    assert!(matches!(late, Error::Fenced), "{late:?}");
+    assert!(matches!(execute.answer().await.unwrap_err(), Error::Fenced));
+    // What comes after that was not taken in, and may be sent to the new owner.
+    let asked = first.ask(trying, What::Get, Until::Now).answer().await.unwrap_err();
+    assert!(matches!(asked, Error::NotHere(Some(xid)) if xid == trying), "{asked:?}");
+}
+
+#[tokio::test]
+async fn what_times_out_while_nobody_owns_it_is_cancelled_by_the_next_owner() {
+    let first = Rig::new().await;
+    let xid = first.begun().await;
+    let rig = first.restart().await;
+    rig.no_call().await;
+    rig.clock.advance(TIMEOUT);
+    for _ in 0..2 {
+        let made = rig.call().await;
+        assert_eq!((made.call.xid, made.call.phase), (xid, Phase::Cancel));
+        made.done().await;
+    }
+    assert_eq!(rig.stored(xid).await.unwrap().cancel, Some(CancelCause::TimedOut));
+}
+
+#[tokio::test]
+async fn everything_that_is_due_comes_back_page_by_page() {
+    let first = Rig::new().await;
+    let count = 600;
+    for _ in 0..count {
+        let xid = first.begun().await;
+        first.confirm(xid).answer().await.unwrap();
+    }
+    let rig = first.restart().await;
+    let mut finished = BTreeMap::new();
+    for _ in 0..2 * count {
+        let made = rig.call().await;
+        *finished.entry(made.call.xid).or_insert(0) += 1;
+        made.done().await;
+    }
+    assert_eq!(finished.len(), count);
+    assert!(finished.values().all(|calls| *calls == 2), "each branch once");
+    rig.until_memory_holds(0).await;
+    rig.no_call().await;
+}
+
+/// What changes they make would stand in the journal's queue before those of new ones.
+#[tokio::test]
+async fn what_is_due_comes_back_no_faster_than_it_is_done_and_new_ones_do_not_count() {
+    let first = Rig::new().await;
+    for _ in 0..600 {
+        let xid = first.begun().await;
+        first.confirm(xid).answer().await.unwrap();
+    }
+    let rig = first.restart().await;
+    rig.until_memory_holds(256).await;
+    settle().await;
+    assert_eq!(rig.open.load(Ordering::Relaxed), 256);
+    for _ in 0..2 * 127 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(129).await;
+    for _ in 0..400 {
+        rig.begun().await;
+    }
+    assert_eq!(rig.open.load(Ordering::Relaxed), 529);
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(528 + 128).await;
+}
+
+#[tokio::test]
+async fn an_orderly_end_records_what_was_waiting_for_company() {
+    let rig = Rig::new().await;
+    let xid = rig.begun().await;
+    rig.confirm(xid).answer().await.unwrap();
+    rig.call().await.done().await;
+    settle().await;
+    rig.stop.cancel();
+    rig.tasks.close();
+    rig.tasks.wait().await;
+    let stored = rig.stored(xid).await.unwrap();
+    assert_eq!(stored.branches.iter().filter(|branch| branch.is_open()).count(), 1);
+    let next = rig.restart().await;
+    next.call().await.done().await;
+    next.until_memory_holds(0).await;
+    next.no_call().await;
+}
+
+#[tokio::test]
+async fn what_comes_with_the_end_begins_at_the_end_and_not_when_somebody_was_last_here() {
+    let rig = Rig::new().await;
+    settle().await;
+    rig.clock.advance(Duration::from_secs(3600));
+    let _begun = rig.begin(new(&["1", "2"]));
+    rig.stop.cancel(); // both are there when the partition looks
+    rig.tasks.close();
+    rig.tasks.wait().await;
+    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let stored = rig.stored(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
+    assert_eq!(stored.begun_at, rig.clock.now());
+}
+
+#[tokio::test]
+async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
+    let first = Rig::new().await;
+    let count = 600;
+    let mut xids = Vec::new();
+    for _ in 0..count {
+        let xid = first.begun().await;
+        first.confirm(xid).answer().await.unwrap();
+        xids.push(xid);
+    }
+    // The next owner. The first page is read, and its answer is on the way.
+    first.store.hold_dues(true);
+    let rig = first.restart().await;
+    *rig.script.later.lock().unwrap() = Some(Duration::from_secs(15));
+    *rig.script.busy.lock().unwrap() = true;
+    let seen = rig.store.dues();
+    while rig.store.dues() == seen {
+        settle().await;
+    }
+    // Somebody asks for one of that page: it comes into memory, its participant is away for a while, it leaves.
+    rig.ask(xids[0], What::Get, Until::Now).answer().await.unwrap();
+    rig.until_memory_holds(0).await;
+    *rig.script.busy.lock().unwrap() = false;
+    first.store.hold_dues(false);
+    for _ in 0..2 * (count - 1) {
+        rig.call().await.done().await;
+    }
+    settle().await;
+    rig.clock.advance(Duration::from_secs(16));
+    settle().await;
+    rig.clock.advance(Duration::from_secs(3600 * 24));
+    settle().await;
+    assert_eq!(rig.call().await.call.xid, xids[0], "nobody looks at it any more");
+}

@@ -1,0 +1,91 @@
+//! Timeouts, pauses between attempts, and deadlines of calls.
+
+use super::*;
+
+#[tokio::test]
+async fn phase_one_times_out_into_cancel() {
+    let rig = Rig::new().await;
+    let xid = rig.begun().await;
+    rig.clock.advance(TIMEOUT - Duration::from_millis(1));
+    rig.no_call().await;
+    rig.clock.advance(Duration::from_millis(1));
+    for _ in 0..2 {
+        assert_eq!(rig.call().await.call.phase, Phase::Cancel);
+    }
+    let rejected = rig.confirm(xid).answer().await.unwrap_err();
+    let Error::Rejected { global, .. } = rejected else { panic!("{rejected:?}") };
+    assert_eq!(global.cancel, Some(CancelCause::TimedOut));
+}
+
+#[tokio::test]
+async fn a_decide_that_is_here_in_time_comes_before_the_timer() {
+    let rig = Rig::new().await;
+    let xid = rig.begun().await;
+    rig.clock.advance(TIMEOUT);
+    let decided = rig.confirm(xid); // both are there when the partition looks
+    assert_eq!(decided.answer().await.unwrap().global.state, State::Confirming);
+}
+
+#[tokio::test]
+async fn no_transaction_times_out_while_the_store_is_silent() {
+    let rig = Rig::new().await;
+    let good = rig.begun().await;
+    rig.store.hold();
+    let other = rig.begin(new(&["1"]));
+    settle().await;
+    rig.clock.advance(TIMEOUT); // the store is silent all the time
+    settle().await;
+    let decided = rig.confirm(good);
+    rig.store.release();
+    assert_eq!(decided.answer().await.unwrap().global.state, State::Confirming);
+    // What was not decided ends a little later.
+    let abandoned = other.answer().await.unwrap().global.xid;
+    assert_eq!(rig.state(abandoned).await, State::Trying);
+    rig.clock.advance(Duration::from_secs(10));
+    let mut cancelled = rig.call().await;
+    while cancelled.call.phase != Phase::Cancel {
+        cancelled = rig.call().await;
+    }
+    assert_eq!(cancelled.call.xid, abandoned);
+}
+
+#[tokio::test]
+async fn a_failed_call_is_repeated_after_its_pause_and_with_more_time_after_a_timeout() {
+    let rig = Rig::new().await;
+    let xid = rig.begin(new(&["1"])).answer().await.unwrap().global.xid;
+    let tried = ["1".parse().unwrap()].into();
+    rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Now)
+        .answer()
+        .await
+        .unwrap();
+    let mut deadlines = Vec::new();
+    for attempt in 1..=3 {
+        let made = rig.call().await;
+        assert_eq!(made.call.attempt, attempt);
+        deadlines.push(made.call.deadline.as_secs());
+        let error = AttemptError {
+            code: "DEADLINE_EXCEEDED".to_owned(),
+            message: String::new(),
+            at: Timestamp(0),
+        };
+        made.returns(Outcome::Unknown { error, timed_out: true, hopeless: false }).await;
+        settle().await;
+        rig.clock.advance(Duration::from_secs(2));
+    }
+    assert_eq!(deadlines, [5, 10, 20]);
+}
+
+#[tokio::test]
+async fn a_call_that_dispatch_cannot_take_is_made_later_and_is_no_attempt() {
+    let rig = Rig::new().await;
+    let xid = rig.begun().await;
+    *rig.script.busy.lock().unwrap() = true;
+    rig.confirm(xid).answer().await.unwrap();
+    rig.no_call().await;
+    *rig.script.busy.lock().unwrap() = false;
+    rig.no_call().await;
+    rig.clock.advance(Duration::from_secs(1));
+    for _ in 0..2 {
+        assert_eq!(rig.call().await.call.attempt, 1);
+    }
+}

@@ -12,7 +12,6 @@ use stateright::{Model, Property, Representative};
 use crate::variant::{Size, Variant};
 
 const MODEL: &str = "idempotency key";
-const RULE: u8 = 19;
 const OWNERS: usize = 2;
 /// Transactions that may come of the one request.
 const MADE_MAX: usize = 3;
@@ -33,16 +32,35 @@ enum Guard {
     KeyDecidesPartition,
     /// A key is remembered for as long as its transaction: a repeat after the retention is another request.
     RepeatWithinRetention,
+    /// The purge moves the partition's row in its own local transaction, so that only the owner purges. A replaced owner may have
+    /// another retention, or a clock that is ahead: it would delete keys early. The row must have the owner's epoch.
+    PurgeNamesEpoch,
+    /// And the owner's nonce.
+    PurgeNamesNonce,
 }
 
 impl Guard {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 7] = [
         Self::KeyIsKept,
         Self::StoreIsAsked,
         Self::OneLookAtATime,
         Self::KeyDecidesPartition,
         Self::RepeatWithinRetention,
+        Self::PurgeNamesEpoch,
+        Self::PurgeNamesNonce,
     ];
+
+    /// The rule of which it is a case.
+    fn rule(self) -> u8 {
+        match self {
+            Self::KeyIsKept
+            | Self::StoreIsAsked
+            | Self::OneLookAtATime
+            | Self::KeyDecidesPartition
+            | Self::RepeatWithinRetention => 19,
+            Self::PurgeNamesEpoch | Self::PurgeNamesNonce => 1,
+        }
+    }
 }
 
 /// One of the transactions that came of the request.
@@ -69,6 +87,8 @@ enum Look {
 struct Owner {
     /// 0: it does not own the partition, or has been fenced.
     epoch: u8,
+    /// Of that epoch.
+    nonce: u8,
     /// The transaction that it knows for the key.
     known: Option<usize>,
     /// The one in its batch.
@@ -81,6 +101,12 @@ struct Owner {
 pub struct State {
     /// Of each partition. There is one, but for a variant.
     epochs: [u8; OWNERS],
+    /// The nonce of the epoch of each partition.
+    nonces: [u8; OWNERS],
+    /// Nothing was recorded since the latest takeover.
+    untouched: bool,
+    /// A failover has lost the latest takeover.
+    failed_over: bool,
     rows: [Row; MADE_MAX],
     made: usize,
     owners: [Owner; OWNERS],
@@ -108,6 +134,8 @@ pub enum Action {
     Restart(usize),
     Try(usize),
     Purge(usize),
+    PurgeEarly(usize, usize),
+    FailOver,
 }
 
 /// The model.
@@ -154,17 +182,18 @@ impl Keys {
             }
             Action::Commit(who) => {
                 let made = state.owners[who].batch.take()?;
-                if state.owners[who].epoch == state.epochs[self.partition_of(who)] {
+                if self.is_owner(state, who) {
                     state.rows[made] = Row::Open;
+                    state.untouched = false;
                 } else {
                     state.owners[who] = Owner::default(); // fenced
                 }
             }
             Action::Finish(who) => {
                 let made = state.owners[who].known?;
-                let owns = state.owners[who].epoch == state.epochs[self.partition_of(who)];
-                when(owns && state.rows[made] == Row::Open)?;
+                when(self.is_owner(state, who) && state.rows[made] == Row::Open)?;
                 state.rows[made] = Row::Finished;
+                state.untouched = false;
                 state.owners[who].known = None;
             }
             Action::TakeOver(who) => {
@@ -186,6 +215,27 @@ impl Keys {
                 when(late && state.rows[made] == Row::Finished)?;
                 state.rows[made] = Row::Purged;
             }
+            Action::PurgeEarly(who, made) => {
+                // The owner itself deletes nothing before the retention is over.
+                let (owner, partition) = (state.owners[who], self.partition_of(who));
+                when(owner.epoch > 0 && !self.is_owner(state, who))?;
+                let epoch = owner.epoch == state.epochs[partition];
+                let nonce = owner.nonce == state.nonces[partition];
+                when(epoch || !self.keeps(Guard::PurgeNamesEpoch))?;
+                when(nonce || !self.keeps(Guard::PurgeNamesNonce))?;
+                when(state.rows[made] == Row::Finished)?;
+                state.rows[made] = Row::Purged;
+            }
+            Action::FailOver => {
+                // Nothing is lost but the latest takeover. The next one gives its epoch number again.
+                when(self.keeps(Guard::KeyDecidesPartition))?;
+                when(!state.failed_over && state.untouched)?;
+                let live = |who: usize| self.is_owner(state, who);
+                let zombie = |who: usize| state.owners[who].epoch > 0 && !live(who);
+                when(!(0..OWNERS).any(zombie))?;
+                state.failed_over = true;
+                state.epochs[0] -= 1;
+            }
         }
         (after != *before).then_some(after)
     }
@@ -206,6 +256,11 @@ impl Keys {
         Some(())
     }
 
+    fn is_owner(&self, state: &State, who: usize) -> bool {
+        let (owner, partition) = (state.owners[who], self.partition_of(who));
+        owner.epoch == state.epochs[partition] && owner.nonce == state.nonces[partition]
+    }
+
     fn begin(state: &mut State, who: usize) -> Option<()> {
         when(state.made < MADE_MAX)?;
         state.owners[who].known = Some(state.made);
@@ -219,7 +274,10 @@ impl Keys {
         state.epochs[partition] += 1;
         let open = state.rows.iter().position(|row| *row == Row::Open);
         let known = open.filter(|_| self.keeps(Guard::KeyDecidesPartition));
-        state.owners[who] = Owner { epoch: state.epochs[partition], known, ..Owner::default() };
+        state.untouched = true;
+        state.nonces[partition] = 1 + u8::from(state.failed_over);
+        let (epoch, nonce) = (state.epochs[partition], state.nonces[partition]);
+        state.owners[who] = Owner { epoch, nonce, known, ..Owner::default() };
     }
 }
 
@@ -228,10 +286,13 @@ impl Model for Keys {
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        let owner = Owner { epoch: 1, ..Owner::default() };
+        let owner = Owner { epoch: 1, nonce: 1, ..Owner::default() };
         let other = if self.keeps(Guard::KeyDecidesPartition) { Owner::default() } else { owner };
         vec![State {
             epochs: [1; OWNERS],
+            nonces: [1; OWNERS],
+            untouched: false,
+            failed_over: false,
             rows: [Row::Absent; MADE_MAX],
             made: 0,
             owners: [owner, other],
@@ -250,6 +311,7 @@ impl Model for Keys {
                 Action::TakeOver(who),
                 Action::Restart(who),
             ]);
+            actions.extend((0..MADE_MAX).map(|made| Action::PurgeEarly(who, made)));
             for which in 0..LOOKS {
                 actions.extend([Action::ReadKey(who, which), Action::TakeKey(who, which)]);
             }
@@ -257,6 +319,7 @@ impl Model for Keys {
         for made in 0..MADE_MAX {
             actions.extend([Action::Try(made), Action::Purge(made)]);
         }
+        actions.push(Action::FailOver);
     }
 
     fn next_state(&self, state: &State, action: Action) -> Option<State> {
@@ -277,6 +340,16 @@ impl Model for Keys {
                     owner.batch.is_some() && owner.epoch < state.epochs[model.partition_of(who)]
                 })
             }),
+            Property::sometimes(
+                "two owners of two histories have the same epoch number",
+                |model: &Self, state: &State| {
+                    let [first, second] = state.owners;
+                    !model.keeps(Guard::KeyDecidesPartition)
+                        || first.epoch > 1
+                            && first.epoch == second.epoch
+                            && first.nonce != second.nonce
+                },
+            ),
         ]
     }
 }
@@ -297,6 +370,10 @@ impl fmt::Display for Action {
             Self::Restart(who) => write!(f, "{} is killed and starts again", name(who)),
             Self::Try(made) => write!(f, "transaction {made} is tried"),
             Self::Purge(made) => write!(f, "transaction {made} is deleted after its retention"),
+            Self::PurgeEarly(who, made) => {
+                write!(f, "{} was replaced, and deletes transaction {made} early", name(who))
+            }
+            Self::FailOver => f.write_str("another server takes over, without the last takeover"),
         }
     }
 }
@@ -305,11 +382,15 @@ impl fmt::Display for Action {
 #[must_use]
 pub fn variants() -> Vec<Variant> {
     let clean = Keys { removed: None };
-    let mut variants =
-        vec![Variant::clean(MODEL, "1 crash, 2 takeovers, repeats anywhere", Size::Small, clean)];
+    let mut variants = vec![Variant::clean(
+        MODEL,
+        "1 crash, 2 takeovers, 1 failover, repeats anywhere",
+        Size::Small,
+        clean,
+    )];
     variants.extend(Guard::ALL.map(|guard| {
         let model = Keys { removed: Some(guard) };
-        Variant::broken(MODEL, format!("without {guard:?}"), RULE, "K", model)
+        Variant::broken(MODEL, format!("without {guard:?}"), guard.rule(), "K", model)
     }));
     variants
 }

@@ -12,7 +12,7 @@
 //! for a reason that can be read, step by step, and the model is shown to be able to find it.
 //!
 //! What the model says of the code rests on the code doing what the model does; the names are the same, and each file says whose
-//! part it plays. Not modelled: a store that loses what it has acknowledged, operators, and lengths of time.
+//! part it plays. Not modelled: a store that loses what it has acknowledged when no owner can notice, operators, and lengths of time.
 
 pub mod key;
 pub mod protocol;

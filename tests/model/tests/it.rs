@@ -18,7 +18,7 @@ fn all_rules_hold_and_each_is_needed() {
     let outcomes = run_all(&variants, jobs, |_, _| {});
     let summary = Summary::of(&variants, &outcomes);
     assert!(summary.is_good(), "{:#}", summary.json(&variants, &outcomes));
-    assert_eq!(summary.rules, BTreeSet::from_iter(1..=19), "each rule has a guard that is needed");
+    assert_eq!(summary.rules, BTreeSet::from_iter(1..=21), "each rule has a guard that is needed");
     println!("{summary}");
 }
 
@@ -52,6 +52,22 @@ fn the_search_agrees_with_stateright() {
         let theirs: BTreeSet<_> = theirs.discoveries().into_keys().filter(always).collect();
         assert_eq!(broken, theirs, "{protocol:?}");
     }
+}
+
+/// Rule 21 is a second line. With it alone no decision changes, whatever a coordinator read. (The coordinator stops, and what is open
+/// waits for a person.)
+#[test]
+fn guarded_rows_alone_let_no_decision_change() {
+    let lagging = Scope { crashes: 1, old_reads: true, ..Scope::default() };
+    let protocol = Guard::SIGHT
+        .into_iter()
+        .fold(Protocol::new(lagging), |protocol, guard| protocol.without(guard));
+    let found = search(&protocol, None);
+    assert!(found.complete);
+    for kept in ["I1", "I2", "I3", "I7", "I8", "I9", "J", "L"] {
+        assert!(found.violation(kept).is_none(), "{:#?}", found.violation(kept));
+    }
+    assert!(found.violation("O").is_some(), "an owner that believes an old row stops");
 }
 
 /// stateright keeps the last violation that it meets.

@@ -44,6 +44,8 @@ pub enum Action {
     TakeAcknowledged(Who, Branch),
     LeaveMemory(Who),
     Read(Who),
+    /// On a replica that lags.
+    ReadOld(Who, Which),
     TakeRow(Who, Which),
 
     // An owner's journal, and the database below it.
@@ -61,6 +63,10 @@ pub enum Action {
     GuardAbandoned(Which),
     CommitAbandoned(Which),
     EndAbandoned(Which),
+    /// Another server answers from now on, which is as the first one was then.
+    FailOver(Which),
+    /// An owner's heartbeat finds the store behind, or of another history.
+    Beat(Who),
     Purge,
 
     // Ownership.
@@ -122,6 +128,9 @@ impl Protocol {
                 Action::EndAbandoned(which),
             ]);
         }
+        if state.spent.failovers < self.scope.failovers {
+            actions.extend((0..state.past.len()).map(Action::FailOver));
+        }
         if self.scope.purge {
             actions.push(Action::Purge);
         }
@@ -140,6 +149,12 @@ impl Protocol {
             Action::SendOthers(who),
             Action::Crash(who),
         ]);
+        if self.scope.failovers > 0 {
+            actions.push(Action::Beat(who));
+        }
+        if self.scope.old_reads {
+            actions.extend((0..state.past.len()).map(|which| Action::ReadOld(who, which)));
+        }
         let reads = state.coordinators[who].reads.iter().enumerate();
         let arrived = reads.filter(|(_, read)| read.is_some());
         actions.extend(arrived.map(|(which, _)| Action::TakeRow(who, which)));
@@ -155,9 +170,10 @@ impl Protocol {
     /// Whether it happens sooner or later once everybody is reachable. All else may stay away for ever: the initiator may have
     /// died, a zombie may sleep on, and nobody can count on a fault.
     pub(super) fn is_certain(&self, state: &State, action: Action) -> bool {
+        // An owner whose takeover was lost goes on until it notices, or until another one takes over.
         let owns = |who: usize| {
             let process = &state.coordinators[who];
-            process.owns() && process.epoch == state.store.epoch
+            process.owns() && (state.is_live_owner(process) || !state.has_live_owner())
         };
         match action {
             // The owner goes on: time runs out, calls are repeated until they are acknowledged, what has changed is written.
@@ -169,8 +185,7 @@ impl Protocol {
             | Action::TakeRow(who, ..) => owns(who),
             Action::Confirm(branch) | Action::Cancel(branch) => {
                 state.coordinators.iter().any(|process| {
-                    process.owns()
-                        && process.epoch == state.store.epoch
+                    state.is_live_owner(process)
                         && matches!(process.memory.status, Status::Confirming | Status::Cancelling)
                         && process.memory.branches.has(branch)
                         && !process.acknowledged.has(branch)
@@ -180,9 +195,12 @@ impl Protocol {
             Action::Read(who) => {
                 let status = state.store.record.status;
                 let due = status.is_open()
+                    && !(state.is_reported_lost() && self.keeps(Guard::LostIsNotDecided))
                     && (status != Status::Trying || self.keeps(Guard::TryingIsDue));
                 owns(who) && due
             }
+            // Every owner has its heartbeat.
+            Action::Beat(..) => true,
             // The database ends what it has begun.
             Action::Guard(..) | Action::Look(..) | Action::Commit(..) => true,
             Action::GuardAbandoned(..) | Action::CommitAbandoned(..) => {
@@ -202,7 +220,9 @@ impl Protocol {
             | Action::CleanFence(..)
             | Action::Inquire(..)
             | Action::LeaveMemory(..)
+            | Action::ReadOld(..)
             | Action::SendOthers(..)
+            | Action::FailOver(..)
             | Action::RollBack(..)
             | Action::LoseConnection(..)
             | Action::ReadBesideBatch(..)
@@ -242,6 +262,7 @@ impl fmt::Display for Action {
             }
             Self::LeaveMemory(who) => write!(f, "it leaves {}'s memory", name(who)),
             Self::Read(who) => write!(f, "{} reads the row", name(who)),
+            Self::ReadOld(who, ..) => write!(f, "{} reads an old row on a replica", name(who)),
             Self::TakeRow(who, ..) => write!(f, "{} takes in what it read", name(who)),
             Self::Send(who) => write!(f, "{} sends a batch with it", name(who)),
             Self::SendOthers(who) => write!(f, "{} sends a batch of others", name(who)),
@@ -259,6 +280,10 @@ impl fmt::Display for Action {
             }
             Self::CommitAbandoned(which) => write!(f, "abandoned batch {which} commits"),
             Self::EndAbandoned(which) => write!(f, "abandoned batch {which} is rolled back"),
+            Self::FailOver(..) => {
+                f.write_str("another server takes over, without the last changes")
+            }
+            Self::Beat(who) => write!(f, "{}'s heartbeat shows that changes are lost", name(who)),
             Self::Purge => f.write_str("the row is deleted after its retention"),
             Self::Crash(who) => write!(f, "{} is killed", name(who)),
             Self::Start(who) => write!(f, "{} starts", name(who)),

@@ -15,6 +15,8 @@ pub enum Guard {
     GuardInsideTransaction,
     /// COMMIT is sent only if the guard has matched its row.
     GuardIsHeeded,
+    /// The guard names the nonce: after a failover that lost a takeover, the next takeover gives the same epoch number again.
+    NonceInGuard,
 
     // Rule 2: a batch number never gets other content.
     /// A batch without an answer is sent again as it was, whatever has changed in memory.
@@ -23,6 +25,8 @@ pub enum Guard {
     RepeatIsGuarded,
     /// Whoever looks whether a batch has landed compares the epoch, not the position alone.
     LookComparesEpoch,
+    /// And the nonce.
+    LookComparesNonce,
 
     // Rule 3: "not found" after a lost reply proves nothing.
     /// A lost reply is not taken for a failure: the change stays in memory.
@@ -105,8 +109,14 @@ pub enum Guard {
     // Rule 14: "never recorded" means "never confirmed".
     /// An owner says so only of xids of its own epoch and older ones.
     NewerEpochsAreNotOurs,
+    /// And only if the nonce of the xid's epoch is the xid's: else it is of another history.
+    OtherHistoriesAreNotOurs,
     /// What may have been deleted after its retention is "forgotten".
     PurgeIsRemembered,
+    /// An owner that finds the store behind what was acknowledged records that loss before it stops.
+    LossIsRecorded,
+    /// What was undecided in a store that lost something may have been decided: a person decides, no owner does.
+    LostIsNotDecided,
 
     // Rule 15.
     /// "Undecided" carries no promise: a participant does not cancel on it.
@@ -137,9 +147,28 @@ pub enum Guard {
     // Rule 18.
     /// The database ends the session of an owner that is gone.
     SilentSessionsEnd,
+
+    // Rule 20: sight. A read counts only if what it shows with the row proves that it is new enough.
+    /// The epoch is the reader's own.
+    SightEpoch,
+    /// The nonce is the reader's own.
+    SightNonce,
+    /// The position is at least that of the latest batch that the reader knows to be durable.
+    SightPosition,
+
+    // Rule 21: a batch changes a row only if the row is what its owner believes. A second line behind sight.
+    /// The state is the same.
+    RowNamesState,
+    /// Also for a batch that only adds a branch.
+    RegistrationNamesState,
+    /// The number of branches is the same.
+    RowNamesBranches,
 }
 
 impl Guard {
+    /// All of rule 20.
+    pub const SIGHT: [Self; 3] = [Self::SightEpoch, Self::SightNonce, Self::SightPosition];
+
     /// The number of its rule.
     #[must_use]
     pub fn rule(self) -> u8 {
@@ -147,8 +176,12 @@ impl Guard {
             Self::EpochInGuard
             | Self::PositionInGuard
             | Self::GuardInsideTransaction
-            | Self::GuardIsHeeded => 1,
-            Self::SameBatchAgain | Self::RepeatIsGuarded | Self::LookComparesEpoch => 2,
+            | Self::GuardIsHeeded
+            | Self::NonceInGuard => 1,
+            Self::SameBatchAgain
+            | Self::RepeatIsGuarded
+            | Self::LookComparesEpoch
+            | Self::LookComparesNonce => 2,
             Self::SilenceIsNoFailure | Self::SilenceIsNotAnswered | Self::AbsenceIsNoProof => 3,
             Self::MissIsNoFence | Self::MissIsNoLanding => 4,
             Self::OneBatchAtATime => 5,
@@ -171,7 +204,11 @@ impl Guard {
             Self::CancelAlsoToRefused
             | Self::JoinBeforeDecision
             | Self::AcknowledgementsAwaited => 13,
-            Self::NewerEpochsAreNotOurs | Self::PurgeIsRemembered => 14,
+            Self::NewerEpochsAreNotOurs
+            | Self::OtherHistoriesAreNotOurs
+            | Self::PurgeIsRemembered
+            | Self::LossIsRecorded
+            | Self::LostIsNotDecided => 14,
             Self::UndecidedIsNoPromise => 15,
             Self::CleanBeforeLeaving | Self::StaleRowDropped => 16,
             Self::TriedRowStays
@@ -182,6 +219,8 @@ impl Guard {
             | Self::LateTryRefused
             | Self::RepeatRunsNothing => 17,
             Self::SilentSessionsEnd => 18,
+            Self::SightEpoch | Self::SightNonce | Self::SightPosition => 20,
+            Self::RowNamesState | Self::RegistrationNamesState | Self::RowNamesBranches => 21,
         }
     }
 }

@@ -30,7 +30,9 @@ impl Protocol {
         process.batch = Some(Batch {
             progress: Progress::Sent,
             epoch: process.epoch,
+            nonce: process.nonce,
             position: process.position,
+            expects: if self.scope.old_reads { process.durable } else { Record::ABSENT },
             record,
             claims: process.memory,
             repeat: false,
@@ -57,7 +59,9 @@ impl Protocol {
         process.batch = Some(Batch {
             progress: Progress::Sent,
             epoch: process.epoch,
+            nonce: process.nonce,
             position,
+            expects: Record::ABSENT,
             record: Record::ABSENT,
             claims,
             repeat: false,
@@ -72,14 +76,15 @@ impl Protocol {
         Some(())
     }
 
-    /// The first statement of a batch: `UPDATE … SET position = n WHERE epoch = ? AND position = n - 1`.
+    /// The first statement of a batch: `UPDATE … SET position = n WHERE epoch = ? AND nonce = ? AND position = n - 1`.
     fn guarded(&self, state: &State, batch: Batch) -> Option<Progress> {
         when(batch.progress == Progress::Sent && !self.is_row_held(state))?;
         let epoch = batch.epoch == state.store.epoch || !self.keeps(Guard::EpochInGuard);
+        let nonce = batch.nonce == state.store.nonce() || !self.keeps(Guard::NonceInGuard);
         let next = batch.position == state.store.position + 1;
         let position = next || !self.keeps(Guard::PositionInGuard);
         let unguarded = batch.repeat && !self.keeps(Guard::RepeatIsGuarded);
-        let passes = epoch && position || unguarded || !self.keeps(Guard::GuardIsHeeded);
+        let passes = epoch && nonce && position || unguarded || !self.keeps(Guard::GuardIsHeeded);
         Some(if passes { Progress::Guarded } else { Progress::Missed })
     }
 
@@ -92,18 +97,22 @@ impl Protocol {
                 .any(|batch| batch.progress == Progress::Guarded)
     }
 
-    /// No row matched. Inside the same local transaction epoch and position are looked at: `judge` in the store.
+    /// No row matched. Inside the same local transaction epoch, nonce and position are looked at: `judge` in the store.
     pub(super) fn look(&self, state: &mut State, who: usize) -> Option<()> {
         let store = state.store;
-        let batch = state.coordinators[who].batch.as_mut()?;
+        let batch = state.coordinators[who].batch?;
         when(batch.progress == Progress::Missed)?;
-        let same_epoch = batch.epoch == store.epoch;
-        let landed = batch.position == store.position
-            && (same_epoch || !self.keeps(Guard::LookComparesEpoch));
+        let same_epoch = batch.epoch == store.epoch || !self.keeps(Guard::LookComparesEpoch);
+        let same_nonce = batch.nonce == store.nonce() || !self.keeps(Guard::LookComparesNonce);
+        let landed = batch.position == store.position && same_epoch && same_nonce;
+        let known = state.coordinators[who].known_position();
+        let batch = state.coordinators[who].batch.as_mut()?;
         batch.progress = if landed || !self.keeps(Guard::MissIsNoLanding) {
             Progress::Landed
         } else if store.epoch > batch.epoch || !self.keeps(Guard::MissIsNoFence) {
             Progress::Fenced
+        } else if self.is_behind(batch.epoch, batch.nonce, known, &store) {
+            Progress::Lost
         } else {
             Progress::Corrupt
         };
@@ -116,26 +125,33 @@ impl Protocol {
     pub(super) fn commit(&self, state: &mut State, who: usize) -> Option<()> {
         let batch = state.coordinators[who].batch?;
         when(batch.progress == Progress::Guarded)?;
-        Self::write(state, batch);
-        let progress = Progress::Landed;
+        let fits = self.row_fits(state, batch);
+        if fits {
+            self.write(state, batch);
+        }
+        let progress = if fits { Progress::Landed } else { Progress::Corrupt };
         state.coordinators[who].batch = Some(Batch { progress, ..batch });
         Some(())
     }
 
-    fn write(state: &mut State, batch: Batch) {
+    fn write(&self, state: &mut State, batch: Batch) {
         state.store.position = batch.position;
         if batch.record == Record::ABSENT {
             return;
         }
-        let (before, now) = (state.store.record.status.decision(), batch.record.status.decision());
+        let record = self.written(state, batch);
+        let before = state.store.record.status.decision();
+        let now = record.status.decision();
         let history = &mut state.history;
+        history.joined_late |=
+            before.is_some() && now.is_some() && record.branches != state.store.record.branches;
         history.decision_changed |= before.is_some() && now != before
             || history.decided.is_some() && now.is_some() && now != history.decided;
         if history.decided.is_none() && now.is_some() {
             history.decided = now;
-            history.decided_branches = batch.record.branches;
+            history.decided_branches = record.branches;
         }
-        state.store.record = batch.record;
+        state.store.record = record;
     }
 
     /// The owner hears what became of its batch.
@@ -145,6 +161,7 @@ impl Protocol {
         when(process.owns())?;
         let batch = process.batch?;
         match batch.progress {
+            Progress::Lost => return self.stop_at_loss(state, who),
             Progress::Sent | Progress::Guarded | Progress::Missed => return None,
             Progress::Landed => {
                 process.batch = None;
@@ -166,7 +183,7 @@ impl Protocol {
     }
 
     /// A process that was fenced exits, and its memory is gone.
-    fn end(&self, process: &mut Coordinator) {
+    pub(super) fn end(&self, process: &mut Coordinator) {
         let before = *process;
         *process = Coordinator::DOWN;
         if !self.keeps(Guard::MemoryIsReplaced) {
@@ -235,7 +252,11 @@ impl Protocol {
     fn leave_to_database(&self, state: &mut State, batch: Batch) -> Option<()> {
         match batch.progress {
             Progress::Sent | Progress::Guarded => when(state.abandon(batch)),
-            Progress::Missed | Progress::Landed | Progress::Fenced | Progress::Corrupt => Some(()),
+            Progress::Missed
+            | Progress::Landed
+            | Progress::Fenced
+            | Progress::Lost
+            | Progress::Corrupt => Some(()),
         }
     }
 
@@ -251,7 +272,9 @@ impl Protocol {
     pub(super) fn commit_abandoned(&self, state: &mut State, which: usize) -> Option<()> {
         let batch = state.abandoned[which]?;
         when(batch.progress == Progress::Guarded)?;
-        Self::write(state, batch);
+        if self.row_fits(state, batch) {
+            self.write(state, batch);
+        }
         self.end_abandoned(state, which)
     }
 
@@ -275,6 +298,7 @@ impl Protocol {
         let process = state.coordinators[who];
         when(process.role != Role::Down && state.spent.crashes < self.scope.crashes)?;
         when(process.owns())?; // a standby has nothing to lose
+        when(!state.history.loss_unnoticed)?;
         state.spent.crashes += 1;
         if let Some(batch) = process.batch {
             self.leave_to_database(state, batch)?;
@@ -286,6 +310,8 @@ impl Protocol {
     pub(super) fn start(&self, state: &mut State, who: usize) -> Option<()> {
         when(who == 0 || self.scope.standby)?;
         when(state.coordinators[who].role == Role::Down)?;
+        // After an alarm a person looks before anything is started again.
+        when(!self.scope.old_reads || !state.history.ended_for_nothing)?;
         state.coordinators[who].role = Role::Standby;
         Some(())
     }
@@ -298,17 +324,19 @@ impl Protocol {
         Some(())
     }
 
-    /// `UPDATE … SET epoch = epoch + 1, position = 0`, in its own local transaction, which waits for a batch that holds the row.
+    /// `UPDATE … SET epoch = epoch + 1, nonce = ?, position = 0`, in its own local transaction, which waits for a batch that holds the row.
     /// If its answer is lost, the process must take over again.
     pub(super) fn take_over(&self, state: &mut State, who: usize, heard: bool) -> Option<()> {
         when(state.coordinators[who].role == Role::Standby)?;
         let as_before = !self.keeps(Guard::StartIsTakeover);
         when(as_before || !self.is_row_held(state))?;
+        when(!state.history.loss_unnoticed)?;
         if state.has_live_owner() {
             when(state.spent.takeovers < self.scope.takeovers)?;
             state.spent.takeovers += 1;
         }
-        let mut epoch = state.store.epoch + 1;
+        let mut epoch = state.store.epoch.max(state.store.lost_through) + 1;
+        let mut nonce = state.spent.nonce();
         if !self.keeps(Guard::TakeoverIsOneStatement) {
             when(state.coordinators[who].seen_epoch > 0)?;
             epoch = state.coordinators[who].seen_epoch + 1;
@@ -317,22 +345,25 @@ impl Protocol {
             when(state.spent.faults < self.scope.faults)?;
             state.spent.faults += 1;
             if self.keeps(Guard::LostTakeoverIsRepeated) {
-                state.store.epoch = epoch;
-                state.store.position = 0;
+                Self::begin_epoch(state, epoch, nonce);
                 return Some(());
             }
             // It never reached the database, and the process goes on as if it had.
         } else if as_before {
-            epoch = state.store.epoch;
+            (epoch, nonce) = (state.store.epoch, state.store.nonce());
         } else {
-            state.store.epoch = epoch;
-            state.store.position = 0;
+            Self::begin_epoch(state, epoch, nonce);
         }
         let process = &mut state.coordinators[who];
         process.role = Role::Owner;
-        process.epoch = epoch;
+        (process.epoch, process.nonce) = (epoch, nonce);
         process.position = if as_before { state.store.position } else { 0 };
         process.seen_epoch = 0;
         Some(())
+    }
+
+    fn begin_epoch(state: &mut State, epoch: u8, nonce: u8) {
+        (state.store.epoch, state.store.position) = (epoch, 0);
+        state.store.nonces[usize::from(epoch)] = nonce;
     }
 }

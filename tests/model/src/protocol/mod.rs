@@ -13,11 +13,13 @@
 //! - **At rest** means that nothing is left that must happen sooner or later. Then nothing may be open, and no reservation left.
 
 mod action;
+mod failover;
 mod guard;
 mod journal;
 mod owner;
 mod participant;
 mod properties;
+mod sight;
 mod state;
 mod variants;
 
@@ -50,6 +52,13 @@ pub struct Scope {
     pub cleanup: bool,
     /// Batches of other transactions, and heartbeats.
     pub others: bool,
+    /// Reads may come from a replica that lags. Rules 20 and 21 are at work here only: elsewhere they would hide, as a second
+    /// line, that another rule is missing.
+    pub old_reads: bool,
+    /// Failovers to a server without the last takeover.
+    pub failovers: u8,
+    /// The failovers may lose acknowledged batches too, of an owner that lives and will notice.
+    pub losses: bool,
 }
 
 /// The protocol, with some of its guards taken away.
@@ -99,6 +108,7 @@ impl Protocol {
             Action::TakeAcknowledged(who, branch) => self.take_acknowledged(state, who, branch),
             Action::LeaveMemory(who) => self.leave_memory(state, who),
             Action::Read(who) => self.read(state, who),
+            Action::ReadOld(who, which) => self.read_old(state, who, which),
             Action::TakeRow(who, which) => self.take_row(state, who, which),
             Action::Send(who) => self.send(state, who),
             Action::SendOthers(who) => self.send_others(state, who),
@@ -112,6 +122,8 @@ impl Protocol {
             Action::GuardAbandoned(which) => self.guard_abandoned(state, which),
             Action::CommitAbandoned(which) => self.commit_abandoned(state, which),
             Action::EndAbandoned(which) => self.end_abandoned(state, which),
+            Action::FailOver(which) => self.fail_over(state, which),
+            Action::Beat(who) => self.beat(state, who),
             Action::Purge => self.purge(state),
             Action::Crash(who) => self.crash(state, who),
             Action::Start(who) => self.start(state, who),
@@ -119,6 +131,7 @@ impl Protocol {
             Action::TakeOver(who) => self.take_over(state, who, true),
             Action::TakeOverUnheard(who) => self.take_over(state, who, false),
         }?;
+        self.remember_past(before, state);
         self.speak(state);
         (after != *before).then_some(after)
     }

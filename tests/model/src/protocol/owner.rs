@@ -3,7 +3,9 @@
 use super::{
     Protocol,
     guard::Guard,
-    state::{BRANCHES, Branches, Coordinator, Decision, Fence, Read, Record, Role, State, Status},
+    state::{
+        BRANCHES, Branches, Coordinator, Decision, Fence, Read, Record, Role, State, Status, Store,
+    },
     when,
 };
 
@@ -12,7 +14,7 @@ impl Protocol {
     pub(super) fn begin(&self, state: &mut State, who: usize) -> Option<()> {
         let process = &mut state.coordinators[who];
         when(state.xid_epoch == 0 && process.owns())?;
-        state.xid_epoch = process.epoch;
+        (state.xid_epoch, state.xid_nonce) = (process.epoch, process.nonce);
         let branches = if self.scope.execute { Branches::ALL } else { Branches::NONE };
         process.memory = Record { status: Status::Trying, branches };
         self.changed(process);
@@ -169,15 +171,22 @@ impl Protocol {
     /// A read begins: somebody asks for it, or it is due. (What a read sees is what is durable at that moment or later; to see it
     /// at once and take it in late is the worst case.)
     pub(super) fn read(&self, state: &mut State, who: usize) -> Option<()> {
-        let store = state.store;
+        self.read_from(state, who, state.store)
+    }
+
+    /// A read of `store`: what is, or what a replica still shows. One that is too old is repeated, so it is left out here.
+    pub(super) fn read_from(&self, state: &mut State, who: usize, store: Store) -> Option<()> {
+        when(self.is_in_sight(&state.coordinators[who], &store))?;
         let process = &mut state.coordinators[who];
         let early = process.role == Role::Standby && !self.keeps(Guard::LoadAfterTakeover);
         when(process.owns() || early)?;
         when(process.memory == Record::ABSENT && state.xid_epoch != 0)?;
+        let knows_epoch = store.nonces[usize::from(state.xid_epoch)] == state.xid_nonce;
         // Where nothing leaves memory, whatever comes second finds it there.
         let at_once = if self.scope.forgets { 2 } else { 1 };
         let free = process.reads[..at_once].iter_mut().find(|read| read.is_none())?;
-        *free = Some(Read { row: store.record, purged: store.purged, stale: false });
+        let Store { record: row, purged, lost_through, .. } = store;
+        *free = Some(Read { row, purged, lost_through, knows_epoch, stale: false });
         process.reads.sort_by_key(|read| (read.is_none(), *read));
         Some(())
     }
@@ -192,7 +201,10 @@ impl Protocol {
         if process.memory != Record::ABSENT || read.stale && self.keeps(Guard::StaleRowDropped) {
             return Some(());
         }
-        if read.row.status.is_open() {
+        let lost = xid_epoch <= read.lost_through;
+        if read.row.status == Status::Trying && lost && self.keeps(Guard::LostIsNotDecided) {
+            // It stays as it is, and is shown to a person.
+        } else if read.row.status.is_open() {
             process.memory = read.row;
             process.durable = read.row;
             if self.scope.execute && read.row.status == Status::Trying {
@@ -202,7 +214,8 @@ impl Protocol {
         } else if read.row == Record::ABSENT {
             let forgotten = read.purged && self.keeps(Guard::PurgeIsRemembered);
             let newer = xid_epoch > process.epoch && self.keeps(Guard::NewerEpochsAreNotOurs);
-            if !forgotten && !newer {
+            let stranger = !read.knows_epoch && self.keeps(Guard::OtherHistoriesAreNotOurs);
+            if !forgotten && !newer && !stranger && !lost {
                 state.told.cancel = true; // "never recorded": whoever hears it may take it for cancelled
             }
         }

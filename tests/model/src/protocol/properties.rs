@@ -39,17 +39,22 @@ impl Protocol {
                         .participants
                         .iter()
                         .all(|it| it.reserved == it.confirmed + it.released);
-                    settled || !protocol.is_at_rest(state)
+                    settled || state.is_reported_lost() || !protocol.is_at_rest(state)
                 },
             ),
             Property::always(
                 "I6 at rest the decision is carried out",
                 |protocol: &Self, state: &State| {
-                    !protocol.is_unfinished(state) || !protocol.is_at_rest(state)
+                    !protocol.is_unfinished(state)
+                        || state.is_reported_lost()
+                        || !protocol.is_at_rest(state)
                 },
             ),
             Property::always("I7 a durable decision never changes", |_, state: &State| {
                 !state.history.decision_changed
+            }),
+            Property::always("J no branch joins after the decision", |_, state: &State| {
+                !state.history.joined_late
             }),
             Property::always(
                 "I8 no phase two before the decision is durable",
@@ -132,6 +137,36 @@ impl Protocol {
                 },
             ));
         }
+        if self.scope.old_reads {
+            properties.push(Property::sometimes("a replica shows the past", |_, state: &State| {
+                state.store.record.status == Status::Confirming
+                    && state.past.iter().any(|past| past.record.status == Status::Trying)
+            }));
+        }
+        if self.scope.failovers > 0 && self.scope.standby {
+            properties.push(Property::sometimes(
+                "two owners of two histories have the same epoch number",
+                |_, state: &State| {
+                    state
+                        .coordinators
+                        .iter()
+                        .all(|process| process.owns() && process.epoch == state.store.epoch)
+                        && zombies(state).next().is_some()
+                },
+            ));
+        }
+        if self.scope.losses {
+            properties.push(Property::sometimes(
+                "what was confirmed is lost, and reported so",
+                |_, state: &State| {
+                    state.told.confirm
+                        && state.is_reported_lost()
+                        && state.coordinators.iter().any(|process| {
+                            state.is_live_owner(process) && process.epoch > state.xid_epoch
+                        })
+                },
+            ));
+        }
         if self.scope.cleanup {
             properties.push(Property::sometimes(
                 "a Confirm finds no row any more",
@@ -154,6 +189,5 @@ impl Protocol {
 }
 
 fn zombies(state: &State) -> impl Iterator<Item = &Coordinator> {
-    let current = state.store.epoch;
-    state.coordinators.iter().filter(move |process| process.owns() && process.epoch < current)
+    state.coordinators.iter().filter(|process| process.owns() && !state.is_live_owner(process))
 }

@@ -11,6 +11,8 @@ pub(super) const COORDINATORS: usize = 2;
 pub(super) const BRANCHES: usize = 2;
 /// Batches that outlive their owner, or the connection that they came on.
 const ABANDONED: usize = 3;
+/// More than any variant has, counted from 0.
+const EPOCHS: usize = 10;
 
 /// Confirm or Cancel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -91,9 +93,21 @@ impl Record {
 pub(super) struct Store {
     pub(super) record: Record,
     pub(super) epoch: u8,
+    /// The nonce of each epoch; 0: there was no such epoch. Of a nonce no more is asked than that it differs between epochs of two
+    /// histories that have the same number.
+    pub(super) nonces: [u8; EPOCHS],
     pub(super) position: u8,
     /// The row was deleted after its retention.
     pub(super) purged: bool,
+    /// Some acknowledged changes of epochs up to this one are lost; 0: none that anybody knows of.
+    pub(super) lost_through: u8,
+}
+
+impl Store {
+    /// The nonce of its epoch.
+    pub(super) fn nonce(&self) -> u8 {
+        self.nonces[usize::from(self.epoch)]
+    }
 }
 
 /// How far the database is with a batch.
@@ -109,7 +123,9 @@ pub(super) enum Progress {
     Landed,
     /// Somebody else owns the partition; the answer is on its way.
     Fenced,
-    /// It fits neither; the answer is on its way.
+    /// The store has less than was acknowledged, or belongs to another history; the answer is on its way.
+    Lost,
+    /// It fits none of these; the answer is on its way.
     Corrupt,
 }
 
@@ -118,7 +134,10 @@ pub(super) enum Progress {
 pub(super) struct Batch {
     pub(super) progress: Progress,
     pub(super) epoch: u8,
+    pub(super) nonce: u8,
     pub(super) position: u8,
+    /// Where rows are guarded (rule 21): what the row must be for this batch to change it.
+    pub(super) expects: Record,
     /// The transaction as it is to be written; absent: the batch carries only others, or is a heartbeat.
     pub(super) record: Record,
     /// What its owner may call durable when it has landed.
@@ -132,6 +151,9 @@ pub(super) struct Batch {
 pub(super) struct Read {
     pub(super) row: Record,
     pub(super) purged: bool,
+    pub(super) lost_through: u8,
+    /// The xid is of an epoch of that history.
+    pub(super) knows_epoch: bool,
     /// The transaction left memory since the read began.
     pub(super) stale: bool,
 }
@@ -151,6 +173,7 @@ pub(super) enum Role {
 pub(super) struct Coordinator {
     pub(super) role: Role,
     pub(super) epoch: u8,
+    pub(super) nonce: u8,
     /// Number of its latest batch.
     pub(super) position: u8,
     pub(super) memory: Record,
@@ -171,6 +194,7 @@ impl Coordinator {
     pub(super) const DOWN: Self = Self {
         role: Role::Down,
         epoch: 0,
+        nonce: 0,
         position: 0,
         memory: Record::ABSENT,
         durable: Record::ABSENT,
@@ -183,6 +207,11 @@ impl Coordinator {
 
     pub(super) fn owns(&self) -> bool {
         self.role == Role::Owner
+    }
+
+    /// Number of the latest batch that it knows to be durable.
+    pub(super) fn known_position(&self) -> u8 {
+        self.position.saturating_sub(u8::from(self.batch.is_some()))
     }
 }
 
@@ -260,8 +289,12 @@ pub(super) struct History {
     pub(super) late_try_ran: bool,
     /// A participant met what no right coordinator asks for.
     pub(super) refused_loudly: bool,
+    /// A branch was added to a transaction whose decision was durable.
+    pub(super) joined_late: bool,
     /// An owner that nobody had replaced ended, or stopped in alarm.
     pub(super) ended_for_nothing: bool,
+    /// Acknowledged changes were lost in a failover, and no owner has noticed yet.
+    pub(super) loss_unnoticed: bool,
 }
 
 /// What has happened of the things that happen a limited number of times.
@@ -270,12 +303,22 @@ pub(super) struct Spent {
     pub(super) crashes: u8,
     pub(super) takeovers: u8,
     pub(super) faults: u8,
+    pub(super) failovers: u8,
+}
+
+impl Spent {
+    /// The nonce of a takeover that happens now.
+    pub(super) fn nonce(self) -> u8 {
+        self.failovers + 1
+    }
 }
 
 /// See the module's comment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct State {
     pub(super) store: Store,
+    /// What the store was before, where that matters: a replica may still show it, or a failover bring it back. Sorted.
+    pub(super) past: Vec<Store>,
     pub(super) coordinators: [Coordinator; COORDINATORS],
     /// Batches whose owner does not hear of them any more. Sorted.
     pub(super) abandoned: [Option<Batch>; ABANDONED],
@@ -283,6 +326,8 @@ pub struct State {
     pub(super) messages: Messages,
     /// The epoch in the xid; 0: the transaction has not begun.
     pub(super) xid_epoch: u8,
+    /// The nonce in the xid.
+    pub(super) xid_nonce: u8,
     pub(super) told: Told,
     pub(super) history: History,
     pub(super) spent: Spent,
@@ -293,7 +338,7 @@ pub struct State {
 impl State {
     /// One coordinator owns an empty store.
     pub(super) fn first(standby: bool, branches_alike: bool) -> Self {
-        let owner = Coordinator { role: Role::Owner, epoch: 1, ..Coordinator::DOWN };
+        let owner = Coordinator { role: Role::Owner, epoch: 1, nonce: 1, ..Coordinator::DOWN };
         let role = if standby { Role::Standby } else { Role::Down };
         let participant = Participant {
             fence: Fence::Nothing,
@@ -304,13 +349,24 @@ impl State {
             retention_over: false,
             cleaned: false,
         };
+        let mut nonces = [0; EPOCHS];
+        nonces[1] = 1;
         Self {
-            store: Store { record: Record::ABSENT, epoch: 1, position: 0, purged: false },
+            store: Store {
+                record: Record::ABSENT,
+                epoch: 1,
+                nonces,
+                position: 0,
+                purged: false,
+                lost_through: 0,
+            },
+            past: Vec::new(),
             coordinators: [owner, Coordinator { role, ..Coordinator::DOWN }],
             abandoned: [None; ABANDONED],
             participants: [participant; BRANCHES],
             messages: Messages::default(),
             xid_epoch: 0,
+            xid_nonce: 0,
             told: Told::default(),
             history: History::default(),
             spent: Spent::default(),
@@ -320,7 +376,16 @@ impl State {
 
     /// Whether a process thinks that it owns the partition, and is right.
     pub(super) fn has_live_owner(&self) -> bool {
-        self.coordinators.iter().any(|process| process.owns() && process.epoch == self.store.epoch)
+        self.coordinators.iter().any(|process| self.is_live_owner(process))
+    }
+
+    pub(super) fn is_live_owner(&self, process: &Coordinator) -> bool {
+        process.owns() && process.epoch == self.store.epoch && process.nonce == self.store.nonce()
+    }
+
+    /// Acknowledged changes were lost, and what is recorded of the transaction says nothing of what became of it.
+    pub(super) fn is_reported_lost(&self) -> bool {
+        self.store.record.status.decision().is_none() && self.xid_epoch <= self.store.lost_through
     }
 
     /// Leaves a batch to the database. Returns whether there was room for one more.
@@ -345,6 +410,8 @@ impl State {
             .for_each(Branches::mirror);
         mirrored.history.decided_branches.mirror();
         mirrored.store.record.branches.mirror();
+        mirrored.past.iter_mut().for_each(|store| store.record.branches.mirror());
+        mirrored.past.sort();
         for process in &mut mirrored.coordinators {
             process.acknowledged.mirror();
             process.memory.branches.mirror();
@@ -356,6 +423,7 @@ impl State {
         for batch in sent.chain(mirrored.abandoned.iter_mut().flatten()) {
             batch.record.branches.mirror();
             batch.claims.branches.mirror();
+            batch.expects.branches.mirror();
         }
         mirrored.abandoned.sort();
         mirrored

@@ -18,6 +18,9 @@ const ALONE: Scope = Scope {
     purge: false,
     cleanup: false,
     others: false,
+    old_reads: false,
+    failovers: 0,
+    losses: false,
 };
 /// A standby takes over from an owner that lives on as a zombie.
 const ZOMBIE: Scope = Scope { standby: true, crashes: 0, takeovers: 1, faults: 0, ..ALONE };
@@ -26,6 +29,12 @@ const FAULTY: Scope = Scope { faults: 1, ..ZOMBIE };
 /// Everything that lets go of something.
 const FORGETFUL: Scope = Scope { forgets: true, purge: true, ..ALONE };
 const CLEANING: Scope = Scope { cleanup: true, ..ALONE };
+/// Reads may be old.
+const LAGGING: Scope = old_reads(ALONE);
+/// A failover loses the takeover of an owner that lives on.
+const TWO_HISTORIES: Scope = Scope { standby: true, crashes: 1, faults: 0, failovers: 1, ..ALONE };
+/// A failover loses batches of an owner that lives on.
+const LOSSY: Scope = Scope { crashes: 0, faults: 0, failovers: 1, losses: true, ..ALONE };
 
 /// All variants.
 #[must_use]
@@ -60,6 +69,35 @@ fn clean() -> Vec<Variant> {
             "memory and store forget, takeover",
             Scope { crashes: 0, faults: 0, standby: true, takeovers: 1, ..FORGETFUL },
         ),
+        small("a replica lags, 1 crash, 1 fault", LAGGING),
+        small(
+            "a replica lags, memory and store forget, 1 crash",
+            Scope { faults: 0, ..old_reads(FORGETFUL) },
+        ),
+        small("a replica lags, a takeover from a living owner", old_reads(ZOMBIE)),
+        small("a failover loses a takeover, 1 crash", TWO_HISTORIES),
+        small("a failover loses a takeover, 1 crash, a replica lags", old_reads(TWO_HISTORIES)),
+        small("a failover loses batches, 1 crash", Scope { crashes: 1, ..LOSSY }),
+        small("a failover loses batches, the fence forgets", Scope { cleanup: true, ..LOSSY }),
+        small("a failover loses batches and a takeover", Scope { losses: true, ..TWO_HISTORIES }),
+        large("a replica lags, memory and store forget, 1 crash, 1 fault", old_reads(FORGETFUL)),
+        large("a replica lags, a takeover, 1 fault", old_reads(FAULTY)),
+        large(
+            "a replica lags, memory and store forget, takeover",
+            Scope { crashes: 0, faults: 0, standby: true, takeovers: 1, ..old_reads(FORGETFUL) },
+        ),
+        large(
+            "a replica lags, a takeover, 1 crash, 1 fault",
+            old_reads(Scope { crashes: 1, ..FAULTY }),
+        ),
+        large(
+            "a failover loses a takeover, memory forgets",
+            Scope { forgets: true, ..TWO_HISTORIES },
+        ),
+        large(
+            "a failover loses batches, memory and store forget, a replica lags, 2 crashes, 1 fault",
+            Scope { forgets: true, purge: true, crashes: 2, faults: 1, ..old_reads(LOSSY) },
+        ),
         large("a takeover, 1 crash, 1 fault", Scope { crashes: 1, ..FAULTY }),
         large("two takeovers (two zombies), 1 fault", Scope { takeovers: 2, ..FAULTY }),
         large("two takeovers, 1 crash", Scope { takeovers: 2, crashes: 1, ..ZOMBIE }),
@@ -79,11 +117,22 @@ fn clean() -> Vec<Variant> {
     ]
 }
 
+const fn old_reads(scope: Scope) -> Scope {
+    Scope { old_reads: true, ..scope }
+}
+
 fn broken() -> Vec<Variant> {
     use Guard as G;
     let without = |guard: Guard, expects: &'static str, scope: Scope| {
         let model = Protocol::new(scope).without(guard);
         Variant::broken(MODEL, format!("without {guard}"), guard.rule(), expects, model)
+    };
+    let without_sight_and = |guards: &[Guard], expects: &'static str, scope: Scope| {
+        let guards = [guards, &G::SIGHT].concat();
+        let model = guards.iter().fold(Protocol::new(scope), |model, guard| model.without(*guard));
+        let names: Vec<_> = guards.iter().map(ToString::to_string).collect();
+        let name = format!("without {}: {expects}", names.join(", "));
+        Variant::broken(MODEL, name, guards[0].rule(), expects, model)
     };
     let execute = |scope| Scope { execute: true, ..scope };
     vec![
@@ -140,5 +189,20 @@ fn broken() -> Vec<Variant> {
         without(G::LateTryRefused, "I5", ALONE),
         without(G::RepeatRunsNothing, "I3", ALONE),
         without(G::SilentSessionsEnd, "I6", ALONE),
+        without(G::NonceInGuard, "I2", TWO_HISTORIES),
+        without(G::LookComparesNonce, "I4", TWO_HISTORIES),
+        without(G::OtherHistoriesAreNotOurs, "I4", old_reads(TWO_HISTORIES)),
+        without(G::LossIsRecorded, "I4", LOSSY),
+        without(G::LostIsNotDecided, "I4", LOSSY),
+        without(G::SightEpoch, "I4", LAGGING),
+        without(G::SightNonce, "I4", TWO_HISTORIES),
+        without(G::SightPosition, "I4", old_reads(FORGETFUL)),
+        without_sight_and(&[G::RowNamesState], "I7", old_reads(FORGETFUL)),
+        without_sight_and(&[G::RowNamesState], "I2", old_reads(FORGETFUL)),
+        without_sight_and(&[G::RegistrationNamesState], "J", old_reads(FORGETFUL)),
+        without_sight_and(&[G::RowNamesBranches], "I5", Scope { faults: 0, ..LAGGING }),
+        // Rule 21 alone: no decision changes, but an owner that is right stops, and what is confirmed is denied.
+        without_sight_and(&[], "O", LAGGING),
+        without_sight_and(&[], "I4", LAGGING),
     ]
 }

@@ -1,0 +1,74 @@
+//! Rules 20 and 21: what was read may be old, so a read must prove that it is new enough, and a batch names the row that it
+//! means to change.
+
+use super::{
+    Protocol,
+    guard::Guard,
+    state::{Batch, Coordinator, Record, State, Status, Store},
+};
+
+impl Protocol {
+    /// Rule 20. The row, and the epoch, nonce and position of its partition, come from one statement. An old read that passes shows
+    /// all that its reader knows to be durable.
+    pub(super) fn is_in_sight(&self, process: &Coordinator, shown: &Store) -> bool {
+        if !self.has_past() {
+            return true;
+        }
+        let epoch = shown.epoch == process.epoch || !self.keeps(Guard::SightEpoch);
+        let nonce = shown.nonce() == process.nonce || !self.keeps(Guard::SightNonce);
+        let position =
+            shown.position >= process.known_position() || !self.keeps(Guard::SightPosition);
+        epoch && nonce && position
+    }
+
+    /// A read on a replica that shows the store as it was.
+    pub(super) fn read_old(&self, state: &mut State, who: usize, which: usize) -> Option<()> {
+        let shown = *state.past.get(which)?;
+        self.read_from(state, who, shown)
+    }
+
+    /// Whether earlier states of the store matter.
+    fn has_past(&self) -> bool {
+        self.scope.old_reads || self.scope.failovers > 0
+    }
+
+    pub(super) fn remember_past(&self, before: &State, state: &mut State) {
+        let was = before.store;
+        if self.has_past()
+            && was != state.store
+            && let Err(place) = state.past.binary_search(&was)
+        {
+            state.past.insert(place, was);
+        }
+    }
+
+    /// Rule 21. `UPDATE … WHERE xid = ? AND state = ? AND branch_count = ?`, and its rows are counted.
+    pub(super) fn row_fits(&self, state: &State, batch: Batch) -> bool {
+        if !self.scope.old_reads || batch.record == Record::ABSENT {
+            return true;
+        }
+        let row = state.store.record;
+        let names_state = if is_registration(batch) {
+            self.keeps(Guard::RegistrationNamesState)
+        } else {
+            self.keeps(Guard::RowNamesState)
+        };
+        (row.status == batch.expects.status || !names_state)
+            && (row.branches == batch.expects.branches || !self.keeps(Guard::RowNamesBranches))
+    }
+
+    /// What the row is after the batch: without a guard of its own, a registration inserts branches and leaves the rest alone.
+    pub(super) fn written(&self, state: &State, batch: Batch) -> Record {
+        if !is_registration(batch) || self.keeps(Guard::RegistrationNamesState) {
+            return batch.record;
+        }
+        let mut record = state.store.record;
+        record.branches.add_all(batch.record.branches);
+        record
+    }
+}
+
+/// Whether a batch changes nothing but the branches of a transaction that has a row.
+fn is_registration(batch: Batch) -> bool {
+    batch.record.status == Status::Trying && batch.expects.status == Status::Trying
+}

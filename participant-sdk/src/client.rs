@@ -5,8 +5,9 @@ use std::{error::Error as _, fmt, sync::Arc, time::Duration};
 use backon::BackoffBuilder as _;
 use handfast_proto::{
     Xid,
+    address::InvalidAddress,
     calls::{ToCoordinator, ToParticipant},
-    connection::{DEADLINE_MARGIN, InvalidAddress, endpoint},
+    connection::{DEADLINE_MARGIN, endpoint},
     reason,
     stream::Line,
     v1::{self as pb, call_stream_request::Call, call_stream_response::Answer},
@@ -59,7 +60,7 @@ impl Handfast {
     ///
     /// When that is no address.
     pub fn connect(url: &str) -> Result<Self, InvalidAddress> {
-        let endpoint = endpoint(url)?;
+        let endpoint = endpoint(&url.parse()?);
         Ok(Self::from_channels(endpoint.connect_lazy(), endpoint.connect_lazy()))
     }
 
@@ -364,7 +365,7 @@ impl Remote {
     ///
     /// When that is no address.
     pub fn connect(name: &str, url: &str) -> Result<Self, InvalidAddress> {
-        Ok(Self::with_channel(name, url, endpoint(url)?.connect_lazy()))
+        Ok(Self::with_channel(name, url, endpoint(&url.parse()?).connect_lazy()))
     }
 
     /// The participant of this name, called from here through `channel` and by the coordinator at `target`.

@@ -58,7 +58,7 @@ mod async_func;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use handfast_proto::{BranchId, Xid, connection::InvalidAddress};
+pub use handfast_proto::{BranchId, Xid, address::InvalidAddress};
 
 pub use answer::Answer;
 pub use async_func::AsyncFunc;

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use tonic::transport::Endpoint;
 
+use crate::address::Address;
+
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a connection with calls on it may be silent before it is pinged.
@@ -15,25 +17,12 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// first. tonic's timers, on either end, would report CANCELLED instead of DEADLINE_EXCEEDED.
 pub const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
 
-/// The text is not the address of a server.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no address: one looks like http://127.0.0.1:7420")]
-pub struct InvalidAddress(String);
-
-/// The server at `url`, with the settings that every connection has. Does not connect yet.
-///
-/// # Errors
-///
-/// When `url` is not `http://host:port`.
-pub fn endpoint(url: &str) -> Result<Endpoint, InvalidAddress> {
-    let invalid = || InvalidAddress(url.to_owned());
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| invalid())?;
-    if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().authority().is_none() {
-        return Err(invalid());
-    }
-    Ok(endpoint
+/// The server at `address`, with the settings that every connection has, over whatever network. Does not connect yet.
+#[must_use]
+pub fn endpoint(address: &Address) -> Endpoint {
+    Endpoint::from(address.uri().clone())
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT))
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
 }

@@ -5,6 +5,7 @@
 //! The `.proto` files say what each call guarantees once it returns, what a repeat does, and which codes it gives. Start
 //! with `handfast/v1/coordinator.proto`.
 
+pub mod address;
 pub mod calls;
 pub mod connection;
 pub mod crash;

@@ -260,7 +260,7 @@ fn a_bad_value_is_told_with_its_place_and_an_example() {
         (
             "targets.allow",
             r#"["inventory"]"#,
-            r#""inventory" is no rule for targets: those are `loopback` or `host:port`, such as inventory:7001, *.shop.internal:7001, 10.0.0.5:*"#.to_owned(),
+            r#""inventory" is no rule for targets (it has no port): those are `loopback` or `host:port`, such as inventory:7001, *.shop.internal:7001, 10.0.0.5:*"#.to_owned(),
             r#"allow = ["loopback"]"#,
         ),
         ("participants", "1", "1 is no table of names and addresses".to_owned(), r#"inventory = "http://127.0.0.1:7001""#),
@@ -273,7 +273,7 @@ fn a_bad_value_is_told_with_its_place_and_an_example() {
         (
             "participants",
             r#"{ points = "points:1" }"#,
-            format!(r#""points:1" is no address of a participant (it does not start with http://): {address}"#),
+            format!(r#""points:1" is no address (it does not start with http://): {address}"#),
             r#"inventory = "http://127.0.0.1:7001""#,
         ),
     ] {
@@ -305,8 +305,8 @@ fn the_place_of_a_bad_value_is_exact() {
         "",
         &[("HANDFAST_TARGETS_ALLOW", "loopback,a:b")],
         &[],
-        "HANDFAST_TARGETS_ALLOW: \"a:b\" is no rule for targets: those are `loopback` or `host:port`, such as \
-         inventory:7001, *.shop.internal:7001, 10.0.0.5:*",
+        "HANDFAST_TARGETS_ALLOW: \"a:b\" is no rule for targets (its port must be a number from 1 to 65535): those are `loopback` \
+         or `host:port`, such as inventory:7001, *.shop.internal:7001, 10.0.0.5:*",
         "such as: HANDFAST_TARGETS_ALLOW=loopback",
     );
     refused(

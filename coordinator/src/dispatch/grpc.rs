@@ -17,10 +17,7 @@ use handfast_proto::{
 };
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{
-    Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Status, transport::Channel};
 
 use super::{
     CallRequest, Dispatch, Later, Returned,
@@ -49,14 +46,8 @@ pub struct Tcp;
 
 impl Dialler for Tcp {
     fn channel(&self, address: &Address) -> Channel {
-        endpoint(address).connect_lazy()
+        connection::endpoint(address).connect_lazy()
     }
-}
-
-/// A connection to a participant, over whatever network, with the settings that every connection has.
-#[must_use]
-pub fn endpoint(address: &Address) -> Endpoint {
-    connection::endpoint(&address.to_string()).expect("an address is a URL")
 }
 
 /// What dispatch needs to know of the configuration.

@@ -14,7 +14,7 @@ use handfast_proto::Xid;
 use tokio::sync::mpsc;
 
 pub(crate) use answer::one_line;
-pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable, endpoint};
+pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable};
 
 use crate::transaction::{BranchSpec, Outcome, Phase, Timestamp};
 

@@ -1,10 +1,11 @@
-//! Whatever comes from outside is bad input first: requests, metadata, rows that somebody has damaged, configuration, names. Here
+//! Whatever comes from outside is bad input first: requests, metadata, rows that somebody has damaged, configuration, names, addresses. Here
 //! it comes by the thousand, valid and then bent, and the code that reads it is the real one. Three things count as found: a
 //! panic, a call without an answer, and an answer that blames us (INTERNAL, UNKNOWN, DATA_LOSS) for what the caller sent.
 //!
 //! The inputs come in rounds. A round starts with nothing and a seed, and the same seed gives the same inputs: what is found names
 //! the target, the seed and the input, and `--target T --seed S` runs that round first.
 
+mod addresses;
 mod configuration;
 mod names;
 mod participants;
@@ -46,17 +47,20 @@ pub enum Target {
     Configuration,
     /// Xids and branch ids.
     Names,
+    /// Addresses of participants.
+    Addresses,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Requests,
         Self::Participants,
         Self::Records,
         Self::FenceRows,
         Self::Configuration,
         Self::Names,
+        Self::Addresses,
     ];
 
     /// Its name on the command line.
@@ -69,6 +73,7 @@ impl Target {
             Self::FenceRows => "fence-rows",
             Self::Configuration => "configuration",
             Self::Names => "names",
+            Self::Addresses => "addresses",
         }
     }
 }
@@ -198,6 +203,7 @@ async fn play(round: &mut Round) {
         Target::FenceRows => records::of_fence(round).await,
         Target::Configuration => configuration::play(round),
         Target::Names => names::play(round),
+        Target::Addresses => addresses::play(round),
     }
 }
 

@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures_util::{Stream, stream};
-use handfast_coordinator::dispatch::{self, Dialler, address::Address};
+use handfast_coordinator::dispatch::{Dialler, address::Address};
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -77,8 +77,8 @@ impl Network {
 
     /// A channel with the settings that the SDK gives its own.
     pub(crate) fn channel(self: &Arc<Self>, host: &str) -> Channel {
-        let endpoint = handfast::testing::endpoint(&url(host)).expect("a host's name");
-        endpoint.connect_with_connector_lazy(self.connector())
+        let address = url(host).parse().expect("a host's name");
+        handfast::testing::endpoint(&address).connect_with_connector_lazy(self.connector())
     }
 
     fn connector(
@@ -125,7 +125,7 @@ pub(crate) struct Dials(pub(crate) Arc<Network>);
 
 impl Dialler for Dials {
     fn channel(&self, address: &Address) -> Channel {
-        dispatch::endpoint(address).connect_with_connector_lazy(self.0.connector())
+        handfast::testing::endpoint(address).connect_with_connector_lazy(self.0.connector())
     }
 }
 

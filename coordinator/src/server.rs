@@ -1,8 +1,9 @@
 //! The process: builds the parts, joins them, serves, and stops them in order.
 //!
-//! Stopping, in this order and within the grace period: not ready any more → no new connections, and those there are asked to
-//! go → what is under way finishes → no further calls to participants, and those under way come back → what was waiting for
-//! company is recorded → the partitions are handed back. A kill at any moment is just as right, only slower to recover from.
+//! It stops in this order, within the grace period: health says not ready → no new connections, and open ones are asked to close
+//! → requests in flight finish → no further calls to participants, and those in flight return → changes that waited to be
+//! recorded with later ones are recorded → the partitions are handed back. A kill at any moment is just as safe, only slower to
+//! recover from.
 
 use std::{env, io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
@@ -17,17 +18,20 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Router, TcpIncoming};
-use tonic_health::{ServingStatus, server::HealthReporter};
+use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
 use crate::{
-    clock::{Clock as _, SystemClock},
+    clock::{Clock, SystemClock},
     config::{Config, StoreUrl},
     coordinator::{Coordinator, Running},
     dispatch::{GrpcDispatch, Tcp},
     journal::Ended,
     partition::Settings,
-    rpc::{Connection, STREAMS_MAX, Services},
+    rpc::{
+        Connection, STREAMS_MAX, Services,
+        health::{set_ready, tell_readiness},
+    },
     standby,
     store::{
         self, Store,
@@ -41,15 +45,9 @@ use crate::{
 const HEADERS_BYTES_MAX: u32 = 16 * 1024;
 /// How often an idle connection is asked whether it lives, and how long it may take to say so.
 const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
-/// How often readiness is looked at.
-const READINESS_INTERVAL: Duration = Duration::from_millis(500);
-/// Names that can be asked for with grpc.health.v1: the process, and its services.
-pub(crate) const HEALTH_NAMES: [&str; 3] =
-    ["", "handfast.v1.CoordinatorService", "handfast.v1.AdminService"];
-
-/// What everything runs on: as many threads as TOKIO_WORKER_THREADS says, else half as many as there are processors. The work is many
-/// small pieces that wake each other, across threads a quarter dearer than within one; and the other half is for the store's server
-/// and whoever else is on this machine.
+/// The runtime of the process: as many threads as TOKIO_WORKER_THREADS says, else half as many as there are processors. The work is
+/// many small pieces that wake each other, which costs a quarter more across threads than within one. The other processors are for
+/// the store's server and for other programs on this machine.
 ///
 /// # Errors
 ///
@@ -113,14 +111,14 @@ pub enum Error {
     Signals(#[source] io::Error),
 }
 
-/// What to do about a coordinator that has the store now.
+/// What to do if another coordinator owns the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
-    /// Wait until it hands back, or shows no life any more.
-    Wait,
-    /// Take over from it, unless that was done too often of late.
+pub enum TakeOver {
+    /// Wait until it hands the store back, or shows no life for a while.
+    WhenFree,
+    /// Take over at once, unless the store was taken over too often lately. Then wait.
     AtOnce,
-    /// Take over from it, however often.
+    /// Take over at once, however often that was done.
     Always,
 }
 
@@ -132,52 +130,21 @@ pub enum Turn {
 /// See [`Error`]; nothing is left half done.
 pub async fn run(
     config: Config,
-    turn: Turn,
+    take_over: TakeOver,
     announce: impl FnOnce(&Started),
 ) -> Result<Exit, Error> {
     let stop = stop_signal().map_err(Error::Signals)?;
-    let store: Arc<dyn Store> = match &config.store {
-        StoreUrl::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
-        StoreUrl::MySql(url) => {
-            Arc::new(MySqlStore::open(url.secret(), config.store_unsafe).await?)
-        }
-        StoreUrl::Memory => {
-            warn!(
-                "NOTHING IS DURABLE: the store is in memory, and every decision is forgotten when this process ends"
-            );
-            Arc::new(MemoryStore::default())
-        }
-    };
-    let address = config.listen;
-    let failed = |source| Error::Listen { address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let started =
-        Started { grpc: listener.local_addr().map_err(failed)?, store: config.store.to_string() };
-
+    let store = open_store(&config).await?;
+    let (listener, listening) = listen(config.listen).await?;
     let clock = Arc::new(SystemClock::default());
-    let at_once = match turn {
-        Turn::Wait => false,
-        Turn::AtOnce => standby::may_take_over(&*store, clock.now()).await,
-        Turn::Always => true,
-    };
-    let listener = if at_once {
-        listener
-    } else {
-        let waited = standby::wait(&*store, listener);
-        tokio::select! {
-            listener = waited => listener.map_err(failed)?,
-            () = stop.cancelled() => return Ok(Exit::Stopped),
-        }
+    let taken = until_free(take_over, &*store, &*clock, listener);
+    let listener = tokio::select! {
+        listener = taken => listener.map_err(|source| Error::Listen { address: listening, source })?,
+        () = stop.cancelled() => return Ok(Exit::Stopped),
     };
     let targets = Arc::new(config.targets.clone());
     let dispatch = Arc::new(GrpcDispatch::new(targets.clone(), Arc::new(Tcp), clock.clone()));
-    let settings = Settings {
-        retry: config.retry,
-        call_timeout: config.calls.timeout,
-        call_timeout_max: config.calls.timeout_max,
-        open_max: config.limits.open,
-        stuck_after: config.stuck,
-    };
+    let settings = settings(&config);
     let starting = Coordinator::start(store, dispatch.clone(), clock, settings, config.retention);
     let (coordinator, running) = tokio::select! {
         started = starting => started?,
@@ -188,12 +155,12 @@ pub async fn run(
     let services = Services::new(coordinator.clone(), targets, config.transaction_timeout)
         .until(closing.clone());
     let (router, health) = router(&services);
-
     let incoming = incoming(listener, config.limits.connections);
     let serving = tokio::spawn(
         router.serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned()),
     );
     let readiness = tokio::spawn(tell_readiness(coordinator.clone(), health.clone()));
+    let started = Started { grpc: listening, store: config.store.to_string() };
     info!(address = %started.grpc, store = started.store, "serving");
     announce(&started);
 
@@ -212,6 +179,54 @@ pub async fn run(
     let in_time = stop_in_order(serving, &dispatch, running, deadline, config.shutdown_grace).await;
     info!(in_time, "stopped");
     Ok(exit)
+}
+
+async fn open_store(config: &Config) -> Result<Arc<dyn Store>, Error> {
+    Ok(match &config.store {
+        StoreUrl::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
+        StoreUrl::MySql(url) => {
+            Arc::new(MySqlStore::open(url.secret(), config.store_unsafe).await?)
+        }
+        StoreUrl::Memory => {
+            warn!(
+                "NOTHING IS DURABLE: the store is in memory, and every decision is forgotten when this process ends"
+            );
+            Arc::new(MemoryStore::default())
+        }
+    })
+}
+
+/// Listens. Returns the address too: a configured port 0 has become a real one.
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
+    let failed = |source| Error::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let listening = listener.local_addr().map_err(failed)?;
+    Ok((listener, listening))
+}
+
+/// Returns the listener when the store may be taken over. Until then this process is a standby.
+async fn until_free(
+    take_over: TakeOver,
+    store: &dyn Store,
+    clock: &dyn Clock,
+    listener: TcpListener,
+) -> io::Result<TcpListener> {
+    let at_once = match take_over {
+        TakeOver::WhenFree => false,
+        TakeOver::AtOnce => standby::may_take_over(store, clock.now()).await,
+        TakeOver::Always => true,
+    };
+    if at_once { Ok(listener) } else { standby::serve_until_free(store, listener).await }
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings {
+        retry: config.retry,
+        call_timeout: config.calls.timeout,
+        call_timeout_max: config.calls.timeout_max,
+        open_max: config.limits.open,
+        stuck_after: config.stuck,
+    }
 }
 
 /// All services, with every limit set that gRPC has none for by itself.
@@ -239,18 +254,18 @@ pub fn router(services: &Services) -> (Router, HealthReporter) {
     (router, reporter)
 }
 
-/// Connections, as many at a time as may be. One more is closed at once.
+/// Connections, at most so many at a time. One more is closed at once.
 fn incoming(
     listener: TcpListener,
     connections_max: usize,
 ) -> impl futures_util::Stream<Item = io::Result<Connection<tokio::net::TcpStream>>> {
-    let places = Arc::new(Semaphore::new(connections_max));
+    let permits = Arc::new(Semaphore::new(connections_max));
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
-        let place = places.clone().try_acquire_owned();
-        std::future::ready(match (accepted, place) {
-            (Ok(stream), Ok(place)) => Some(Ok(Connection::new(stream, Some(place)))),
+        let permit = permits.clone().try_acquire_owned();
+        std::future::ready(match (accepted, permit) {
+            (Ok(stream), Ok(permit)) => Some(Ok(Connection::new(stream, Some(permit)))),
             (Ok(_), Err(_)) => {
-                warn!(connections_max, "a connection was refused: there are as many as there may be (limits.connections)");
+                warn!(connections_max, "connection refused: limits.connections are open already");
                 None
             }
             (Err(error), _) => Some(Err(error)),
@@ -258,29 +273,7 @@ fn incoming(
     })
 }
 
-async fn tell_readiness(coordinator: Arc<Coordinator>, health: HealthReporter) {
-    let mut told = None;
-    loop {
-        let ready = coordinator.is_ready();
-        if told != Some(ready) {
-            if told.is_some() {
-                info!(ready, "readiness has changed");
-            }
-            set_ready(&health, ready).await;
-            told = Some(ready);
-        }
-        tokio::time::sleep(READINESS_INTERVAL).await;
-    }
-}
-
-async fn set_ready(health: &HealthReporter, ready: bool) {
-    let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
-    for name in HEALTH_NAMES {
-        health.set_service_status(name, status).await;
-    }
-}
-
-/// Each step has a part of the grace period; what is not done by then is cut off. Returns whether all was done in time.
+/// Each step has a part of the grace period, and is cut off at the end of it. Returns whether all steps were done in time.
 async fn stop_in_order(
     mut serving: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
     dispatch: &GrpcDispatch,
@@ -294,7 +287,9 @@ async fn stop_in_order(
     let called = tokio::time::timeout_at(deadline - grace * 2 / 10, dispatch.close()).await.is_ok();
     let recorded = tokio::time::timeout_at(deadline, running.stop()).await.is_ok();
     if !recorded {
-        warn!("the store did not answer in time; the next owner asks participants once more");
+        warn!(
+            "the store did not answer in time; the next owner will ask some participants once more"
+        );
     }
     served && called && recorded
 }

@@ -1,6 +1,6 @@
-//! Waiting for a store that another coordinator has: alive, and not ready. The wait ends when that one hands the partitions back, or
-//! when nothing that it owns has changed for a while by this process's own clock: an owner with nothing else to write writes an
-//! empty batch every few seconds. To be wrong about it is safe: a takeover fences the other off, whatever it is doing.
+//! A standby waits for a store that another coordinator owns. It is alive, and not ready. The wait ends when the owner hands its
+//! partitions back, or when none of them has changed for a while by the standby's own clock: an owner with nothing else to write
+//! writes an empty batch every few seconds. A wrong guess is safe: a takeover fences the owner off, whatever it is doing.
 
 use std::time::Duration;
 
@@ -11,24 +11,23 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
-use tonic_health::ServingStatus;
 use tracing::{info, warn};
 
-use crate::{server::HEALTH_NAMES, store::Store, transaction::Timestamp};
+use crate::{rpc::health::set_ready, store::Store, transaction::Timestamp};
 
 /// How often the owner is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// An owner of whom nothing was seen for so long is gone.
+/// An owner whose partitions have not changed for this long is gone.
 const STILL_MAX: Duration = Duration::from_secs(10);
 
-/// The store may be taken over so often within so long a time until one that was told to do it at once waits for its turn all the
-/// same. Longer than supervisors wait before they start again what has ended: two coordinators that are both told to would else
-/// take it from each other for ever.
+/// After so many takeovers within so long, a coordinator that was told to take over at once waits all the same. The time is longer
+/// than supervisors wait before they restart a process. Without this, two coordinators that are both told to take over at once
+/// would take the store from each other for ever.
 const TAKEOVERS_MAX: u64 = 6;
 const TAKEOVERS_WITHIN: Duration = Duration::from_secs(600);
 
-/// Whether one that was told to take over at once may. Each counts also what it did itself, by its own clock: clocks that differ
-/// let two of them take turns a little longer, not for ever.
+/// Whether a coordinator that was told to take over at once may do so. Takeovers are counted by the clocks of those who did them:
+/// clocks that differ let two coordinators alternate for a little longer, not for ever.
 pub(crate) async fn may_take_over(store: &dyn Store, now: Timestamp) -> bool {
     let within = i64::try_from(TAKEOVERS_WITHIN.as_millis()).expect("a few minutes");
     match store.takeovers(Timestamp(now.0 - within), now).await {
@@ -36,21 +35,24 @@ pub(crate) async fn may_take_over(store: &dyn Store, now: Timestamp) -> bool {
             warn!(
                 times,
                 within_seconds = TAKEOVERS_WITHIN.as_secs(),
-                "the store is taken over too often: not at once again, as two that do it to each other would never stop \
-                 (--take-over=always does)"
+                "the store was taken over too often lately: waiting instead, so that two coordinators do not take it from each \
+                 other for ever (--take-over=always does not wait)"
             );
             false
         }
         Ok(_) => true,
         Err(error) => {
-            warn!(%error, "the store cannot be looked at");
+            warn!(%error, "cannot read who owns the store");
             true // the takeover itself says what is wrong
         }
     }
 }
 
-/// Returns when it is this process's turn. Meanwhile it answers who asks after its health; everybody else is told to come again.
-pub(crate) async fn wait(store: &dyn Store, listener: TcpListener) -> std::io::Result<TcpListener> {
+/// Returns when the store is free. Until then it answers questions about health (not ready), and every other call with UNAVAILABLE.
+pub(crate) async fn serve_until_free(
+    store: &dyn Store,
+    listener: TcpListener,
+) -> std::io::Result<TcpListener> {
     let listener = listener.into_std()?;
     let incoming = TcpIncoming::from(TcpListener::from_std(listener.try_clone()?)?);
     let closing = CancellationToken::new();
@@ -58,19 +60,17 @@ pub(crate) async fn wait(store: &dyn Store, listener: TcpListener) -> std::io::R
         .add_routes(routes().await)
         .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
     let server = tokio::spawn(server);
-    turn(store).await;
-    crash_point!("standby.turn");
+    until_free(store).await;
+    crash_point!("standby.takes_over");
     closing.cancel();
-    server.abort(); // also with connections that are open: their clients come again
+    server.abort(); // open connections too: their clients retry
     drop(server.await);
     TcpListener::from_std(listener)
 }
 
 async fn routes() -> Routes {
     let (reporter, health) = tonic_health::server::health_reporter();
-    for name in HEALTH_NAMES {
-        reporter.set_service_status(name, ServingStatus::NotServing).await;
-    }
+    set_ready(&reporter, false).await;
     let turned_away = async || {
         let status =
             Status::unavailable("this coordinator is a standby: another one has the store");
@@ -79,9 +79,9 @@ async fn routes() -> Routes {
     Routes::from(Routes::new(health).into_axum_router().fallback(turned_away))
 }
 
-/// Returns when nobody has the store, or its owner shows no life. Only time between two looks counts that both saw the store: while
-/// it cannot be looked at, the owner's heartbeat may stand still for the same reason.
-pub async fn turn(store: &dyn Store) {
+/// Returns when the store is free: no partition has an owner, or the owner shows no life. Only time between two successful looks
+/// counts: while the store cannot be read, the owner may be unable to write its heartbeat for the same reason.
+pub async fn until_free(store: &dyn Store) {
     let mut seen = None;
     let mut still = Duration::ZERO;
     let mut looked_at: Option<Instant> = None;
@@ -105,7 +105,7 @@ pub async fn turn(store: &dyn Store) {
                 looked_at = Some(Instant::now());
             }
             Err(error) => {
-                warn!(%error, "the store cannot be looked at");
+                warn!(%error, "cannot read who owns the store");
                 looked_at = None;
             }
         }
@@ -129,7 +129,7 @@ mod tests {
         store.acquire(&ALL_PARTITIONS, "the first", Timestamp(1)).await.unwrap();
         let began = Instant::now();
         let looking = store.clone();
-        let waiting = tokio::spawn(async move { turn(&*looking).await });
+        let waiting = tokio::spawn(async move { until_free(&*looking).await });
         // Every third look fails.
         let mut looks = 0_u32;
         while !waiting.is_finished() {

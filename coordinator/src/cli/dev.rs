@@ -5,7 +5,7 @@ use std::{io, net::TcpListener};
 use clap::Args;
 use handfast_coordinator::{
     config::{Config, Sources},
-    server::{self, Started, Turn},
+    server::{self, Started, TakeOver},
     telemetry,
 };
 
@@ -53,7 +53,7 @@ impl Dev {
         telemetry::init(&config.log, config.log_format);
         let is_kept = folder.is_none();
         let announce = |started: &Started| talk(&welcome(started, is_kept, taken));
-        let exit = server::run(config, Turn::Wait, announce).await?;
+        let exit = server::run(config, TakeOver::WhenFree, announce).await?;
         drop(folder);
         serve::ended(exit)
     }

@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf};
 use clap::Args;
 use handfast_coordinator::{
     config::{Config, Sources},
-    server::{self, Exit, Turn},
+    server::{self, Exit, TakeOver},
     telemetry,
 };
 use tracing::warn;
@@ -42,14 +42,14 @@ pub(super) struct Serve {
     check: bool,
     /// Take a MySQL store over at once from the coordinator that has it, which then stops
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "seldom")]
-    take_over: Option<TakeOver>,
+    take_over: Option<AtOnce>,
     #[command(flatten)]
     flags: Flags,
 }
 
 /// How often a store is taken over at once.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum TakeOver {
+enum AtOnce {
     /// Unless it was taken over six times within the last ten minutes [without =WHEN]
     Seldom,
     /// However often
@@ -107,12 +107,12 @@ impl Serve {
         if !config.listen.ip().is_loopback() {
             warn!(address = %config.listen, "other machines can connect, and there is no authentication yet (insecure)");
         }
-        let turn = match self.take_over {
-            None => Turn::Wait,
-            Some(TakeOver::Seldom) => Turn::AtOnce,
-            Some(TakeOver::Always) => Turn::Always,
+        let take_over = match self.take_over {
+            None => TakeOver::WhenFree,
+            Some(AtOnce::Seldom) => TakeOver::AtOnce,
+            Some(AtOnce::Always) => TakeOver::Always,
         };
-        ended(server::run(config, turn, |_| {}).await?)
+        ended(server::run(config, take_over, |_| {}).await?)
     }
 
     fn sources(&self) -> Result<Sources, Failure> {

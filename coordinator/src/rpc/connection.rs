@@ -1,5 +1,4 @@
-//! What one connection may hold. Calls that wait for long would otherwise use up its streams, and then every short call on it
-//! would hang.
+//! Limits of one connection. Without them, calls that wait for long would use up its streams, and every short call on it would hang.
 
 use std::{
     io,
@@ -26,14 +25,14 @@ pub(super) const WAITS_MAX: usize = 512;
 pub struct Connection<IO> {
     io: IO,
     waits: Allowance,
-    /// Its place among all connections.
-    _place: Option<OwnedSemaphorePermit>,
+    /// One of `limits.connections`; given back when this is dropped.
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl<IO> Connection<IO> {
-    /// A new one. `place` is given back when it is closed.
-    pub fn new(io: IO, place: Option<OwnedSemaphorePermit>) -> Self {
-        Self { io, waits: Allowance(Arc::new(Semaphore::new(WAITS_MAX))), _place: place }
+    /// A new connection. It keeps `permit` until it is closed.
+    pub fn new(io: IO, permit: Option<OwnedSemaphorePermit>) -> Self {
+        Self { io, waits: Allowance(Arc::new(Semaphore::new(WAITS_MAX))), _permit: permit }
     }
 }
 
@@ -49,12 +48,14 @@ impl<IO> Connected for Connection<IO> {
     }
 }
 
-/// Takes one of the places for calls that wait, on the connection that `request` came on.
-pub(super) fn wait_place<T>(request: &Request<T>) -> Result<Option<OwnedSemaphorePermit>, Status> {
+/// Takes a permit to wait, of the connection that `request` came on.
+pub(super) fn waiting_permit<T>(
+    request: &Request<T>,
+) -> Result<Option<OwnedSemaphorePermit>, Status> {
     match request.extensions().get::<Allowance>() {
         None => Ok(None), // called without a connection
-        Some(Allowance(places)) => {
-            places.clone().try_acquire_owned().map(Some).map_err(|_| too_many_waits(WAITS_MAX))
+        Some(Allowance(waits)) => {
+            waits.clone().try_acquire_owned().map(Some).map_err(|_| too_many_waits(WAITS_MAX))
         }
     }
 }

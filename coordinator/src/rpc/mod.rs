@@ -1,7 +1,9 @@
 //! The gRPC services. A method is a few lines: parse, ask, answer. What each guarantees stands in the .proto files.
 
 mod connection;
-mod convert;
+pub(crate) mod health;
+mod request;
+mod response;
 mod status;
 mod stream;
 #[cfg(test)]
@@ -21,7 +23,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 pub use self::connection::{Connection, STREAMS_MAX};
-use self::{connection::wait_place, convert::NewRequest};
+use self::{
+    connection::waiting_permit,
+    request::{NewRequest, invalid},
+};
 use crate::{
     coordinator::Coordinator,
     dispatch::Targets,
@@ -74,12 +79,12 @@ impl Services {
     }
 
     fn transaction(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
-        Some(convert::transaction(global, self.coordinator.is_stuck(global)))
+        Some(response::transaction(global, self.coordinator.is_stuck(global)))
     }
 
     /// For the calls that every transaction makes.
     fn head(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
-        Some(convert::head(global, self.coordinator.is_stuck(global)))
+        Some(response::head(global, self.coordinator.is_stuck(global)))
     }
 }
 
@@ -90,7 +95,7 @@ impl CoordinatorService for Services {
         request: Request<pb::BeginRequest>,
     ) -> Result<Response<pb::BeginResponse>, Status> {
         let request = NewRequest::from(request.into_inner());
-        let new = convert::new_transaction(request, &self.targets, self.timeout_default)?;
+        let new = request::new_transaction(request, &self.targets, self.timeout_default)?;
         let answer = self.coordinator.begin(new, Until::Now).await?;
         let transaction = self.head(&answer.global);
         Ok(Response::new(pb::BeginResponse { transaction, existed: answer.existed }))
@@ -101,12 +106,11 @@ impl CoordinatorService for Services {
         request: Request<pb::RegisterBranchRequest>,
     ) -> Result<Response<pb::RegisterBranchResponse>, Status> {
         let pb::RegisterBranchRequest { xid, branches } = request.into_inner();
-        let xid = convert::xid(&xid)?;
+        let xid = request::xid(&xid)?;
         if branches.is_empty() {
-            let (field, problem) = ("branches".to_owned(), "must not be empty".to_owned());
-            return Err(convert::Invalid { field, problem }.into());
+            return invalid("branches", "must not be empty")?;
         }
-        let branches = convert::branches(branches, Drive::Initiator, &self.targets)?;
+        let branches = request::branches(branches, Drive::Initiator, &self.targets)?;
         let answer =
             self.coordinator.ask(xid, What::Register(branches), Until::Now, Duration::ZERO).await?;
         Ok(Response::new(pb::RegisterBranchResponse { transaction: self.head(&answer.global) }))
@@ -116,17 +120,18 @@ impl CoordinatorService for Services {
         &self,
         request: Request<pb::DecideRequest>,
     ) -> Result<Response<pb::DecideResponse>, Status> {
-        // Decided it is, once it is answered. For more there may be no place to wait; a decision is never refused for that.
-        let (_place, until) = match convert::until(request.get_ref().until()) {
-            Until::Completed => match wait_place(&request) {
-                Ok(place) => (place, Until::Completed),
+        // The answer means decided. If too many calls wait on this connection, this one does not wait for completion; a decision is
+        // never refused for that.
+        let (_permit, until) = match request::until(request.get_ref().until()) {
+            Until::Completed => match waiting_permit(&request) {
+                Ok(permit) => (permit, Until::Completed),
                 Err(_) => (None, Until::Now),
             },
             Until::Now | Until::Decided => (None, Until::Now),
         };
         let request = request.into_inner();
-        let wait = convert::wait(request.wait)?;
-        let (xid, what) = convert::decide(request)?;
+        let wait = request::wait(request.wait)?;
+        let (xid, what) = request::decide(request)?;
         let answer = self.coordinator.ask(xid, what, until, wait).await?;
         Ok(Response::new(pb::DecideResponse { transaction: self.head(&answer.global) }))
     }
@@ -135,12 +140,12 @@ impl CoordinatorService for Services {
         &self,
         request: Request<pb::ExecuteRequest>,
     ) -> Result<Response<pb::ExecuteResponse>, Status> {
-        let _place = wait_place(&request)?;
+        let _permit = waiting_permit(&request)?;
         let request = request.into_inner();
-        let (until, wait) = (convert::until(request.until()), convert::wait(request.wait)?);
-        let new = convert::new_transaction(request.into(), &self.targets, self.timeout_default)?;
+        let (until, wait) = (request::until(request.until()), request::wait(request.wait)?);
+        let new = request::new_transaction(request.into(), &self.targets, self.timeout_default)?;
         let decided = self.coordinator.begin(new, Until::Decided).await?;
-        let replies = if decided.existed { Vec::new() } else { convert::replies(&decided.global) };
+        let replies = if decided.existed { Vec::new() } else { response::replies(&decided.global) };
         let global = match until {
             Until::Completed if !decided.global.state.is_final() => {
                 self.coordinator
@@ -162,15 +167,11 @@ impl CoordinatorService for Services {
         let answer = match request.into_inner().by {
             Some(By::Xid(xid)) => {
                 self.coordinator
-                    .ask(convert::xid(&xid)?, What::Get, Until::Now, Duration::ZERO)
+                    .ask(request::xid(&xid)?, What::Get, Until::Now, Duration::ZERO)
                     .await?
             }
-            Some(By::IdempotencyKey(key)) => self.coordinator.find_key(convert::key(key)?).await?,
-            None => {
-                let (field, problem) =
-                    ("by".to_owned(), "must be an xid or an idempotency_key".to_owned());
-                return Err(convert::Invalid { field, problem }.into());
-            }
+            Some(By::IdempotencyKey(key)) => self.coordinator.find_key(request::key(key)?).await?,
+            None => return invalid("by", "must be an xid or an idempotency_key")?,
         };
         Ok(Response::new(pb::GetTransactionResponse {
             transaction: self.transaction(&answer.global),
@@ -181,11 +182,11 @@ impl CoordinatorService for Services {
         &self,
         request: Request<pb::WaitTransactionRequest>,
     ) -> Result<Response<pb::WaitTransactionResponse>, Status> {
-        let _place = wait_place(&request)?;
+        let _permit = waiting_permit(&request)?;
         let request = request.into_inner();
-        let (until, wait) = (convert::until(request.until()), convert::wait(request.wait)?);
+        let (until, wait) = (request::until(request.until()), request::wait(request.wait)?);
         let answer =
-            self.coordinator.ask(convert::xid(&request.xid)?, What::Get, until, wait).await?;
+            self.coordinator.ask(request::xid(&request.xid)?, What::Get, until, wait).await?;
         Ok(Response::new(pb::WaitTransactionResponse {
             transaction: self.transaction(&answer.global),
         }))
@@ -208,7 +209,7 @@ impl AdminService for Services {
         request: Request<pb::ListTransactionsRequest>,
     ) -> Result<Response<pb::ListTransactionsResponse>, Status> {
         let (show, name, limit) =
-            convert::list(request.into_inner(), self.coordinator.stuck_now())?;
+            request::list(request.into_inner(), self.coordinator.stuck_now())?;
         let (found, more) = self.coordinator.list(show, name, limit).await?;
         let transactions = found.iter().filter_map(|global| self.transaction(global)).collect();
         Ok(Response::new(pb::ListTransactionsResponse { transactions, more }))
@@ -218,7 +219,7 @@ impl AdminService for Services {
         &self,
         request: Request<pb::RetryTransactionRequest>,
     ) -> Result<Response<pb::RetryTransactionResponse>, Status> {
-        let xid = convert::xid(&request.into_inner().xid)?;
+        let xid = request::xid(&request.into_inner().xid)?;
         let answer = self.coordinator.ask(xid, What::Retry, Until::Now, Duration::ZERO).await?;
         Ok(Response::new(pb::RetryTransactionResponse {
             transaction: self.transaction(&answer.global),
@@ -229,7 +230,7 @@ impl AdminService for Services {
         &self,
         request: Request<pb::ResolveBranchRequest>,
     ) -> Result<Response<pb::ResolveBranchResponse>, Status> {
-        let (xid, what) = convert::resolve(request.into_inner())?;
+        let (xid, what) = request::resolve(request.into_inner())?;
         let answer = self.coordinator.ask(xid, what, Until::Now, Duration::ZERO).await?;
         Ok(Response::new(pb::ResolveBranchResponse {
             transaction: self.transaction(&answer.global),

@@ -1,4 +1,4 @@
-//! What becomes a gRPC status, and which: the only table of codes. The words of `coordinator.proto`, kept.
+//! Errors → gRPC statuses: the only table of codes. It keeps what `coordinator.proto` promises.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use handfast_proto::reason;
 use tonic::{Code, Status};
 use tonic_types::{BadRequest, ErrorInfo, StatusExt as _};
 
-use super::convert::Invalid;
+use super::request::Invalid;
 use crate::{
     partition::Error,
     transaction::{CancelCause, GlobalTransaction, Rejection},
@@ -106,7 +106,7 @@ fn rejected(rejection: Rejection, global: &GlobalTransaction) -> Status {
 
 /// The name of a `CancelCause`, without its prefix.
 fn cause_word(cause: &CancelCause) -> String {
-    let word = super::convert::cancel_cause(cause).as_str_name();
+    let word = super::response::cancel_cause(cause).as_str_name();
     word.strip_prefix("CANCEL_CAUSE_").unwrap_or(word).to_owned()
 }
 
@@ -131,7 +131,7 @@ fn info(reason: &str, metadata: Metadata) -> ErrorInfo {
     }
 }
 
-/// So many calls wait on one connection that it would have no room for others.
+/// A connection has as many waiting calls as it may: more would leave no streams for short ones.
 pub(super) fn too_many_waits(limit: usize) -> Status {
     let text = format!(
         "{limit} calls wait on this connection already; open another one, or wait for less"

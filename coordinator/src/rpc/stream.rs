@@ -1,4 +1,4 @@
-//! Calls of initiators that share a stream: each one is what its method does, and so it goes through that.
+//! Calls of initiators that share a stream. Each one goes through the method of the same name.
 
 use std::sync::Arc;
 
@@ -11,12 +11,12 @@ use handfast_proto::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Services, connection::Allowance, convert};
+use super::{Services, connection::Allowance, request::invalid};
 
 /// Answers on a stream.
 pub(super) type Answers = stream::Answers<CallStreamResponse>;
 
-/// Answers what comes on a stream until the caller or the coordinator ends it.
+/// Answers the calls on a stream until the caller or the coordinator ends it.
 pub(super) fn serve(
     services: &Services,
     request: Request<Streaming<CallStreamRequest>>,
@@ -46,8 +46,7 @@ async fn ask(
     call: Option<Call>,
 ) -> Result<Answer, Status> {
     let Some(call) = call else {
-        let (field, problem) = ("call".to_owned(), "is missing, or not known here".to_owned());
-        return Err(convert::Invalid { field, problem }.into());
+        return invalid("call", "is missing, or this coordinator does not know it")?;
     };
     Ok(match call {
         Call::Begin(call) => Answer::Begin(of(services.begin(Request::new(call)).await?)),
@@ -65,7 +64,7 @@ async fn ask(
     })
 }
 
-/// A call that may wait takes a place of its connection's allowance.
+/// A request that may wait, with the allowance of the connection that it came on.
 fn on<T>(allowance: Option<Allowance>, call: T) -> Request<T> {
     let mut request = Request::new(call);
     if let Some(allowance) = allowance {

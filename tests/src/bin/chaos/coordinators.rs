@@ -52,12 +52,12 @@ pub(crate) const CRASH_POINTS: [(&str, &[u32]); 17] = [
     ("finished.before_record", &[1, 3, 20]),
     (HAND_BACK[0], &[1]),
     (HAND_BACK[1], &[1]),
-    (STANDBY_TURN, &[1]),
+    (STANDBY_TAKES_OVER, &[1]),
 ];
 /// It comes by these only when it is stopped in order.
 const HAND_BACK: [&str; 2] = ["hand_back.before_commit", "hand_back.after_commit"];
 /// Only a standby comes by this.
-const STANDBY_TURN: &str = "standby.turn";
+const STANDBY_TAKES_OVER: &str = "standby.takes_over";
 
 /// What is done to the one that serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,8 +240,8 @@ impl<'w> Coordinators<'w> {
     /// Another one waits until this one is killed, or shows no life.
     async fn standby(&mut self, current: Serving) -> anyhow::Result<Option<Serving>> {
         // Not the first one, so that even in a short run one serves in the end.
-        let crash =
-            (self.decks > 1 && self.rng.random_bool(0.3)).then(|| format!("{STANDBY_TURN}:1"));
+        let crash = (self.decks > 1 && self.rng.random_bool(0.3))
+            .then(|| format!("{STANDBY_TAKES_OVER}:1"));
         let mut standby = self.waiting(crash).await?;
         let zombie = self.rng.random_bool(0.5);
         let paused = if zombie {
@@ -310,7 +310,7 @@ impl<'w> Coordinators<'w> {
     fn next_crash_point(&mut self) -> String {
         if self.crash_points.is_empty() {
             self.crash_points =
-                CRASH_POINTS.into_iter().filter(|(name, _)| *name != STANDBY_TURN).collect();
+                CRASH_POINTS.into_iter().filter(|(name, _)| *name != STANDBY_TAKES_OVER).collect();
             self.crash_points.shuffle(&mut self.rng);
         }
         let (name, times) = self.crash_points.pop().expect("just filled");

@@ -39,7 +39,7 @@ async fn serve(number: usize, world: &Arc<World>) -> String {
         Arc::new(Client { database: world.database.clone(), coordinator: number });
     let seat = &world.coordinators[number];
     if !seat.take_over.swap(false, Ordering::Relaxed) {
-        standby::turn(&*store).await;
+        standby::until_free(&*store).await;
     }
     let wall = seat.wall.clone();
     let clock = Arc::new(SystemClock::of(move || wall.now()));

@@ -1,0 +1,239 @@
+//! What people read of samples of every kind.
+
+use handfast_proto::time::{timestamp, wire_duration};
+
+use super::*;
+
+/// 2026-11-21T09:14:03.123Z
+const BEGUN: i64 = 1_795_252_443_123;
+const NOW: Timestamp = Timestamp(BEGUN + 180_000);
+
+fn at(after: i64) -> Option<prost_types::Timestamp> {
+    Some(timestamp(BEGUN + after))
+}
+
+fn branch(branch_id: &str, action: &str, participant: &str, state: BranchState) -> pb::Branch {
+    pb::Branch {
+        branch_id: branch_id.to_owned(),
+        action: action.to_owned(),
+        participant: participant.to_owned(),
+        state: state.into(),
+        attempts: 1,
+        ..pb::Branch::default()
+    }
+}
+
+/// One that is stuck, one that was refused, one that is trying, one that is done.
+pub(in super::super) fn samples() -> [pb::Transaction; 4] {
+    let stuck = pb::Transaction {
+        xid: "3-7-1042-9f3c01d2".to_owned(),
+        name: "checkout".to_owned(),
+        state: State::Confirming.into(),
+        decision: pb::Decision::Confirm.into(),
+        drive: pb::Drive::Initiator.into(),
+        labels: BTreeMap::from([("order".to_owned(), "A-1042".to_owned())]),
+        begun_at: at(0),
+        expires_at: at(30_000),
+        decided_at: at(100),
+        branches: vec![
+            branch("1", "order.create", "orders", BranchState::Confirmed),
+            pb::Branch {
+                target: "http://127.0.0.1:7703".to_owned(),
+                attempts: 9,
+                next_attempt_at: at(192_000),
+                last_error: Some(pb::AttemptError {
+                    code: "UNAVAILABLE".to_owned(),
+                    message: "connection refused".to_owned(),
+                    at: at(178_000),
+                }),
+                ..branch("2", "points.spend", "points", BranchState::Registered)
+            },
+            pb::Branch {
+                attempts: 4,
+                resolution: Some(pb::Resolution {
+                    operator: "ann".to_owned(),
+                    reason: "mail is gone".to_owned(),
+                    at: at(120_000),
+                }),
+                ..branch("3", "mail.send", "mail", BranchState::Resolved)
+            },
+        ],
+        stuck: true,
+        timeout: Some(wire_duration(std::time::Duration::from_secs(30))),
+        ..pb::Transaction::default()
+    };
+    let cancelled = pb::Transaction {
+        xid: "3-7-1041-9f3c01d2".to_owned(),
+        state: State::Cancelled.into(),
+        decision: pb::Decision::Cancel.into(),
+        drive: pb::Drive::Coordinator.into(),
+        finished_at: at(120),
+        cancel_cause: pb::CancelCause::Refused.into(),
+        cancel_reason: "branch 2 refused: OUT_OF_STOCK only 2 left".to_owned(),
+        refused_branch_id: "2".to_owned(),
+        refusal: Some(pb::Refusal {
+            reason: "OUT_OF_STOCK".to_owned(),
+            domain: "inventory".to_owned(),
+            message: "only 2 left".to_owned(),
+            metadata: BTreeMap::from([("sku".to_owned(), "1042".to_owned())]),
+        }),
+        branches: vec![
+            branch("1", "order.create", "orders", BranchState::Cancelled),
+            branch("2", "inventory.deduct", "inventory", BranchState::Cancelled),
+        ],
+        labels: BTreeMap::new(),
+        stuck: false,
+        ..stuck.clone()
+    };
+    let trying = pb::Transaction {
+        xid: "3-7-1043-9f3c01d2".to_owned(),
+        name: "transfer".to_owned(),
+        state: State::Trying.into(),
+        begun_at: at(179_500),
+        expires_at: at(209_500),
+        ..pb::Transaction::default()
+    };
+    let confirmed = pb::Transaction {
+        xid: "3-7-1-9f3c01d2".to_owned(),
+        state: State::Confirmed.into(),
+        begun_at: at(-7_200_000),
+        branches: stuck.branches[..1].to_vec(),
+        stuck: false,
+        ..stuck.clone()
+    };
+    [stuck, cancelled, trying, confirmed]
+}
+
+#[test]
+fn a_list_has_a_line_for_each() {
+    assert_eq!(
+        list(&samples(), NOW),
+        "\
+XID                NAME      STATE               BEGUN   DONE  NOTE
+3-7-1042-9f3c01d2  checkout  confirming (stuck)  3m ago  2/3   points.spend: UNAVAILABLE connection refused (attempt 9)
+3-7-1041-9f3c01d2  checkout  cancelled           3m ago  2/2   branch 2 refused: OUT_OF_STOCK only 2 left
+3-7-1043-9f3c01d2  transfer  trying              now     0/0
+3-7-1-9f3c01d2     checkout  confirmed           2h ago  1/1
+"
+    );
+}
+
+#[test]
+fn a_stuck_one_says_what_it_waits_for_and_how_to_hurry_it() {
+    let [stuck, ..] = samples();
+    assert_eq!(
+        show(&stuck, NOW, &TimeZone::fixed(jiff::tz::offset(1)), " --server http://b:1"),
+        "\
+checkout 3-7-1042-9f3c01d2 is CONFIRMING. It will be confirmed; nothing can change that.
+
+begun     2026-11-21 10:14:03.123 +01:00 (3m ago)
+decided   CONFIRM, 2026-11-21 10:14:03.223 +01:00 (2m ago)
+labels    order=A-1042
+
+BRANCH  ACTION        PARTICIPANT                     STATE       ATTEMPTS  NEXT    LAST ERROR
+1       order.create  orders                          confirmed   1
+2       points.spend  points (http://127.0.0.1:7703)  to confirm  9         in 12s  UNAVAILABLE connection refused (2s ago)
+3       mail.send     mail                            resolved    4
+
+Branch 3 was resolved by ann, 2026-11-21 10:16:03.123 +01:00 (1m ago): mail is gone
+
+It is stuck: it waits for points to confirm branch 2 (points.spend), and keeps asking.
+  to ask again now:        handfast retry --server http://b:1 3-7-1042-9f3c01d2
+  if it can never answer:  handfast resolve --server http://b:1 3-7-1042-9f3c01d2 2 --operator NAME --reason \"what was done instead\"
+"
+    );
+}
+
+#[test]
+fn a_refused_one_says_why() {
+    let [_, cancelled, ..] = samples();
+    assert_eq!(
+        show(&cancelled, NOW, &TimeZone::UTC, ""),
+        "\
+checkout 3-7-1041-9f3c01d2 is CANCELLED.
+
+begun     2026-11-21 09:14:03.123 +00:00 (3m ago), driven by the coordinator
+decided   CANCEL, 2026-11-21 09:14:03.223 +00:00 (2m ago)
+because   branch 2 refused: OUT_OF_STOCK only 2 left (sku=1042)
+finished  2026-11-21 09:14:03.243 +00:00 (2m ago)
+
+BRANCH  ACTION            PARTICIPANT  STATE      ATTEMPTS  NEXT  LAST ERROR
+1       order.create      orders       cancelled  1
+2       inventory.deduct  inventory    cancelled  1
+"
+    );
+}
+
+#[test]
+fn one_that_is_trying_says_until_when() {
+    let [_, _, trying, _] = samples();
+    assert_eq!(
+        show(&trying, NOW, &TimeZone::UTC, ""),
+        "\
+transfer 3-7-1043-9f3c01d2 is TRYING: there is no decision yet.
+
+begun     2026-11-21 09:17:02.623 +00:00 (now)
+expires   2026-11-21 09:17:32.623 +00:00 (in 29s)
+
+It has no branches.
+"
+    );
+}
+
+#[test]
+fn one_that_goes_well_is_not_to_be_hurried() {
+    let [mut stuck, ..] = samples();
+    stuck.stuck = false;
+    let failing = show(&stuck, NOW, &TimeZone::UTC, "");
+    assert!(
+        failing.contains("handfast retry") && !failing.contains("handfast resolve"),
+        "{failing}"
+    );
+    stuck.branches[1].last_error = None;
+    let well = show(&stuck, NOW, &TimeZone::UTC, "");
+    assert!(
+        well.contains("\nIt waits for points to confirm") && !well.contains("handfast"),
+        "{well}"
+    );
+}
+
+#[test]
+fn what_was_done_is_said() {
+    let [stuck, _, trying, confirmed] = samples();
+    assert_eq!(
+        retried(&stuck, ""),
+        "checkout 3-7-1042-9f3c01d2 is CONFIRMING. It will be confirmed; nothing can change that.\n\
+         Trying again now: branch 2 (points.spend).\n\
+         How it went:  handfast show 3-7-1042-9f3c01d2\n"
+    );
+    assert!(retried(&trying, "").ends_with("There was nothing to try again: it is not decided.\n"));
+    assert!(retried(&confirmed, "").ends_with("There was nothing to try again.\n"));
+    assert_eq!(
+        resolved(&stuck, "3"),
+        "Branch 3 is resolved, by ann: mail is gone\n\
+         checkout 3-7-1042-9f3c01d2 is CONFIRMING. It will be confirmed; nothing can change that.\n"
+    );
+}
+
+#[test]
+fn what_nobody_should_send_does_no_harm() {
+    let far = Some(prost_types::Timestamp { seconds: i64::MAX, nanos: -1 });
+    let odd = pb::Transaction { state: 99, begun_at: far, ..pb::Transaction::default() };
+    assert!(show(&odd, NOW, &TimeZone::UTC, "").contains("does not exist"));
+    assert!(list(&[odd], Timestamp(i64::MIN)).contains("unspecified"));
+    assert!(resolved(&pb::Transaction::default(), "9").starts_with("Branch 9"));
+}
+
+#[test]
+fn ages_are_short() {
+    let ages = [-999, 999, 1000, 59_999, 60_000, 3_600_000, 172_799_000, 172_800_000]
+        .map(|age| ago(Timestamp(BEGUN + age), &timestamp(BEGUN)));
+    assert_eq!(ages, ["now", "now", "1s ago", "59s ago", "1m ago", "1h ago", "47h ago", "2d ago"]);
+    assert_eq!(ago(Timestamp(0), &timestamp(61_000)), "in 1m");
+}
+
+#[test]
+fn long_notes_are_cut_between_characters() {
+    assert_eq!(cut(&"é".repeat(100)).chars().count(), NOTE_CHARS_MAX + 1);
+    assert_eq!(cut("short"), "short");
+}

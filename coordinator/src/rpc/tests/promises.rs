@@ -1,0 +1,289 @@
+//! What the calls promise.
+
+use super::*;
+
+#[tokio::test]
+async fn a_transaction_from_begin_to_end() {
+    let rig = Rig::new().await;
+    let labels = BTreeMap::from([("order".to_owned(), "1042".to_owned())]);
+    let timeout = Some(wire_duration(Duration::from_secs(60)));
+    let begun = rig
+        .begin(pb::BeginRequest { labels: labels.clone(), timeout, ..begin(&["1"]) })
+        .await
+        .unwrap();
+    let begun = begun.transaction.unwrap();
+    assert_eq!(
+        (begun.state(), begun.decision()),
+        (pb::TransactionState::Trying, pb::Decision::Unspecified)
+    );
+    assert_eq!((begun.name.as_str(), begun.drive()), ("checkout", pb::Drive::Initiator));
+    assert_eq!(begun.timeout, timeout);
+    assert_eq!(begun.begun_at.unwrap().seconds + 60, begun.expires_at.unwrap().seconds);
+
+    let registered = rig.register(&begun.xid, vec![spec("2.1")]).await.unwrap();
+    for answer in [&begun, &registered] {
+        assert!(answer.branches.is_empty() && answer.labels.is_empty(), "its caller has said them");
+    }
+    let registered = rig.get(&begun.xid).await.unwrap();
+    assert_eq!(registered.labels, labels);
+    assert_eq!(
+        registered.branches.iter().map(|b| b.branch_id.as_str()).collect::<Vec<_>>(),
+        ["1", "2.1"]
+    );
+    assert_eq!(registered.branches[1].state(), pb::BranchState::Registered);
+
+    let decided = rig.confirm(&begun.xid, &["2.1", "1"]).await.unwrap();
+    assert_eq!(decided.decision(), pb::Decision::Confirm);
+    assert!(decided.decided_at.is_some());
+    let completed = rig.completed(&begun.xid).await;
+    assert_eq!(completed.state(), pb::TransactionState::Confirmed);
+    assert!(completed.finished_at.is_some());
+    assert!(completed.branches.iter().all(|branch| branch.state() == pb::BranchState::Confirmed));
+    // Repeats.
+    assert_eq!(
+        rig.confirm(&begun.xid, &["1", "2.1"]).await.unwrap().state(),
+        pb::TransactionState::Confirmed
+    );
+    assert_eq!(rig.get(&begun.xid).await.unwrap(), completed);
+}
+
+#[tokio::test]
+async fn a_refusal_reaches_whoever_asks() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1", "2"]).await;
+    let refusal = pb::Refusal {
+        reason: "OUT_OF_STOCK".to_owned(),
+        domain: "inventory".to_owned(),
+        message: "only 2\nleft".to_owned(),
+        metadata: BTreeMap::from([("sku".to_owned(), "7".to_owned())]),
+    };
+    let request = pb::DecideRequest {
+        xid: xid.clone(),
+        decision: pb::Decision::Cancel.into(),
+        refusal: Some(refusal.clone()),
+        refused_branch_id: "2".to_owned(),
+        until: pb::Until::Completed.into(),
+        ..Default::default()
+    };
+    let cancelled = rig.decide(request).await.unwrap();
+    assert_eq!(cancelled.state(), pb::TransactionState::Cancelled);
+    assert_eq!(cancelled.cancel_cause(), pb::CancelCause::Refused);
+    let told = cancelled.refusal.unwrap();
+    assert_eq!((told.reason, told.metadata), (refusal.reason, refusal.metadata));
+    assert_eq!(told.message, "only 2 left", "on one line, for logs");
+    assert_eq!(cancelled.refused_branch_id, "2");
+    assert!(cancelled.cancel_reason.contains("OUT_OF_STOCK"));
+    assert!(cancelled.branches.iter().all(|branch| branch.state() == pb::BranchState::Cancelled));
+}
+
+#[tokio::test]
+async fn the_opposite_decision_is_told_which_one_stands() {
+    let rig = Rig::new().await;
+    let (one, two) = (rig.begun(&["1"]).await, rig.begun(&["1"]).await);
+    rig.confirm(&one, &["1"]).await.unwrap();
+    rig.cancel(&two).await.unwrap();
+    for (xid, result, decision) in [
+        (&one, rig.cancel(&one).await, "CONFIRM"),
+        (&two, rig.confirm(&two, &["1"]).await, "CANCEL"),
+        (&two, rig.register(&two, vec![spec("9")]).await, "CANCEL"),
+    ] {
+        let status = result.unwrap_err();
+        assert_eq!(
+            (status.code(), reason(&status).as_str()),
+            (Code::FailedPrecondition, reason::ALREADY_DECIDED)
+        );
+        assert_eq!(
+            (&detail(&status, reason::XID), detail(&status, reason::DECISION).as_str()),
+            (xid, decision)
+        );
+        if decision == "CANCEL" {
+            assert_eq!(detail(&status, reason::CANCEL_CAUSE), "REQUESTED");
+            assert!(status.message().contains("no longer wanted"), "{}", status.message());
+        }
+    }
+}
+
+#[tokio::test]
+async fn confirm_that_names_another_set_is_refused_and_decides_nothing() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1", "2.1"]).await;
+    let status = rig.confirm(&xid, &["1", "3"]).await.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::FailedPrecondition, reason::BRANCHES_DIFFER)
+    );
+    assert_eq!(
+        (detail(&status, reason::NOT_NAMED), detail(&status, reason::NOT_REGISTERED)),
+        ("2.1".into(), "3".into())
+    );
+    assert_eq!(rig.get(&xid).await.unwrap().state(), pb::TransactionState::Trying);
+}
+
+#[tokio::test]
+async fn the_same_key_gives_the_same_transaction() {
+    let rig = Rig::new().await;
+    let keyed =
+        |ids: &[&str]| pb::BeginRequest { idempotency_key: "order-1042".to_owned(), ..begin(ids) };
+    let first = rig.begin(keyed(&["1"])).await.unwrap();
+    let again = rig.begin(keyed(&["1"])).await.unwrap();
+    assert_eq!((first.existed, again.existed), (false, true));
+    let xid = first.transaction.unwrap().xid;
+    assert_eq!(again.transaction.unwrap().xid, xid);
+    // Timeout, labels and target may differ; name and branches may not.
+    let labels = BTreeMap::from([("try".to_owned(), "2".to_owned())]);
+    let timeout = Some(wire_duration(Duration::from_secs(1)));
+    let mut moved = pb::BeginRequest { labels, timeout, ..keyed(&["1"]) };
+    moved.branches[0].target = "http://127.0.0.1:7001".to_owned();
+    assert!(rig.begin(moved).await.unwrap().existed);
+    let mut other_action = keyed(&["1"]);
+    other_action.branches[0].action = "inventory.add".to_owned();
+    let mut carried = keyed(&["1"]);
+    (carried.branches[0].payload, carried.branches[0].carry_payload) = (payload(1), true);
+    let renamed = pb::BeginRequest { name: "refund".to_owned(), ..keyed(&["1"]) };
+    for other in [renamed, keyed(&["2"]), keyed(&[]), other_action, carried] {
+        let status = rig.begin(other).await.unwrap_err();
+        assert_eq!(
+            (status.code(), reason(&status).as_str()),
+            (Code::AlreadyExists, reason::KEY_TAKEN)
+        );
+        assert_eq!(detail(&status, reason::XID), xid);
+    }
+    let by = |key: &str| {
+        let by = Some(pb::get_transaction_request::By::IdempotencyKey(key.to_owned()));
+        rig.services.get_transaction(Request::new(pb::GetTransactionRequest { by }))
+    };
+    assert_eq!(by("order-1042").await.unwrap().into_inner().transaction.unwrap().xid, xid);
+    let status = by("order-1043").await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::NotFound, reason::KEY_UNKNOWN));
+}
+
+#[tokio::test]
+async fn execute_runs_both_phases_and_brings_the_replies() {
+    let rig = Rig::new().await;
+    let branches =
+        ["1", "2"].map(|id| pb::BranchSpec { payload: payload(id.len()), ..spec(id) }).to_vec();
+    for in_order in [false, true] {
+        let request = pb::ExecuteRequest {
+            name: "checkout".to_owned(),
+            idempotency_key: format!("order-{in_order}"),
+            branches: branches.clone(),
+            in_order,
+            until: pb::Until::Completed.into(),
+            ..Default::default()
+        };
+        let executed =
+            rig.services.execute(Request::new(request.clone())).await.unwrap().into_inner();
+        let transaction = executed.transaction.unwrap();
+        assert_eq!(transaction.state(), pb::TransactionState::Confirmed);
+        assert_eq!(transaction.drive(), pb::Drive::Coordinator);
+        assert_eq!(executed.replies.len(), 2);
+        assert_eq!(executed.replies[0].reply, payload(1));
+        // The answer was lost: the outcome, without replies.
+        let again = rig.services.execute(Request::new(request)).await.unwrap().into_inner();
+        assert_eq!((again.existed, again.replies.len()), (true, 0));
+        assert_eq!(again.transaction.unwrap().state(), pb::TransactionState::Confirmed);
+    }
+}
+
+#[tokio::test]
+async fn an_operator_lists_hurries_and_resolves() {
+    let rig = Rig::new().await;
+    let (trying, done) = (rig.begun(&["1"]).await, rig.begun(&["1"]).await);
+    rig.confirm(&done, &["1"]).await.unwrap();
+    rig.completed(&done).await;
+    assert_eq!(rig.open().await, 1);
+    let resolve = |xid: &str, branch: &str| {
+        let request = pb::ResolveBranchRequest {
+            xid: xid.to_owned(),
+            branch_id: branch.to_owned(),
+            reason: "booked by hand".to_owned(),
+            operator: "ann".to_owned(),
+        };
+        rig.services.resolve_branch(Request::new(request))
+    };
+    for (result, code, why) in [
+        (resolve(&trying, "1").await, Code::FailedPrecondition, reason::NOT_DECIDED),
+        (resolve(&done, "1").await, Code::FailedPrecondition, reason::ALREADY_ACKNOWLEDGED),
+        (resolve(&done, "7").await, Code::NotFound, reason::BRANCH_UNKNOWN),
+    ] {
+        let status = result.unwrap_err();
+        assert_eq!((status.code(), reason(&status).as_str()), (code, why));
+    }
+    let retry = pb::RetryTransactionRequest { xid: trying.clone() };
+    let retried = rig.services.retry_transaction(Request::new(retry)).await.unwrap().into_inner();
+    assert_eq!(
+        retried.transaction.unwrap().state(),
+        pb::TransactionState::Trying,
+        "no effect while trying"
+    );
+}
+
+#[tokio::test]
+async fn a_transaction_that_timed_out_says_so() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1"]).await;
+    rig.clock.advance(Duration::from_secs(30));
+    assert_eq!(rig.completed(&xid).await.cancel_cause(), pb::CancelCause::TimedOut);
+    let status = rig.confirm(&xid, &["1"]).await.unwrap_err();
+    assert_eq!(detail(&status, reason::CANCEL_CAUSE), "TIMED_OUT");
+}
+
+#[tokio::test]
+async fn a_rejected_confirm_is_never_answered_ok_however_slow_the_store_is() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1"]).await;
+    rig.store.delay(Duration::from_millis(300));
+    rig.clock.advance(Duration::from_secs(31)); // timed out: cancelled, and not durable yet
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let answer = rig
+        .decide(pb::DecideRequest {
+            xid,
+            decision: pb::Decision::Confirm.into(),
+            tried_branch_ids: vec!["1".to_owned()],
+            until: pb::Until::Completed.into(),
+            wait: Some(wire_duration(Duration::from_millis(100))),
+            ..Default::default()
+        })
+        .await;
+    assert!(answer.is_err(), "{:?}", answer.map(|global| global.state()));
+}
+
+#[tokio::test]
+async fn a_confirm_of_another_set_is_never_answered_ok() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1", "2"]).await;
+    let answer = rig
+        .decide(pb::DecideRequest {
+            xid,
+            decision: pb::Decision::Confirm.into(),
+            tried_branch_ids: vec!["1".to_owned()],
+            until: pb::Until::Completed.into(),
+            wait: Some(wire_duration(Duration::ZERO)),
+            ..Default::default()
+        })
+        .await;
+    assert!(answer.is_err(), "{:?}", answer.map(|global| global.state()));
+}
+
+#[tokio::test]
+async fn a_decision_is_never_refused_for_load() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1"]).await;
+    let connection = Connection::new(tokio::io::empty(), None);
+    let allowance = tonic::transport::server::Connected::connect_info(&connection);
+    let with = |message| {
+        let mut request = Request::new(message);
+        request.extensions_mut().insert(allowance.clone());
+        request
+    };
+    let _permits: Vec<_> =
+        (0..512).map(|_| waiting_permit(&with(pb::DecideRequest::default())).unwrap()).collect();
+    let decide = pb::DecideRequest {
+        xid,
+        decision: pb::Decision::Confirm.into(),
+        tried_branch_ids: vec!["1".to_owned()],
+        until: pb::Until::Completed.into(),
+        ..Default::default()
+    };
+    rig.services.decide(with(decide)).await.unwrap();
+}

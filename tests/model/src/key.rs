@@ -1,9 +1,9 @@
-//! Idempotency keys: may Begin and Execute be repeated? One business operation with one key; its request arrives any number of
-//! times, at any owner, zombies included. It must reserve under one global transaction only.
+//! Idempotency keys: may Begin and Execute be repeated? There is one business operation with one key. Its request arrives any number
+//! of times, at any owner, zombies included. It must reserve under one global transaction only.
 //!
-//! A coordinator's part is `partition/keys.rs`: a key of a transaction in memory is known; for any other one the store is asked,
-//! one look at a time, and whoever comes meanwhile waits for it. The key is written with its transaction, and decides the
-//! partition. (That the store has the key as a primary key is a net below this, and not needed.)
+//! The owner stands for `partition/keys.rs`. It knows the keys of the transactions in its memory. For any other key it looks into the
+//! store, with one look per key at a time; requests that arrive meanwhile wait for that look. The key is written with its
+//! transaction, and it decides the partition. (The key is also the primary key of its table. The model does not rely on that.)
 
 use std::fmt;
 
@@ -13,29 +13,29 @@ use crate::variant::{Size, Variant};
 
 const MODEL: &str = "idempotency key";
 const OWNERS: usize = 2;
-/// Transactions that may come of the one request.
+/// How many transactions the one request may begin.
 const MADE_MAX: usize = 3;
 const LOOKS: usize = 2;
 const CRASHES_MAX: u8 = 1;
 const EPOCH_MAX: u8 = 3;
 
-/// What may be taken away. The comment says what holds while it is there.
+/// What can be removed. Each comment says what holds while the guard is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guard {
     /// The request has a key, and the record keeps it.
     KeyIsKept,
-    /// A key that is not in memory is looked for in the store: its transaction may have finished.
+    /// The owner looks into the store for a key that is not in its memory: the transaction may have finished.
     StoreIsAsked,
-    /// One look for a key at a time.
+    /// There is one look for a key at a time.
     OneLookAtATime,
     /// All requests with one key go to one partition.
     KeyDecidesPartition,
-    /// A key is remembered for as long as its transaction: a repeat after the retention is another request.
+    /// A request is repeated within the retention only. Afterwards its key is gone, and it counts as a new request.
     RepeatWithinRetention,
-    /// The purge moves the partition's row in its own local transaction, so that only the owner purges. A replaced owner may have
-    /// another retention, or a clock that is ahead: it would delete keys early. The row must have the owner's epoch.
+    /// The purge first updates the partition's row, in the same local transaction, and the row must have the epoch of the process that
+    /// purges. A replaced owner may have a shorter retention or a clock that is ahead, and would delete keys early.
     PurgeNamesEpoch,
-    /// And the owner's nonce.
+    /// The row must also have the nonce of the process that purges.
     PurgeNamesNonce,
 }
 
@@ -50,7 +50,7 @@ impl Guard {
         Self::PurgeNamesNonce,
     ];
 
-    /// The rule of which it is a case.
+    /// The number of its rule.
     fn rule(self) -> u8 {
         match self {
             Self::KeyIsKept
@@ -63,7 +63,7 @@ impl Guard {
     }
 }
 
-/// One of the transactions that came of the request.
+/// A transaction that the request has begun.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Row {
     #[default]
@@ -73,7 +73,7 @@ enum Row {
     Purged,
 }
 
-/// A look for the key.
+/// A look into the store for the key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Look {
     #[default]
@@ -85,21 +85,21 @@ enum Look {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Owner {
-    /// 0: it does not own the partition, or has been fenced.
+    /// 0: the process does not own the partition, or was fenced.
     epoch: u8,
-    /// Of that epoch.
+    /// The nonce of that epoch.
     nonce: u8,
-    /// The transaction that it knows for the key.
+    /// The transaction in memory that has the key.
     known: Option<usize>,
-    /// The one in its batch.
+    /// The transaction in its batch.
     batch: Option<usize>,
     looks: [Look; LOOKS],
 }
 
-/// Everything at one moment.
+/// Everything that the model knows at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct State {
-    /// Of each partition. There is one, but for a variant.
+    /// The epoch of each partition. There is one partition, except without `KeyDecidesPartition`.
     epochs: [u8; OWNERS],
     /// The nonce of the epoch of each partition.
     nonces: [u8; OWNERS],
@@ -122,7 +122,7 @@ impl Representative for State {
 
 /// One step. `who` is an owner, `which` one of its looks, `made` a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "what each is, its text says below")]
+#[allow(missing_docs, reason = "`Display` describes each of them")]
 pub enum Action {
     Request(usize),
     ReadKey(usize, usize),
@@ -216,7 +216,7 @@ impl Keys {
                 state.rows[made] = Row::Purged;
             }
             Action::PurgeEarly(who, made) => {
-                // The owner itself deletes nothing before the retention is over.
+                // The present owner deletes nothing before the retention is over.
                 let (owner, partition) = (state.owners[who], self.partition_of(who));
                 when(owner.epoch > 0 && !self.is_owner(state, who))?;
                 let epoch = owner.epoch == state.epochs[partition];
@@ -244,9 +244,9 @@ impl Keys {
         let owner = state.owners[who];
         when(owner.epoch > 0)?;
         if !self.keeps(Guard::KeyIsKept) {
-            return Self::begin(state, who); // it looks like a new one
+            return Self::begin(state, who); // it counts as a new request
         }
-        when(owner.known.is_none())?; // else the same transaction is answered
+        when(owner.known.is_none())?; // otherwise the reply names the known transaction
         if !self.keeps(Guard::StoreIsAsked) {
             return Self::begin(state, who);
         }
@@ -268,7 +268,7 @@ impl Keys {
         Some(())
     }
 
-    /// An owner with a new epoch. What is open it finds when it looks for what is due.
+    /// A takeover: a new epoch. The owner finds the open transaction when it looks for due ones.
     fn own(&self, state: &mut State, who: usize) {
         let partition = self.partition_of(who);
         state.epochs[partition] += 1;
@@ -331,10 +331,13 @@ impl Model for Keys {
             Property::always("K one key reserves under one transaction", |_, state: &State| {
                 state.reserved.iter().filter(|reserved| **reserved).count() <= 1
             }),
-            Property::sometimes("a repeat finds what has finished", |_, state: &State| {
-                let found = |look: &Look| matches!(look, Look::Found(made) if state.rows[*made] == Row::Finished);
-                state.owners.iter().flat_map(|owner| &owner.looks).any(found)
-            }),
+            Property::sometimes(
+                "a repeated request finds a finished transaction",
+                |_, state: &State| {
+                    let found = |look: &Look| matches!(look, Look::Found(made) if state.rows[*made] == Row::Finished);
+                    state.owners.iter().flat_map(|owner| &owner.looks).any(found)
+                },
+            ),
             Property::sometimes("a zombie's Begin is fenced", |model: &Self, state: &State| {
                 state.owners.iter().enumerate().any(|(who, owner)| {
                     owner.batch.is_some() && owner.epoch < state.epochs[model.partition_of(who)]

@@ -6,13 +6,14 @@
 //! - [`several`]: batches that carry several partitions, each with its own owner.
 //! - [`key`]: idempotency keys: may Begin and Execute be repeated?
 //!
-//! A variant is a model and how much may happen in it. With all rules in place a variant must be **clean**: no invariant is broken
-//! in any state, and everything that should be possible happens in some state (or the variant proves nothing). With one guard
-//! taken away it must be **broken**: the search finds the shortest story that breaks a named invariant. So each rule is there
-//! for a reason that can be read, step by step, and the model is shown to be able to find it.
+//! A variant is a model with limits: how many crashes, takeovers and faults may happen in it. A variant with all rules must be
+//! **clean**: no state breaks an invariant, and everything that should be possible happens in some state. (Otherwise the variant
+//! proves nothing.) A variant without one guard must be **broken**: the search finds the shortest story that breaks a named
+//! invariant. So every rule has a reason that can be read step by step, and the model is shown to be able to find a fault.
 //!
-//! What the model says of the code rests on the code doing what the model does; the names are the same, and each file says whose
-//! part it plays. Not modelled: a store that loses what it has acknowledged when no owner can notice, operators, and lengths of time.
+//! The model says something about the code only as far as the code does what the model does. The names are the same in both, and
+//! each file says which part of the code it stands for. Not modelled: a store that loses acknowledged changes when no owner can
+//! notice, operators, and lengths of time.
 
 pub mod key;
 pub mod protocol;

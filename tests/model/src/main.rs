@@ -1,4 +1,4 @@
-//! Runs the variants of the model, and prints what came out of each.
+//! Runs the variants of the model and prints their results.
 
 #![expect(
     clippy::print_stdout,
@@ -12,9 +12,9 @@ use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
 use handfast_model::{Outcome, Size, Summary, Variant, Verdict, run_all};
 
-/// Visits every state of Handfast's protocol, with all of its rules and without each of them.
+/// Visits every state of Handfast's protocol: with all rules, and again without each guard.
 ///
-/// Ends with 0 if every variant with all rules is clean and reaches all that it should, and every one without a guard is broken.
+/// Exits with 0 if every variant with all rules is clean, and every variant without a guard is broken as expected.
 #[derive(Debug, Parser)]
 #[command(max_term_width = 120)]
 struct Cli {
@@ -22,19 +22,19 @@ struct Cli {
     #[arg(long)]
     json: bool,
 
-    /// Print the story of each broken variant, too.
+    /// Also print the story of each broken variant.
     #[arg(long)]
     stories: bool,
 
-    /// Leave out what takes more than some seconds or a gigabyte: what is left is what the tests run.
+    /// Run only the variants that take seconds and less than a gigabyte. These are the ones that the tests run.
     #[arg(long)]
     small: bool,
 
-    /// Run only the variants with this in their name or model.
+    /// Run only the variants whose name or model contains TEXT.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
-    /// Variants that run at the same time; one for each processor if not given. The large ones take up to 4 GB each.
+    /// How many variants run at a time [default: one per processor]. A large one takes up to 4 GB.
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
 }
@@ -107,7 +107,7 @@ fn result(variant: &Variant, outcome: &Outcome) -> String {
 
 fn print_stories(variants: &[Variant], outcomes: &[Outcome]) {
     for (variant, outcome) in variants.iter().zip(outcomes) {
-        // What is broken and must not be is told, too.
+        // An unexpected violation is printed too.
         let told = outcome.violation(variant).or_else(|| outcome.found.violations.first());
         if let Some(violation) = told {
             println!("\n{} ({}): {}", variant.name, variant.model, violation.property);

@@ -1,12 +1,12 @@
 //! Visits every state of a model, breadth first, and tells the shortest story that leads to each broken property.
 //!
-//! The models are stateright's; this search stands beside its own, because that one (0.31) keeps the last violation that it
-//! meets and not the first, and a story twice as long is hardly read. That the two agree on how many states there are and on
-//! what is broken is a test (`tests/it.rs`).
+//! The models are stateright's. This search replaces stateright's own (0.31), which reports the last violation that it meets and not
+//! the first: its stories are twice as long. A test (`tests/it.rs`) shows that both visit the same number of states and find the
+//! same properties broken.
 
 #![expect(
     clippy::disallowed_types,
-    reason = "tens of millions of entries, and nobody looks at their order"
+    reason = "it has tens of millions of entries, and their order does not matter"
 )]
 
 use std::{
@@ -18,28 +18,28 @@ use std::{
 
 use stateright::{Expectation, Model, Representative};
 
-/// States of one model; above that the search is given up, and says so.
+/// A search ends here, incomplete, if a model has more states.
 const STATES_MAX: usize = 60_000_000;
 
 /// What a search found.
 #[derive(Debug)]
 pub struct Found {
-    /// How many states there are, those that mirror each other counted once.
+    /// How many states were visited. States that mirror each other count once.
     pub states: usize,
-    /// Longest of the shortest ways to a state.
+    /// The length of the longest of all shortest paths to a state.
     pub depth: usize,
-    /// How long it took.
+    /// How long the search took.
     pub took: Duration,
-    /// Every state was visited; else the search ended with the violation that it was told to look for.
+    /// Whether every state was visited. A search also ends at the violation that it was told to look for, or at `STATES_MAX`.
     pub complete: bool,
-    /// What was broken, the shortest story first.
+    /// The properties that were broken, the shortest story first.
     pub violations: Vec<Violation>,
-    /// What should be possible, and never happened.
+    /// The properties that should be possible and never happened.
     pub unreached: Vec<&'static str>,
 }
 
 impl Found {
-    /// The violation of the property whose name starts like this.
+    /// The violation of the property whose name starts with `property`.
     #[must_use]
     pub fn violation(&self, property: &str) -> Option<&Violation> {
         self.violations.iter().find(|violation| violation.property.starts_with(property))
@@ -49,9 +49,9 @@ impl Found {
 /// A property that does not hold.
 #[derive(Debug)]
 pub struct Violation {
-    /// Which.
+    /// The property's name.
     pub property: &'static str,
-    /// The shortest way to a state where it does not hold.
+    /// The shortest path to a state in which the property does not hold.
     pub story: Vec<String>,
 }
 
@@ -64,7 +64,7 @@ where
 {
     let began = Instant::now();
     let properties = model.properties();
-    // By fingerprint: the fingerprint of a state from which it was reached first.
+    // The fingerprint of each state, with that of the state from which it was reached first.
     let mut seen: Seen = HashMap::default();
     let mut met: Vec<(&'static str, Expectation, Fingerprint)> = Vec::new();
     let mut level: Vec<_> =
@@ -121,7 +121,7 @@ where
     }
 }
 
-/// The actions on the way to a state, found again by their fingerprints.
+/// The actions on the path to a state. The path is known by fingerprints, so each action is tried again.
 fn story<M>(model: &M, seen: &Seen, end: Fingerprint) -> Vec<String>
 where
     M: Model,
@@ -133,12 +133,12 @@ where
         way.push(*before);
     }
     let mut way = way.into_iter().rev();
-    let first = way.next().expect("it holds its end at least");
+    let first = way.next().expect("a path has at least its end");
     let mut state = model
         .init_states()
         .into_iter()
         .find(|state| fingerprint(state) == first)
-        .expect("every way starts at a first state");
+        .expect("every path starts at an initial state");
     let mut story = Vec::new();
     for wanted in way {
         let mut actions = Vec::new();
@@ -158,14 +158,14 @@ where
 type Fingerprint = u64;
 type Seen = HashMap<Fingerprint, Option<Fingerprint>, BuildHasherDefault<AsItIs>>;
 
-/// Of a state and all that mirror it. With 2^64 of them, that two of 20 million states share one happens once in 90,000 searches.
+/// The same for a state and its mirror images. There are 2^64 fingerprints: two of 20 million states share one in one search of 90,000.
 fn fingerprint<S: Hash + Representative>(state: &S) -> Fingerprint {
     let mut mix = Mix(0);
     state.representative().hash(&mut mix);
     mix.finish()
 }
 
-/// A fast hash of many small numbers, the same in every run.
+/// A fast hash for many small numbers. It is the same in every run.
 struct Mix(u64);
 
 impl Hasher for Mix {
@@ -194,7 +194,7 @@ impl Hasher for Mix {
     }
 }
 
-/// For what is a hash already.
+/// For keys that are hashes already.
 #[derive(Default)]
 struct AsItIs(u64);
 

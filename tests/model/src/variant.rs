@@ -1,4 +1,4 @@
-//! A model, how much may happen in it, and what must come out.
+//! A variant: a model, limits on what may happen in it, and the expected result.
 
 use std::{
     collections::BTreeSet,
@@ -23,23 +23,23 @@ use crate::{
 /// How long a variant takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Size {
-    /// Seconds: the tests run it.
+    /// Seconds. The tests run these.
     Small,
     /// Minutes, and up to some gigabytes.
     Large,
 }
 
-/// See the module's comment.
+/// A model with limits, and the expected result.
 pub struct Variant {
-    /// Which of the models.
+    /// The model's name.
     pub model: &'static str,
-    /// What may happen in it, or what is missing from it.
+    /// What may happen in it, or which guards are missing.
     pub name: String,
-    /// The rule whose guard is missing.
+    /// The rule whose guard is missing; `None`: all guards are there.
     pub rule: Option<u8>,
-    /// How the name of the property starts that must be broken without it.
+    /// The property that must be broken, by the start of its name; `None`: no property may be broken.
     pub expects: Option<&'static str>,
-    /// How long it takes.
+    /// Whether the tests run it.
     pub size: Size,
     run: Box<dyn Fn() -> Found + Send + Sync>,
 }
@@ -50,23 +50,23 @@ impl fmt::Debug for Variant {
     }
 }
 
-/// What came out of a variant.
+/// The result of a variant.
 #[derive(Debug)]
 pub struct Outcome {
     /// What the search found.
     pub found: Found,
-    /// Whether it is what must come out.
+    /// Whether that was expected.
     pub verdict: Verdict,
 }
 
-/// Whether the right thing came out.
+/// Whether the result was expected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Every state was visited, nothing was broken, all that should be possible was met.
+    /// Every state was visited, no property was broken, and everything that should be possible happened.
     Clean,
     /// The expected property was broken, as it must be without the guard.
     Broken,
-    /// Not what must come out.
+    /// The result was not expected.
     Wrong,
 }
 
@@ -100,7 +100,7 @@ impl Variant {
         Self { model: kind, name, rule, expects, size, run }
     }
 
-    /// Visits every state, or stops at the violation that must be there.
+    /// Visits every state, or stops at the expected violation.
     #[must_use]
     pub fn run(&self) -> Outcome {
         let found = (self.run)();
@@ -131,7 +131,7 @@ pub fn all() -> Vec<Variant> {
     variants
 }
 
-/// Runs them, `jobs` at a time, and gives what came out in the same order.
+/// Runs the variants, `jobs` at a time, and returns their results in the same order. `done` is called as each one ends.
 pub fn run_all(
     variants: &[Variant],
     jobs: usize,
@@ -151,7 +151,7 @@ pub fn run_all(
         }
     });
     let outcome = |slot: Mutex<Option<Outcome>>| {
-        slot.into_inner().expect("locked once only").expect("every variant was taken by somebody")
+        slot.into_inner().expect("locked once only").expect("every variant has run")
     };
     outcomes.into_iter().map(outcome).collect()
 }
@@ -161,21 +161,21 @@ fn take<'v>(variants: &'v [Variant], next: &AtomicUsize) -> Option<(usize, &'v V
     variants.get(n).map(|variant| (n, variant))
 }
 
-/// What came out of all of them.
+/// The results of all variants in figures.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Variants with all rules in place, and how many of them are clean.
+    /// How many variants have all rules, and how many of these are clean.
     pub clean: (usize, usize),
-    /// Variants without a guard, and how many of them are broken as they must be.
+    /// How many variants lack a guard, and how many of these are broken as expected.
     pub broken: (usize, usize),
-    /// States of the clean ones.
+    /// States of all variants with all rules.
     pub states: usize,
-    /// Rules with a guard whose absence was seen.
+    /// Rules with a guard whose absence broke something.
     pub rules: BTreeSet<u8>,
 }
 
 impl Summary {
-    /// Adds up.
+    /// Adds up the results.
     #[must_use]
     pub fn of(variants: &[Variant], outcomes: &[Outcome]) -> Self {
         let mut summary = Self::default();
@@ -192,13 +192,13 @@ impl Summary {
         summary
     }
 
-    /// Everything came out as it must.
+    /// Whether every result was expected.
     #[must_use]
     pub fn is_good(&self) -> bool {
         self.clean.0 == self.clean.1 && self.broken.0 == self.broken.1
     }
 
-    /// The same for programs.
+    /// The same, with every variant and story, as JSON.
     #[must_use]
     pub fn json(&self, variants: &[Variant], outcomes: &[Outcome]) -> serde_json::Value {
         let rows = variants.iter().zip(outcomes).map(|(variant, outcome)| {

@@ -12,43 +12,43 @@ use super::{
 type Who = usize;
 /// A branch.
 type Branch = usize;
-/// One of several reads, or of abandoned batches.
+/// The place of a read, an abandoned batch, or an earlier state of the store.
 type Which = usize;
 
 /// One step.
-#[allow(missing_docs, reason = "what each is, its text says below")]
+#[allow(missing_docs, reason = "`Display` describes each of them")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    // The initiator and whoever else asks: early, late, twice, of a zombie, or not at all.
+    // A caller asks: early, late, twice, a zombie, or not at all.
     Begin(Who),
     Register(Who, Branch),
     AskConfirm(Who),
-    /// Or phase one has run out of time.
+    /// Also when the time for phase one is over.
     AskCancel(Who),
 
-    // The network delivers, and a participant does it in one local transaction.
+    // The network delivers a call, and the participant handles it in one local transaction.
     Try(Branch),
     Refuse(Branch),
     Confirm(Branch),
     Cancel(Branch),
-    /// At the participant, phase one is over, and the margin after it.
+    /// By the participant's clock phase one and the margin after it are over.
     PhaseOneOver(Branch),
-    /// At the participant, the retention is over, too.
+    /// By the participant's clock the retention is over too.
     RetentionOver(Branch),
     CleanFence(Branch),
-    /// The participant asks what became of a reservation that nobody comes for.
+    /// The participant asks what became of an old reservation.
     Inquire(Branch),
 
-    // An owner's task.
+    // The partition's task in an owner.
     TakeTried(Who, Branch),
     TakeAcknowledged(Who, Branch),
     LeaveMemory(Who),
     Read(Who),
-    /// On a replica that lags.
+    /// A replica that lags answers.
     ReadOld(Who, Which),
     TakeRow(Who, Which),
 
-    // An owner's journal, and the database below it.
+    // The journal of an owner, and the database.
     Send(Who),
     SendOthers(Who),
     Guard(Who),
@@ -63,9 +63,9 @@ pub enum Action {
     GuardAbandoned(Which),
     CommitAbandoned(Which),
     EndAbandoned(Which),
-    /// Another server answers from now on, which is as the first one was then.
+    /// From now on a server answers whose state is an earlier one.
     FailOver(Which),
-    /// An owner's heartbeat finds the store behind, or of another history.
+    /// The heartbeat of an owner finds that changes are lost, or another history.
     Beat(Who),
     Purge,
 
@@ -79,7 +79,7 @@ pub enum Action {
 }
 
 impl Protocol {
-    /// All that may be possible in this state. What is not has no next state; this only spares the trials of most of it.
+    /// Pushes every action that may be possible in this state. An impossible one has no next state, so this only saves time.
     pub(super) fn push_possible(&self, state: &State, actions: &mut Vec<Action>) {
         for (who, process) in state.coordinators.iter().enumerate() {
             match process.role {
@@ -167,8 +167,8 @@ impl Protocol {
         }
     }
 
-    /// Whether it happens sooner or later once everybody is reachable. All else may stay away for ever: the initiator may have
-    /// died, a zombie may sleep on, and nobody can count on a fault.
+    /// Whether the action happens sooner or later once all processes can reach each other. Any other action may never happen: the
+    /// initiator may be dead, a zombie may sleep for ever, and no progress may depend on a fault.
     pub(super) fn is_certain(&self, state: &State, action: Action) -> bool {
         // An owner whose takeover was lost goes on until it notices, or until another one takes over.
         let owns = |who: usize| {
@@ -176,7 +176,7 @@ impl Protocol {
             process.owns() && (state.is_live_owner(process) || !state.has_live_owner())
         };
         match action {
-            // The owner goes on: time runs out, calls are repeated until they are acknowledged, what has changed is written.
+            // The owner works: it times out phase one, repeats calls until they are acknowledged, and writes changes.
             Action::AskCancel(who)
             | Action::TakeTried(who, ..)
             | Action::TakeAcknowledged(who, ..)
@@ -191,7 +191,7 @@ impl Protocol {
                         && !process.acknowledged.has(branch)
                 })
             }
-            // It looks for what is due, and finds what is open.
+            // The owner looks for due transactions, and finds the open one.
             Action::Read(who) => {
                 let status = state.store.record.status;
                 let due = status.is_open()
@@ -199,14 +199,14 @@ impl Protocol {
                     && (status != Status::Trying || self.keeps(Guard::TryingIsDue));
                 owns(who) && due
             }
-            // Every owner has its heartbeat.
+            // Every owner sends heartbeats.
             Action::Beat(..) => true,
-            // The database ends what it has begun.
+            // The database finishes the sessions that it has begun.
             Action::Guard(..) | Action::Look(..) | Action::Commit(..) => true,
             Action::GuardAbandoned(..) | Action::CommitAbandoned(..) => {
                 self.keeps(Guard::SilentSessionsEnd)
             }
-            // A process that has ended is started again, and takes a store over that nobody has.
+            // A process that has ended is started again, and takes over if the partition has no owner.
             Action::Start(..) | Action::ReadEpoch(..) | Action::TakeOver(..) => {
                 !state.has_live_owner()
             }
@@ -244,7 +244,7 @@ impl fmt::Display for Action {
             }
             Self::AskConfirm(who) => write!(f, "{} is asked to confirm", name(who)),
             Self::AskCancel(who) => {
-                write!(f, "{} is asked to cancel, or time is over", name(who))
+                write!(f, "{} is asked to cancel, or phase one times out", name(who))
             }
             Self::Try(branch) => write!(f, "Try arrives at branch {branch}"),
             Self::Refuse(branch) => write!(f, "branch {branch} refuses a Try"),
@@ -253,26 +253,32 @@ impl fmt::Display for Action {
             Self::PhaseOneOver(branch) => write!(f, "phase one is over at branch {branch}"),
             Self::RetentionOver(branch) => write!(f, "retention is over at branch {branch}"),
             Self::CleanFence(branch) => write!(f, "branch {branch} deletes its fence row"),
-            Self::Inquire(branch) => write!(f, "branch {branch} asks what became of it"),
+            Self::Inquire(branch) => {
+                write!(f, "branch {branch} asks what became of the transaction")
+            }
             Self::TakeTried(who, branch) => {
                 write!(f, "{} hears that branch {branch} is tried", name(who))
             }
             Self::TakeAcknowledged(who, branch) => {
-                write!(f, "{} hears that branch {branch} has done it", name(who))
+                write!(f, "{} hears that branch {branch} has acknowledged", name(who))
             }
-            Self::LeaveMemory(who) => write!(f, "it leaves {}'s memory", name(who)),
+            Self::LeaveMemory(who) => write!(f, "the transaction leaves {}'s memory", name(who)),
             Self::Read(who) => write!(f, "{} reads the row", name(who)),
             Self::ReadOld(who, ..) => write!(f, "{} reads an old row on a replica", name(who)),
             Self::TakeRow(who, ..) => write!(f, "{} takes in what it read", name(who)),
-            Self::Send(who) => write!(f, "{} sends a batch with it", name(who)),
-            Self::SendOthers(who) => write!(f, "{} sends a batch of others", name(who)),
+            Self::Send(who) => write!(f, "{} sends a batch with the transaction", name(who)),
+            Self::SendOthers(who) => {
+                write!(f, "{} sends a batch without the transaction", name(who))
+            }
             Self::Guard(who) => write!(f, "the guard of {}'s batch runs", name(who)),
-            Self::Look(who) => write!(f, "{}'s batch looks at epoch and position", name(who)),
+            Self::Look(who) => {
+                write!(f, "{}'s batch compares epoch, nonce and position", name(who))
+            }
             Self::Commit(who) => write!(f, "{}'s batch commits", name(who)),
             Self::Hear(who) => write!(f, "{} hears what became of its batch", name(who)),
             Self::RollBack(who) => write!(f, "{}'s batch deadlocks", name(who)),
             Self::LoseConnection(who) => {
-                write!(f, "{}'s batch is left without an answer", name(who))
+                write!(f, "the reply to {}'s batch is lost", name(who))
             }
             Self::ReadBesideBatch(who) => write!(f, "{} looks beside its batch", name(who)),
             Self::GuardAbandoned(which) => {
@@ -290,7 +296,7 @@ impl fmt::Display for Action {
             Self::ReadEpoch(who) => write!(f, "{} reads the epoch", name(who)),
             Self::TakeOver(who) => write!(f, "{} takes over", name(who)),
             Self::TakeOverUnheard(who) => {
-                write!(f, "{} takes over, and does not hear of it", name(who))
+                write!(f, "{} takes over, and the reply is lost", name(who))
             }
         }
     }

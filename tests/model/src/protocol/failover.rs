@@ -1,11 +1,11 @@
-//! A failover to a server that lacks what the first one did last.
+//! A failover to a server without the last changes of the first one.
 //!
-//! It may lack a takeover. Then the next takeover gives its epoch number a second time, and two histories go on from there: only the
-//! nonce tells them apart. Or it lacks batches that were acknowledged. No rule can bring them back; what the rules keep is that the
-//! loss is noticed by the owner that lives, and that from then on nobody is told anything about what may be lost.
+//! If it lacks a takeover, the next takeover gives the same epoch number again. Then two histories have the same epoch number, and only
+//! the nonce tells them apart. If it lacks acknowledged batches, no rule can bring them back. The rules ensure that their owner
+//! notices the loss, and that nothing is said or decided afterwards about transactions that may be affected.
 //!
-//! What nobody can notice is left out, and stays a risk that the documentation must name: a failover that loses acknowledged changes
-//! while their owner dies or is replaced.
+//! The model leaves out a loss that no owner can notice: a failover loses acknowledged changes while their owner dies or is replaced.
+//! The documentation must name that risk.
 
 use super::{
     Protocol,
@@ -18,7 +18,7 @@ impl Protocol {
     pub(super) fn fail_over(&self, state: &mut State, which: usize) -> Option<()> {
         when(state.spent.failovers < self.scope.failovers && !state.history.loss_unnoticed)?;
         let (first, second) = (state.store, *state.past.get(which)?);
-        // A zombie could become the owner again when the takeover that replaced it is lost: nobody could notice.
+        // If the takeover that replaced a zombie were lost, the zombie would be the owner again, and nobody could notice.
         when(state.coordinators.iter().all(|it| !it.owns() || state.is_live_owner(it)))?;
         if first.record != second.record {
             when(self.scope.losses && state.has_live_owner())?;
@@ -26,7 +26,7 @@ impl Protocol {
         }
         state.spent.failovers += 1;
         state.store = second;
-        // Sessions end with the first server. Whoever waits for an answer sends the same batch again.
+        // Sessions end with the first server. An owner without a reply sends the same batch again.
         state.abandoned = Default::default();
         for batch in state.coordinators.iter_mut().filter_map(|process| process.batch.as_mut()) {
             if matches!(batch.progress, Progress::Sent | Progress::Guarded | Progress::Missed) {
@@ -36,14 +36,14 @@ impl Protocol {
         Some(())
     }
 
-    /// Whether the store lacks something that this owner knows to be durable, or goes on with another history.
+    /// Whether the store lacks changes that this owner knows to be durable, or has another history.
     pub(super) fn is_behind(&self, epoch: u8, nonce: u8, known: u8, store: &Store) -> bool {
         let other_history = store.epoch == epoch && store.nonce() != nonce;
         let shorter = store.nonce() == nonce && store.position < known;
         self.scope.failovers > 0 && (store.epoch < epoch || other_history || shorter)
     }
 
-    /// A heartbeat is a batch without content: it finds out what any batch would.
+    /// A heartbeat is an empty batch, and finds out what any batch would find out.
     pub(super) fn beat(&self, state: &mut State, who: usize) -> Option<()> {
         let process = &state.coordinators[who];
         when(process.owns() && process.batch.is_none())?;
@@ -51,8 +51,8 @@ impl Protocol {
         self.stop_at_loss(state, who)
     }
 
-    /// The owner records that changes of its epoch and of earlier ones are lost, and stops. In a history that has an owner of its own
-    /// it records nothing: what began there is not lost.
+    /// The owner records that changes up to its own epoch are lost, and stops. If another history has taken over already, it only stops:
+    /// the transactions of that history are not lost.
     pub(super) fn stop_at_loss(&self, state: &mut State, who: usize) -> Option<()> {
         let process = &mut state.coordinators[who];
         let (store, own) = (&state.store, &*process);

@@ -1,97 +1,97 @@
-//! The rules, each as a guard that can be taken away. With all of them the model must be clean; without any one of them the
-//! search must find a story in which something is lost, done twice or split. (Or the rule is superfluous, and should go.)
+//! The rules, as guards that can be removed. With all guards the model must be clean. Without any one of them the search must find a
+//! story in which something is lost, done twice or split. (Otherwise the guard is superfluous and should go.)
 
 use std::fmt;
 
-/// What may be taken away. The comment says what holds while it is there.
+/// What can be removed. Each comment says what holds while the guard is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guard {
-    // Rule 1: a batch's first statement moves the position from n - 1 to n, and only under its own epoch.
+    // Rule 1: the first statement of a batch moves the position from n - 1 to n, only within the owner's epoch.
     /// The guard names the epoch.
     EpochInGuard,
-    /// The guard names the position. (An abandoned batch may start late: the epoch alone does not keep it out.)
+    /// The guard names the position. (An abandoned batch may start late, and the epoch alone would let it through.)
     PositionInGuard,
     /// The guard is a write inside the batch's own local transaction, so it holds the row until COMMIT.
     GuardInsideTransaction,
     /// COMMIT is sent only if the guard has matched its row.
     GuardIsHeeded,
-    /// The guard names the nonce: after a failover that lost a takeover, the next takeover gives the same epoch number again.
+    /// The guard names the nonce. After a failover that lost a takeover, the next takeover gives the same epoch number again.
     NonceInGuard,
 
     // Rule 2: a batch number never gets other content.
-    /// A batch without an answer is sent again as it was, whatever has changed in memory.
+    /// A batch without a reply is sent again unchanged, whatever has changed in memory.
     SameBatchAgain,
-    /// The repeat has the guard too.
+    /// The repeated batch has the guard too.
     RepeatIsGuarded,
-    /// Whoever looks whether a batch has landed compares the epoch, not the position alone.
+    /// An owner that looks whether its batch has landed compares the epoch, not only the position.
     LookComparesEpoch,
-    /// And the nonce.
+    /// It also compares the nonce.
     LookComparesNonce,
 
     // Rule 3: "not found" after a lost reply proves nothing.
-    /// A lost reply is not taken for a failure: the change stays in memory.
+    /// A lost reply does not count as a failure: the change stays in memory.
     SilenceIsNoFailure,
-    /// Nobody is told that it failed.
+    /// No caller is told that the change failed.
     SilenceIsNotAnswered,
-    /// Nor is it taken for a failure when a read beside the batch does not find it: the batch may be about to commit.
+    /// A read on another connection that does not find the change proves nothing: the batch may be about to commit.
     AbsenceIsNoProof,
 
-    // Rule 4: "no row matched" is looked at before it is believed.
-    /// It is not believed to mean "fenced".
+    // Rule 4: after "no row matched" the batch reads the partition's row.
+    /// "No row matched" alone does not mean "fenced".
     MissIsNoFence,
-    /// It is not believed to mean "landed by an earlier attempt".
+    /// "No row matched" alone does not mean "landed in an earlier attempt".
     MissIsNoLanding,
 
-    // Rule 5: one batch of a partition is under way at a time, unless the guard is the chain of rule 1.
-    /// The next batch is sent when the one before is answered.
+    // Rule 5: one batch of a partition is in flight at a time, unless the guards are chained as in rule 1.
+    /// The next batch is sent after the reply to the one before.
     OneBatchAtATime,
 
-    // Rule 6: what waits to be written is written once, at its first place in the queue and with its last content.
-    /// Last content.
+    // Rule 6: a transaction that changes again while it waits is written once: at its first place, with its last content.
+    /// It is written with its last content.
     LastContent,
-    /// First place.
+    /// It keeps its first place in the queue.
     FirstPlace,
-    /// What does not fit into one batch goes with the next one, which has its own number.
+    /// If one batch is too small, the rest goes into the next batch, which has a number of its own.
     PartsHaveOwnNumbers,
 
     // Rule 7: every start is a takeover.
-    /// A start makes the epoch larger, also when the row names this process as its owner.
+    /// A start raises the epoch, even if the row names this process as the owner.
     StartIsTakeover,
-    /// The epoch grows by one from what is in the row when it is written, not from what was read before.
+    /// The takeover adds one to the epoch in the row, not to an epoch that was read before.
     TakeoverIsOneStatement,
-    /// A takeover without an answer is taken again.
+    /// A takeover without a reply is repeated.
     LostTakeoverIsRepeated,
 
     // Rule 8: loading.
-    /// What is read before the takeover committed is not used.
+    /// A row that was read before the takeover committed is not used.
     LoadAfterTakeover,
-    /// Those that have no decision are due, too, when their time is over.
+    /// Undecided transactions are due too, when their time is over.
     TryingIsDue,
-    /// Whoever was fenced starts with empty memory.
+    /// A process that was fenced starts with empty memory.
     MemoryIsReplaced,
-    /// Nothing is called "never recorded" before the store was asked.
+    /// The owner looks into the store before it says "never recorded".
     AnswerAfterLook,
 
     // Rule 9: the first decision wins when it is applied, and has effects when it is durable.
     /// The first decision wins.
     FirstDecisionWins,
-    /// It is told when it is durable.
+    /// Callers are told the decision when it is durable.
     DecisionToldWhenDurable,
-    /// Confirm and Cancel are sent when it is durable.
+    /// Confirm and Cancel are sent when the decision is durable.
     PhaseTwoWhenDurable,
 
     // Rule 10: a branch is durable before its Try is sent.
-    /// "Registered" is answered when it is durable.
+    /// The reply "registered" leaves when the branch is durable.
     RegisteredToldWhenDurable,
-    /// What the coordinator drives itself is tried when its branches are durable.
+    /// Under Execute, the coordinator sends Try when the branches are durable.
     TryWhenDurable,
 
-    // Rule 11: what is not known is refused.
-    /// A decision about a transaction that is in no record.
+    // Rule 11: calls for unknown transactions are refused.
+    /// Decide is refused for a transaction without a record.
     UnknownDecideRefused,
-    /// A decision about a transaction that is not in memory, without a look into the store.
+    /// Decide for a transaction that is not in memory first reads the store.
     MemoryIsNotLastWord,
-    /// A branch of a transaction that is in no record.
+    /// RegisterBranch is refused for a transaction without a record.
     UnknownRegisterRefused,
 
     // Rule 12.
@@ -99,23 +99,23 @@ pub enum Guard {
     ConfirmNamesBranches,
 
     // Rule 13: Cancel goes to every registered branch.
-    /// Also to one that refused its Try: a late duplicate of the Try may succeed.
+    /// Cancel goes also to a branch that refused its Try: a late duplicate of the Try may succeed.
     CancelAlsoToRefused,
-    /// None joins after the decision.
+    /// No branch joins after the decision.
     JoinBeforeDecision,
     /// Confirm and Cancel are repeated until acknowledged.
     AcknowledgementsAwaited,
 
     // Rule 14: "never recorded" means "never confirmed".
-    /// An owner says so only of xids of its own epoch and older ones.
+    /// An owner says so only of xids of its own epoch and older epochs.
     NewerEpochsAreNotOurs,
-    /// And only if the nonce of the xid's epoch is the xid's: else it is of another history.
+    /// An owner says so only if its history has the xid's epoch with the xid's nonce.
     OtherHistoriesAreNotOurs,
-    /// What may have been deleted after its retention is "forgotten".
+    /// A transaction that the purge may have deleted is "forgotten".
     PurgeIsRemembered,
-    /// An owner that finds the store behind what was acknowledged records that loss before it stops.
+    /// An owner that finds acknowledged changes lost records the loss before it stops.
     LossIsRecorded,
-    /// What was undecided in a store that lost something may have been decided: a person decides, no owner does.
+    /// After a loss a row that says "trying" may have had a decision. No owner decides it again; a person must look.
     LostIsNotDecided,
 
     // Rule 15.
@@ -123,21 +123,21 @@ pub enum Guard {
     UndecidedIsNoPromise,
 
     // Rule 16: memory is a cache.
-    /// A transaction leaves memory only when its record tells everything and is durable.
+    /// A transaction leaves memory only when its durable record equals its memory.
     CleanBeforeLeaving,
-    /// A row that was read while its transaction was in memory is the past, and dropped.
+    /// A row is dropped if its transaction left memory after the read began.
     StaleRowDropped,
 
     // Rule 17, and the fence.
-    /// A fence row that is still tried is never deleted.
+    /// A fence row in state tried is never deleted.
     TriedRowStays,
-    /// None is deleted before the end of phase one, when a late Try is refused for its time.
+    /// No fence row is deleted before phase one is over: from then on its deadline keeps a late Try out.
     RowOutlivesPhaseOne,
     /// A first Try is refused after the end of phase one.
     TryHasDeadline,
-    /// A Confirm that finds nothing when its row may have been deleted is done.
+    /// A Confirm that finds no row is answered done if the row may have been deleted.
     LateConfirmIsDone,
-    /// A Cancel of what was not tried is recorded.
+    /// A Cancel without a Try is recorded.
     EmptyRollbackRecorded,
     /// A Try after its Cancel is refused.
     LateTryRefused,
@@ -148,25 +148,25 @@ pub enum Guard {
     /// The database ends the session of an owner that is gone.
     SilentSessionsEnd,
 
-    // Rule 20: sight. A read counts only if what it shows with the row proves that it is new enough.
-    /// The epoch is the reader's own.
+    // Rule 20: sight. A read counts only if it shows the partition's row too, and that row proves that it is new enough.
+    /// The epoch is the reader's.
     SightEpoch,
-    /// The nonce is the reader's own.
+    /// The nonce is the reader's.
     SightNonce,
     /// The position is at least that of the latest batch that the reader knows to be durable.
     SightPosition,
 
-    // Rule 21: a batch changes a row only if the row is what its owner believes. A second line behind sight.
-    /// The state is the same.
+    // Rule 21: a batch changes a row only if the row is as its owner believes. This is a second line behind sight.
+    /// The statement names the state that the row must have.
     RowNamesState,
-    /// Also for a batch that only adds a branch.
+    /// So does the statement of a batch that only adds branches.
     RegistrationNamesState,
-    /// The number of branches is the same.
+    /// The statement names the number of branches that the row must have.
     RowNamesBranches,
 }
 
 impl Guard {
-    /// All of rule 20.
+    /// All guards of rule 20.
     pub const SIGHT: [Self; 3] = [Self::SightEpoch, Self::SightNonce, Self::SightPosition];
 
     /// The number of its rule.

@@ -1,5 +1,5 @@
-//! A batch on its way: the coordinator's `journal/`, its store's `append`, and the database that carries out what it was told,
-//! also for an owner that is gone.
+//! The life of a batch: `journal/` and the store's `append` in the coordinator, and the database, which carries out a batch even if its
+//! owner is gone. And takeovers.
 
 use super::{
     Protocol,
@@ -9,7 +9,7 @@ use super::{
 };
 
 impl Protocol {
-    /// A batch with the transaction in it, as it is now.
+    /// Sends a batch with the transaction as it is in memory now.
     pub(super) fn send(&self, state: &mut State, who: usize) -> Option<()> {
         let process = state.coordinators[who];
         when(process.owns() && process.memory != Record::ABSENT)?;
@@ -40,17 +40,17 @@ impl Protocol {
         Some(())
     }
 
-    /// A batch of other transactions of the partition, because there was no room for ours; or a heartbeat.
+    /// Sends a batch of other transactions, because there was no room for ours, or a heartbeat.
     pub(super) fn send_others(&self, state: &mut State, who: usize) -> Option<()> {
         let process = &mut state.coordinators[who];
         when(self.scope.others && process.owns() && process.batch.is_none())?;
         let waits = process.memory != process.durable;
         let (claims, position) = if !self.keeps(Guard::FirstPlace) {
-            // Ours moved back in the queue, and "durable up to here" passes its first change.
+            // Our transaction moved back in the queue, so this batch claims that its first change is durable.
             when(waits && process.first_change != Record::ABSENT)?;
             (std::mem::take(&mut process.first_change), process.position + 1)
         } else {
-            when(process.position < 2)?; // others may come for ever
+            when(process.position < 2)?; // without a limit there would be no end
             (process.durable, process.position + 1)
         };
         if self.keeps(Guard::PartsHaveOwnNumbers) {
@@ -88,7 +88,7 @@ impl Protocol {
         Some(if passes { Progress::Guarded } else { Progress::Missed })
     }
 
-    /// Whether a batch holds the partition's row: whoever wants to write it waits.
+    /// Whether a batch holds the partition's row. Other writers wait for it.
     fn is_row_held(&self, state: &State) -> bool {
         let of_owners = state.coordinators.iter().filter_map(|process| process.batch.as_ref());
         self.keeps(Guard::GuardInsideTransaction)
@@ -97,7 +97,7 @@ impl Protocol {
                 .any(|batch| batch.progress == Progress::Guarded)
     }
 
-    /// No row matched. Inside the same local transaction epoch, nonce and position are looked at: `judge` in the store.
+    /// No row matched. The same local transaction reads epoch, nonce and position: `judge` in the store.
     pub(super) fn look(&self, state: &mut State, who: usize) -> Option<()> {
         let store = state.store;
         let batch = state.coordinators[who].batch?;
@@ -165,7 +165,7 @@ impl Protocol {
             Progress::Sent | Progress::Guarded | Progress::Missed => return None,
             Progress::Landed => {
                 process.batch = None;
-                // What has left memory meanwhile, if that is allowed, is not known to be anything.
+                // If the transaction has left memory meanwhile, nothing is known of it.
                 if process.memory != Record::ABSENT {
                     process.durable = batch.claims;
                 }
@@ -182,7 +182,7 @@ impl Protocol {
         Some(())
     }
 
-    /// A process that was fenced exits, and its memory is gone.
+    /// The process exits, and its memory is gone.
     pub(super) fn end(&self, process: &mut Coordinator) {
         let before = *process;
         *process = Coordinator::DOWN;
@@ -193,7 +193,7 @@ impl Protocol {
         }
     }
 
-    /// The database rolls a batch back and says so. It is sent again, as it was.
+    /// The database rolls the batch back and says so. The same batch is sent again.
     pub(super) fn roll_back(&self, state: &mut State, who: usize) -> Option<()> {
         let batch = state.coordinators[who].batch?;
         when(batch.progress == Progress::Guarded && state.spent.faults < self.scope.faults)?;
@@ -203,7 +203,7 @@ impl Protocol {
         Some(())
     }
 
-    /// No answer comes. What was sent may still be carried out, and the same batch is sent again.
+    /// The reply is lost. The database may still carry out the batch, and the same batch is sent again.
     pub(super) fn lose_connection(&self, state: &mut State, who: usize) -> Option<()> {
         let process = state.coordinators[who];
         let batch = process.batch?;
@@ -221,14 +221,14 @@ impl Protocol {
             state.told.cancel = true;
         }
         if !self.keeps(Guard::SameBatchAgain) {
-            // The number is used again, with what memory says then.
+            // The next batch gets the same number, with other content.
             process.batch = None;
             process.position -= 1;
         }
         Some(())
     }
 
-    /// Without `AbsenceIsNoProof`: what a read beside the batch does not find is taken to have failed.
+    /// Without `AbsenceIsNoProof`: a read on another connection does not find the change, and the owner takes that for a failure.
     pub(super) fn read_beside_batch(&self, state: &mut State, who: usize) -> Option<()> {
         let store = state.store;
         let process = &mut state.coordinators[who];
@@ -240,7 +240,7 @@ impl Protocol {
         Some(())
     }
 
-    /// Takes the change of the batch under way back. Its number is free again.
+    /// Undoes the change of the batch in flight. Its number is free again.
     fn undo(process: &mut Coordinator) {
         process.batch = None;
         process.position -= 1;
@@ -248,7 +248,7 @@ impl Protocol {
         process.acknowledged = Default::default();
     }
 
-    /// What the database may still do with a batch that nobody waits for.
+    /// A batch without an owner that waits: the database may still carry it out.
     fn leave_to_database(&self, state: &mut State, batch: Batch) -> Option<()> {
         match batch.progress {
             Progress::Sent | Progress::Guarded => when(state.abandon(batch)),
@@ -284,7 +284,7 @@ impl Protocol {
         Some(())
     }
 
-    /// Retention in the store. How far it went is remembered in the same local transaction.
+    /// The purge deletes the row after the retention. The same local transaction records how far the purge has come.
     pub(super) fn purge(&self, state: &mut State) -> Option<()> {
         when(self.scope.purge && state.store.record.status.is_final())?;
         state.store.record = Record::ABSENT;
@@ -310,7 +310,7 @@ impl Protocol {
     pub(super) fn start(&self, state: &mut State, who: usize) -> Option<()> {
         when(who == 0 || self.scope.standby)?;
         when(state.coordinators[who].role == Role::Down)?;
-        // After an alarm a person looks before anything is started again.
+        // After an alarm a person looks before the process is started again.
         when(!self.scope.old_reads || !state.history.ended_for_nothing)?;
         state.coordinators[who].role = Role::Standby;
         Some(())
@@ -348,7 +348,7 @@ impl Protocol {
                 Self::begin_epoch(state, epoch, nonce);
                 return Some(());
             }
-            // It never reached the database, and the process goes on as if it had.
+            // The takeover never reached the database, and the process goes on as if it had.
         } else if as_before {
             (epoch, nonce) = (state.store.epoch, state.store.nonce());
         } else {

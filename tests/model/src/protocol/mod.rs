@@ -1,16 +1,18 @@
-//! One global transaction with two branches, from Begin to the end of retention: two coordinators that may be killed, paused and
-//! replaced, one store that may lose its answers, two participants, and a network that loses, delays, repeats and reorders.
+//! One global transaction with two branches, from Begin to the end of the retention. There are two coordinators that may be killed,
+//! paused and replaced, one store that may lose its replies, two participants, and a network that loses, delays, repeats and reorders
+//! messages.
 //!
-//! How things are made small enough to visit all of them:
+//! How each part is made small enough to visit every state:
 //!
-//! - **The network** is a set of what may have been sent. What is in it may arrive at any moment, any number of times, or never.
-//! - **Whoever asks** (the initiator, a nested service, an operator) may ask anything at any moment, of a zombie too, or fall silent
-//!   for good. What they may have been told is kept; that nobody is told two different outcomes is a property.
-//! - **A zombie** is an owner whose epoch is not the store's any more. It goes on as if nothing had happened.
-//! - **A batch** is a session of the database in steps: sent, guarded (it holds the partition's row), committed, heard of. It
-//!   outlives its owner, and the connection on which nobody listens any more, and may even start late.
-//! - **Time** has no length: "phase one is over" just happens, or not yet.
-//! - **At rest** means that nothing is left that must happen sooner or later. Then nothing may be open, and no reservation left.
+//! - **The network** is the set of messages that may have been sent. Each may arrive at any moment, any number of times, or never.
+//! - **Callers** (the initiator, a nested service, an operator) may ask anything at any moment, also of a zombie, or never ask again.
+//!   The state keeps what they may have been told; a property says that no two callers are told different outcomes.
+//! - **A zombie** is an owner that was replaced and does not know it. It goes on as if nothing had happened.
+//! - **A batch** is a database session in steps: sent, guarded (it holds the partition's row), committed, answered. It outlives its
+//!   owner and its connection, and may even start after both are gone.
+//! - **Time** has no length: "phase one is over" happens at any moment, or not yet.
+//! - **A replica that lags** shows any earlier state of the store. After **a failover** the store goes on from an earlier state.
+//! - **At rest** means that nothing is left that must happen sooner or later. Then no transaction may be open, and nothing reserved.
 
 mod action;
 mod failover;
@@ -27,51 +29,51 @@ use stateright::{Model, Property};
 
 pub use self::{action::Action, guard::Guard, state::State, variants::variants};
 
-/// What may happen in a variant, and how often.
+/// What may happen in a variant, and how many times.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Scope {
     /// There is a second coordinator.
     pub standby: bool,
-    /// Owners that are killed.
+    /// How many owners are killed.
     pub crashes: u8,
-    /// Takeovers from an owner that lives on as a zombie.
+    /// How many takeovers leave the former owner behind as a zombie.
     pub takeovers: u8,
-    /// Batches and takeovers that fail, or whose answer is lost.
+    /// How many batches and takeovers fail, or lose their reply.
     pub faults: u8,
-    /// The coordinator drives phase one itself.
+    /// The coordinator makes the Try calls itself.
     pub execute: bool,
     /// Branch 1 is registered by a nested service, and the initiator need not know of it.
     pub nested: bool,
     /// A participant may refuse a Try.
     pub refusals: bool,
-    /// Transactions leave memory, and come back when somebody asks.
+    /// Transactions leave memory, and are read again when they are asked for or due.
     pub forgets: bool,
-    /// What is finished is deleted after its retention.
+    /// Finished transactions are deleted after the retention.
     pub purge: bool,
-    /// Phase one ends by the participants' clocks; fence rows are deleted, and participants inquire.
+    /// Phase one ends by the participants' clocks. Fence rows are deleted, and participants inquire.
     pub cleanup: bool,
-    /// Batches of other transactions, and heartbeats.
+    /// There are batches of other transactions, and heartbeats.
     pub others: bool,
-    /// Reads may come from a replica that lags. Rules 20 and 21 are at work here only: elsewhere they would hide, as a second
-    /// line, that another rule is missing.
+    /// A replica that lags may answer reads. Rule 21 applies only here: elsewhere it would be a second line that hides the absence of
+    /// another guard.
     pub old_reads: bool,
-    /// Failovers to a server without the last takeover.
+    /// How many failovers there are, each to a server without the last takeover.
     pub failovers: u8,
-    /// The failovers may lose acknowledged batches too, of an owner that lives and will notice.
+    /// A failover may also lose acknowledged batches, of an owner that is alive and will notice.
     pub losses: bool,
 }
 
-/// The protocol, with some of its guards taken away.
+/// The protocol, without some of its guards.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Protocol {
     /// What may happen.
     pub scope: Scope,
-    /// The guards that are missing, one bit for each.
+    /// The missing guards, one bit each.
     removed: u64,
 }
 
 impl Protocol {
-    /// The protocol as it is.
+    /// The protocol with all guards.
     #[must_use]
     pub fn new(scope: Scope) -> Self {
         Self { scope, removed: 0 }
@@ -87,7 +89,7 @@ impl Protocol {
         self.removed & 1 << guard as u32 == 0
     }
 
-    /// The state after `action`; `None` if it cannot happen, or changes nothing.
+    /// The state after `action`; `None`: it cannot happen now, or changes nothing.
     fn step(&self, before: &State, action: Action) -> Option<State> {
         let mut after = before.clone();
         let state = &mut after;
@@ -142,7 +144,7 @@ impl Protocol {
         self.push_possible(state, &mut actions);
         actions.retain(|action| self.is_certain(state, *action));
         !actions.into_iter().any(|action| {
-            // To be refused once more is no way forward.
+            // One more refusal is no progress.
             self.step(state, action)
                 .is_some_and(|after| State { history: state.history, ..after.clone() } != *state)
         })

@@ -1,4 +1,4 @@
-//! What an owner's task does: `partition/` and `transaction/apply.rs` of the coordinator. A zombie does exactly the same.
+//! The partition's task in an owner: `partition/` and `transaction/apply.rs` of the coordinator. A zombie does exactly the same.
 
 use super::{
     Protocol,
@@ -10,7 +10,7 @@ use super::{
 };
 
 impl Protocol {
-    /// Begin. The record is written lazily, and nobody waits for it: if it is lost, nothing was tried.
+    /// Begin. The record is written lazily, and no reply waits for it: if it is lost, nothing was tried.
     pub(super) fn begin(&self, state: &mut State, who: usize) -> Option<()> {
         let process = &mut state.coordinators[who];
         when(state.xid_epoch == 0 && process.owns())?;
@@ -25,11 +25,11 @@ impl Protocol {
         let recorded = state.store.record;
         let process = &mut state.coordinators[who];
         when(!self.scope.execute && state.xid_epoch != 0 && process.owns())?;
-        when(!process.memory.branches.has(branch))?; // a repeat
+        when(!process.memory.branches.has(branch))?; // a repeated call
         match process.memory.status {
             Status::Trying => {}
             Status::Absent => {
-                // A look into the store finds nothing either.
+                // The store has no record either.
                 when(!self.keeps(Guard::UnknownRegisterRefused) && recorded == Record::ABSENT)?;
                 process.memory.status = Status::Trying;
             }
@@ -46,7 +46,7 @@ impl Protocol {
     pub(super) fn ask_confirm(&self, state: &mut State, who: usize) -> Option<()> {
         when(!self.scope.execute && state.coordinators[who].owns())?;
         let tried = state.messages.tried;
-        // A nested service's branch it need not know of.
+        // It may not know the branch of a nested service.
         when(tried == Branches::ALL || self.scope.nested && tried.has(0))?;
         let memory = state.coordinators[who].memory;
         if memory.status == Status::Trying && self.keeps(Guard::ConfirmNamesBranches) {
@@ -60,7 +60,7 @@ impl Protocol {
         self.decide(state, who, Decision::Cancel)
     }
 
-    /// The one place where a decision is made: in memory, by the first who asks.
+    /// The one place where a decision is made: in memory, by the first call.
     fn decide(&self, state: &mut State, who: usize, decision: Decision) -> Option<()> {
         let recorded = state.store.record;
         let process = &mut state.coordinators[who];
@@ -91,14 +91,14 @@ impl Protocol {
                 when(!self.keeps(Guard::FirstDecisionWins) && opposite && may_flip)?;
                 process.memory.status = decided;
             }
-            Status::Confirmed | Status::Cancelled => return None, // a repeat, or refused
+            Status::Confirmed | Status::Cancelled => return None, // a repeated call, or a refused one
         }
         process.acknowledged = Branches::NONE;
         self.changed(process);
         Some(())
     }
 
-    /// A Try that the coordinator made itself has answered. The last one decides.
+    /// The reply to a Try that the coordinator made itself. The last reply decides.
     pub(super) fn take_tried(&self, state: &mut State, who: usize, branch: usize) -> Option<()> {
         let process = &mut state.coordinators[who];
         when(self.scope.execute && process.owns() && process.memory.status == Status::Trying)?;
@@ -141,15 +141,15 @@ impl Protocol {
         Some(())
     }
 
-    /// An answer reaches the process that made the call, so it counts what the participant would answer now: of a Confirm whose
-    /// fence row was deleted, nothing good until the retention is over.
+    /// A reply reaches only the process that made the call, so what counts is what the participant would answer now. After its fence
+    /// row was deleted, it answers a Confirm with an error until the retention is over.
     fn answers_now(&self, state: &State, branch: usize) -> bool {
         let participant = &state.participants[branch];
         !(participant.cleaned && participant.fence == Fence::Nothing)
             || self.keeps(Guard::LateConfirmIsDone) && participant.retention_over
     }
 
-    /// What is decided and waits for nothing, or is over, leaves memory.
+    /// A transaction that waits for its next attempt, or is finished, leaves memory.
     pub(super) fn leave_memory(&self, state: &mut State, who: usize) -> Option<()> {
         let process = &mut state.coordinators[who];
         when(self.scope.forgets && process.owns() && process.memory != Record::ABSENT)?;
@@ -168,13 +168,14 @@ impl Protocol {
         process.reads.iter_mut().flatten().for_each(|read| read.stale = true);
     }
 
-    /// A read begins: somebody asks for it, or it is due. (What a read sees is what is durable at that moment or later; to see it
-    /// at once and take it in late is the worst case.)
+    /// A read begins: a caller asks for the transaction, or it is due. (A read sees what is durable at some moment between its begin and
+    /// its end. To see it at the begin and to arrive late is the worst case.)
     pub(super) fn read(&self, state: &mut State, who: usize) -> Option<()> {
         self.read_from(state, who, state.store)
     }
 
-    /// A read of `store`: what is, or what a replica still shows. One that is too old is repeated, so it is left out here.
+    /// A read of `store`, which is the present one or what a replica still shows. A read that is too old is repeated, so it is left out
+    /// here.
     pub(super) fn read_from(&self, state: &mut State, who: usize, store: Store) -> Option<()> {
         when(self.is_in_sight(&state.coordinators[who], &store))?;
         let process = &mut state.coordinators[who];
@@ -182,7 +183,7 @@ impl Protocol {
         when(process.owns() || early)?;
         when(process.memory == Record::ABSENT && state.xid_epoch != 0)?;
         let knows_epoch = store.nonces[usize::from(state.xid_epoch)] == state.xid_nonce;
-        // Where nothing leaves memory, whatever comes second finds it there.
+        // If nothing leaves memory, a second read finds the transaction there.
         let at_once = if self.scope.forgets { 2 } else { 1 };
         let free = process.reads[..at_once].iter_mut().find(|read| read.is_none())?;
         let Store { record: row, purged, lost_through, .. } = store;
@@ -191,7 +192,7 @@ impl Protocol {
         Some(())
     }
 
-    /// What was read reaches the owner's task.
+    /// The row that was read reaches the partition's task.
     pub(super) fn take_row(&self, state: &mut State, who: usize, which: usize) -> Option<()> {
         let xid_epoch = state.xid_epoch;
         let process = &mut state.coordinators[who];
@@ -203,12 +204,12 @@ impl Protocol {
         }
         let lost = xid_epoch <= read.lost_through;
         if read.row.status == Status::Trying && lost && self.keeps(Guard::LostIsNotDecided) {
-            // It stays as it is, and is shown to a person.
+            // It stays as it is, and operators see it.
         } else if read.row.status.is_open() {
             process.memory = read.row;
             process.durable = read.row;
             if self.scope.execute && read.row.status == Status::Trying {
-                // Its payloads are gone, and nobody knows what has been tried.
+                // The payloads are gone, and it is not known what was tried.
                 process.memory.status = Status::Cancelling;
             }
         } else if read.row == Record::ABSENT {
@@ -216,15 +217,15 @@ impl Protocol {
             let newer = xid_epoch > process.epoch && self.keeps(Guard::NewerEpochsAreNotOurs);
             let stranger = !read.knows_epoch && self.keeps(Guard::OtherHistoriesAreNotOurs);
             if !forgotten && !newer && !stranger && !lost {
-                state.told.cancel = true; // "never recorded": whoever hears it may take it for cancelled
+                state.told.cancel = true; // "never recorded": the caller may take it for cancelled
             }
         }
         Some(())
     }
 
-    /// Everything that any owner may say or send now. To send early only adds stories: nothing makes it arrive.
+    /// Adds every reply and call that an owner may send now. To send them early only adds stories, because none need arrive.
     pub(super) fn speak(&self, state: &mut State) {
-        // Anybody may read a decision in the store, and tell it.
+        // Any process may read a decision in the store and tell it.
         state.told.tell(state.store.record.status.decision());
         for process in state.coordinators.iter().filter(|process| process.owns()) {
             let choose = |waits: Guard| {
@@ -263,7 +264,7 @@ impl Protocol {
         }
     }
 
-    /// Notes what the first change that waits has made of the transaction, where a variant needs it.
+    /// Keeps the transaction as the first waiting change left it, if a guard is missing that needs it.
     fn changed(&self, process: &mut Coordinator) {
         let needed = !self.keeps(Guard::LastContent) || !self.keeps(Guard::FirstPlace);
         if needed && process.first_change == Record::ABSENT {

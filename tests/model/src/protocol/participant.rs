@@ -1,5 +1,5 @@
-//! What a participant does with a call: the table of the SDK's fence (`fence/verdict.rs`), its clean-up, and its inquiry. Each
-//! step is one local transaction with the participant's own work.
+//! A participant: the table of the SDK's fence (`fence/verdict.rs`), its clean-up and its inquiry. Each step is one local transaction
+//! together with the participant's own work.
 
 use super::{
     Protocol,
@@ -8,7 +8,7 @@ use super::{
     when,
 };
 
-/// Effects are counted up to here: more is not worse.
+/// Effects are counted up to here. Twice is wrong already.
 const COUNTED: u8 = 2;
 
 impl Protocol {
@@ -39,7 +39,7 @@ impl Protocol {
         Some(())
     }
 
-    /// A decided no. Nothing is recorded, and another delivery of the same Try may be answered yes.
+    /// The participant refuses. It records nothing, so another delivery of the same Try may succeed.
     pub(super) fn refuse(&self, state: &mut State, branch: usize) -> Option<()> {
         when(self.scope.refusals && state.messages.try_.has(branch))?;
         when(state.participants[branch].fence == Fence::Nothing)?;
@@ -62,7 +62,7 @@ impl Protocol {
             }
             Fence::Nothing
                 if participant.retention_over && self.keeps(Guard::LateConfirmIsDone) => {}
-            Fence::Nothing if participant.cleaned => return None, // refused, and repeated
+            Fence::Nothing if participant.cleaned => return None, // an error; the call is repeated
             Fence::Nothing | Fence::Cancelled | Fence::Suspended => {
                 state.history.refused_loudly = true;
                 return Some(());
@@ -118,8 +118,8 @@ impl Protocol {
         Some(())
     }
 
-    /// A row in a final state, unchanged for the retention, whose phase one is over. (The retention after the last change may be
-    /// over long before the one after phase one, so it is no condition here.)
+    /// Deletes a fence row in a final state whose phase one is over. (The retention counts from the last change, and may be over before
+    /// the retention that counts from phase one. So it is no condition here.)
     pub(super) fn clean_fence(&self, state: &mut State, branch: usize) -> Option<()> {
         let participant = &mut state.participants[branch];
         when(self.scope.cleanup && !participant.cleaned && participant.fence != Fence::Nothing)?;
@@ -130,7 +130,7 @@ impl Protocol {
         Some(())
     }
 
-    /// A reservation that nobody has come for, long after phase one: cancelled if somebody says "cancelled" or "never recorded".
+    /// The participant asks about a reservation long after phase one, and cancels it on the reply "cancelled" or "never recorded".
     pub(super) fn inquire(&self, state: &mut State, branch: usize) -> Option<()> {
         let participant = &state.participants[branch];
         when(participant.phase_one_over && participant.fence == Fence::Tried)?;

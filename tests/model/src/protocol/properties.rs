@@ -1,4 +1,4 @@
-//! What must always hold, and what must be possible. The invariants keep the numbers that they have in every layer of tests.
+//! What must always hold, and what must be possible. The invariants have the same numbers in all tests.
 
 use stateright::Property;
 
@@ -26,7 +26,7 @@ impl Protocol {
                     [it.reserved, it.confirmed, it.released].into_iter().all(at_most_once)
                 })
             }),
-            Property::always("I4 what was told is what happens", |_, state: &State| {
+            Property::always("I4 what callers were told is what happens", |_, state: &State| {
                 let told = state.told;
                 let cancelled = state.participants.iter().any(|it| it.is_cancelled());
                 let confirmed = state.participants.iter().any(|it| it.confirmed > 0);
@@ -127,7 +127,7 @@ impl Protocol {
         }
         if self.scope.forgets {
             properties.push(Property::sometimes(
-                "what was read is old by now",
+                "a row is old when it arrives",
                 |_, state: &State| {
                     let stale = |read: Read| read.stale && read.row != state.store.record;
                     state
@@ -157,7 +157,7 @@ impl Protocol {
         }
         if self.scope.losses {
             properties.push(Property::sometimes(
-                "what was confirmed is lost, and reported so",
+                "a confirmed transaction is lost, and reported as lost",
                 |_, state: &State| {
                     state.told.confirm
                         && state.is_reported_lost()
@@ -179,7 +179,7 @@ impl Protocol {
         properties
     }
 
-    /// Something is open, or was promised and has not happened.
+    /// The transaction is open, or a confirmed branch has no effect yet.
     fn is_unfinished(&self, state: &State) -> bool {
         let promised = state.history.decided == Some(Decision::Confirm) || state.told.confirm;
         let all = if self.scope.nested { state.history.decided_branches } else { Branches::ALL };

@@ -1,5 +1,4 @@
-//! Rules 20 and 21: what was read may be old, so a read must prove that it is new enough, and a batch names the row that it
-//! means to change.
+//! Rules 20 and 21. A read may be old, so it must prove that it is new enough. And a batch names the state of the row that it changes.
 
 use super::{
     Protocol,
@@ -8,8 +7,8 @@ use super::{
 };
 
 impl Protocol {
-    /// Rule 20. The row, and the epoch, nonce and position of its partition, come from one statement. An old read that passes shows
-    /// all that its reader knows to be durable.
+    /// Rule 20. One statement reads the row, and the epoch, nonce and position of its partition. A read that passes shows every change
+    /// that the reader knows to be durable.
     pub(super) fn is_in_sight(&self, process: &Coordinator, shown: &Store) -> bool {
         if !self.has_past() {
             return true;
@@ -21,13 +20,13 @@ impl Protocol {
         epoch && nonce && position
     }
 
-    /// A read on a replica that shows the store as it was.
+    /// A read on a replica that shows an earlier state of the store.
     pub(super) fn read_old(&self, state: &mut State, who: usize, which: usize) -> Option<()> {
         let shown = *state.past.get(which)?;
         self.read_from(state, who, shown)
     }
 
-    /// Whether earlier states of the store matter.
+    /// Whether the variant needs earlier states of the store.
     fn has_past(&self) -> bool {
         self.scope.old_reads || self.scope.failovers > 0
     }
@@ -42,7 +41,7 @@ impl Protocol {
         }
     }
 
-    /// Rule 21. `UPDATE … WHERE xid = ? AND state = ? AND branch_count = ?`, and its rows are counted.
+    /// Rule 21. `UPDATE … WHERE xid = ? AND state = ? AND branch_count = ?`, and the matched rows are counted.
     pub(super) fn row_fits(&self, state: &State, batch: Batch) -> bool {
         if !self.scope.old_reads || batch.record == Record::ABSENT {
             return true;
@@ -57,7 +56,7 @@ impl Protocol {
             && (row.branches == batch.expects.branches || !self.keeps(Guard::RowNamesBranches))
     }
 
-    /// What the row is after the batch: without a guard of its own, a registration inserts branches and leaves the rest alone.
+    /// The row after the batch. Without `RegistrationNamesState` a registration inserts branches and does not touch the state.
     pub(super) fn written(&self, state: &State, batch: Batch) -> Record {
         if !is_registration(batch) || self.keeps(Guard::RegistrationNamesState) {
             return batch.record;

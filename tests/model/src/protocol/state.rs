@@ -1,27 +1,26 @@
-//! Everything that the model knows at one moment: what is recorded, what each coordinator has in memory, what the database is
-//! doing for whom, what the participants have done, and what has been said.
+//! Everything that the model knows at one moment: the store, the memory of each coordinator, the batches in the database, the
+//! participants, the network, and what callers were told.
 //!
-//! There is one transaction with two branches. All other transactions of the partition appear as batches without it.
+//! There is one transaction with two branches. The other transactions of the partition appear only as batches without it.
 
 use stateright::Representative;
 
-/// Coordinators: one owns, the other waits, or was replaced and does not know it.
+/// One coordinator owns the partition. The other one waits, or was replaced and does not know it.
 pub(super) const COORDINATORS: usize = 2;
 /// Branches of the transaction.
 pub(super) const BRANCHES: usize = 2;
-/// Batches that outlive their owner, or the connection that they came on.
+/// How many batches may outlive their owner or their connection.
 const ABANDONED: usize = 3;
-/// More than any variant has, counted from 0.
+/// One more than the largest epoch of any variant.
 const EPOCHS: usize = 10;
 
-/// Confirm or Cancel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Decision {
     Confirm,
     Cancel,
 }
 
-/// Some of the branches.
+/// A set of branches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Branches([bool; BRANCHES]);
 
@@ -46,10 +45,10 @@ impl Branches {
     }
 }
 
-/// Where the transaction is in its life.
+/// The state of the transaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Status {
-    /// There is no such transaction, here.
+    /// There is no such transaction in this place.
     #[default]
     Absent,
     Trying,
@@ -77,7 +76,7 @@ impl Status {
     }
 }
 
-/// The transaction as it is in a row, in memory, or on its way from one to the other.
+/// The transaction in a row, in memory, or in a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Record {
     pub(super) status: Status,
@@ -88,18 +87,18 @@ impl Record {
     pub(super) const ABSENT: Self = Self { status: Status::Absent, branches: Branches::NONE };
 }
 
-/// What is durable: the transaction's row, and the partition's.
+/// What is durable: the row of the transaction, and the row of its partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Store {
     pub(super) record: Record,
     pub(super) epoch: u8,
-    /// The nonce of each epoch; 0: there was no such epoch. Of a nonce no more is asked than that it differs between epochs of two
-    /// histories that have the same number.
+    /// The nonce of each epoch; 0: there was no such epoch. The model assumes only that the nonces differ if two histories have the
+    /// same epoch number.
     pub(super) nonces: [u8; EPOCHS],
     pub(super) position: u8,
     /// The row was deleted after its retention.
     pub(super) purged: bool,
-    /// Some acknowledged changes of epochs up to this one are lost; 0: none that anybody knows of.
+    /// Acknowledged changes of epochs up to this one are lost; 0: no loss is known.
     pub(super) lost_through: u8,
 }
 
@@ -113,19 +112,19 @@ impl Store {
 /// How far the database is with a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Progress {
-    /// Sent; nothing was done.
+    /// Sent; the database has not begun.
     Sent,
-    /// The guard matched: the partition's row is held until COMMIT, which is on its way.
+    /// The guard matched. The partition's row is held until COMMIT, which is in flight.
     Guarded,
     /// The guard matched no row.
     Missed,
-    /// Committed, now or by an earlier attempt; the answer is on its way.
+    /// Committed, now or in an earlier attempt. The reply is in flight.
     Landed,
-    /// Somebody else owns the partition; the answer is on its way.
+    /// The partition has a later owner. The reply is in flight.
     Fenced,
-    /// The store has less than was acknowledged, or belongs to another history; the answer is on its way.
+    /// Acknowledged changes are lost, or the store has another history. The reply is in flight.
     Lost,
-    /// It fits none of these; the answer is on its way.
+    /// None of these fits. The reply is in flight.
     Corrupt,
 }
 
@@ -136,35 +135,35 @@ pub(super) struct Batch {
     pub(super) epoch: u8,
     pub(super) nonce: u8,
     pub(super) position: u8,
-    /// Where rows are guarded (rule 21): what the row must be for this batch to change it.
+    /// The row that the batch may change, where rule 21 applies.
     pub(super) expects: Record,
-    /// The transaction as it is to be written; absent: the batch carries only others, or is a heartbeat.
+    /// The transaction as it is to be written; absent: the batch has only other transactions, or is a heartbeat.
     pub(super) record: Record,
-    /// What its owner may call durable when it has landed.
+    /// The transaction that its owner knows durable when the batch has landed.
     pub(super) claims: Record,
-    /// It was sent before, and not answered.
+    /// It was sent before, and there was no reply.
     pub(super) repeat: bool,
 }
 
-/// A row that was read off the owner's task and has not been taken in.
+/// A row that was read and has not reached the partition's task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Read {
     pub(super) row: Record,
     pub(super) purged: bool,
     pub(super) lost_through: u8,
-    /// The xid is of an epoch of that history.
+    /// The store has the xid's epoch, with the xid's nonce.
     pub(super) knows_epoch: bool,
     /// The transaction left memory since the read began.
     pub(super) stale: bool,
 }
 
-/// What a process is.
+/// The role of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Role {
     Down,
-    /// It waits for the store, or is about to take it over.
+    /// It waits, or is about to take over.
     Standby,
-    /// It thinks that it owns the partition. If its epoch is not the store's, it is a zombie.
+    /// It believes that it owns the partition. If the store has another epoch or nonce, it is a zombie.
     Owner,
 }
 
@@ -174,19 +173,19 @@ pub(super) struct Coordinator {
     pub(super) role: Role,
     pub(super) epoch: u8,
     pub(super) nonce: u8,
-    /// Number of its latest batch.
+    /// The number of its latest batch.
     pub(super) position: u8,
     pub(super) memory: Record,
-    /// What of it this process knows to be durable.
+    /// The transaction as this process knows it to be durable.
     pub(super) durable: Record,
-    /// Branches that have acknowledged; while trying, those whose Try has answered.
+    /// Branches that have acknowledged; while trying, branches whose Try was answered.
     pub(super) acknowledged: Branches,
     pub(super) batch: Option<Batch>,
-    /// One that somebody asked for, and a look for what is due.
+    /// One because a caller asked, and one because the transaction is due.
     pub(super) reads: [Option<Read>; 2],
-    /// Without `LastContent` or `FirstPlace` only: what the first change that waits has made of the transaction.
+    /// The transaction as the first waiting change left it. Used without `LastContent` or `FirstPlace` only.
     pub(super) first_change: Record,
-    /// Without `TakeoverIsOneStatement` only: the epoch that was read.
+    /// The epoch that was read. Used without `TakeoverIsOneStatement` only.
     pub(super) seen_epoch: u8,
 }
 
@@ -209,13 +208,13 @@ impl Coordinator {
         self.role == Role::Owner
     }
 
-    /// Number of the latest batch that it knows to be durable.
+    /// The number of the latest batch that it knows to be durable.
     pub(super) fn known_position(&self) -> u8 {
         self.position.saturating_sub(u8::from(self.batch.is_some()))
     }
 }
 
-/// What a participant's fence says.
+/// The fence row of a branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Fence {
     Nothing,
@@ -225,18 +224,18 @@ pub(super) enum Fence {
     Suspended,
 }
 
-/// A participant's database. The effects are counted up to two.
+/// A participant's database. Effects are counted up to two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Participant {
     pub(super) fence: Fence,
     pub(super) reserved: u8,
     pub(super) confirmed: u8,
     pub(super) released: u8,
-    /// By its clock phase one is over, and the margin after it.
+    /// By its clock phase one and the margin after it are over.
     pub(super) phase_one_over: bool,
-    /// And the retention too: a row may have been deleted.
+    /// By its clock the retention is over too, so the fence row may have been deleted.
     pub(super) retention_over: bool,
-    /// It was.
+    /// The fence row was deleted.
     pub(super) cleaned: bool,
 }
 
@@ -246,7 +245,7 @@ impl Participant {
     }
 }
 
-/// What may be on the network: once it may have been sent, it may arrive at any time, any number of times, or never.
+/// The messages that may have been sent. Each may arrive at any moment, any number of times, or never.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Messages {
     pub(super) try_: Branches,
@@ -258,7 +257,7 @@ pub(super) struct Messages {
     pub(super) cancelled: Branches,
 }
 
-/// What somebody may have been told of the outcome, by anybody.
+/// The outcomes that any caller may have been told by any process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Told {
     pub(super) confirm: bool,
@@ -275,29 +274,29 @@ impl Told {
     }
 }
 
-/// What happened once and no state shows any more.
+/// Events that the rest of the state does not show any more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct History {
-    /// The first decision that was durable, and of which branches.
+    /// The first durable decision, and its branches.
     pub(super) decided: Option<Decision>,
     pub(super) decided_branches: Branches,
-    /// Another decision was durable after it.
+    /// A different decision was durable later.
     pub(super) decision_changed: bool,
     /// A phase-two call could leave before its decision was durable.
     pub(super) phase_two_early: bool,
     /// A Try had an effect after its Cancel was answered.
     pub(super) late_try_ran: bool,
-    /// A participant met what no right coordinator asks for.
+    /// A participant received a call that a correct coordinator never makes.
     pub(super) refused_loudly: bool,
     /// A branch was added to a transaction whose decision was durable.
     pub(super) joined_late: bool,
-    /// An owner that nobody had replaced ended, or stopped in alarm.
+    /// An owner that was not replaced ended, or stopped in alarm.
     pub(super) ended_for_nothing: bool,
     /// Acknowledged changes were lost in a failover, and no owner has noticed yet.
     pub(super) loss_unnoticed: bool,
 }
 
-/// What has happened of the things that happen a limited number of times.
+/// How many of the limited events have happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Spent {
     pub(super) crashes: u8,
@@ -307,20 +306,20 @@ pub(super) struct Spent {
 }
 
 impl Spent {
-    /// The nonce of a takeover that happens now.
+    /// The nonce that a takeover would get now.
     pub(super) fn nonce(self) -> u8 {
         self.failovers + 1
     }
 }
 
-/// See the module's comment.
+/// Everything that the model knows at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct State {
     pub(super) store: Store,
-    /// What the store was before, where that matters: a replica may still show it, or a failover bring it back. Sorted.
+    /// Earlier states of the store, where the variant needs them: a replica may still show one, or a failover bring it back. Sorted.
     pub(super) past: Vec<Store>,
     pub(super) coordinators: [Coordinator; COORDINATORS],
-    /// Batches whose owner does not hear of them any more. Sorted.
+    /// Batches whose owner will not get the reply. Sorted.
     pub(super) abandoned: [Option<Batch>; ABANDONED],
     pub(super) participants: [Participant; BRANCHES],
     pub(super) messages: Messages,
@@ -331,12 +330,12 @@ pub struct State {
     pub(super) told: Told,
     pub(super) history: History,
     pub(super) spent: Spent,
-    /// Both branches are the initiator's. (A nested one is not like the other.)
+    /// The initiator registers both branches. (A nested branch is not like the other.)
     pub(super) branches_alike: bool,
 }
 
 impl State {
-    /// One coordinator owns an empty store.
+    /// The initial state: one coordinator owns an empty store.
     pub(super) fn first(standby: bool, branches_alike: bool) -> Self {
         let owner = Coordinator { role: Role::Owner, epoch: 1, nonce: 1, ..Coordinator::DOWN };
         let role = if standby { Role::Standby } else { Role::Down };
@@ -374,7 +373,7 @@ impl State {
         }
     }
 
-    /// Whether a process thinks that it owns the partition, and is right.
+    /// Whether a process owns the partition in truth.
     pub(super) fn has_live_owner(&self) -> bool {
         self.coordinators.iter().any(|process| self.is_live_owner(process))
     }
@@ -383,12 +382,12 @@ impl State {
         process.owns() && process.epoch == self.store.epoch && process.nonce == self.store.nonce()
     }
 
-    /// Acknowledged changes were lost, and what is recorded of the transaction says nothing of what became of it.
+    /// Whether changes were lost that may have decided the transaction. A person must look at it.
     pub(super) fn is_reported_lost(&self) -> bool {
         self.store.record.status.decision().is_none() && self.xid_epoch <= self.store.lost_through
     }
 
-    /// Leaves a batch to the database. Returns whether there was room for one more.
+    /// Leaves a batch to the database. Returns `false` if there are too many already.
     #[must_use]
     pub(super) fn abandon(&mut self, batch: Batch) -> bool {
         let Some(free) = self.abandoned.iter_mut().find(|place| place.is_none()) else {
@@ -399,7 +398,7 @@ impl State {
         true
     }
 
-    /// Everything that is of branches, with the two of them changed over.
+    /// The same state with the two branches exchanged.
     fn mirrored(&self) -> Self {
         let mut mirrored = self.clone();
         mirrored.participants.reverse();
@@ -431,7 +430,7 @@ impl State {
 }
 
 impl Representative for State {
-    /// Coordinators are alike, and so are branches: one state stands for all that differ only in who is called first.
+    /// Coordinators are alike, and so are branches. One state stands for all states that differ only in their order.
     fn representative(&self) -> Self {
         let mut as_it_is = self.clone();
         as_it_is.coordinators.sort();

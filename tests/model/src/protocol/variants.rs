@@ -1,11 +1,11 @@
-//! How much happens in each variant of the protocol, and what breaks when a guard is missing.
+//! The variants of the protocol: limits for the clean ones, and the broken property for each missing guard.
 
 use super::{Guard, Protocol, Scope};
 use crate::variant::{Size, Variant};
 
 const MODEL: &str = "protocol";
 
-/// One coordinator; it is killed once, and the database fails it once.
+/// One coordinator, 1 crash, 1 database fault.
 const ALONE: Scope = Scope {
     standby: false,
     crashes: 1,
@@ -24,16 +24,16 @@ const ALONE: Scope = Scope {
 };
 /// A standby takes over from an owner that lives on as a zombie.
 const ZOMBIE: Scope = Scope { standby: true, crashes: 0, takeovers: 1, faults: 0, ..ALONE };
-/// The same, and the database fails somebody once.
+/// The same with 1 database fault.
 const FAULTY: Scope = Scope { faults: 1, ..ZOMBIE };
-/// Everything that lets go of something.
+/// Memory and store forget.
 const FORGETFUL: Scope = Scope { forgets: true, purge: true, ..ALONE };
 const CLEANING: Scope = Scope { cleanup: true, ..ALONE };
-/// Reads may be old.
+/// A replica that lags answers some reads.
 const LAGGING: Scope = old_reads(ALONE);
-/// A failover loses the takeover of an owner that lives on.
+/// A failover loses the takeover of an owner that is still alive.
 const TWO_HISTORIES: Scope = Scope { standby: true, crashes: 1, faults: 0, failovers: 1, ..ALONE };
-/// A failover loses batches of an owner that lives on.
+/// A failover loses batches of an owner that is still alive.
 const LOSSY: Scope = Scope { crashes: 0, faults: 0, failovers: 1, losses: true, ..ALONE };
 
 /// All variants.
@@ -201,7 +201,7 @@ fn broken() -> Vec<Variant> {
         without_sight_and(&[G::RowNamesState], "I2", old_reads(FORGETFUL)),
         without_sight_and(&[G::RegistrationNamesState], "J", old_reads(FORGETFUL)),
         without_sight_and(&[G::RowNamesBranches], "I5", Scope { faults: 0, ..LAGGING }),
-        // Rule 21 alone: no decision changes, but an owner that is right stops, and what is confirmed is denied.
+        // With rule 21 alone no decision changes, but a correct owner stops, and a confirmed transaction is denied.
         without_sight_and(&[], "O", LAGGING),
         without_sight_and(&[], "I4", LAGGING),
     ]

@@ -1,4 +1,4 @@
-//! What can happen next, and how it is told in a story.
+//! What can happen next.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use super::state::Each;
 
 /// One step of a coordinator, or of an abandoned batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "what each is, its text says below")]
+#[allow(missing_docs, reason = "`Display` describes each of them")]
 pub enum Action {
     TakeOver(usize, Each<bool>),
     Decide(usize, usize, bool),
@@ -41,7 +41,7 @@ impl fmt::Display for Action {
             Self::Commit(who) => write!(f, "{}'s batch commits", name(who)),
             Self::Hear(who) => write!(f, "{} hears what became of its batch", name(who)),
             Self::LoseConnection(who) => {
-                write!(f, "{}'s batch is left without an answer", name(who))
+                write!(f, "the reply to {}'s batch is lost", name(who))
             }
             Self::Crash(who) => write!(f, "{} is killed", name(who)),
             Self::GuardAbandoned(which) => {

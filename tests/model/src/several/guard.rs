@@ -1,19 +1,19 @@
-//! The rules for batches of several partitions, each as a guard that can be taken away.
+//! The rules for batches of several partitions, as guards that can be removed.
 
-/// What may be taken away. The comment says what holds while it is there.
+/// What can be removed. Each comment says what holds while the guard is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Guard {
     /// A batch is applied only if all of its guards have matched.
     AllGuardsMatch,
-    /// What does not match is looked at in every partition; one that has landed says nothing of one that is fenced.
+    /// If a guard does not match, every partition is looked at. That one has landed says nothing about one that is fenced.
     FencedIsLookedForEverywhere,
-    /// When a partition is fenced, its rows are dropped from the batch with its guard.
+    /// The rows of a fenced partition are dropped from the batch together with its guard.
     FencedRowsDropped,
-    /// What is left of the batch is sent again: nothing of it was applied.
+    /// The rest of the batch is sent again, because nothing of it was applied.
     RestIsRepeated,
-    /// What is left keeps its numbers.
+    /// The rest keeps its numbers.
     RestKeepsItsNumbers,
-    /// What is left keeps its content.
+    /// The rest keeps its content.
     RestKeepsItsContent,
 }
 
@@ -27,7 +27,7 @@ impl Guard {
         Self::RestKeepsItsContent,
     ];
 
-    /// The rule of which it is a case.
+    /// The number of its rule.
     pub(super) fn rule(self) -> u8 {
         match self {
             Self::AllGuardsMatch | Self::FencedRowsDropped => 1,
@@ -38,7 +38,7 @@ impl Guard {
         }
     }
 
-    /// What must be broken without it.
+    /// The property that is broken without it, by the start of its name.
     pub(super) fn expects(self) -> &'static str {
         match self {
             Self::AllGuardsMatch | Self::FencedRowsDropped => "G",

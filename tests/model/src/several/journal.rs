@@ -1,5 +1,4 @@
-//! A batch on its way: `journal/` of the coordinator and `store/sql/write.rs`. One UPDATE moves the positions of all partitions in the
-//! batch.
+//! The life of a batch: `journal/` of the coordinator, and `store/sql/write.rs`. One UPDATE moves the positions of all its partitions.
 
 use super::{
     Several,
@@ -9,7 +8,7 @@ use super::{
 };
 
 impl Several {
-    /// A batch of these partitions, with whatever has changed in them.
+    /// Sends a batch of these partitions with all their changes.
     pub(super) fn send(state: &mut State, who: usize, which: Each<bool>) -> Option<()> {
         let process = &mut state.coordinators[who];
         when(process.batch.is_none())?;
@@ -29,7 +28,7 @@ impl Several {
         Some(())
     }
 
-    /// Which partitions' rows some batch holds.
+    /// The partitions whose row is held by a batch.
     pub(super) fn held(state: &State) -> Each<bool> {
         let mut held = [false; PARTITIONS];
         let of_owners = state.coordinators.iter().filter_map(|process| process.batch);
@@ -47,7 +46,7 @@ impl Several {
         held
     }
 
-    /// One UPDATE for all guards, and how many rows it has moved.
+    /// One UPDATE for all guards, which counts the rows that it has moved.
     pub(super) fn guarded(&self, state: &State, batch: Batch) -> Option<Progress> {
         when(batch.progress == Progress::Sent)?;
         let held = Self::held(state);
@@ -57,7 +56,7 @@ impl Several {
             let Some(part) = batch.parts[partition].filter(|part| !part.unguarded) else {
                 continue;
             };
-            when(!held[partition])?; // it waits
+            when(!held[partition])?; // the UPDATE waits
             let row = state.store[partition];
             wanted[partition] = true;
             matched[partition] = row.epoch == part.epoch && row.position + 1 == part.position;
@@ -66,7 +65,7 @@ impl Several {
         Some(if matched == wanted || any { Progress::Guarded } else { Progress::Missed(matched) })
     }
 
-    /// `judge`: what epoch and position say about a batch that was not applied.
+    /// `judge`: what epochs and positions say about a batch whose guards did not all match.
     pub(super) fn judged(&self, state: &State, batch: Batch) -> Option<Progress> {
         let Progress::Missed(matched) = batch.progress else { return None };
         let (mut landed, mut fenced, mut corrupt) = (false, [false; PARTITIONS], false);
@@ -76,7 +75,7 @@ impl Several {
             };
             let row = state.store[partition];
             if matched[partition] {
-                // Its own UPDATE has moved it, and is rolled back.
+                // The batch itself has moved this row, and is rolled back.
             } else if row.epoch == part.epoch && row.position == part.position {
                 landed = true;
             } else if row.epoch > part.epoch {
@@ -147,13 +146,13 @@ impl Several {
     pub(super) fn take_durable(&self, process: &mut Coordinator, parts: Each<Option<Part>>) {
         for (seat, part) in process.seats.iter_mut().zip(parts) {
             if let (Some(seat), Some(part)) = (seat, part) {
-                // In this model a decision is all that is ever written.
+                // In this model batches write nothing but decisions.
                 seat.durable = part.decision.or(seat.durable);
             }
         }
     }
 
-    /// The partitions that were not fenced.
+    /// Sends the parts of the partitions that were not fenced.
     pub(super) fn send_rest(&self, process: &mut Coordinator, mut rest: Each<Option<Part>>) {
         process.batch = None;
         if rest.iter().flatten().all(|part| part.unguarded) {

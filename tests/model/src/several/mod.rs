@@ -1,12 +1,12 @@
 //! Batches that carry several partitions: each partition's guard must hold for its own rows.
 //!
-//! Two partitions, which may be taken over one by one (the coordinator takes all of them at once today; the store does not rest
-//! on that), and two coordinators. All that is left of a transaction is its decision: one transaction in each partition, first
-//! undecided, then confirmed or cancelled by whoever owns it. Loading is one step here; the other model has it in full.
+//! There are two coordinators and two partitions, which may be taken over together or one by one. Each partition has one transaction,
+//! of which only the decision is modelled: its owner confirms or cancels it. Loading is one step here; [`protocol`](crate::protocol)
+//! has it in full.
 //!
-//! What a coordinator does is `Journal::append`, and what the database does is `store/sql/write.rs`: one UPDATE moves the position
-//! of every partition in the batch; if it has moved fewer than there are guards, all is rolled back, and `judge` says what became
-//! of it. A partition that is fenced is dropped, and the rest of the batch is sent again under its old numbers.
+//! The coordinator stands for `Journal::append`, the database for `store/sql/write.rs`. One UPDATE moves the position of every
+//! partition in the batch. If it has moved fewer rows than there are guards, everything is rolled back, and `judge` says why. A fenced
+//! partition is dropped, and the rest of the batch is sent again under its old numbers.
 
 mod action;
 mod guard;
@@ -76,7 +76,7 @@ impl Several {
                 when(state.faults < self.faults)?;
                 state.faults += 1;
                 Self::leave_to_database(state, batch)?;
-                let progress = Progress::Sent; // the same one again
+                let progress = Progress::Sent; // the same batch again
                 state.coordinators[who].batch = Some(Batch { progress, ..batch });
             }
             Action::Crash(who) => {
@@ -111,7 +111,7 @@ impl Several {
 
     fn take_over(&self, state: &mut State, who: usize, which: Each<bool>) -> Option<()> {
         let process = state.coordinators[who];
-        // A process that has partitions is given no more of them: each start is one takeover.
+        // A process that has partitions takes no more: each start is one takeover.
         when(process == Coordinator::default())?;
         let held = Self::held(state);
         let taken = |partition: &usize| which[*partition];
@@ -136,7 +136,7 @@ impl Several {
         })
     }
 
-    /// What is known to be durable may be told.
+    /// Callers may be told every decision that is known to be durable.
     fn speak(state: &mut State) {
         for seats in state.coordinators.map(|process| process.seats) {
             for (told, seat) in state.told.iter_mut().zip(seats) {

@@ -20,7 +20,7 @@ impl Several {
             Property::always("I7 a durable decision never changes", |_, state: &State| {
                 !state.changed
             }),
-            Property::always("I11 what was told is recorded", |_, state: &State| {
+            Property::always("I11 what callers were told is recorded", |_, state: &State| {
                 let told = state.told.iter().zip(&state.store);
                 told.into_iter().all(|([confirm, cancel], row)| {
                     (!confirm || row.decision == Some(Decision::Confirm))
@@ -53,7 +53,7 @@ impl Several {
         ]
     }
 
-    /// Every owner knows all that it has decided to be durable.
+    /// Every owner knows that all its decisions are durable.
     fn is_settled(state: &State) -> bool {
         let seats = state.coordinators.iter().flat_map(|process| process.seats.iter().enumerate());
         let mut owned = seats.filter_map(|(partition, seat)| {

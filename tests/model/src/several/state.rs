@@ -1,13 +1,13 @@
-//! Everything that this model knows at one moment.
+//! Everything that the model knows at one moment.
 
 use stateright::Representative;
 
 pub(super) const PARTITIONS: usize = 2;
 pub(super) const COORDINATORS: usize = 2;
-/// Batches whose owner is gone, or has sent them again.
+/// How many batches may outlive their owner or their connection.
 pub(super) const ABANDONED: usize = 3;
 
-/// One thing for each partition.
+/// One value for each partition.
 pub(super) type Each<T> = [T; PARTITIONS];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -24,23 +24,23 @@ pub(super) struct Row {
     pub(super) decision: Option<Decision>,
 }
 
-/// What a batch is to do in one partition.
+/// The part of a batch for one partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Part {
     pub(super) epoch: u8,
     pub(super) position: u8,
-    /// `None`: only the guard, for a heartbeat or for others.
+    /// `None`: the part is only a guard.
     pub(super) decision: Option<Decision>,
-    /// Without `FencedRowsDropped` only: the guard is gone, the row is still written.
+    /// The guard was dropped and the row is still written. Used without `FencedRowsDropped` only.
     pub(super) unguarded: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Progress {
     Sent,
-    /// All guards have matched; the rows of all partitions in it are held until COMMIT.
+    /// All guards have matched. The rows of all its partitions are held until COMMIT.
     Guarded,
-    /// Not all of them have; those that have are held until it has looked.
+    /// Not all guards have matched. The rows of those that have are held until the batch has looked.
     Missed(Each<bool>),
     Landed,
     Fenced(Each<bool>),
@@ -64,18 +64,18 @@ pub(super) struct Seat {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Coordinator {
-    /// `None`: not an owner, or fenced.
+    /// `None`: the process does not own the partition, or was fenced.
     pub(super) seats: Each<Option<Seat>>,
     pub(super) batch: Option<Batch>,
 }
 
-/// Everything at one moment.
+/// Everything that the model knows at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct State {
     pub(super) store: Each<Row>,
     pub(super) coordinators: [Coordinator; COORDINATORS],
     pub(super) abandoned: [Option<Batch>; ABANDONED],
-    /// Told as confirmed, as cancelled.
+    /// Whether a caller was told that it is confirmed, and that it is cancelled.
     pub(super) told: Each<[bool; 2]>,
     pub(super) changed: bool,
     pub(super) written_by_stranger: bool,

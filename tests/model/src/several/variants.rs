@@ -1,4 +1,4 @@
-//! How much happens in each variant, and what breaks when a guard is missing.
+//! The variants: limits for the clean ones, and the broken property for each missing guard.
 
 use super::{Several, guard::Guard};
 use crate::variant::{Size, Variant};

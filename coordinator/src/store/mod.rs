@@ -1,5 +1,5 @@
 //! Where global transactions are recorded. A store saves what it is handed, in one local transaction, and never has an
-//! opinion. Every implementation passes the same suite, `conformance.rs`.
+//! opinion. Every implementation passes the same suite, `conformance/`.
 //!
 //! What makes it safe is that a batch is applied exactly once, and only by the owner of its partitions:
 //!
@@ -13,20 +13,12 @@
 mod conformance;
 pub mod memory;
 pub mod mysql;
-mod record;
 #[cfg(test)]
 pub(crate) mod scripted;
+mod sql;
 pub mod sqlite;
 
-use std::{
-    error::Error as StdError,
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use handfast_proto::{Xid, planted::Bug};
 
@@ -184,31 +176,10 @@ pub struct Summary {
 /// What batches have cost since the store was opened. Cleaning up is not in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Written {
-    /// Beside BEGIN and COMMIT, and beside those that were prepared.
+    /// Other than BEGIN and COMMIT.
     pub statements: u64,
     /// Of transactions, branches, keys and resolutions, new or changed. A batch changes one more for each partition in it.
     pub rows: u64,
-}
-
-/// Counts what becomes [`Written`].
-#[derive(Debug, Default)]
-struct Counter {
-    statements: AtomicU64,
-    rows: AtomicU64,
-}
-
-impl Counter {
-    fn statement(&self, rows: usize) {
-        self.statements.fetch_add(1, Ordering::Relaxed);
-        self.rows.fetch_add(rows as u64, Ordering::Relaxed);
-    }
-
-    fn written(&self) -> Written {
-        Written {
-            statements: self.statements.load(Ordering::Relaxed),
-            rows: self.rows.load(Ordering::Relaxed),
-        }
-    }
 }
 
 /// Why a store could not do what was asked.
@@ -226,29 +197,6 @@ impl Error {
     /// The store did not answer, and this is why.
     pub fn unavailable(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self::Unavailable(cause.into())
-    }
-}
-
-impl From<sqlx::Error> for Error {
-    #[allow(
-        clippy::wildcard_enum_match_arm,
-        reason = "whatever else goes wrong may go well the next time"
-    )]
-    fn from(error: sqlx::Error) -> Self {
-        match &error {
-            // What cannot be decoded will not be the next time either.
-            sqlx::Error::ColumnDecode { .. }
-            | sqlx::Error::Decode(_)
-            | sqlx::Error::ColumnNotFound(_) => Self::Corrupt(error.to_string()),
-            // Nor will what breaks a constraint, or does not fit its column (SQLSTATE classes 22 and 23), be taken the next time.
-            sqlx::Error::Database(refused)
-                if refused.kind() != sqlx::error::ErrorKind::Other
-                    || refused.code().is_some_and(|code| code.starts_with("22")) =>
-            {
-                Self::Corrupt(error.to_string())
-            }
-            _ => Self::unavailable(error),
-        }
     }
 }
 

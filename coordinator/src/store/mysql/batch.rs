@@ -7,12 +7,13 @@ use futures_util::TryStreamExt as _;
 use handfast_proto::Xid;
 use sqlx::{AssertSqlSafe, Either};
 
-use super::{
-    super::{
-        Batch, Counter, Error, Guard,
-        record::{self, Cell, Rows, all_written},
+use super::{Connection, Dialect as _, InMySql};
+use crate::store::{
+    Batch, Error, Guard,
+    sql::{
+        Cell, Counter,
+        record::{self, Rows, all_written},
     },
-    BEGIN_WRITING, Connection,
 };
 
 /// Bytes of a message, unless one row has more: what fits into one record of TLS. sqlx 0.9.0 leaves Nagle's algorithm on (its issue 4335), and
@@ -21,46 +22,52 @@ const MESSAGE_BYTES: usize = 16_000;
 /// Rows of one statement. Each of them looks through the values of all.
 const ROWS_MAX: usize = 64;
 
-/// Begins a local transaction, moves the partitions' positions by one where epoch and position are as the guards say, and if that are all of
-/// them, writes the rows and checks that each one counted. Returns how many positions it has moved.
+/// See [`Dialect::write`](crate::store::sql::Dialect::write).
 pub(super) async fn write(
     connection: &mut Connection,
     Batch { guards, writes }: &Batch,
     counter: &Counter,
 ) -> Result<u64, Error> {
     let mut statements = begin(guards);
-    for rows in &record::rows(writes) {
+    for rows in &record::by_table(writes) {
         let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
         for some in all.chunks(ROWS_MAX) {
             push_statements(&mut statements, rows, some);
         }
     }
-    let (mut sent, mut moved) = (0, 0);
-    while sent < statements.len() {
+    let all_guards = guards.len() as u64;
+    let mut moved = 0;
+    let mut left = &statements[..];
+    while !left.is_empty() {
         let mut bytes = 0;
-        let fit = statements[sent..].iter().take_while(|statement| {
+        let fit = left.iter().take_while(|statement| {
             bytes += statement.sql.len();
             bytes <= MESSAGE_BYTES
         });
-        let message = &statements[sent..][..fit.count().max(1)];
-        let (written, ended) = send(connection, message).await;
-        if sent == 0 {
-            moved = written.get(1).copied().unwrap_or(0);
-            if written.len() > 1 && moved != guards.len() as u64 {
-                return Ok(moved); // and it has ended there
+        let message;
+        (message, left) = left.split_at(fit.count().max(1));
+        let (counts, ended) = send(connection, message).await;
+        let answered = counts.len();
+        let mut unwritten = Ok(());
+        for (statement, count) in message.iter().zip(counts) {
+            match statement.purpose {
+                Purpose::Begin | Purpose::Check => {}
+                Purpose::Move => moved = count,
+                Purpose::Write { table, rows } => {
+                    counter.statement(rows);
+                    unwritten = unwritten.and(all_written(table, rows, count));
+                }
             }
+        }
+        let has_moved = |statement: &Statement| statement.purpose == Purpose::Move;
+        if message[..answered].iter().any(has_moved) && moved != all_guards {
+            return Ok(moved); // the check has ended the message
         }
         ended?;
-        if written.len() != message.len() {
+        if answered != message.len() {
             return Err(Error::unavailable("the server has not answered to every statement"));
         }
-        for (statement, written) in message.iter().zip(written) {
-            if let Some(table) = statement.table {
-                counter.statement(statement.rows);
-                all_written(table, statement.rows, written)?;
-            }
-        }
-        sent += message.len();
+        unwritten?;
     }
     Ok(moved)
 }
@@ -84,14 +91,23 @@ async fn send(
 }
 
 struct Statement {
-    /// `None`: none of those whose rows are counted.
-    table: Option<&'static str>,
-    /// So many are written, or something is wrong.
-    rows: usize,
+    purpose: Purpose,
     sql: String,
 }
 
-/// Begins, and moves the positions. The third statement is one that fails if those were not all, and with it ends the message.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Begins the local transaction.
+    Begin,
+    /// Moves the positions of the partitions whose guards fit.
+    Move,
+    /// Fails if those were not all partitions of the batch, and with it ends the message.
+    Check,
+    /// Writes so many rows of a table, or something is wrong.
+    Write { table: &'static str, rows: usize },
+}
+
+/// What comes before the rows.
 fn begin(guards: &[Guard]) -> Vec<Statement> {
     let fits = guards.iter().map(|Guard { partition, epoch, position }| {
         let before = position - 1;
@@ -99,21 +115,25 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
     });
     let fits = fits.collect::<Vec<_>>().join(" OR ");
     let all = guards.len();
-    let statements = [
-        BEGIN_WRITING.to_owned(),
-        format!(
-            "UPDATE `partition` FORCE INDEX (PRIMARY) SET position = position + 1 WHERE {fits}"
-        ),
-        format!("SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {all} INTO @all_moved"),
-    ];
-    statements.into_iter().map(|sql| Statement { table: None, rows: 0, sql }).collect()
+    let move_positions = format!(
+        "UPDATE `partition` FORCE INDEX (PRIMARY) SET position = position + 1 WHERE {fits}"
+    );
+    // Two rows where one is expected are an error.
+    let check =
+        format!("SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {all} INTO @all_moved");
+    vec![
+        Statement { purpose: Purpose::Begin, sql: InMySql::BEGIN_WRITING.to_owned() },
+        Statement { purpose: Purpose::Move, sql: move_positions },
+        Statement { purpose: Purpose::Check, sql: check },
+    ]
 }
 
 /// One that writes these rows, or several if it would be too long.
 fn push_statements(statements: &mut Vec<Statement>, shape: &Rows, rows: &[&[Cell]]) {
     let sql = if shape.keys == 0 { insert(shape, rows) } else { update(shape, rows) };
     if sql.len() <= MESSAGE_BYTES || rows.len() == 1 {
-        statements.push(Statement { table: Some(shape.table), rows: rows.len(), sql });
+        let purpose = Purpose::Write { table: shape.table, rows: rows.len() };
+        statements.push(Statement { purpose, sql });
         return;
     }
     let (first, second) = rows.split_at(rows.len() / 2);

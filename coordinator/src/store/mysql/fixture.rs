@@ -1,6 +1,12 @@
 //! Databases for tests, on servers that somebody else has started.
 
+use std::time::Duration;
+
 use sqlx::{AssertSqlSafe, Connection as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
 
 use super::{Connection, MySqlStore, migrate};
 
@@ -8,7 +14,7 @@ use super::{Connection, MySqlStore, migrate};
 const SERVERS: &str = "TEST_MYSQL_SERVERS";
 
 /// All servers to test with. None, without that variable: then there is nothing to see here.
-pub(in super::super) fn servers() -> Vec<String> {
+pub(in crate::store) fn servers() -> Vec<String> {
     let servers = std::env::var(SERVERS).unwrap_or_default();
     let servers: Vec<_> = servers
         .split(',')
@@ -23,14 +29,14 @@ pub(in super::super) fn servers() -> Vec<String> {
 }
 
 /// A database of its own.
-pub(in super::super) struct Database {
+pub(in crate::store) struct Database {
     server: String,
     name: String,
 }
 
 impl Database {
     /// Makes one, with the tables.
-    pub(in super::super) async fn new(server: &str) -> Self {
+    pub(in crate::store) async fn new(server: &str) -> Self {
         let name = format!("handfast_test_{:016x}", rand::random::<u64>());
         let database = Self { server: server.to_owned(), name };
         database.execute(&format!("CREATE DATABASE {}", database.name)).await;
@@ -42,7 +48,7 @@ impl Database {
         format!("{}/{}", self.server, self.name)
     }
 
-    pub(in super::super) async fn store(&self) -> MySqlStore {
+    pub(in crate::store) async fn store(&self) -> MySqlStore {
         MySqlStore::open(&self.url(), true).await.unwrap()
     }
 
@@ -51,12 +57,42 @@ impl Database {
         Connection::connect(&self.url()).await.unwrap()
     }
 
+    /// The same database through a proxy that brings what the server says in small pieces.
+    pub(super) async fn store_with_slow_answers(&self) -> MySqlStore {
+        const PIECE: usize = 64;
+        const PAUSE: Duration = Duration::from_millis(1);
+        let (user, server) = self.server.split_once('@').expect("mysql://user@host:port");
+        let server = server.to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("{user}@{}/{}", listener.local_addr().unwrap(), self.name);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let upstream = TcpStream::connect(&server).await.unwrap();
+                let (mut from_client, mut to_client) = client.into_split();
+                let (mut from_server, mut to_server) = upstream.into_split();
+                tokio::spawn(async move {
+                    drop(tokio::io::copy(&mut from_client, &mut to_server).await);
+                });
+                tokio::spawn(async move {
+                    let mut piece = [0; PIECE];
+                    while let Ok(bytes @ 1..) = from_server.read(&mut piece).await {
+                        if to_client.write_all(&piece[..bytes]).await.is_err() {
+                            break;
+                        }
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                });
+            }
+        });
+        MySqlStore::open(&url, true).await.unwrap()
+    }
+
     async fn execute(&self, sql: &str) {
         let mut connection = Connection::connect(&self.server).await.unwrap();
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
     }
 
-    pub(in super::super) async fn drop(self) {
+    pub(in crate::store) async fn drop(self) {
         self.execute(&format!("DROP DATABASE {}", self.name)).await;
     }
 }

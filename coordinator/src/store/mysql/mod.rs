@@ -13,13 +13,6 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-#[path = "../sql/read.rs"]
-#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
-mod read;
-#[path = "../sql/write.rs"]
-#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
-mod write;
-
 pub use schema::{SchemaError, migrate, pending};
 pub use server::{OpenError, options};
 
@@ -27,20 +20,19 @@ use std::time::Duration;
 
 use handfast_proto::Xid;
 use sqlx::{
-    AssertSqlSafe, Connection as _, MySql as Db, MySqlConnection as Connection, MySqlPool,
-    mysql::{MySqlConnectOptions, MySqlPoolOptions},
+    AssertSqlSafe, Connection as _, MySql as Db, MySqlConnection as Connection,
+    mysql::MySqlConnectOptions,
 };
-use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use super::{
-    Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
-    Written,
+    Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary, Written,
+    sql::{
+        self, CALL_TIMEOUT, Connections, Counter, Dialect, FromAnyRow, Query, Role, read, write,
+    },
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
-/// Longest wait for one call.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// After so many seconds of silence the server itself ends a connection that writes: the batch of an owner that is gone must not
 /// keep its rows locked.
 const SILENCE_MAX_SECONDS: u32 = 5;
@@ -50,40 +42,89 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Connections that write, each for partitions of its own: while the server works on a batch, or waits for its disk, it can work on another
 /// one, and it makes one write to the disk of two commits that come together.
 const WRITERS: u16 = 2;
-/// Connections for reading and cleaning up, beside those that write.
-const READERS: u32 = 4;
+/// Connections for reading.
+const READERS: usize = 4;
 /// How often a takeover is tried again that has waited too long for the batch of the owner before.
 const ACQUIRE_ATTEMPTS: usize = 6;
 
-const BEGIN_WRITING: &str = "BEGIN";
-/// One moment for all its queries. (InnoDB's snapshots are of REPEATABLE READ; what reads has it, what writes has not.)
-const BEGIN_READING: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
-/// For the next local transaction. One in REPEATABLE READ locks the gaps beside the branches that it deletes too, and whoever
-/// writes there, next to the newest that is deleted, would wait for it.
-const LOCK_ROWS_ONLY: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
 /// Takeovers of the partition that was taken over most often. Bind: from, until.
 const TAKEOVERS: &str = "SELECT CAST(COALESCE(MAX(times), 0) AS SIGNED) FROM (SELECT COUNT(*) AS times FROM epoch \
                          WHERE taken_at BETWEEN ? AND ? GROUP BY `partition`) AS of_each";
-/// Bind: partition, xid, xid.
-const UPSERT_PURGED: &str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
-                             ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
 
 /// See the module's comment.
 #[derive(Debug)]
 pub struct MySqlStore {
-    writers: Vec<Mutex<Writer>>,
-    readers: MySqlPool,
+    /// One connection each.
+    writers: Vec<Connections<InMySql>>,
+    readers: Connections<InMySql>,
+    /// One connection, which no journal waits for.
+    cleaner: Connections<InMySql>,
     counter: Counter,
 }
 
-/// A connection that writes.
+/// SQL as MySQL and MariaDB have it.
 #[derive(Debug)]
-struct Writer {
-    options: MySqlConnectOptions,
-    /// `None`: the last one was thrown away, in doubt.
-    connection: Option<Connection>,
-    /// What the server calls that one.
-    id: u64,
+struct InMySql;
+
+impl Dialect for InMySql {
+    type Db = Db;
+    type Options = MySqlConnectOptions;
+
+    const BEGIN_WRITING: &'static str = "BEGIN";
+    /// InnoDB's snapshots are of REPEATABLE READ: connections that read have it, those that write have not.
+    const BEGIN_READING: &'static str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
+    const UPSERT_PURGED: &'static str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
+                                         ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
+
+    async fn connect(
+        options: &MySqlConnectOptions,
+        role: Role,
+        doubtful: &[u64],
+    ) -> Result<(Connection, u64), Error> {
+        let mut connection = Connection::connect_with(options).await?;
+        for id in doubtful {
+            // Most likely the server has noticed by itself, and there is nobody of that number any more.
+            let kill = AssertSqlSafe(format!("KILL {id}"));
+            if sqlx::raw_sql(kill).execute(&mut connection).await.is_ok() {
+                info!(connection = id, "a connection in doubt was ended at the server");
+            }
+        }
+        match role {
+            Role::Write => server::set_up_writer(&mut connection, SILENCE_MAX_SECONDS).await?,
+            Role::Read => server::set_up_reader(&mut connection).await?,
+            Role::CleanUp => server::set_up_cleaner(&mut connection).await?,
+        }
+        let id = sqlx::query_scalar("SELECT CONNECTION_ID()").fetch_one(&mut connection).await?;
+        Ok((connection, id))
+    }
+
+    async fn write(
+        connection: &mut Connection,
+        batch: &Batch,
+        counter: &Counter,
+    ) -> Result<u64, Error> {
+        batch::write(connection, batch, counter).await
+    }
+
+    async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
+        batch::delete(connection, finished).await
+    }
+
+    async fn fetch<T: FromAnyRow>(
+        connection: &mut Connection,
+        query: Query,
+    ) -> Result<Vec<T>, sqlx::Error> {
+        sql::fetch::<Db, T>(connection, query).await
+    }
+
+    async fn execute(connection: &mut Connection, query: Query) -> Result<u64, sqlx::Error> {
+        Ok(sql::execute::<Db>(connection, query).await?.rows_affected())
+    }
+
+    async fn run(connection: &mut Connection, sql: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(sql).execute(connection).await?;
+        Ok(())
+    }
 }
 
 impl MySqlStore {
@@ -100,68 +141,19 @@ impl MySqlStore {
         tokio::time::timeout(CALL_TIMEOUT, schema::check(&mut connection)).await??;
         server::check(&mut connection, allow_unsafe).await?;
         drop(connection.close().await);
-        let readers = MySqlPoolOptions::new()
-            .max_connections(READERS)
-            .acquire_timeout(CALL_TIMEOUT)
-            .after_connect(|connection, _| Box::pin(server::set_up_reader(connection)))
-            .connect_lazy_with(options.clone());
-        let writer = |_| Mutex::new(Writer { options: options.clone(), connection: None, id: 0 });
-        let writers = (0..WRITERS).map(writer).collect();
-        Ok(Self { writers, readers, counter: Counter::default() })
+        let connections = |role, max| Connections::new(role, options.clone(), max);
+        Ok(Self {
+            writers: (0..WRITERS).map(|_| connections(Role::Write, 1)).collect(),
+            readers: connections(Role::Read, READERS),
+            cleaner: connections(Role::CleanUp, 1),
+            counter: Counter::default(),
+        })
     }
 
-    /// Runs `work` on a connection that writes. After an error, or without an answer in time, that one is thrown away.
-    async fn writing<T>(
-        &self,
-        writer: u16,
-        work: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let mut writer = self.writers[usize::from(writer)].lock().await;
-        let result = tokio::time::timeout(CALL_TIMEOUT, async {
-            let mut connection = match writer.connection.take() {
-                Some(connection) => connection,
-                None => writer.connect().await?,
-            };
-            let result = work(&mut connection).await;
-            if result.is_ok() {
-                writer.connection = Some(connection);
-            }
-            result
-        });
-        result.await.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
-    }
-
-    /// Runs `work` on one of the other connections. After an error, or without an answer in time, that one is thrown away.
-    async fn reading<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let mut connection = self.readers.acquire().await?;
-        let result = tokio::time::timeout(CALL_TIMEOUT, work(&mut connection))
-            .await
-            .unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)));
-        if result.is_err() {
-            connection.close_on_drop();
-        }
-        result
-    }
-}
-
-impl Writer {
-    /// A new connection. What the one before it may still be at is ended.
-    async fn connect(&mut self) -> Result<Connection, Error> {
-        let mut connection = Connection::connect_with(&self.options).await?;
-        if self.id != 0 {
-            // Most likely the server has noticed by itself, and there is nobody of that number any more.
-            let kill = AssertSqlSafe(format!("KILL {}", self.id));
-            if sqlx::raw_sql(kill).execute(&mut connection).await.is_ok() {
-                info!(connection = self.id, "a connection in doubt was ended at the server");
-            }
-        }
-        server::set_up_writer(&mut connection, SILENCE_MAX_SECONDS).await?;
-        let id = sqlx::query_scalar("SELECT CONNECTION_ID()");
-        self.id = id.fetch_one(&mut connection).await?;
-        Ok(connection)
+    /// The connection that writes this partition. What repeats a batch comes to the same connection, and so ends the one that is in
+    /// doubt.
+    fn writer_of(&self, partition: u16) -> &Connections<InMySql> {
+        &self.writers[usize::from(partition % WRITERS)]
     }
 }
 
@@ -180,19 +172,16 @@ impl Store for MySqlStore {
     }
 
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
-        self.reading(async |connection| write::seats(connection).await).await
+        self.readers.run(async |connection| write::seats::<InMySql>(connection).await).await
     }
 
     async fn takeovers(&self, from: Timestamp, until: Timestamp) -> Result<u64, Error> {
-        self.reading(async |connection| {
-            let takeovers: i64 = sqlx::query_scalar(TAKEOVERS)
-                .bind(from.0)
-                .bind(until.0)
-                .fetch_one(connection)
-                .await?;
-            Ok(takeovers.cast_unsigned())
-        })
-        .await
+        let count = async |connection: &mut Connection| {
+            let takeovers = Query::new(TAKEOVERS).bind(from).bind(until);
+            let most: Option<(i64,)> = InMySql::fetch(connection, takeovers).await?.pop();
+            Ok(most.map_or(0, |(times,)| times.cast_unsigned()))
+        };
+        self.readers.run(count).await
     }
 
     async fn acquire(
@@ -204,10 +193,9 @@ impl Store for MySqlStore {
         let mut attempts = 1;
         loop {
             let acquire = async |connection: &mut Connection| {
-                write::acquire(connection, partitions, owner, now).await
+                write::acquire::<InMySql>(connection, partitions, owner, now).await
             };
-            let acquired = self.writing(0, acquire).await;
-            match acquired {
+            match self.writer_of(0).run(acquire).await {
                 Err(Error::Unavailable(cause)) if attempts < ACQUIRE_ATTEMPTS => {
                     // The owner before may have a batch under way; the server ends that one in time.
                     warn!(attempts, cause, "the store was not taken over; trying again");
@@ -220,20 +208,22 @@ impl Store for MySqlStore {
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        // What repeats a batch comes to the same connection, and so ends the one that is in doubt.
         let partition = batch.guards.first().map_or(0, |guard| guard.partition);
         let append = async |connection: &mut Connection| {
-            write::append(connection, batch, &self.counter).await
+            write::append::<InMySql>(connection, batch, &self.counter).await
         };
-        self.writing(partition % WRITERS, append).await
+        self.writer_of(partition).run(append).await
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
-        self.reading(async |connection| read::load(connection, xid).await).await
+        self.readers.run(async |connection| read::load::<InMySql>(connection, xid).await).await
     }
 
     async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
-        self.reading(async |connection| read::find_keys(connection, hashes).await).await
+        let find = async |connection: &mut Connection| {
+            read::find_keys::<InMySql>(connection, hashes).await
+        };
+        self.readers.run(find).await
     }
 
     async fn due(
@@ -243,8 +233,10 @@ impl Store for MySqlStore {
         after: Option<(Timestamp, Xid)>,
         limit: usize,
     ) -> Result<DuePage, Error> {
-        self.reading(async |connection| read::due(connection, partition, until, after, limit).await)
-            .await
+        let due = async |connection: &mut Connection| {
+            read::due::<InMySql>(connection, partition, until, after, limit).await
+        };
+        self.readers.run(due).await
     }
 
     async fn list(
@@ -252,11 +244,17 @@ impl Store for MySqlStore {
         filter: &ListFilter,
         limit: usize,
     ) -> Result<Vec<GlobalTransaction>, Error> {
-        self.reading(async |connection| read::list(connection, filter, limit).await).await
+        let list = async |connection: &mut Connection| {
+            read::list::<InMySql>(connection, filter, limit).await
+        };
+        self.readers.run(list).await
     }
 
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
-        self.reading(async |connection| read::summary(connection, now, stuck).await).await
+        let summary = async |connection: &mut Connection| {
+            read::summary::<InMySql>(connection, now, stuck).await
+        };
+        self.readers.run(summary).await
     }
 
     async fn purge(
@@ -266,18 +264,20 @@ impl Store for MySqlStore {
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
-        // Not on a connection that writes: no journal waits for it.
-        self.reading(async |connection| {
+        let purge = async |connection: &mut Connection| {
             let (finished, next) =
-                read::finished(connection, partition, finished_before, after, limit).await?;
-            sqlx::raw_sql(LOCK_ROWS_ONLY).execute(&mut *connection).await?;
-            write::purge(connection, partition, &finished).await?;
-            Ok((u64::try_from(finished.len()).expect("a page of them"), next))
-        })
-        .await
+                read::finished::<InMySql>(connection, partition, finished_before, after, limit)
+                    .await?;
+            write::purge::<InMySql>(connection, partition, &finished).await?;
+            Ok((finished.len() as u64, next))
+        };
+        self.cleaner.run(purge).await
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
-        self.writing(0, async |connection| write::release(connection, ownerships).await).await
+        let release = async |connection: &mut Connection| {
+            write::release::<InMySql>(connection, ownerships).await
+        };
+        self.writer_of(0).run(release).await
     }
 }

@@ -7,7 +7,8 @@ use sqlx::{
 };
 use tracing::warn;
 
-use super::{CALL_TIMEOUT, Connection, SchemaError};
+use super::{Connection, SchemaError};
+use crate::store::sql::CALL_TIMEOUT;
 
 /// Bytes that `max_allowed_packet` must have. A batch stays below a quarter of it.
 const PACKET_BYTES_MIN: i64 = 16 * 1024 * 1024;
@@ -82,12 +83,20 @@ pub(super) async fn set_up_writer(
     Ok(())
 }
 
-/// Makes a connection one whose local transactions see one moment, whatever the server's default is. One that cleans up waits for
-/// rows less long than we wait for its answer: what nobody waits for any more must not go on at the server.
+/// Makes a connection one whose local transactions see one moment, whatever the server's default is.
 pub(super) async fn set_up_reader(connection: &mut Connection) -> Result<(), sqlx::Error> {
+    let isolation = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ";
+    sqlx::raw_sql(isolation).execute(connection).await?;
+    Ok(())
+}
+
+/// Makes a connection one that deletes. It locks only the rows that it deletes: in REPEATABLE READ it would lock the gaps beside the
+/// branches too, and whoever writes there, next to the newest one that is deleted, would wait for it. It waits for rows less long
+/// than we wait for its answer, so that a delete that was given up does not go on at the server.
+pub(super) async fn set_up_cleaner(connection: &mut Connection) -> Result<(), sqlx::Error> {
     let wait_seconds = CALL_TIMEOUT.as_secs() / 2;
     sqlx::raw_sql(AssertSqlSafe(format!(
-        "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
+        "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
          SET SESSION innodb_lock_wait_timeout = {wait_seconds}"
     )))
     .execute(connection)

@@ -5,18 +5,20 @@ use std::{sync::Arc, time::Duration};
 use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 
 use super::{
-    super::{
-        Store as _,
-        conformance::{NOW, Owner, begun, call, confirm, failed, inserted, updated},
-    },
     fixture::{Database, servers},
     *,
 };
-use crate::transaction::{BranchSet, GlobalTransaction, Key, Outcome};
+use crate::{
+    store::{
+        Show, Store as _,
+        conformance::{NOW, Owner, begun, call, confirm, failed, inserted, updated},
+    },
+    transaction::{BranchSet, GlobalTransaction, Key, Outcome},
+};
 
 /// How often the connection that writes partition 0 has asked its server to prepare a statement.
 async fn prepared(store: &MySqlStore) -> u64 {
-    let asked = store.writing(0, async |connection| {
+    let asked = store.writer_of(0).run(async |connection| {
         let status = sqlx::raw_sql("SHOW SESSION STATUS LIKE 'Com_stmt_prepare'");
         let asked: String = status.fetch_one(&mut *connection).await?.get(1);
         Ok(asked.parse().unwrap())
@@ -107,7 +109,10 @@ async fn a_purge_waits_only_for_what_it_deletes() {
         let mut owner = Owner::of(&store).await;
         let new = new(&mut owner);
         owner.append(new.iter().map(inserted).collect()).await;
-        sqlx::raw_sql(LOCK_ROWS_ONLY).execute(&mut holder).await.unwrap();
+        sqlx::raw_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+            .execute(&mut holder)
+            .await
+            .unwrap();
         let mut hold = holder.begin().await.unwrap();
         for table in ["global_transaction", "branch", "idempotency"] {
             let sql = format!("SELECT 1 FROM {table} FOR UPDATE");
@@ -167,6 +172,49 @@ async fn a_purge_that_waits_holds_nobody_up() {
         hold.rollback().await.unwrap();
         let (deleted, next) = purge.await.unwrap().unwrap();
         assert_eq!((deleted, next), (100, Some(old[99].xid)), "a step takes as many as it may");
+        database.drop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_read_after_a_purge_of_nothing_sees_one_moment() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store().await;
+        let mut other = database.connect().await;
+        let purges = (0..READERS).map(|_| store.purge(2, NOW, None, 10));
+        for purged in futures_util::future::join_all(purges).await {
+            assert_eq!(purged.unwrap(), (0, None));
+        }
+        let counts = store.readers.run(async |connection| {
+            let count = "SELECT COUNT(*) FROM resolution";
+            InMySql::run(connection, InMySql::BEGIN_READING).await?;
+            let before: i64 = sqlx::query_scalar(count).fetch_one(&mut *connection).await?;
+            let written = "INSERT INTO resolution VALUES (x'00', '1', 1, '', '', '', '', 0)";
+            sqlx::raw_sql(written).execute(&mut other).await?;
+            let after: i64 = sqlx::query_scalar(count).fetch_one(&mut *connection).await?;
+            InMySql::run(connection, "ROLLBACK").await?;
+            Ok((before, after))
+        });
+        assert_eq!(counts.await.unwrap(), (0, 0));
+        database.drop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_read_whose_caller_goes_away_costs_no_connection() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store_with_slow_answers().await;
+        let all = ListFilter { show: Show::All, name: None };
+        for millis in 0..60 {
+            let list = store.list(&all, 10);
+            drop(tokio::time::timeout(Duration::from_millis(millis), list).await);
+        }
+        let lists = (0..READERS).map(|_| store.list(&all, 10));
+        for list in futures_util::future::join_all(lists).await {
+            assert_eq!(list.unwrap(), []);
+        }
         database.drop().await;
     }
 }

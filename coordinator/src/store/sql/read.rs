@@ -1,21 +1,19 @@
-//! Everything that reads a store in an SQL database: compiled once in the module of each. Each function sees one moment of it, and
-//! lets go of it before it returns: what is old cannot be cleaned up while somebody looks at it.
+//! Everything that reads a store in an SQL database. Each function sees one moment of it, and ends its local transaction before it
+//! returns: while a snapshot is open the database cannot clean up what is older.
 
 use std::collections::BTreeMap;
 
 use handfast_proto::Xid;
-use sqlx::{Connection as _, QueryBuilder};
 use tracing::error;
 
 use super::{
-    super::{
-        DuePage, Error, ListFilter, Lookup, PARTITIONS, Show, Summary,
-        record::{self, BranchRow, TransactionRow},
-        xids_of,
-    },
-    BEGIN_READING, Connection, Db,
+    Connection, Dialect, Query,
+    record::{self, BranchRow, TransactionRow},
 };
-use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
+use crate::{
+    store::{DuePage, Error, ListFilter, Lookup, PARTITIONS, Show, Summary, xids_of},
+    transaction::{GlobalTransaction, StuckAfter, Timestamp},
+};
 
 /// Transactions whose branches are read by one query.
 const XIDS_MAX: usize = 64;
@@ -33,77 +31,81 @@ const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_a
                      WHERE b.xid = g.xid AND b.state = 1 AND b.error_at IS NOT NULL \
                      AND (b.needs_attention OR b.attempts >= ?)))";
 
-pub(super) async fn load(connection: &mut Connection, xid: Xid) -> Result<Lookup, Error> {
-    let mut tx = connection.begin_with(BEGIN_READING).await?;
-    let mut query = QueryBuilder::new(TRANSACTION[0]);
-    query.push("WHERE g.xid = ").push_bind(xid.to_bytes().to_vec()).push(TRANSACTION[1]);
-    if let Some(head) = query.build_query_as().fetch_optional(&mut *tx).await? {
-        let head: TransactionRow = head;
-        let mut query = QueryBuilder::new(BRANCH);
-        query.push("WHERE b.xid = ").push_bind(head.xid.clone()).push(" ORDER BY b.position");
-        let branches = query.build_query_as().fetch_all(&mut *tx).await?;
-        return Ok(Lookup::Found(Box::new(head.into_transaction(branches)?)));
-    }
-    let purged_through: Option<Vec<u8>> =
-        sqlx::query_scalar("SELECT through FROM purged WHERE `partition` = ?")
-            .bind(xid.partition)
-            .fetch_optional(&mut *tx)
-            .await?;
-    let nonce: Option<u32> =
-        sqlx::query_scalar("SELECT nonce FROM epoch WHERE `partition` = ? AND epoch = ?")
-            .bind(xid.partition)
-            .bind(xid.epoch)
-            .fetch_optional(&mut *tx)
-            .await?;
+/// Ends a local transaction that has changed nothing.
+const END_READING: &str = "ROLLBACK";
+
+pub(in crate::store) async fn load<D: Dialect>(
+    connection: &mut Connection<D>,
+    xid: Xid,
+) -> Result<Lookup, Error> {
+    D::run(connection, D::BEGIN_READING).await?;
+    let mut query = Query::new(TRANSACTION[0]);
+    query.push("WHERE g.xid = ").push_bind(xid).push(TRANSACTION[1]);
+    let head: Option<TransactionRow> = D::fetch(connection, query).await?.pop();
+    let lookup = match head {
+        Some(head) => {
+            let mut query = Query::new(BRANCH);
+            query.push("WHERE b.xid = ").push_bind(xid).push(" ORDER BY b.position");
+            let branches = D::fetch(connection, query).await?;
+            Lookup::Found(Box::new(head.into_transaction(branches)?))
+        }
+        None => absent::<D>(connection, xid).await?,
+    };
+    D::run(connection, END_READING).await?;
+    Ok(lookup)
+}
+
+/// What is known of the place where an xid would be.
+async fn absent<D: Dialect>(connection: &mut Connection<D>, xid: Xid) -> Result<Lookup, Error> {
+    let through = Query::new("SELECT through FROM purged WHERE `partition` = ?");
+    let through: Option<(Vec<u8>,)> =
+        D::fetch(connection, through.bind(xid.partition)).await?.pop();
+    let nonce = Query::new("SELECT nonce FROM epoch WHERE `partition` = ? AND epoch = ?");
+    let nonce: Option<(u32,)> =
+        D::fetch(connection, nonce.bind(xid.partition).bind(xid.epoch)).await?.pop();
     Ok(Lookup::Absent {
-        purged_through: purged_through.map(|through| record::xid(&through)).transpose()?,
-        nonce,
+        purged_through: through.map(|(through,)| record::xid(&through)).transpose()?,
+        nonce: nonce.map(|(nonce,)| nonce),
     })
 }
 
-pub(super) async fn find_keys(
-    connection: &mut Connection,
+pub(in crate::store) async fn find_keys<D: Dialect>(
+    connection: &mut Connection<D>,
     hashes: &[[u8; 32]],
 ) -> Result<Vec<Option<Xid>>, Error> {
-    let mut tx = connection.begin_with(BEGIN_READING).await?;
+    D::run(connection, D::BEGIN_READING).await?;
     let mut found = Vec::with_capacity(hashes.len());
     for hash in hashes {
-        let xid: Option<Vec<u8>> =
-            sqlx::query_scalar("SELECT xid FROM idempotency WHERE key_hash = ?")
-                .bind(hash.to_vec())
-                .fetch_optional(&mut *tx)
-                .await?;
-        found.push(xid.map(|xid| record::xid(&xid)).transpose()?);
+        let query = Query::new("SELECT xid FROM idempotency WHERE key_hash = ?");
+        let xid: Option<(Vec<u8>,)> = D::fetch(connection, query.bind(hash.to_vec())).await?.pop();
+        found.push(xid.map(|(xid,)| record::xid(&xid)).transpose()?);
     }
+    D::run(connection, END_READING).await?;
     Ok(found)
 }
 
-pub(super) async fn due(
-    connection: &mut Connection,
+pub(in crate::store) async fn due<D: Dialect>(
+    connection: &mut Connection<D>,
     partition: u16,
     until: Timestamp,
     after: Option<(Timestamp, Xid)>,
     limit: usize,
 ) -> Result<DuePage, Error> {
-    let mut tx = connection.begin_with(BEGIN_READING).await?;
+    D::run(connection, D::BEGIN_READING).await?;
     let (first, last) = xids_of(partition);
-    let mut query = QueryBuilder::new(TRANSACTION[0]);
-    query.push("WHERE g.due_at <= ").push_bind(until.0);
-    query.push(" AND g.xid BETWEEN ").push_bind(first.to_bytes().to_vec());
-    query.push(" AND ").push_bind(last.to_bytes().to_vec());
+    let mut query = Query::new(TRANSACTION[0]);
+    query.push("WHERE g.due_at <= ").push_bind(until);
+    query.push(" AND g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
     if let Some((due_at, xid)) = after {
-        query
-            .push(" AND g.due_at >= ") // where to begin in the index
-            .push_bind(due_at.0)
-            .push(" AND (g.due_at > ")
-            .push_bind(due_at.0)
-            .push(" OR g.due_at = ")
-            .push_bind(due_at.0);
-        query.push(" AND g.xid > ").push_bind(xid.to_bytes().to_vec()).push(")");
+        // The first condition says where to begin in the index.
+        query.push(" AND g.due_at >= ").push_bind(due_at);
+        query.push(" AND (g.due_at > ").push_bind(due_at);
+        query.push(" OR g.due_at = ").push_bind(due_at);
+        query.push(" AND g.xid > ").push_bind(xid).push(")");
     }
-    query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(rows(limit + 1));
+    query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(sql_limit(limit + 1));
     query.push(TRANSACTION[1]).push("ORDER BY g.due_at, g.xid");
-    let mut heads: Vec<TransactionRow> = query.build_query_as().fetch_all(&mut *tx).await?;
+    let mut heads: Vec<TransactionRow> = D::fetch(connection, query).await?;
     let more = heads.len() > limit;
     heads.truncate(limit);
     let next = match heads.last() {
@@ -112,75 +114,73 @@ pub(super) async fn due(
         }
         _ => None,
     };
-    let transactions = undamaged(&mut tx, heads).await?;
-    let next_due_at: Option<i64> = if more {
+    let transactions = undamaged::<D>(connection, heads).await?;
+    let next_due_at: Option<(i64,)> = if more {
         None
     } else {
-        sqlx::query_scalar(
+        let query = Query::new(
             "SELECT due_at FROM global_transaction WHERE due_at > ? AND xid BETWEEN ? AND ? ORDER BY due_at LIMIT 1",
-        )
-        .bind(until.0)
-        .bind(first.to_bytes().to_vec())
-        .bind(last.to_bytes().to_vec())
-        .fetch_optional(&mut *tx)
-        .await?
+        );
+        D::fetch(connection, query.bind(until).bind(first).bind(last)).await?.pop()
     };
-    Ok(DuePage { transactions, next, next_due_at: next_due_at.map(Timestamp) })
+    D::run(connection, END_READING).await?;
+    Ok(DuePage { transactions, next, next_due_at: next_due_at.map(|(at,)| Timestamp(at)) })
 }
 
-pub(super) async fn list(
-    connection: &mut Connection,
+pub(in crate::store) async fn list<D: Dialect>(
+    connection: &mut Connection<D>,
     filter: &ListFilter,
     limit: usize,
 ) -> Result<Vec<GlobalTransaction>, Error> {
-    let mut tx = connection.begin_with(BEGIN_READING).await?;
+    D::run(connection, D::BEGIN_READING).await?;
     let mut found = Vec::new();
     match filter.show {
         // What is open is few, and has an index.
         Show::Open | Show::Stuck(..) => {
-            let mut query = QueryBuilder::new(TRANSACTION[0]);
+            let mut query = Query::new(TRANSACTION[0]);
             query.push("WHERE g.due_at IS NOT NULL");
             if let Show::Stuck(now, after) = filter.show {
                 push_stuck(query.push(" AND "), now, after);
             }
             push_name(&mut query, filter);
-            query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ").push_bind(rows(limit));
+            query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ");
+            query.push_bind(sql_limit(limit));
             query.push(TRANSACTION[1]).push("ORDER BY g.begun_at DESC, g.xid DESC");
-            found = transactions(&mut tx, query).await?;
+            found = transactions::<D>(connection, query).await?;
         }
         // All are many, but within a partition they are sorted by age.
         Show::All => {
             for partition in 0..PARTITIONS {
                 let (first, last) = xids_of(partition);
-                let mut query = QueryBuilder::new(TRANSACTION[0]);
-                query.push("WHERE g.xid BETWEEN ").push_bind(first.to_bytes().to_vec());
-                query.push(" AND ").push_bind(last.to_bytes().to_vec());
+                let mut query = Query::new(TRANSACTION[0]);
+                query.push("WHERE g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
                 push_name(&mut query, filter);
-                query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(rows(limit));
+                query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(sql_limit(limit));
                 query.push(TRANSACTION[1]);
-                found.append(&mut transactions(&mut tx, query).await?);
+                found.append(&mut transactions::<D>(connection, query).await?);
             }
             found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
             found.truncate(limit);
         }
     }
+    D::run(connection, END_READING).await?;
     Ok(found)
 }
 
-pub(super) async fn summary(
-    connection: &mut Connection,
+pub(in crate::store) async fn summary<D: Dialect>(
+    connection: &mut Connection<D>,
     now: Timestamp,
     after: StuckAfter,
 ) -> Result<Summary, Error> {
-    let mut tx = connection.begin_with(BEGIN_READING).await?;
-    let (open, oldest): (i64, Option<i64>) = sqlx::query_as(
-        "SELECT count(*), min(begun_at) FROM global_transaction WHERE due_at IS NOT NULL",
-    )
-    .fetch_one(&mut *tx)
-    .await?;
-    let mut query = QueryBuilder::new("SELECT count(*) FROM global_transaction AS g WHERE ");
+    D::run(connection, D::BEGIN_READING).await?;
+    let query = "SELECT count(*), min(begun_at) FROM global_transaction WHERE due_at IS NOT NULL";
+    let counted = D::fetch(connection, Query::new(query)).await?.pop();
+    let (open, oldest): (i64, Option<i64>) = counted.ok_or(sqlx::Error::RowNotFound)?;
+    let mut query = Query::new("SELECT count(*) FROM global_transaction AS g WHERE ");
     push_stuck(&mut query, now, after);
-    let stuck: i64 = query.build_query_scalar().fetch_one(&mut *tx).await?;
+    let (stuck,): (i64,) =
+        D::fetch(connection, query).await?.pop().ok_or(sqlx::Error::RowNotFound)?;
+    D::run(connection, END_READING).await?;
     Ok(Summary {
         open: open.cast_unsigned(),
         stuck: stuck.cast_unsigned(),
@@ -191,23 +191,19 @@ pub(super) async fn summary(
 /// Of the next `limit` transactions of a partition after `after`: those that finished before that moment; and the last one
 /// looked at, if there may be more. (Xids of a partition are sorted by age: what follows one that began later did not finish
 /// before.)
-pub(super) async fn finished(
-    connection: &mut Connection,
+pub(in crate::store) async fn finished<D: Dialect>(
+    connection: &mut Connection<D>,
     partition: u16,
     before: Timestamp,
     after: Option<Xid>,
     limit: usize,
 ) -> Result<(Vec<Xid>, Option<Xid>), Error> {
     let (first, last) = xids_of(partition);
-    let mut tx = connection.begin_with(BEGIN_READING).await?;
-    let found: Vec<(Vec<u8>, i64, Option<i64>)> = sqlx::query_as(
+    let query = Query::new(
         "SELECT xid, begun_at, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
-    )
-    .bind(after.unwrap_or(first).to_bytes().to_vec())
-    .bind(last.to_bytes().to_vec())
-    .bind(rows(limit))
-    .fetch_all(&mut *tx)
-    .await?;
+    );
+    let query = query.bind(after.unwrap_or(first)).bind(last).bind(sql_limit(limit));
+    let found: Vec<(Vec<u8>, i64, Option<i64>)> = D::fetch(connection, query).await?;
     let (mut finished, mut next) = (Vec::new(), None);
     let full = found.len() == limit;
     for (xid, begun_at, finished_at) in found {
@@ -221,31 +217,28 @@ pub(super) async fn finished(
 }
 
 /// Runs a query for transactions, and puts those together that can be.
-async fn transactions(
-    tx: &mut Connection,
-    mut query: QueryBuilder<Db>,
+async fn transactions<D: Dialect>(
+    connection: &mut Connection<D>,
+    query: Query,
 ) -> Result<Vec<GlobalTransaction>, Error> {
-    let heads = query.build_query_as().fetch_all(&mut *tx).await?;
-    undamaged(tx, heads).await
+    let heads = D::fetch(connection, query).await?;
+    undamaged::<D>(connection, heads).await
 }
 
 /// Puts transactions together. One that makes no sense must not stand in the way of the others: it is left out, loudly.
-async fn undamaged(
-    tx: &mut Connection,
+async fn undamaged<D: Dialect>(
+    connection: &mut Connection<D>,
     heads: Vec<TransactionRow>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let mut branches: BTreeMap<Vec<u8>, Vec<BranchRow>> = BTreeMap::new();
     for some in heads.chunks(XIDS_MAX) {
-        let mut query = QueryBuilder::new(BRANCH);
-        let mut xids = query.push("WHERE b.xid IN (").separated(", ");
-        for head in some {
-            xids.push_bind(head.xid.clone());
-        }
-        query.push(") ORDER BY b.xid, b.position");
+        let mut query = Query::new(BRANCH);
+        query.push("WHERE b.xid IN (").push_list(some.iter().map(|head| head.xid.clone()));
+        query.push(" ORDER BY b.xid, b.position");
         // Only full ones are worth remembering: the others come in all sizes.
-        let rows: Vec<BranchRow> =
-            query.build_query_as().persistent(some.len() == XIDS_MAX).fetch_all(&mut *tx).await?;
-        for row in rows {
+        query.persistent = some.len() == XIDS_MAX;
+        let found: Vec<BranchRow> = D::fetch(connection, query).await?;
+        for row in found {
             branches.entry(row.xid.clone()).or_default().push(row);
         }
     }
@@ -263,7 +256,7 @@ async fn undamaged(
     Ok(found)
 }
 
-fn push_stuck(query: &mut QueryBuilder<Db>, now: Timestamp, after: StuckAfter) {
+fn push_stuck(query: &mut Query, now: Timestamp, after: StuckAfter) {
     let mut parts = STUCK.split('?');
     let decided_before =
         now.0.saturating_sub(i64::try_from(after.time.as_millis()).unwrap_or(i64::MAX));
@@ -272,12 +265,12 @@ fn push_stuck(query: &mut QueryBuilder<Db>, now: Timestamp, after: StuckAfter) {
     query.push(parts.next().unwrap_or_default());
 }
 
-fn push_name(query: &mut QueryBuilder<Db>, filter: &ListFilter) {
+fn push_name(query: &mut Query, filter: &ListFilter) {
     if let Some(name) = &filter.name {
         query.push(" AND g.name = ").push_bind(name.clone());
     }
 }
 
-fn rows(limit: usize) -> i64 {
+fn sql_limit(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }

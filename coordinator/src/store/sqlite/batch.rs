@@ -3,40 +3,41 @@
 use handfast_proto::Xid;
 use sqlx::{Arguments as _, Database, QueryBuilder};
 
-use super::{
-    super::{
-        Batch, Counter, Error, Guard,
-        record::{self, Cell, Rows, all_written},
+use super::{Connection, Db, Dialect as _, InSqlite};
+use crate::store::{
+    Batch, Error, Guard,
+    sql::{
+        Cell, Counter,
+        record::{self, Rows, all_written},
     },
-    BEGIN_WRITING, Connection, Db,
 };
 
 /// Rows of one statement. A few fixed sizes, so that statements are prepared once and reused.
-const ROWS: [usize; 8] = [64, 32, 16, 8, 4, 3, 2, 1];
+const STATEMENT_ROWS: [usize; 8] = [64, 32, 16, 8, 4, 3, 2, 1];
 /// Guards of one statement.
-const GUARDS: [usize; 3] = [1, 4, 16];
+const STATEMENT_GUARDS: [usize; 3] = [1, 4, 16];
 /// Statements that the connection keeps prepared: more than there are shapes of rows, each in all those sizes.
 pub(super) const STATEMENTS_MAX: usize = 256;
 /// What a cell takes in the text of a statement, and as its value, as a rule.
 const CELL_BYTES: usize = 32;
 
-/// Begins a local transaction, moves the partitions' positions by one where epoch and position are as the guards say, and if that are all of
-/// them, writes the rows and checks that each one counted. Returns how many positions it has moved.
+/// See [`Dialect::write`](crate::store::sql::Dialect::write).
 pub(super) async fn write(
     connection: &mut Connection,
     Batch { guards, writes }: &Batch,
     counter: &Counter,
 ) -> Result<u64, Error> {
-    sqlx::query(BEGIN_WRITING).execute(&mut *connection).await?;
+    sqlx::query(InSqlite::BEGIN_WRITING).execute(&mut *connection).await?;
     let moved = move_positions(connection, guards).await?;
     if moved != guards.len() as u64 {
         return Ok(moved);
     }
-    for rows in record::rows(writes) {
+    for rows in record::by_table(writes) {
         let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
         let mut left = &all[..];
         while !left.is_empty() {
-            let count = ROWS.into_iter().find(|size| *size <= left.len()).expect("the last is 1");
+            let count =
+                STATEMENT_ROWS.into_iter().find(|size| *size <= left.len()).expect("the last is 1");
             let chunk;
             (chunk, left) = left.split_at(count);
             let mut query = room_for(count * rows.columns.len());
@@ -54,7 +55,8 @@ pub(super) async fn write(
 }
 
 async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
-    let size = GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
+    let size =
+        STATEMENT_GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
     let mut query = QueryBuilder::<Db>::new("UPDATE partition SET position = position + 1 WHERE ");
     // Said twice it still counts once.
     for (n, guard) in guards.iter().cycle().take(size).enumerate() {

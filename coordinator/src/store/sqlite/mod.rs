@@ -5,12 +5,6 @@
 
 mod batch;
 mod file;
-#[path = "../sql/read.rs"]
-#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
-mod read;
-#[path = "../sql/write.rs"]
-#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
-mod write;
 
 pub use file::OpenError;
 
@@ -18,51 +12,86 @@ use std::{path::Path, time::Duration};
 
 use handfast_proto::Xid;
 use sqlx::{
-    Connection as _, Sqlite as Db, SqliteConnection as Connection, SqlitePool,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+    Connection as _, Sqlite as Db, SqliteConnection as Connection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
-use tokio::sync::Mutex;
 use tracing::warn;
 
 use super::{
-    Appended, Batch, Counter, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary,
-    Written,
+    Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary, Written,
+    sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, read, write},
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
-/// Longest wait for one call. SQLite answers in milliseconds; what takes this long has a sick disk below it.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a statement waits for somebody else's lock: a shell in the middle of a write.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections for reading, beside the one that writes.
-const READERS: u32 = 4;
+const READERS: usize = 4;
 /// Bytes that the WAL file keeps after a checkpoint.
 const JOURNAL_BYTES_KEPT: u32 = 64 * 1024 * 1024;
 /// Bytes of the WAL file above which something is wrong: most likely a reader that never ends.
 const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
 
-/// IMMEDIATE: from here on nobody else writes, so what is read still holds at COMMIT.
-const BEGIN_WRITING: &str = "BEGIN IMMEDIATE";
-const BEGIN_READING: &str = "BEGIN";
-/// Bind: partition, xid, xid.
-const UPSERT_PURGED: &str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
-                             ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
-
 /// See the module's comment.
 #[derive(Debug)]
 pub struct SqliteStore {
     file: file::LockedFile,
-    writer: Mutex<Writer>,
-    readers: SqlitePool,
+    /// One connection.
+    writer: Connections<InSqlite>,
+    readers: Connections<InSqlite>,
     counter: Counter,
 }
 
-/// The one connection that writes.
+/// SQL as SQLite has it.
 #[derive(Debug)]
-struct Writer {
-    options: SqliteConnectOptions,
-    /// `None`: the last one was thrown away, in doubt.
-    connection: Option<Connection>,
+struct InSqlite;
+
+impl Dialect for InSqlite {
+    type Db = Db;
+    type Options = SqliteConnectOptions;
+
+    /// IMMEDIATE: from here on nobody else writes, so what is read still holds at COMMIT.
+    const BEGIN_WRITING: &'static str = "BEGIN IMMEDIATE";
+    const BEGIN_READING: &'static str = "BEGIN";
+    const UPSERT_PURGED: &'static str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
+                                         ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
+
+    /// A connection that is closed takes its local transaction along: there is nothing left to end.
+    async fn connect(
+        options: &SqliteConnectOptions,
+        _role: Role,
+        _doubtful: &[u64],
+    ) -> Result<(Connection, u64), Error> {
+        Ok((Connection::connect_with(options).await?, 0))
+    }
+
+    async fn write(
+        connection: &mut Connection,
+        batch: &Batch,
+        counter: &Counter,
+    ) -> Result<u64, Error> {
+        batch::write(connection, batch, counter).await
+    }
+
+    async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
+        batch::delete(connection, finished).await
+    }
+
+    async fn fetch<T: FromAnyRow>(
+        connection: &mut Connection,
+        query: Query,
+    ) -> Result<Vec<T>, sqlx::Error> {
+        sql::fetch::<Db, T>(connection, query).await
+    }
+
+    async fn execute(connection: &mut Connection, query: Query) -> Result<u64, sqlx::Error> {
+        Ok(sql::execute::<Db>(connection, query).await?.rows_affected())
+    }
+
+    async fn run(connection: &mut Connection, sql: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(sql).execute(connection).await?;
+        Ok(())
+    }
 }
 
 impl SqliteStore {
@@ -83,49 +112,13 @@ impl SqliteStore {
             .statement_cache_capacity(batch::STATEMENTS_MAX)
             .pragma("journal_size_limit", JOURNAL_BYTES_KEPT.to_string());
         let connection = file.open_database(&options).await?;
-        let readers = SqlitePoolOptions::new()
-            .max_connections(READERS)
-            .acquire_timeout(CALL_TIMEOUT)
-            .test_before_acquire(false)
-            .connect_lazy_with(options.clone().read_only(true).create_if_missing(false));
+        let reading = options.clone().read_only(true).create_if_missing(false);
         Ok(Self {
             file,
-            writer: Mutex::new(Writer { options, connection: Some(connection) }),
-            readers,
+            writer: Connections::new(Role::Write, options, 1).with_first(connection),
+            readers: Connections::new(Role::Read, reading, READERS),
             counter: Counter::default(),
         })
-    }
-
-    /// Runs `work` on the connection that writes. After an error, or without an answer in time, the connection is thrown away
-    /// and with it the local transaction that was open.
-    async fn writing<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let mut writer = self.writer.lock().await;
-        let result = tokio::time::timeout(CALL_TIMEOUT, async {
-            let mut connection = match writer.connection.take() {
-                Some(connection) => connection,
-                None => Connection::connect_with(&writer.options).await?,
-            };
-            let result = work(&mut connection).await;
-            if result.is_ok() {
-                writer.connection = Some(connection);
-            }
-            result
-        });
-        result.await.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
-    }
-
-    /// Runs `work` on a connection that reads.
-    async fn reading<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        let read = async { work(&mut *self.readers.acquire().await?).await };
-        tokio::time::timeout(CALL_TIMEOUT, read)
-            .await
-            .unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
     }
 }
 
@@ -141,20 +134,29 @@ impl Store for SqliteStore {
         owner: &str,
         now: Timestamp,
     ) -> Result<Vec<Ownership>, Error> {
-        self.writing(async |connection| write::acquire(connection, partitions, owner, now).await)
+        self.writer
+            .run(async |connection| {
+                write::acquire::<InSqlite>(connection, partitions, owner, now).await
+            })
             .await
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        self.writing(async |connection| write::append(connection, batch, &self.counter).await).await
+        self.writer
+            .run(async |connection| {
+                write::append::<InSqlite>(connection, batch, &self.counter).await
+            })
+            .await
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
-        self.reading(async |connection| read::load(connection, xid).await).await
+        self.readers.run(async |connection| read::load::<InSqlite>(connection, xid).await).await
     }
 
     async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
-        self.reading(async |connection| read::find_keys(connection, hashes).await).await
+        self.readers
+            .run(async |connection| read::find_keys::<InSqlite>(connection, hashes).await)
+            .await
     }
 
     async fn due(
@@ -164,7 +166,10 @@ impl Store for SqliteStore {
         after: Option<(Timestamp, Xid)>,
         limit: usize,
     ) -> Result<DuePage, Error> {
-        self.reading(async |connection| read::due(connection, partition, until, after, limit).await)
+        self.readers
+            .run(async |connection| {
+                read::due::<InSqlite>(connection, partition, until, after, limit).await
+            })
             .await
     }
 
@@ -173,7 +178,9 @@ impl Store for SqliteStore {
         filter: &ListFilter,
         limit: usize,
     ) -> Result<Vec<GlobalTransaction>, Error> {
-        self.reading(async |connection| read::list(connection, filter, limit).await).await
+        self.readers
+            .run(async |connection| read::list::<InSqlite>(connection, filter, limit).await)
+            .await
     }
 
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
@@ -184,7 +191,9 @@ impl Store for SqliteStore {
                 "the store's WAL file grows: does another program hold the file open for reading?"
             );
         }
-        self.reading(async |connection| read::summary(connection, now, stuck).await).await
+        self.readers
+            .run(async |connection| read::summary::<InSqlite>(connection, now, stuck).await)
+            .await
     }
 
     async fn purge(
@@ -195,20 +204,27 @@ impl Store for SqliteStore {
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let (finished, next) = self
-            .reading(async |connection| {
-                read::finished(connection, partition, finished_before, after, limit).await
+            .readers
+            .run(async |connection| {
+                read::finished::<InSqlite>(connection, partition, finished_before, after, limit)
+                    .await
             })
             .await?;
         let deleted = u64::try_from(finished.len()).expect("a page of them");
         if !finished.is_empty() {
-            self.writing(async |connection| write::purge(connection, partition, &finished).await)
+            self.writer
+                .run(async |connection| {
+                    write::purge::<InSqlite>(connection, partition, &finished).await
+                })
                 .await?;
         }
         Ok((deleted, next))
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
-        self.writing(async |connection| write::release(connection, ownerships).await).await
+        self.writer
+            .run(async |connection| write::release::<InSqlite>(connection, ownerships).await)
+            .await
     }
 }
 
@@ -216,11 +232,11 @@ impl Store for SqliteStore {
 mod tests {
     use std::{collections::BTreeMap, sync::Arc};
 
-    use super::{
-        super::{ALL_PARTITIONS, Guard, Head, Write},
-        *,
+    use super::*;
+    use crate::{
+        store::{ALL_PARTITIONS, Guard, Head, Write},
+        transaction::{BranchSet, Drive, NewTransaction},
     };
-    use crate::transaction::{BranchSet, Drive, NewTransaction};
 
     #[tokio::test]
     async fn a_full_disk_loses_nothing_and_is_got_over() {
@@ -251,7 +267,7 @@ mod tests {
             writes: writes.collect(),
         };
         // No page more than there are: SQLite says the same as on a full disk. A new connection has the space again.
-        let full = store.writing(async |connection| {
+        let full = store.writer.run(async |connection| {
             sqlx::raw_sql("PRAGMA max_page_count = 1").execute(connection).await?;
             Ok(())
         });
@@ -268,7 +284,7 @@ mod tests {
     async fn what_is_committed_is_on_the_disk() {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let settings = store.writing(async |connection| {
+        let settings = store.writer.run(async |connection| {
             let journal: String =
                 sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *connection).await?;
             let synchronous: i64 =
@@ -303,14 +319,14 @@ mod tests {
         let batch =
             Batch { guards: vec![Guard { partition: 3, epoch, position: 1 }], writes: vec![write] };
         store.append(&batch).await.unwrap();
-        let row: (String, String, String) =
-            sqlx::query_as("SELECT xid, state, begun_at FROM readable_transaction")
-                .fetch_one(&store.readers)
-                .await
-                .unwrap();
+        let readable = store.readers.run(async |connection| {
+            let readable = "SELECT xid, state, begun_at FROM readable_transaction";
+            Ok(InSqlite::fetch(connection, Query::new(readable)).await?.pop())
+        });
+        let row: Option<(String, String, String)> = readable.await.unwrap();
         assert_eq!(
             row,
-            (xid.to_string(), "trying".to_owned(), "2023-11-14 22:13:20.123".to_owned())
+            Some((xid.to_string(), "trying".to_owned(), "2023-11-14 22:13:20.123".to_owned()))
         );
 
         // Decided, and one of three has acknowledged.

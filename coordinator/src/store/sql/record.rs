@@ -9,81 +9,34 @@ use bytes::Bytes;
 use handfast_proto::{BranchId, Xid};
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Head, Write};
-use crate::transaction::{
-    AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
-    GlobalTransaction, Key, Payload, Refusal, Resolution, State, Timestamp,
+use super::Cell;
+use crate::{
+    store::{Error, Head, Write},
+    transaction::{
+        AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
+        GlobalTransaction, Key, Payload, Refusal, Resolution, State, Timestamp,
+    },
 };
 
-/// What stands in one column of one row.
+/// Rows of one table that are new, or that change, all in the same columns.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Cell {
-    Int(Option<i64>),
-    Text(Option<String>),
-    Bytes(Option<Vec<u8>>),
-}
-
-impl From<i64> for Cell {
-    fn from(value: i64) -> Self {
-        Self::Int(Some(value))
-    }
-}
-
-impl From<Option<i64>> for Cell {
-    fn from(value: Option<i64>) -> Self {
-        Self::Int(value)
-    }
-}
-
-impl From<bool> for Cell {
-    fn from(value: bool) -> Self {
-        Self::Int(Some(value.into()))
-    }
-}
-
-impl From<String> for Cell {
-    fn from(value: String) -> Self {
-        Self::Text(Some(value))
-    }
-}
-
-impl From<Option<String>> for Cell {
-    fn from(value: Option<String>) -> Self {
-        Self::Text(value)
-    }
-}
-
-impl From<Vec<u8>> for Cell {
-    fn from(value: Vec<u8>) -> Self {
-        Self::Bytes(Some(value))
-    }
-}
-
-impl From<Option<Vec<u8>>> for Cell {
-    fn from(value: Option<Vec<u8>>) -> Self {
-        Self::Bytes(value)
-    }
-}
-
-/// Rows of one table that are new, or that change.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Rows {
-    pub(super) table: &'static str,
-    pub(super) columns: &'static [&'static str],
+pub(in crate::store) struct Rows {
+    pub(in crate::store) table: &'static str,
+    pub(in crate::store) columns: &'static [&'static str],
     /// So many columns at the beginning say which row changes; 0: the rows are new.
-    pub(super) keys: usize,
+    pub(in crate::store) keys: usize,
     /// Row after row.
-    pub(super) cells: Vec<Cell>,
+    pub(in crate::store) cells: Vec<Cell>,
 }
 
-/// Rows of `table`: these columns of these rows.
-macro_rules! rows {
-    ($table:literal, $keys:literal, $rows:expr => $($column:ident)*) => {
+/// These columns of these records, as [`Rows`] of a table.
+macro_rules! columns {
+    ($table:literal, $keys:literal, $records:expr => $($column:ident)*) => {
         Rows {
             table: $table,
             columns: &[$(stringify!($column)),*],
             keys: $keys,
-            cells: $rows.flat_map(|row| [$(Cell::from(row.$column)),*]).collect(),
+            cells: $records.flat_map(|record| [$(Cell::from(record.$column)),*]).collect(),
         }
     };
 }
@@ -93,7 +46,7 @@ fn new_of(write: &Write) -> &[Branch] {
 }
 
 /// What `writes` do to the tables, in the order in which it is to be done.
-pub(super) fn rows(writes: &[Write]) -> [Rows; 7] {
+pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 7] {
     let heads = |head| {
         let written = writes.iter().filter(move |write| write.head == head);
         written.map(|write| TransactionRow::of(&write.global))
@@ -111,31 +64,31 @@ pub(super) fn rows(writes: &[Write]) -> [Rows; 7] {
         let changed = write.changed_branches.iter();
         changed.filter_map(|position| ResolutionRow::of(&write.global, position))
     });
-    // What is new is as good as always undecided, and its branches have neither failed nor a payload: half of the columns are NULL
-    // then, and need not be sent. Two shapes, so that statements are prepared once.
+    // Nearly always what is new is undecided, and its branches have neither failed nor a payload. Half of the columns are NULL then,
+    // and need not be sent.
     let decided = |write: &Write| write.head == Head::Insert && write.global.decided_at.is_some();
     let has_more = |branch: &Branch| branch.spec.carry_payload || branch.last_error.is_some();
     let new = heads(Head::Insert);
     [
         if writes.iter().any(decided) {
-            rows!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash decided_at
+            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash decided_at
                 finished_at cancel_cause cancel_branch_id cancel_reason refusal)
         } else {
-            rows!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash)
+            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash)
         },
-        rows!("idempotency", 0, keys => key_hash xid key_digest),
-        rows!("global_transaction", 1, alike(heads(Head::Update)) => xid state decided_at finished_at due_at cancel_cause
+        columns!("idempotency", 0, keys => key_hash xid key_digest),
+        columns!("global_transaction", 1, alike(heads(Head::Update)) => xid state decided_at finished_at due_at cancel_cause
             cancel_branch_id cancel_reason refusal),
-        rows!("global_transaction", 1, alike(heads(Head::Finish)) => xid state finished_at due_at),
+        columns!("global_transaction", 1, alike(heads(Head::Finish)) => xid state finished_at due_at),
         if writes.iter().flat_map(new_of).any(has_more) {
-            rows!("branch", 0, new_branches => xid position branch_id action participant target state attempts
+            columns!("branch", 0, new_branches => xid position branch_id action participant target state attempts
                 needs_attention payload payload_type due_at error_code error_message error_at)
         } else {
-            rows!("branch", 0, new_branches => xid position branch_id action participant target state attempts needs_attention)
+            columns!("branch", 0, new_branches => xid position branch_id action participant target state attempts needs_attention)
         },
-        rows!("branch", 2, changed_branches => xid position state attempts needs_attention due_at error_code
+        columns!("branch", 2, changed_branches => xid position state attempts needs_attention due_at error_code
             error_message error_at),
-        rows!("resolution", 0, resolutions => xid branch_id decision name action operator reason at),
+        columns!("resolution", 0, resolutions => xid branch_id decision name action operator reason at),
     ]
 }
 
@@ -148,7 +101,7 @@ fn alike(rows: impl Iterator<Item = TransactionRow>) -> impl Iterator<Item = Tra
 }
 
 /// Checks that a statement has written all rows that it was to write.
-pub(super) fn all_written(table: &str, rows: usize, written: u64) -> Result<(), Error> {
+pub(in crate::store) fn all_written(table: &str, rows: usize, written: u64) -> Result<(), Error> {
     if written == rows as u64 {
         return Ok(());
     }
@@ -189,46 +142,46 @@ impl ResolutionRow {
 
 /// A row of `global_transaction`. The columns' comments in the schema say what each means.
 #[derive(Debug, sqlx::FromRow)]
-pub(super) struct TransactionRow {
-    pub(super) xid: Vec<u8>,
-    pub(super) name: String,
-    pub(super) drive: i64,
-    pub(super) state: i64,
-    pub(super) labels: String,
-    pub(super) begun_at: i64,
-    pub(super) expires_at: i64,
-    pub(super) decided_at: Option<i64>,
-    pub(super) finished_at: Option<i64>,
-    pub(super) due_at: Option<i64>,
-    pub(super) cancel_cause: Option<i64>,
-    pub(super) cancel_branch_id: Option<String>,
-    pub(super) cancel_reason: Option<String>,
-    pub(super) refusal: Option<String>,
-    pub(super) key_hash: Option<Vec<u8>>,
-    pub(super) key_digest: Option<Vec<u8>>,
+pub(in crate::store) struct TransactionRow {
+    pub(in crate::store) xid: Vec<u8>,
+    pub(in crate::store) name: String,
+    pub(in crate::store) drive: i64,
+    pub(in crate::store) state: i64,
+    pub(in crate::store) labels: String,
+    pub(in crate::store) begun_at: i64,
+    pub(in crate::store) expires_at: i64,
+    pub(in crate::store) decided_at: Option<i64>,
+    pub(in crate::store) finished_at: Option<i64>,
+    pub(in crate::store) due_at: Option<i64>,
+    pub(in crate::store) cancel_cause: Option<i64>,
+    pub(in crate::store) cancel_branch_id: Option<String>,
+    pub(in crate::store) cancel_reason: Option<String>,
+    pub(in crate::store) refusal: Option<String>,
+    pub(in crate::store) key_hash: Option<Vec<u8>>,
+    pub(in crate::store) key_digest: Option<Vec<u8>>,
 }
 
 /// A row of `branch`, with its row of `resolution` if there is one.
 #[derive(Debug, sqlx::FromRow)]
-pub(super) struct BranchRow {
-    pub(super) xid: Vec<u8>,
-    pub(super) position: i64,
-    pub(super) branch_id: String,
-    pub(super) action: String,
-    pub(super) participant: String,
-    pub(super) target: String,
-    pub(super) payload: Option<Vec<u8>>,
-    pub(super) payload_type: Option<String>,
-    pub(super) state: i64,
-    pub(super) attempts: i64,
-    pub(super) needs_attention: bool,
-    pub(super) due_at: Option<i64>,
-    pub(super) error_code: Option<String>,
-    pub(super) error_message: Option<String>,
-    pub(super) error_at: Option<i64>,
-    pub(super) resolved_by: Option<String>,
-    pub(super) resolved_reason: Option<String>,
-    pub(super) resolved_at: Option<i64>,
+pub(in crate::store) struct BranchRow {
+    pub(in crate::store) xid: Vec<u8>,
+    pub(in crate::store) position: i64,
+    pub(in crate::store) branch_id: String,
+    pub(in crate::store) action: String,
+    pub(in crate::store) participant: String,
+    pub(in crate::store) target: String,
+    pub(in crate::store) payload: Option<Vec<u8>>,
+    pub(in crate::store) payload_type: Option<String>,
+    pub(in crate::store) state: i64,
+    pub(in crate::store) attempts: i64,
+    pub(in crate::store) needs_attention: bool,
+    pub(in crate::store) due_at: Option<i64>,
+    pub(in crate::store) error_code: Option<String>,
+    pub(in crate::store) error_message: Option<String>,
+    pub(in crate::store) error_at: Option<i64>,
+    pub(in crate::store) resolved_by: Option<String>,
+    pub(in crate::store) resolved_reason: Option<String>,
+    pub(in crate::store) resolved_at: Option<i64>,
 }
 
 /// `refusal`, as JSON.
@@ -241,7 +194,7 @@ struct RefusalColumn {
 }
 
 impl TransactionRow {
-    pub(super) fn of(global: &GlobalTransaction) -> Self {
+    pub(in crate::store) fn of(global: &GlobalTransaction) -> Self {
         let (cancel_cause, cancel_branch_id, cancel_reason, refusal) =
             cancel_columns(global.cancel.as_ref());
         Self {
@@ -275,7 +228,7 @@ impl TransactionRow {
     }
 
     /// Puts a transaction together again. `branches` are its own, in order of their positions.
-    pub(super) fn into_transaction(
+    pub(in crate::store) fn into_transaction(
         self,
         branches: Vec<BranchRow>,
     ) -> Result<GlobalTransaction, Error> {
@@ -378,7 +331,7 @@ fn cancel_columns(cancel: Option<&CancelCause>) -> CancelColumns {
 }
 
 impl BranchRow {
-    pub(super) fn of(global: &GlobalTransaction, position: usize) -> Self {
+    pub(in crate::store) fn of(global: &GlobalTransaction, position: usize) -> Self {
         let branch = &global.branches[position];
         let carried = branch.spec.payload.as_ref().filter(|_| branch.spec.carry_payload);
         let error = branch.last_error.as_ref();
@@ -473,7 +426,7 @@ impl BranchRow {
     }
 }
 
-pub(super) fn xid(column: &[u8]) -> Result<Xid, Error> {
+pub(in crate::store) fn xid(column: &[u8]) -> Result<Xid, Error> {
     let bytes = column
         .try_into()
         .map_err(|_| Error::Corrupt(format!("an xid of {} bytes", column.len())))?;

@@ -1,0 +1,115 @@
+//! A batch is applied once, as a whole, or not at all.
+
+use super::*;
+
+pub(super) async fn batches_that_may_come_at_a_time_are_not_in_each_others_way(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let at_a_time = store.batches_at_a_time();
+    for _ in 0..20 {
+        let mut written: Vec<Vec<_>> = (0..at_a_time)
+            .map(|remainder| {
+                let partitions = (0..PARTITIONS).filter(|n| n % at_a_time == remainder);
+                let keyed = partitions.map(|partition| {
+                    let mut global = begun(owner.xid(partition), &["1", "2"]);
+                    global.key = Some(Key { hash: rand::random(), digest: [8; 32] });
+                    global
+                });
+                keyed.collect()
+            })
+            .collect();
+        for round in 0..2 {
+            let batches: Vec<_> = (written.iter())
+                .map(|globals| {
+                    let write = |global| match round {
+                        0 => inserted(global),
+                        _ => updated(global, BranchSet::EMPTY),
+                    };
+                    owner.batch(globals.iter().map(write).collect())
+                })
+                .collect();
+            let appended = batches.iter().map(|batch| store.append(batch));
+            for appended in futures_util::future::join_all(appended).await {
+                assert_eq!(appended.unwrap(), Appended::Durable);
+            }
+            for global in written.iter_mut().flatten() {
+                assert_eq!(found(store, global.xid).await, global.recorded());
+                if round == 0 {
+                    confirm(global);
+                }
+            }
+        }
+    }
+}
+
+pub(super) async fn a_batch_is_applied_once_however_often_it_is_appended(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let (one, two) = (begun(owner.xid(1), &["1"]), begun(owner.xid(2), &["1"]));
+    // The answer to COMMIT is lost: the same batch again, until there is one.
+    let batch = owner.batch(vec![inserted(&one), inserted(&two)]);
+    for _ in 0..3 {
+        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
+    }
+    let mut one = one;
+    confirm(&mut one);
+    owner.append(vec![updated(&one, BranchSet::EMPTY)]).await;
+    assert_eq!(found(store, one.xid).await, one.recorded());
+    // Late, when it was followed by another one, it changes nothing and is noticed.
+    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
+    assert_eq!(found(store, one.xid).await, one.recorded());
+}
+
+pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let global = begun(owner.xid(1), &["1"]);
+    let mut batch = owner.batch(vec![inserted(&global)]);
+    batch.guards[0].position = 2; // number 1 was given up
+    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
+    batch.guards[0].position = 1;
+    batch.guards[0].epoch += 1; // nobody has taken over yet
+    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
+    assert!(matches!(store.load(global.xid).await.unwrap(), Lookup::Absent { .. }));
+}
+
+pub(super) async fn an_update_of_what_is_not_there_is_an_alarm(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let (known, mut unknown) = (begun(owner.xid(1), &["1"]), begun(owner.xid(1), &["1"]));
+    confirm(&mut unknown);
+    let batch = owner.batch(vec![inserted(&known), updated(&unknown, BranchSet::EMPTY)]);
+    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
+    assert!(
+        matches!(store.load(known.xid).await.unwrap(), Lookup::Absent { .. }),
+        "half of it was applied"
+    );
+}
+
+/// Polls `call` so many times, and then drops it.
+async fn given_up_after(polls: usize, call: impl Future) {
+    let (mut call, mut left) = (std::pin::pin!(call), polls);
+    std::future::poll_fn(|context| {
+        left -= 1;
+        let ended = call.as_mut().poll(context).is_ready() || left == 0;
+        if ended { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
+/// Whoever asks goes away, at any moment: its deadline has passed, or its client was killed.
+pub(super) async fn calls_that_are_given_up_leave_the_store_working(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut globals = Vec::new();
+    let all = ListFilter { show: Show::All, name: None };
+    for polls in 1..=30 {
+        let global = begun(owner.xid(1), &["1"]);
+        let batch = owner.batch(vec![inserted(&global)]);
+        given_up_after(polls, store.append(&batch)).await;
+        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable, "{polls} polls");
+        given_up_after(polls, store.load(global.xid)).await;
+        given_up_after(polls, store.list(&all, 10)).await;
+        given_up_after(polls, store.find_keys(&[[0; 32], [1; 32]])).await;
+        given_up_after(polls, store.purge(1, NOW, None, 10)).await;
+        globals.push(global);
+    }
+    let reads = globals.iter().map(|global| found(store, global.xid));
+    let found = futures_util::future::join_all(reads).await;
+    assert_eq!(found, globals.iter().map(GlobalTransaction::recorded).collect::<Vec<_>>());
+}

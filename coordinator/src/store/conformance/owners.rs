@@ -1,0 +1,98 @@
+//! Takeovers: who may write, and who may not any more.
+
+use super::*;
+
+pub(super) async fn an_owner_that_was_replaced_changes_nothing(store: &dyn Store) {
+    let mut old = Owner::of(store).await;
+    let mut global = begun(old.xid(4), &["1"]);
+    old.insert(&global).await;
+    let mut new = Owner::of(store).await;
+    // It had decided, and its batch was on its way.
+    let mut theirs = global.clone();
+    confirm(&mut theirs);
+    let late = old.batch(vec![updated(&theirs, BranchSet::EMPTY)]);
+    assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![4]));
+    assert_eq!(found(store, global.xid).await, global.recorded());
+    // The new owner decides otherwise, and the late one comes again.
+    cancel(&mut global, CancelCause::TimedOut);
+    new.append(vec![updated(&global, BranchSet::EMPTY)]).await;
+    assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![4]));
+    assert_eq!(found(store, global.xid).await, global.recorded());
+}
+
+pub(super) async fn one_fenced_partition_stops_the_whole_batch(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let (one, two) = (begun(owner.xid(1), &["1"]), begun(owner.xid(2), &["1"]));
+    // As if partition 2 had been taken over: all are, and the owner hears of the new epoch of partition 1 alone.
+    let newer = Owner::of(store).await;
+    owner.ownerships[1] = newer.ownership(1);
+    let batch = owner.batch(vec![inserted(&one), inserted(&two)]);
+    assert_eq!(store.append(&batch).await.unwrap(), Appended::Fenced(vec![2]));
+    assert!(
+        matches!(store.load(one.xid).await.unwrap(), Lookup::Absent { .. }),
+        "half of it was applied"
+    );
+    // The rest of it, with the same number, is applied.
+    let rest = Batch { guards: vec![batch.guards[0]], writes: vec![batch.writes[0].clone()] };
+    assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable);
+    assert_eq!(found(store, one.xid).await, one.recorded());
+}
+
+pub(super) async fn every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own(store: &dyn Store) {
+    let (first, second) = (Owner::of(store).await, Owner::of(store).await);
+    assert_eq!(first.ownerships.len(), usize::from(PARTITIONS));
+    let mut nonces = std::collections::BTreeSet::new();
+    for partition in 0..PARTITIONS {
+        assert_eq!(first.ownership(partition).epoch + 1, second.ownership(partition).epoch);
+        nonces.extend([first.ownership(partition).nonce, second.ownership(partition).nonce]);
+    }
+    assert!(nonces.len() > 30, "32 random numbers, {} of them different", nonces.len());
+    // The nonces of both epochs are known, so that an xid of a store that was deleted can be told from ours.
+    for owner in [&first, &second] {
+        let Ownership { partition, epoch, nonce } = owner.ownership(7);
+        let absent = store.load(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
+        assert_eq!(absent, Lookup::Absent { purged_through: None, nonce: Some(nonce) });
+    }
+    let absent = store.load(Xid { partition: 7, epoch: 99, sequence: 1, nonce: 0 }).await.unwrap();
+    assert_eq!(absent, Lookup::Absent { purged_through: None, nonce: None });
+    store.release(&second.ownerships).await.unwrap();
+    let third = Owner::of(store).await;
+    assert_eq!(second.ownership(0).epoch + 1, third.ownership(0).epoch);
+}
+
+pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn Store) {
+    let mut first = Owner::of(store).await;
+    let taken = store.acquire(&[3, 1], "other", NOW).await.unwrap();
+    let named: Vec<_> = taken.iter().map(|ownership| ownership.partition).collect();
+    assert_eq!(named, [3, 1], "in the order in which they were named");
+    for ownership in &taken {
+        assert_eq!(ownership.epoch, first.ownership(ownership.partition).epoch + 1);
+    }
+    // The owner of the others goes on with those.
+    let (lost, kept) = (begun(first.xid(1), &["1"]), begun(first.xid(2), &["1"]));
+    let late = first.batch(vec![inserted(&lost)]);
+    assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![1]));
+    first.insert(&kept).await;
+    assert_eq!(found(store, kept.xid).await, kept.recorded());
+
+    // So does handing back: it hands back what it names, and only from the epoch that it names.
+    store.release(&[taken[0], first.ownership(1)]).await.unwrap();
+    for seat in store.seats().await.unwrap() {
+        let owner = match seat.partition {
+            3 => None,
+            1 => Some("other".to_owned()),
+            _ => Some("test".to_owned()),
+        };
+        assert_eq!(seat.owner, owner, "{seat:?}");
+    }
+
+    // None of them is taken when one is none.
+    let before = store.seats().await.unwrap();
+    let error = store.acquire(&[0, PARTITIONS], "other", NOW).await.unwrap_err();
+    assert!(matches!(error, Error::Corrupt(_)), "{error}");
+    assert_eq!(store.seats().await.unwrap(), before);
+    assert_eq!(store.acquire(&[], "other", NOW).await.unwrap(), []);
+    assert_eq!(store.seats().await.unwrap(), before);
+    let taken = store.acquire(&[0], "other", NOW).await.unwrap();
+    assert_eq!(taken[0].epoch, first.ownership(0).epoch + 1);
+}

@@ -1,0 +1,56 @@
+//! What is old goes, and the store remembers how far.
+
+use super::*;
+
+pub(super) async fn the_purge_takes_what_finished_and_remembers_how_far_it_went(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut xids = Vec::new();
+    for n in 0..5_u8 {
+        let mut global = begun(owner.xid(2), &["1"]);
+        global.key = Some(Key { hash: [n; 32], digest: [n; 32] });
+        if n != 1 {
+            cancel(&mut global, CancelCause::TimedOut);
+            call(&mut global, 0, Outcome::Done { reply: None });
+            global.finished_at = Some(NOW + Duration::from_secs(n.into()));
+        }
+        owner.insert(&global).await;
+        xids.push(global.xid);
+    }
+    // 0, 2 and 3 finished before; 1 is open; 4 is too young.
+    let before = NOW + Duration::from_secs(4);
+    let (mut deleted, mut after) = (0, None);
+    loop {
+        let (count, next) = store.purge(2, before, after, 2).await.unwrap();
+        deleted += count;
+        after = next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(deleted, 3);
+    for n in [1, 4] {
+        assert!(matches!(store.load(xids[n]).await.unwrap(), Lookup::Found(_)));
+    }
+    for n in [0, 2, 3] {
+        let Lookup::Absent { purged_through, .. } = store.load(xids[n]).await.unwrap() else {
+            panic!("{n} is there")
+        };
+        assert_eq!(purged_through, Some(xids[3]));
+    }
+    let keys: Vec<_> = (0..5).map(|n| [n; 32]).collect();
+    assert_eq!(
+        store.find_keys(&keys).await.unwrap(),
+        [None, Some(xids[1]), None, None, Some(xids[4])]
+    );
+    assert_eq!(store.purge(2, before, None, 100).await.unwrap(), (0, None));
+    // The mark never goes back.
+    let mut old = begun(Xid { sequence: 0, ..xids[0] }, &[]);
+    confirm(&mut old);
+    old.finished_at = Some(NOW);
+    owner.insert(&old).await;
+    assert_eq!(store.purge(2, before, None, 100).await.unwrap(), (1, None));
+    let Lookup::Absent { purged_through, .. } = store.load(old.xid).await.unwrap() else {
+        panic!("it is there")
+    };
+    assert_eq!(purged_through, Some(xids[3]));
+}

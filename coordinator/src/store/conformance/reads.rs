@@ -1,0 +1,124 @@
+//! What a look into the store finds.
+
+use super::*;
+
+pub(super) async fn keys_lead_to_their_transactions(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut global = begun(owner.xid(9), &["1"]);
+    global.key = Some(Key { hash: [7; 32], digest: [8; 32] });
+    owner.insert(&global).await;
+    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(store.find_keys(&[[0; 32], [7; 32]]).await.unwrap(), [None, Some(global.xid)]);
+    assert_eq!(store.find_keys(&[]).await.unwrap(), []);
+}
+
+pub(super) async fn what_is_due_comes_in_pages_and_in_order(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut expected = Vec::new();
+    for n in 0..10 {
+        let mut global = begun(owner.xid(5), &["1"]);
+        global.expires_at = NOW + Duration::from_secs(10 - n % 5); // five moments, two of each
+        expected.push((global.expires_at, global.xid));
+        owner.insert(&global).await;
+    }
+    // Of another partition, and final: neither is due.
+    let other = begun(owner.xid(6), &["1"]);
+    owner.insert(&other).await;
+    let mut done = begun(owner.xid(5), &[]);
+    confirm(&mut done);
+    owner.insert(&done).await;
+    expected.sort();
+
+    let until = NOW + Duration::from_secs(9);
+    let (mut seen, mut after) = (Vec::new(), None);
+    loop {
+        let page = store.due(5, until, after, 3).await.unwrap();
+        assert!(page.transactions.len() <= 3);
+        seen.extend(page.transactions.iter().map(|global| (global.due_at().unwrap(), global.xid)));
+        after = page.next;
+        if after.is_none() {
+            assert_eq!(page.next_due_at, Some(NOW + Duration::from_secs(10)));
+            break;
+        }
+    }
+    assert_eq!(seen, expected[..8]);
+    assert_eq!(
+        store.due(5, NOW, None, 3).await.unwrap().next_due_at,
+        Some(NOW + Duration::from_secs(6))
+    );
+    assert_eq!(store.due(0, until, None, 3).await.unwrap(), DuePage::default());
+}
+
+pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut written = Vec::new();
+    for n in 0..6_u16 {
+        let mut global = begun(owner.xid(n % 3), &["1"]);
+        global.begun_at = NOW + Duration::from_secs(n.into());
+        if n % 2 == 0 {
+            global.name = "refund".to_owned();
+        }
+        match n {
+            0 => confirm(&mut global),
+            1 => {
+                confirm(&mut global);
+                call(&mut global, 0, failed(true));
+            }
+            2 => {
+                confirm(&mut global);
+                call(&mut global, 0, Outcome::Done { reply: None });
+            }
+            _ => {}
+        }
+        owner.insert(&global).await;
+        written.push(global);
+    }
+    let list = async |show, name: Option<&str>, limit| -> Vec<usize> {
+        let filter = ListFilter { show, name: name.map(str::to_owned) };
+        let found = store.list(&filter, limit).await.unwrap();
+        found
+            .iter()
+            .map(|global| {
+                let n = written.iter().position(|written| written.xid == global.xid).unwrap();
+                assert_eq!(*global, written[n].recorded());
+                n
+            })
+            .collect()
+    };
+    assert_eq!(list(Show::All, None, 10).await, [5, 4, 3, 2, 1, 0]);
+    assert_eq!(list(Show::All, None, 2).await, [5, 4]);
+    assert_eq!(list(Show::All, Some("refund"), 2).await, [4, 2]);
+    assert_eq!(list(Show::Open, None, 10).await, [5, 4, 3, 1, 0]);
+    assert_eq!(list(Show::Open, Some("checkout"), 10).await, [5, 3, 1]);
+    assert_eq!(list(Show::Stuck(NOW, STUCK_AFTER), None, 10).await, [1]);
+    let later = NOW + Duration::from_secs(200);
+    assert_eq!(list(Show::Stuck(later, STUCK_AFTER), None, 10).await, [1, 0]);
+    for show in [Show::Stuck(NOW, STUCK_AFTER), Show::Stuck(later, STUCK_AFTER)] {
+        let Show::Stuck(now, after) = show else { unreachable!() };
+        let stuck: Vec<_> = (0..6).rev().filter(|n| written[*n].is_stuck(now, after)).collect();
+        assert_eq!(
+            list(show, None, 10).await,
+            stuck,
+            "the store and the machine agree on what is stuck"
+        );
+    }
+}
+
+pub(super) async fn the_summary_counts(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    assert_eq!(store.summary(NOW, STUCK_AFTER).await.unwrap(), Summary::default());
+    for attempts in 0..4 {
+        let mut global = begun(owner.xid(0), &["1", "2"]);
+        confirm(&mut global);
+        call(&mut global, 1, Outcome::Done { reply: None });
+        for _ in 0..attempts {
+            call(&mut global, 0, failed(false));
+        }
+        owner.insert(&global).await;
+    }
+    let mut done = begun(owner.xid(0), &[]);
+    confirm(&mut done);
+    owner.insert(&done).await;
+    let summary = Summary { open: 4, stuck: 1, oldest: Some(NOW) };
+    assert_eq!(store.summary(NOW, STUCK_AFTER).await.unwrap(), summary);
+}

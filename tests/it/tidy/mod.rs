@@ -259,3 +259,53 @@ fn places_to_die_are_compiled_out_and_known() {
         assert_eq!(times, usize::from(defined_here), "{} turns it on", path.display());
     }
 }
+
+/// Section by section, the two READMEs have the same numbers, the same names in backticks, the same links and the same code.
+/// Comments and texts within the code are translated.
+#[test]
+fn the_chinese_readme_says_what_the_english_one_says() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    let (english, chinese) = (read("README.md"), read("README.zh-CN.md"));
+    let sections = |text: &str| text.split("\n## ").map(facts).collect::<Vec<_>>();
+    let (in_english, in_chinese) = (sections(&english), sections(&chinese));
+    for (n, heading) in english.split("\n## ").map(|text| text.lines().next().unwrap()).enumerate()
+    {
+        let translated = in_chinese.get(n).unwrap_or_else(|| panic!("{heading}: not translated"));
+        for (english, chinese) in in_english[n].iter().zip(translated) {
+            assert_eq!(english, chinese, "README.md (left), section {heading:?}");
+        }
+    }
+    assert_eq!(in_english.len(), in_chinese.len());
+}
+
+/// What must be the same in every language: numbers, names in backticks, links, and code.
+fn facts(section: &str) -> [Vec<String>; 4] {
+    let fenced: Vec<_> = section.split("```").collect();
+    let (prose, blocks): (Vec<_>, Vec<_>) =
+        fenced.iter().enumerate().partition(|(n, _)| n % 2 == 0);
+    let prose: String = prose.into_iter().map(|(_, text)| *text).collect();
+    let sorted = |mut facts: Vec<String>| {
+        facts.sort();
+        facts
+    };
+    let numbers = section.split(|c: char| !c.is_ascii_digit() && !".,-".contains(c));
+    let numbers = numbers.map(|text| text.trim_matches([',', '.', '-'])).filter(|n| !n.is_empty());
+    let names = prose.split('`').skip(1).step_by(2);
+    let links = prose.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let links = links.filter(|link| !link.starts_with("README"));
+    let blocks = blocks.into_iter().map(|(_, block)| *block);
+    let code = blocks.filter(|block| !block.starts_with("text")).map(|block| {
+        let lines = block.lines().map(|line| {
+            let code = line.split("// ").next().unwrap_or_default();
+            let code = code.split(" # ").next().unwrap_or_default();
+            code.split('"').step_by(2).collect::<Vec<_>>().join("\"\"").trim_end().to_owned()
+        });
+        lines.collect::<Vec<_>>().join("\n")
+    });
+    [
+        sorted(numbers.map(str::to_owned).collect()),
+        sorted(names.map(str::to_owned).collect()),
+        sorted(links.map(str::to_owned).collect()),
+        code.collect(),
+    ]
+}

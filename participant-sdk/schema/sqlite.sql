@@ -22,12 +22,23 @@ CREATE TABLE IF NOT EXISTS handfast_fence (
 -- For the clean-up, which deletes what is final and old.
 CREATE INDEX IF NOT EXISTS handfast_fence_clean_up ON handfast_fence (changed_at) WHERE state <> 1;
 
-CREATE VIEW IF NOT EXISTS handfast_fence_readable AS
+-- It uses nothing that SQLite 3.37 does not have: people read it with the SQLite that they find.
+DROP VIEW IF EXISTS handfast_fence_readable;
+CREATE VIEW handfast_fence_readable AS
 SELECT
-    json_extract('0x' || hex(substr(xid, 1, 2)), '$')
-        || '-' || json_extract('0x' || hex(substr(xid, 3, 4)), '$')
-        || '-' || json_extract('0x' || hex(substr(xid, 7, 6)), '$')
-        || '-' || lower(hex(substr(xid, 13, 4))) AS xid,
+    (WITH RECURSIVE digit(n, value) AS (
+        VALUES (1, 0) UNION ALL
+        SELECT n + 1, value * 16 + instr('123456789ABCDEF', substr(hex(xid), n, 1)) FROM digit WHERE n <= 4
+    ) SELECT value FROM digit WHERE n = 5) || '-' ||
+    (WITH RECURSIVE digit(n, value) AS (
+        VALUES (5, 0) UNION ALL
+        SELECT n + 1, value * 16 + instr('123456789ABCDEF', substr(hex(xid), n, 1)) FROM digit WHERE n <= 12
+    ) SELECT value FROM digit WHERE n = 13) || '-' ||
+    (WITH RECURSIVE digit(n, value) AS (
+        VALUES (13, 0) UNION ALL
+        SELECT n + 1, value * 16 + instr('123456789ABCDEF', substr(hex(xid), n, 1)) FROM digit WHERE n <= 24
+    ) SELECT value FROM digit WHERE n = 25) || '-' ||
+    lower(substr(hex(xid), 25, 8)) AS xid,
     CAST(CASE instr(branch_id, x'00') WHEN 0 THEN branch_id ELSE substr(branch_id, 1, instr(branch_id, x'00') - 1) END AS TEXT)
         AS branch_id,
     CASE state WHEN 1 THEN 'tried' WHEN 2 THEN 'confirmed' WHEN 3 THEN 'cancelled' WHEN 4 THEN 'suspended' END AS state,

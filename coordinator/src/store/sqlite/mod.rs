@@ -344,6 +344,15 @@ mod tests {
         let waiting = sqlx::query_scalar("SELECT waiting_for FROM readable_transaction");
         let waiting: String = waiting.fetch_one(&mut db).await.unwrap();
         assert_eq!(waiting, "order, points");
+
+        // Neither view computes the text of every xid before it looks at the first row.
+        for view in ["readable_transaction", "readable_branch"] {
+            let plan =
+                format!("EXPLAIN QUERY PLAN SELECT xid FROM {view} WHERE state = 'confirming'");
+            let plan: Vec<(i64, i64, i64, String)> =
+                sqlx::query_as(sqlx::AssertSqlSafe(plan)).fetch_all(&mut db).await.unwrap();
+            assert!(matches!(plan[0].3.as_str(), "SCAN g" | "SCAN b"), "{plan:?}");
+        }
     }
 
     #[tokio::test]

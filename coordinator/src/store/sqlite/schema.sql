@@ -81,20 +81,24 @@ CREATE TABLE purged (
     through   BLOB NOT NULL             -- the largest xid that was ever deleted after its retention
 ) WITHOUT ROWID;
 
--- SQLite has no function for big-endian numbers. A blob's hexadecimal digits are added up; nobody reads this view in a hurry.
+-- SQLite 3.40 has no function that reads a number from a blob, so this adds up hexadecimal digits. The subqueries run only for the
+-- rows that a query returns: a view that is computed for the whole table takes minutes with a week of transactions.
 CREATE VIEW xid_text AS
-WITH RECURSIVE digit(xid, hex, place, partition, epoch, sequence) AS (
-    SELECT xid, hex(xid), 1, 0, 0, 0 FROM global_transaction
-    UNION ALL
-    SELECT xid, hex, place + 1,
-           CASE WHEN place <= 4 THEN partition * 16 + instr('0123456789ABCDEF', substr(hex, place, 1)) - 1 ELSE partition END,
-           CASE WHEN place BETWEEN 5 AND 12 THEN epoch * 16 + instr('0123456789ABCDEF', substr(hex, place, 1)) - 1 ELSE epoch END,
-           CASE WHEN place BETWEEN 13 AND 24 THEN sequence * 16 + instr('0123456789ABCDEF', substr(hex, place, 1)) - 1
-                ELSE sequence END
-    FROM digit WHERE place <= 24
-)
-SELECT xid, partition || '-' || epoch || '-' || sequence || '-' || lower(substr(hex, 25, 8)) AS text
-FROM digit WHERE place = 25;
+SELECT xid,
+       (WITH RECURSIVE digit(n, value) AS (
+            VALUES (1, 0) UNION ALL
+            SELECT n + 1, value * 16 + instr('123456789ABCDEF', substr(hex(xid), n, 1)) FROM digit WHERE n <= 4
+        ) SELECT value FROM digit WHERE n = 5) || '-' ||
+       (WITH RECURSIVE digit(n, value) AS (
+            VALUES (5, 0) UNION ALL
+            SELECT n + 1, value * 16 + instr('123456789ABCDEF', substr(hex(xid), n, 1)) FROM digit WHERE n <= 12
+        ) SELECT value FROM digit WHERE n = 13) || '-' ||
+       (WITH RECURSIVE digit(n, value) AS (
+            VALUES (13, 0) UNION ALL
+            SELECT n + 1, value * 16 + instr('123456789ABCDEF', substr(hex(xid), n, 1)) FROM digit WHERE n <= 24
+        ) SELECT value FROM digit WHERE n = 25) || '-' ||
+       lower(substr(hex(xid), 25, 8)) AS text
+FROM global_transaction;
 
 CREATE VIEW readable_transaction AS
 SELECT t.text AS xid, g.name,

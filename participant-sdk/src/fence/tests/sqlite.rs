@@ -136,3 +136,29 @@ async fn verify_says_what_is_wrong_and_what_to_do() {
     run("ALTER TABLE handfast_fence ADD COLUMN note TEXT").await;
     fence.verify().await.unwrap();
 }
+
+/// Operators read the view with the SQLite that they have, and Debian 12 and its Python have 3.40. That one cannot read a hexadecimal
+/// number as JSON ("malformed JSON"), so the view uses no function of JSON.
+#[tokio::test]
+async fn an_older_sqlite_can_read_the_view() {
+    let shop = Shop::in_memory().await;
+    let view: String = sqlx::query_scalar("SELECT sql FROM sqlite_schema WHERE type = 'view'")
+        .fetch_one(&shop.pool)
+        .await
+        .unwrap();
+    assert!(!view.to_lowercase().contains("json"), "{view}");
+
+    let xids =
+        ["0-1-10-0000000f", "10-4096-1-abcdef01", "65535-4294967295-281474976710655-ffffffff"];
+    for xid in xids {
+        let mut branch = branch(1, Phase::Try);
+        branch.xid = xid.parse().unwrap();
+        shop.deliver(Level::Run, &branch, &payload(1)).await;
+    }
+    let found: Vec<String> =
+        sqlx::query_scalar("SELECT xid FROM handfast_fence_readable ORDER BY xid")
+            .fetch_all(&shop.pool)
+            .await
+            .unwrap();
+    assert_eq!(found, xids);
+}

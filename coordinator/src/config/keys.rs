@@ -1,5 +1,5 @@
-//! The keys of the configuration: names, defaults, what they mean, and how they must fit each other. Their comments are what
-//! `handfast config` prints.
+//! The keys of the configuration: their names, defaults and meanings, and the checks between them. `handfast config` prints the
+//! comments of this file.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -15,75 +15,76 @@ use crate::{
     transaction::{StuckAfter, retry::RetryPolicy},
 };
 
-/// Shortest retention: a repeat of a Decide that was answered must find the transaction.
+/// Shortest retention: a repeated Decide must still find the transaction.
 const RETENTION_MIN: Duration = Duration::from_secs(1);
-/// Shortest pause between attempts, and shortest deadline of a call: a pause of nothing is a storm, and nobody answers in less.
+/// Shortest pause between attempts, and shortest deadline of a call. Without a pause, retries would overload the participant.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 
 /// Configuration of the Handfast coordinator: handfast serve --config FILE
 ///
-/// A flag wins over an environment variable, that over this file, and this file over the defaults, which stand here.
-/// The variable of `listen` is HANDFAST_LISTEN, that of `timeout` in `[calls]` is HANDFAST_CALLS_TIMEOUT.
-/// Lengths of time have a unit: 500ms, 20s, 2m, 7d.
+/// A flag overrides an environment variable, a variable overrides this file, and this file overrides the defaults shown here.
+/// The variable for `listen` is HANDFAST_LISTEN; the variable for `timeout` in `[calls]` is HANDFAST_CALLS_TIMEOUT.
+/// Durations have a unit: 500ms, 20s, 2m, 7d.
 #[derive(confique::Config)]
 pub(super) struct Keys {
-    /// Where callers connect. An address that other machines reach needs `insecure` too.
+    /// The address to listen on. An address that other machines can reach also needs `insecure`.
     /// Flag: --listen
     #[config(env = "HANDFAST_LISTEN", default = "127.0.0.1:7420", deserialize_with = value::listen)]
     pub(super) listen: SocketAddr,
 
-    /// Listen beyond this machine although there is no authentication yet: only in a network where everybody who
+    /// Listen beyond this machine although there is no authentication yet. Use it only in a network where everyone who
     /// can connect may do everything.
     /// Flag: --insecure
     #[config(env = "HANDFAST_INSECURE", default = false, deserialize_with = value::yes_or_no)]
     pub(super) insecure: bool,
 
-    /// Where transactions are recorded: a file, sqlite:PATH, or a server, mysql://user:password@host:3306/database. Has no default.
+    /// Where to record transactions: a file, sqlite:PATH, or a server, mysql://user:password@host:3306/database. No default.
     /// Flag: --store
     #[config(env = "HANDFAST_STORE", deserialize_with = value::parsed)]
     pub(super) store: StoreUrl,
 
-    /// Use a MySQL server that would lose what it has acknowledged (innodb_flush_log_at_trx_commit, sync_binlog), or `memory:`,
-    /// which forgets every decision when the coordinator stops: for tries and benchmarks only.
+    /// Allow a MySQL server that can lose acknowledged commits (innodb_flush_log_at_trx_commit, sync_binlog), or the store
+    /// `memory:`, which loses every decision when the coordinator stops. For experiments and benchmarks only.
     #[config(env = "HANDFAST_STORE_UNSAFE", default = false, deserialize_with = value::yes_or_no)]
     pub(super) store_unsafe: bool,
 
-    /// What is logged: a level (error, warn, info, debug, trace), and others for parts of the program:
+    /// The log level (error, warn, info, debug, trace), and other levels for parts of the program:
     /// "info,handfast_coordinator::dispatch=debug".
     /// Flag: --log
     #[config(env = "HANDFAST_LOG", default = "info", deserialize_with = value::parsed)]
     pub(super) log: LogFilter,
 
-    /// text, for people, on stderr; json, one object in each line, on stdout; auto: text if stdout is a terminal, else json.
+    /// text: for people, on stderr. json: one object per line, on stdout. auto: text if stdout is a terminal, otherwise json.
     /// Flag: --log-format
     #[config(env = "HANDFAST_LOG_FORMAT", default = "auto", deserialize_with = value::parsed)]
     pub(super) log_format: LogFormat,
 
-    /// How long an orderly end may take, from the signal on. Below what sends the signal waits before it kills (Kubernetes: 30s).
+    /// Longest time for an orderly shutdown, from the signal on. Keep it below the time after which the supervisor kills
+    /// (Kubernetes: 30s).
     /// Flag: --shutdown-grace
     #[config(env = "HANDFAST_SHUTDOWN_GRACE", default = "20s", deserialize_with = value::length)]
     pub(super) shutdown_grace: Duration,
 
-    /// How long finished transactions, and their idempotency keys, are kept. At least 1s.
+    /// How long finished transactions and their idempotency keys are kept. At least 1s.
     #[config(env = "HANDFAST_RETENTION", default = "7d", deserialize_with = value::length)]
     pub(super) retention: Duration,
 
-    /// Where participants are, by name. Wins over the address that a branch brought, at each call, so that a service that
-    /// moved can be pointed at again. Best as a table, `[participants]` at the end of this file, with lines such as:
+    /// Addresses of participants, by name. They override the address that was registered with a branch, at every call, so that
+    /// a service can move. Best as a table `[participants]` at the end of this file, with lines such as:
     /// inventory = "http://127.0.0.1:7001"
     /// In the environment: inventory=http://127.0.0.1:7001,points=http://127.0.0.1:7002
     #[config(env = "HANDFAST_PARTICIPANTS", default = {}, deserialize_with = value::participants)]
     pub(super) participants: BTreeMap<String, Address>,
 
-    /// Of global transactions.
+    /// Global transactions.
     #[config(nested)]
     pub(super) transaction: Transaction,
 
-    /// Pauses between attempts of a Confirm or a Cancel: exponential backoff with full jitter, for ever.
+    /// Retries of Confirm and Cancel: exponential backoff with full jitter, without end.
     #[config(nested)]
     pub(super) retry: Retry,
 
-    /// When a transaction is shown as stuck, whichever comes first. It is retried all the same.
+    /// When a transaction is reported as stuck: whichever comes first. It is retried all the same.
     #[config(nested)]
     pub(super) stuck: Stuck,
 
@@ -91,93 +92,94 @@ pub(super) struct Keys {
     #[config(nested)]
     pub(super) calls: Calls,
 
-    /// How much is taken at a time.
+    /// Upper bounds.
     #[config(nested)]
     pub(super) limits: Limits,
 
-    /// Which addresses the coordinator may call, of those that branches bring: it calls from its own place in the network.
+    /// Addresses that the coordinator may call when a branch was registered with one. The coordinator calls from inside your
+    /// network, so this list is a protection.
     #[config(nested)]
     pub(super) targets: Targets,
 }
 
 #[derive(confique::Config)]
 pub(super) struct Transaction {
-    /// How long phase one may take if the initiator names nothing: 1ms to 1h. Then the transaction is cancelled.
+    /// How long phase one may take if the initiator sets no timeout: 1ms to 1h. After that the transaction is cancelled.
     #[config(env = "HANDFAST_TRANSACTION_TIMEOUT", default = "30s", deserialize_with = value::length)]
     pub(super) timeout: Duration,
 }
 
 #[derive(confique::Config)]
 pub(super) struct Retry {
-    /// Longest pause after the first attempt; doubles with each further one.
+    /// Longest pause after the first attempt. It doubles with each further attempt.
     #[config(env = "HANDFAST_RETRY_INITIAL", default = "200ms", deserialize_with = value::length)]
     pub(super) initial: Duration,
 
-    /// Longest pause at all.
+    /// The pause never exceeds this.
     #[config(env = "HANDFAST_RETRY_MAX", default = "60s", deserialize_with = value::length)]
     pub(super) max: Duration,
 }
 
 #[derive(confique::Config)]
 pub(super) struct Stuck {
-    /// So many attempts of one branch have failed.
+    /// After this many failed attempts of one branch.
     #[config(env = "HANDFAST_STUCK_AFTER_ATTEMPTS", default = 8, deserialize_with = value::count)]
     pub(super) after_attempts: u32,
 
-    /// So long after the decision some branch has not acknowledged it.
+    /// When a branch has not acknowledged this long after the decision.
     #[config(env = "HANDFAST_STUCK_AFTER", default = "2m", deserialize_with = value::length)]
     pub(super) after: Duration,
 }
 
 #[derive(confique::Config)]
 pub(super) struct Calls {
-    /// How long one call may take; doubles after each one that took longer.
+    /// The deadline of one call. It doubles after each call that ran into it.
     #[config(env = "HANDFAST_CALLS_TIMEOUT", default = "5s", deserialize_with = value::length)]
     pub(super) timeout: Duration,
 
-    /// How long one call may take at the very most.
+    /// The deadline never exceeds this.
     #[config(env = "HANDFAST_CALLS_TIMEOUT_MAX", default = "60s", deserialize_with = value::length)]
     pub(super) timeout_max: Duration,
 
-    /// Calls to one address at a time; others wait.
+    /// Calls in flight to one address. Further calls wait.
     #[config(env = "HANDFAST_CALLS_PER_PARTICIPANT", default = 64, deserialize_with = value::count)]
     pub(super) per_participant: usize,
 
-    /// Calls to one address share a stream, if it has streams: a fraction of the cost. Off, each call goes by itself: where a load
-    /// balancer is to spread the calls over several instances.
+    /// Send all calls to one address on one stream, if the participant supports streams. A call then costs a fraction. Set it to
+    /// false if a load balancer is to spread the calls over several instances.
     #[config(env = "HANDFAST_CALLS_STREAMS", default = true, deserialize_with = value::yes_or_no)]
     pub(super) streams: bool,
 }
 
 #[derive(confique::Config)]
 pub(super) struct Limits {
-    /// Open transactions in memory. Above that, Begin and Execute answer RESOURCE_EXHAUSTED.
+    /// Open transactions in memory. Above this, Begin and Execute answer RESOURCE_EXHAUSTED.
     #[config(env = "HANDFAST_LIMITS_OPEN", default = 100_000, deserialize_with = value::count)]
     pub(super) open: usize,
 
-    /// Connections of callers. Above that, new ones are closed.
+    /// Connections from callers. Above this, new connections are closed.
     #[config(env = "HANDFAST_LIMITS_CONNECTIONS", default = 10_000, deserialize_with = value::count)]
     pub(super) connections: usize,
 }
 
 #[derive(confique::Config)]
 pub(super) struct Targets {
-    /// "loopback", this machine, or "host:port": "inventory:7001", "*.shop.internal:7001", "10.0.0.5:*".
-    /// In the environment joined by commas. What stands in `participants` is always allowed.
+    /// "loopback" is this machine. Others are "host:port": "inventory:7001", "*.shop.internal:7001", "10.0.0.5:*".
+    /// In the environment, separate them with commas. Addresses in `participants` are always allowed.
     #[config(env = "HANDFAST_TARGETS_ALLOW", default = ["loopback"], deserialize_with = value::allow_list)]
     pub(super) allow: AllowList,
 }
 
-/// Values that are wrong, or do not fit each other.
+/// Values that are wrong, or that contradict each other.
 pub(super) struct Problem {
-    /// Whose: the first of them that was set says where.
+    /// The keys concerned. The first one that was set is where the error points.
     pub(super) keys: &'static [&'static str],
     pub(super) what: String,
     pub(super) hint: &'static str,
 }
 
 impl Keys {
-    /// Checks what each value by itself cannot show, and hands the values to those who need them.
+    /// Checks the values against each other, and makes the configuration from them.
     pub(super) fn check(self) -> Result<Config, Problem> {
         if let Some(problem) = self.problem() {
             return Err(problem);

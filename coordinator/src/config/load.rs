@@ -1,5 +1,5 @@
-//! Where configuration comes from, the strongest first: flags, environment, file, defaults. Whatever is wrong is told with its
-//! place, also when something stronger overrules it, so that it does not come to light on the day that goes away.
+//! Reads the configuration from flags, environment, file and defaults; earlier ones override later ones. A wrong value is an
+//! error with its place, even if another source overrides it: else it would surface on the day that the other one is removed.
 
 use std::ops::Range;
 
@@ -13,31 +13,31 @@ use super::{Config, keys::Keys};
 
 type Layer = <Keys as confique::Config>::Layer;
 
-/// How alike an unknown name and its guess must be, from 0 to 1.
+/// How similar an unknown name and a suggestion must be, from 0 to 1.
 const GUESS_SIMILARITY_MIN: f64 = 0.7;
-/// Variables of the environment that are no keys: where the file is, and where clients connect.
+/// Environment variables that are not keys: the path of the file, and the address that clients connect to.
 const ENV_OTHERS: [&str; 2] = ["HANDFAST_CONFIG", "HANDFAST_SERVER"];
 /// What all our variables start with.
 const ENV_PREFIX: &str = "HANDFAST_";
 
-/// What was given, from all places.
+/// The values from all sources.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
     /// Keys and the texts of their flags. The flag of `log_format` is `--log-format`.
     pub flags: Vec<(&'static str, String)>,
-    /// Names and values of environment variables; those that are not ours are passed over, as are empty ones.
+    /// Names and values of environment variables. Foreign and empty ones are ignored.
     pub env: Vec<(String, String)>,
     /// Name and content of the file.
     pub file: Option<(String, String)>,
 }
 
-/// Something in the configuration is wrong.
+/// An error in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}")]
 pub struct Invalid {
-    /// Where, and what.
+    /// The place and the problem.
     pub what: String,
-    /// What to do.
+    /// What the user can do.
     pub hint: String,
 }
 
@@ -64,11 +64,11 @@ struct Setting {
 }
 
 impl Config {
-    /// Puts together what was given, and checks it.
+    /// Merges the sources and checks the result.
     ///
     /// # Errors
     ///
-    /// The first thing that is wrong.
+    /// The first error found.
     pub fn load(sources: &Sources) -> Result<Self, Invalid> {
         let mut settings = from_flags(&sources.flags);
         settings.extend(from_env(&sources.env)?);
@@ -158,8 +158,8 @@ fn from_env(env: &[(String, String)]) -> Result<Vec<Setting>, Invalid> {
     Ok(settings)
 }
 
-/// Kubernetes tells every container about the services beside it. One that is called `handfast` gives HANDFAST_SERVICE_HOST,
-/// HANDFAST_PORT, HANDFAST_PORT_7420_TCP_ADDR and more, which nobody wrote.
+/// Kubernetes sets variables for every service in a container's environment. A service named `handfast` causes
+/// HANDFAST_SERVICE_HOST, HANDFAST_PORT, HANDFAST_PORT_7420_TCP_ADDR and more. Nobody wrote those, so they are not errors.
 fn is_of_kubernetes(name: &str) -> bool {
     name.ends_with("_PORT")
         || ["_SERVICE_HOST", "_SERVICE_PORT", "_PORT_"].iter().any(|part| name.contains(part))
@@ -189,7 +189,7 @@ impl File<'_> {
         format!("{}:{}", self.name, 1 + before.filter(|byte| *byte == b'\n').count())
     }
 
-    /// Takes the settings of one section; `section` ends with a dot, unless it is the whole.
+    /// Reads the settings of one section. `section` ends with a dot; for the whole file it is empty.
     fn take(
         &mut self,
         meta: &'static Meta,
@@ -219,7 +219,7 @@ impl File<'_> {
                 }
                 FieldKind::Leaf { .. } => {
                     let key = Key { path, field };
-                    // Of a table, the entry that is wrong.
+                    // In a table, point to the wrong entry.
                     for (name, span) in span.get_ref().as_table().into_iter().flatten() {
                         let name = name.get_ref().to_string();
                         let entry = Table::from_iter([(name.clone(), value[&name].clone())]);
@@ -269,13 +269,13 @@ impl Key {
         }
     }
 
-    /// The default; of the store, which has none, one that works.
+    /// The default; for the store, which has no default, a value that works.
     fn example(&self) -> Value {
         let default = self.default().and_then(|default| Value::try_from(default).ok());
         default.unwrap_or_else(|| Value::from("sqlite:handfast.db"))
     }
 
-    /// Reads the text of a flag or a variable as what the default is. What does not fit stays text, and is refused as such.
+    /// Reads the text of a flag or a variable as the type of the default. A text that does not fit stays text, and is refused later.
     fn value_of_text(&self, text: &str) -> Value {
         let stays = || Value::String(text.to_owned());
         let parts = || text.split(',').map(str::trim).filter(|part| !part.is_empty());
@@ -294,7 +294,7 @@ impl Key {
         }
     }
 
-    /// A layer with nothing but this.
+    /// A layer with only this value.
     fn layer(&self, value: Value) -> Result<Layer, String> {
         let table = self
             .path
@@ -362,7 +362,7 @@ fn keys() -> Vec<Key> {
     keys
 }
 
-/// What an unknown name may have been meant to be.
+/// A suggestion for an unknown name.
 fn guess<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
     let plain = |name: &str| name.trim_start_matches(ENV_PREFIX).to_lowercase();
     let unknown = plain(unknown);

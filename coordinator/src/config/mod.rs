@@ -1,6 +1,5 @@
-//! What can be configured. `keys` has the keys with their defaults and what they mean, `load` says where values come from. A
-//! [`Config`] that exists is valid: everything is checked before a port is opened, and whatever is wrong is told with its place
-//! and an example.
+//! The configuration. `keys` has the keys, their defaults and their meanings; `load` reads the values from flags, environment and
+//! file. A [`Config`] is always valid: everything is checked before a port is opened, and an error names its place and an example.
 
 mod keys;
 mod load;
@@ -19,7 +18,7 @@ use crate::{
     transaction::{StuckAfter, retry::RetryPolicy},
 };
 
-/// What the coordinator needs to know, checked. The keys are explained in `keys`, which is what `handfast config` prints.
+/// The checked configuration. `keys` explains each key, and `handfast config` prints that.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// `listen`
@@ -52,7 +51,7 @@ pub struct Config {
     pub targets: Targets,
 }
 
-/// How long calls to participants may take.
+/// Deadlines of calls to participants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Calls {
     /// `calls.timeout`
@@ -61,7 +60,7 @@ pub struct Calls {
     pub timeout_max: Duration,
 }
 
-/// How much is taken at a time.
+/// Upper bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// `limits.open`

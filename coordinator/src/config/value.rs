@@ -1,4 +1,4 @@
-//! How values are written: text or TOML in, checked types out. Each error says what was found and what it is not.
+//! Parses values: text or TOML in, checked types out. Each error says what was found and what was expected.
 
 use std::{
     collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration,
@@ -14,9 +14,9 @@ use crate::{
     store::mysql,
 };
 
-/// Largest number of anything that is counted: above what one machine can hold, below what semaphores and sums can.
+/// The largest count: more than one machine can hold, and less than semaphores and sums can represent.
 const COUNT_MAX: u32 = 10_000_000;
-/// Longest length of time, so that moments computed from it exist.
+/// The longest duration, so that times computed from it can be represented.
 pub(super) const LENGTH_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// Where transactions are recorded.
@@ -26,11 +26,11 @@ pub enum StoreUrl {
     Sqlite(PathBuf),
     /// `mysql://user:password@host:3306/database`
     MySql(MySqlUrl),
-    /// `memory:`, which needs `store_unsafe`: nothing in it survives the process.
+    /// `memory:`. It needs `store_unsafe`, because nothing in it survives the process.
     Memory,
 }
 
-/// A MySQL store's URL. Its password is in no log and in no error.
+/// The URL of a MySQL store. Its password appears in no log and in no error.
 #[derive(Clone, PartialEq, Eq)]
 pub struct MySqlUrl {
     secret: String,
@@ -71,7 +71,7 @@ impl FromStr for StoreUrl {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // Whatever it was meant to be: what stands before an @ may be a password.
+        // The part before an @ may contain a password, whatever the text was meant to be.
         let shown =
             text.rsplit_once('@').map_or_else(|| text.to_owned(), |(_, host)| format!("…@{host}"));
         let wrong = |why| Err(format!("{shown:?} {why}"));
@@ -95,13 +95,13 @@ impl FromStr for StoreUrl {
     }
 }
 
-/// What is logged: directives of `tracing_subscriber::EnvFilter`, checked.
+/// The log filter: checked directives of `tracing_subscriber::EnvFilter`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogFilter(String);
 
 impl LogFilter {
-    /// As the subscriber wants it. What sqlx's pool says of a connection that broke is left out unless it is asked for: it says so
-    /// with level ERROR too, and here that means that a person must look. Whoever needed the connection tells of it.
+    /// For the subscriber. It suppresses what sqlx's pool logs about broken connections: some of it has level ERROR, which here means
+    /// that a person must act. The code that needed the connection logs the failure.
     #[must_use]
     pub fn to_env_filter(&self) -> EnvFilter {
         EnvFilter::new(format!("sqlx_core::pool=off,{}", self.0))
@@ -114,7 +114,7 @@ impl FromStr for LogFilter {
     fn from_str(text: &str) -> Result<Self, String> {
         let levels = "levels are off, error, warn, info, debug, trace";
         EnvFilter::try_new(text).map_err(|error| format!("{text:?} is no log filter: {error}"))?;
-        // A word that is no level is legal, and means: everything of that target, nothing else. Nobody means that.
+        // A word that is not a level is legal. It means "everything from that target, and nothing else", which nobody intends.
         for word in text.split(',') {
             if !word.contains(['=', '[', ']', '{', '}', '"'])
                 && word.parse::<LevelFilter>().is_err()
@@ -126,10 +126,10 @@ impl FromStr for LogFilter {
     }
 }
 
-/// How log lines are written.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
-    /// As text if stdout is a terminal, else as JSON.
+    /// Text if stdout is a terminal, otherwise JSON.
     Auto,
     /// For people, on stderr.
     Text,
@@ -150,7 +150,7 @@ impl FromStr for LogFormat {
     }
 }
 
-/// What has a text form of its own.
+/// Reads a type that implements `FromStr`.
 pub(super) fn parsed<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,

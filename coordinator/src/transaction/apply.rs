@@ -1,4 +1,4 @@
-//! What an event does: the only code that changes a state.
+//! How an event changes a transaction. This is the only code that changes a state.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -12,9 +12,9 @@ use super::{
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// Branches are to join. Their ids differ from each other.
+    /// New branches ask to join. Their ids differ.
     Registered(Vec<BranchSpec>),
-    /// Somebody asks for a decision.
+    /// The initiator or an operator asks for a decision.
     DecisionRequested(DecisionRequest),
     /// Time has passed.
     Ticked,
@@ -22,95 +22,95 @@ pub enum Event {
     CallStarted {
         /// Index of the branch.
         branch: usize,
-        /// What was asked for.
+        /// Try, Confirm or Cancel.
         phase: Phase,
     },
-    /// A call that was due could not be made now: it is due later, and does not count as an attempt.
+    /// A call that was due could not be made now. It is due later, and does not count as an attempt.
     CallPostponed {
         /// Index of the branch.
         branch: usize,
-        /// Not before.
+        /// The call is due again at this time.
         until: Timestamp,
     },
     /// A call came back, or its deadline passed.
     CallReturned {
         /// Index of the branch.
         branch: usize,
-        /// What was asked for.
+        /// Try, Confirm or Cancel.
         phase: Phase,
-        /// What became of it.
+        /// The answer, or the lack of one.
         outcome: Outcome,
-        /// If it has to be repeated: not before this long from now.
+        /// The backoff before a retry, if one is needed.
         retry_in: Duration,
     },
-    /// A new owner has found it in the store.
+    /// A new owner has read it from the store.
     Recovered,
-    /// An operator wants the next attempts now.
+    /// An operator asks for the next attempts at once.
     RetryRequested,
-    /// An operator answers for a branch.
+    /// An operator settles a branch by hand.
     Resolved {
-        /// Which.
+        /// The branch to settle.
         branch_id: BranchId,
-        /// Who, why, when.
+        /// What is recorded about it for ever.
         resolution: Resolution,
     },
 }
 
-/// The decision that is asked for.
+/// A requested decision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DecisionRequest {
-    /// Confirm these, whose Trys are known to have answered OK.
+    /// Use what was reserved.
     Confirm {
-        /// Must be exactly the registered ones.
+        /// The branches whose Try answered OK. They must be exactly the registered branches.
         tried: BTreeSet<BranchId>,
     },
-    /// Cancel.
+    /// Release what was reserved.
     Cancel(CancelCause),
 }
 
-/// What became of one call.
+/// The result of one call to a participant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// OK.
     Done {
-        /// Of a Try.
+        /// The reply to a Try; `None` for Confirm and Cancel.
         reply: Option<Payload>,
     },
-    /// A Try was refused: repeating will not help.
+    /// The participant refused a Try: retrying will not help.
     Refused(Refusal),
-    /// No answer that settles it, or one that a repeat may change.
+    /// There was no answer that settles the question, or a retry may change the answer.
     Unknown {
-        /// What was answered, or not.
+        /// The error, or the missing answer.
         error: AttemptError,
-        /// The deadline passed: the next call gets more time.
+        /// The call ran into its deadline, so the next call gets more time.
         timed_out: bool,
-        /// Time alone will not mend it: of a Try, cancel now; of phase two, show it as stuck at once.
+        /// A retry is not expected to help. After a Try: cancel now. In phase two: report the branch as stuck at once.
         hopeless: bool,
     },
 }
 
-/// What an event changed.
+/// The parts of a transaction that an event changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Change {
-    /// How much it matters that the change is stored.
+    /// Whether and when the change must be stored.
     pub weight: Weight,
-    /// Whether the transaction's own record is now another one; else only its branches are.
+    /// Whether the transaction's own row changed, and not only rows of branches.
     pub head: bool,
-    /// Branches that were there before and whose record is now another one.
+    /// The branches that existed before and whose rows changed.
     pub branches: BranchSet,
 }
 
-/// How much it matters that a change is stored.
+/// Whether and when a change must be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Weight {
-    /// Nothing changed that is ever stored.
+    /// Nothing that is stored has changed.
     Nothing,
-    /// Goes to the store together with the next change that does: a first acknowledgement of several.
+    /// Stored together with the next change that is: an acknowledgement that is not the last one.
     Later,
-    /// Goes to the store, and nobody waits for it: attempts, acknowledgements, completion. If it is lost, participants are
-    /// asked once more.
+    /// Stored, but nothing waits for it: attempts, acknowledgements, completion. If it is lost, the participants are called once
+    /// more.
     Lazy,
-    /// Answers and calls wait until it is durable: branches, the decision, what an operator did.
+    /// Answers and calls wait until it is durable: branches, the decision, a resolution by an operator.
     Durable,
 }
 
@@ -120,42 +120,42 @@ impl Change {
         Self { weight: Weight::Durable, head: false, branches: BranchSet::EMPTY };
     const DECIDED: Self = Self { weight: Weight::Durable, head: true, branches: BranchSet::EMPTY };
 
-    /// The branch at `index` has changed, and with it when the transaction is due, or over.
+    /// The branch at `index` has changed, and with it the transaction's `due_at` or its final state.
     fn of_branch(index: usize, weight: Weight) -> Self {
         Self { weight, head: true, branches: BranchSet::only(index) }
     }
 }
 
-/// Why an event was not taken in. The transaction is unchanged.
+/// Why an event was rejected. The transaction is unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejection {
-    /// The opposite decision stands, or any decision for a branch that wants to join.
+    /// The opposite decision was made before; or a branch asks to join, and any decision was made before.
     #[error("{}", match .0 {
         Decision::Confirm => "the transaction has been confirmed",
         Decision::Cancel => "the transaction has been cancelled",
     })]
     AlreadyDecided(Decision),
-    /// Confirm named another set than the registered one.
+    /// Confirm did not name exactly the registered branches.
     #[error("Confirm must name exactly the registered branches")]
     BranchesDiffer {
-        /// Registered, not named.
+        /// Registered, but not named.
         not_named: Vec<BranchId>,
-        /// Named, not registered.
+        /// Named, but not registered.
         not_registered: Vec<BranchId>,
     },
-    /// The id belongs to a branch with other content.
+    /// The branch id belongs to a branch with other content.
     #[error("branch {0} is registered already, with other content")]
     BranchTaken(BranchId),
-    /// There would be too many.
+    /// The transaction would have too many branches.
     #[error("a transaction has at most {} branches", limits::BRANCHES_MAX)]
     TooManyBranches,
-    /// Their carried payloads would be too large together.
+    /// The carried payloads would be too large in total.
     #[error(
         "the payloads of a transaction have at most {} bytes together",
         limits::PAYLOADS_BYTES_MAX
     )]
     PayloadsTooLarge,
-    /// Only the coordinator registers and confirms what it drives itself.
+    /// The transaction is coordinator-driven: only the coordinator registers its branches and confirms it.
     #[error(
         "the coordinator drives this transaction itself: its branches come with Execute, and only Cancel may be asked for"
     )]
@@ -166,18 +166,18 @@ pub enum Rejection {
     /// The transaction has no such branch.
     #[error("the transaction has no branch {0}")]
     BranchUnknown(BranchId),
-    /// The participant itself has answered.
+    /// The participant has acknowledged the branch.
     #[error("the participant has acknowledged branch {0} itself")]
     AlreadyAcknowledged(BranchId),
 }
 
 impl GlobalTransaction {
-    /// Takes in `event`. On `Err` the transaction is unchanged; a repeat is `Ok` and changes nothing.
+    /// Applies `event`. After `Err` the transaction is unchanged. A repeat is `Ok` and changes nothing.
     ///
     /// # Errors
     ///
-    /// When the event does not fit the state: see [`Rejection`]. Only commands can be rejected; time, calls and recovery
-    /// are taken in whenever they come.
+    /// When the event does not fit the state: see [`Rejection`]. Only requests can be rejected. Time, results of calls and recovery
+    /// are accepted in every state.
     pub fn apply(&mut self, event: Event, now: Timestamp) -> Result<Change, Rejection> {
         match event {
             Event::Registered(specs) => self.register(specs, now),
@@ -252,8 +252,8 @@ impl GlobalTransaction {
                 Err(Rejection::CoordinatorDriven)
             }
             DecisionRequest::Confirm { tried } => {
-                // The initiator may not know of a branch that a nested service has registered and that may not have been
-                // tried: confirming "all" would confirm it too.
+                // A nested service may have registered a branch that the initiator does not know and that was never tried. To
+                // confirm "all branches" would confirm that one, too.
                 let registered: BTreeSet<_> =
                     self.branches.iter().map(|branch| branch.spec.branch_id.clone()).collect();
                 if registered != tried {
@@ -278,7 +278,7 @@ impl GlobalTransaction {
         let branch = &mut self.branches[branch];
         branch.call = Call::InFlight(phase);
         branch.attempts = branch.attempts.saturating_add(1);
-        Change::NOTHING // it is told with what becomes of it
+        Change::NOTHING // stored with the result of the call
     }
 
     fn try_returned(
@@ -292,7 +292,7 @@ impl GlobalTransaction {
         let branch = &mut self.branches[index];
         branch.call = Call::Idle { due_at: now };
         if self.state != State::Trying {
-            // Decided meanwhile. Whatever the Try did, Cancel undoes it; it was only waiting for the call to end.
+            // The transaction was decided while the Try was in flight. Cancel undoes whatever the Try did.
             return Change::NOTHING;
         }
         match outcome {
@@ -342,7 +342,7 @@ impl GlobalTransaction {
             if branch.call == Call::InFlight(phase) {
                 branch.call = Call::Idle { due_at: now };
             }
-            return Change::NOTHING; // an operator has answered for it meanwhile
+            return Change::NOTHING; // an operator has resolved the branch while the call was in flight
         }
         match outcome {
             Outcome::Done { .. } => {
@@ -351,7 +351,7 @@ impl GlobalTransaction {
                 self.finish_if_acknowledged(index, now)
             }
             Outcome::Refused(refusal) => {
-                // dispatch reads no refusal out of a phase-two answer; if it did, it would be repeated all the same.
+                // `dispatch` never reads a refusal from a phase-two answer. If it did, the call would be retried all the same.
                 let error =
                     AttemptError { code: "REFUSED".to_owned(), message: refusal.reason, at: now };
                 self.phase_two_failed(index, error, false, true, now + retry_in)
@@ -424,7 +424,7 @@ impl GlobalTransaction {
         self.decide(State::Cancelling, now)
     }
 
-    /// Trying → Confirming or Cancelling. Called only while trying.
+    /// Trying → Confirming or Cancelling. Call it only while trying.
     fn decide(&mut self, decided: State, now: Timestamp) -> Change {
         debug_assert_eq!(self.state, State::Trying);
         self.state = decided;
@@ -433,7 +433,7 @@ impl GlobalTransaction {
             branch.attempts = 0;
             branch.timeouts = 0;
             branch.last_error = None;
-            // One call at a time: where a Try is under way, phase two waits until it has come back or timed out.
+            // A branch has one call at a time: while a Try is in flight, phase two waits for its answer or its deadline.
             if let Call::Idle { due_at } = &mut branch.call {
                 *due_at = now;
             }
@@ -445,10 +445,10 @@ impl GlobalTransaction {
         Change::DECIDED
     }
 
-    /// The branch at `index` has just been closed.
+    /// The branch at `index` has just been acknowledged or resolved.
     fn finish_if_acknowledged(&mut self, index: usize, now: Timestamp) -> Change {
         if self.branches.iter().any(Branch::is_open) {
-            // In the first round acknowledgements wait for the completion, which tells them all in one row.
+            // As long as no attempt failed, acknowledgements are not stored one by one: the final state implies them all.
             let first_round = self.branches.iter().all(|branch| branch.last_error.is_none());
             return Change::of_branch(
                 index,
@@ -468,7 +468,7 @@ impl GlobalTransaction {
         self.finished_at = Some(now);
     }
 
-    /// The branch of that id, and its index.
+    /// The branch with this id, and its index.
     #[must_use]
     pub fn branch(&self, branch_id: &BranchId) -> Option<(usize, &Branch)> {
         self.branches.iter().enumerate().find(|(_, branch)| branch.spec.branch_id == *branch_id)

@@ -8,20 +8,23 @@
 //!     └───────────────────────▶ Cancelling ───────────────────────────▶ Cancelled
 //! ```
 //!
-//! Two questions only. [`GlobalTransaction::apply`] takes in an event and is the only code that changes a state.
-//! [`GlobalTransaction::plan`] says, from the state alone, which calls are due and when to look again. A restart loads what
-//! is open and asks `plan`, like every other time.
+//! There are two functions. [`GlobalTransaction::apply`] takes an event and is the only code that changes a state.
+//! [`GlobalTransaction::plan`] says, from the state alone, which calls are due and when to look again. Recovery is the same code:
+//! a restart loads the open transactions and asks `plan`.
 //!
-//! | | branches registered | decision asked for | time passed | call returned |
+//! | | branches registered | decision requested | time passed | call returned |
 //! |---|---|---|---|---|
-//! | **Trying** | added; a repeat: nothing | Confirm of exactly the registered ones: → Confirming. Cancel: → Cancelling | past `expires_at`: → Cancelling | coordinator-driven only: OK notes it, the last one: → Confirming. Refused: → Cancelling. Unknown: again later, or → Cancelling after half of the timeout |
-//! | **Confirming, Cancelling** | rejected | the same: nothing. The other: rejected | nothing | OK: acknowledged, the last one: → Confirmed, Cancelled. Else: again later, for ever |
-//! | **Confirmed, Cancelled** | rejected | the same: nothing. The other: rejected | nothing | nothing |
+//! | **Trying** | added; a repeat: no change | Confirm of exactly the registered branches: → Confirming. Cancel: → Cancelling | past `expires_at`: → Cancelling | coordinator-driven only. OK: the branch is tried; when all are: → Confirming. Refused: → Cancelling. Unknown: retried, or → Cancelling after half of the timeout |
+//! | **Confirming, Cancelling** | rejected | the same decision: no change. The opposite: rejected | no change | OK: acknowledged; when all branches are: → Confirmed or Cancelled. Otherwise: retried without end |
+//! | **Confirmed, Cancelled** | rejected | the same decision: no change. The opposite: rejected | no change | no change |
 //!
-//! What must always hold is checked in every reachable state by `tests/explorer.rs`:
-//! a decision never changes; no branch joins after it; Confirm is planned only while Confirming, Cancel only while
-//! Cancelling, Try only while Trying; a branch has one call at a time; a final state has no branch that is still open; an
-//! event that is rejected, and a repeat, change nothing.
+//! `tests/explorer.rs` visits every reachable state and checks these invariants:
+//!
+//! - a decision never changes, and no branch joins after it;
+//! - Try is planned only while Trying, Confirm only while Confirming, Cancel only while Cancelling;
+//! - a branch has at most one call in flight;
+//! - in a final state every branch is acknowledged or resolved;
+//! - an event that is rejected or repeated changes nothing.
 
 mod apply;
 mod model;

@@ -1,27 +1,27 @@
-//! What is known of a global transaction.
+//! The data of a global transaction: its state, its branches, and what each field means.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use handfast_proto::{BranchId, Xid, time::Timestamp};
 
-/// Where a global transaction stands. Retry counts, timeouts, reasons and being stuck are fields, not states.
+/// The state of a global transaction. Retry counts, timeouts, reasons and "stuck" are fields, not states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum State {
     /// No decision yet.
     Trying,
-    /// Decided; some branch has not acknowledged its Confirm.
+    /// Decided; at least one branch has not acknowledged its Confirm.
     Confirming,
-    /// Decided; some branch has not acknowledged its Cancel.
+    /// Decided; at least one branch has not acknowledged its Cancel.
     Cancelling,
-    /// Final: every branch has confirmed, or an operator has answered for it.
+    /// Final: every branch has confirmed, or an operator has resolved it.
     Confirmed,
-    /// Final: every branch has cancelled, or an operator has answered for it.
+    /// Final: every branch has cancelled, or an operator has resolved it.
     Cancelled,
 }
 
 impl State {
-    /// The decision that stands, if there is one.
+    /// The decision, once it is made.
     #[must_use]
     pub fn decision(self) -> Option<Decision> {
         match self {
@@ -38,7 +38,7 @@ impl State {
     }
 }
 
-/// Made once, durable before anybody hears of it, never changed.
+/// Made once, durable before anyone is told, and never changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Decision {
     /// Use what was reserved.
@@ -69,19 +69,19 @@ pub enum Phase {
     Cancel,
 }
 
-/// Who calls the Trys and asks for the decision.
+/// The process that calls the Trys and asks for the decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Drive {
     /// The initiator.
     Initiator,
     /// The coordinator: `Execute`.
     Coordinator {
-        /// Each Try after the one before it; else all at once.
+        /// True: one Try after another. False: all in parallel.
         in_order: bool,
     },
 }
 
-/// Bytes that participants understand and the coordinator does not.
+/// The arguments of a call, or its reply. Opaque to the coordinator.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Payload {
     /// At most `limits::PAYLOAD_BYTES_MAX`.
@@ -91,18 +91,18 @@ pub struct Payload {
 }
 
 impl fmt::Debug for Payload {
-    /// Says how much there is, never what.
+    /// Prints the size, never the content.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Payload({} bytes, {:?})", self.data.len(), self.content_type)
     }
 }
 
-/// A participant's decided "no", as it wrote it.
+/// A participant's "no", as the participant wrote it. Retrying will not help.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// For programs: `OUT_OF_STOCK`.
     pub reason: String,
-    /// Who says so: `inventory`.
+    /// The participant that refused: `inventory`.
     pub domain: String,
     /// For people.
     pub message: String,
@@ -115,26 +115,26 @@ pub struct Refusal {
 pub enum CancelCause {
     /// The initiator asked for it.
     Requested {
-        /// In its words; may be empty.
+        /// The initiator's text for people; may be empty.
         reason: String,
     },
     /// A Try was refused.
     Refused {
-        /// Whose, if the initiator said so.
+        /// The branch that refused, if the initiator named it.
         branch_id: Option<BranchId>,
-        /// Why.
+        /// As the participant wrote it.
         refusal: Refusal,
     },
     /// Phase one took longer than its timeout.
     TimedOut,
     /// Coordinator-driven: a Try had no clear answer.
     TryUnknown {
-        /// Whose.
+        /// The branch whose Try it was.
         branch_id: BranchId,
-        /// The latest answer, in words.
+        /// The latest answer, as text.
         error: String,
     },
-    /// Coordinator-driven: the coordinator stopped in phase one, and with it the payloads and replies were gone.
+    /// Coordinator-driven: the coordinator stopped in phase one, and lost the payloads and replies with its memory.
     CoordinatorRestarted,
 }
 
@@ -159,34 +159,34 @@ impl fmt::Display for CancelCause {
     }
 }
 
-/// An idempotency key, as it is kept.
+/// An idempotency key, as the store keeps it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key {
     /// SHA-256 of the key.
     pub hash: [u8; 32],
-    /// SHA-256 of what must be the same in a repeat.
+    /// SHA-256 of everything that must be the same in a repeat.
     pub digest: [u8; 32],
 }
 
-/// One participant's part, as its initiator names it.
+/// One participant's part of a global transaction, as the initiator registers it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BranchSpec {
-    /// Its name within the transaction; the same in every repeat.
+    /// Unique within the transaction, and the same in every repeat.
     pub branch_id: BranchId,
-    /// `inventory.deduct`: which of the participant's actions.
+    /// One of the participant's actions: `inventory.deduct`.
     pub action: String,
-    /// `inventory`: whose address the configuration may know.
+    /// `inventory`. The configuration may have an address for this name.
     pub participant: String,
-    /// `http://127.0.0.1:7001`: the address if the configuration has none; empty: none given.
+    /// `http://127.0.0.1:7001`: used if the configuration has no address for the participant. May be empty.
     pub target: String,
-    /// Sent with Try (coordinator-driven), and with Confirm and Cancel if it is carried.
+    /// Sent with Try (coordinator-driven), and with Confirm and Cancel if `carry_payload` is set.
     pub payload: Option<Payload>,
-    /// Whether the payload is stored and sent in phase two, for participants that do not keep it themselves.
+    /// Whether to store the payload and send it in phase two, for participants that do not keep it.
     pub carry_payload: bool,
 }
 
 impl BranchSpec {
-    /// Whether a repeat of a registration names the same branch. The target may differ: services move.
+    /// Whether a repeated registration is for the same branch. The target may differ, because services move.
     #[must_use]
     pub fn same_content(&self, other: &Self) -> bool {
         self.action == other.action
@@ -196,76 +196,77 @@ impl BranchSpec {
     }
 }
 
-/// How far one branch has come.
+/// The progress of one branch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BranchState {
     /// Its Try may or may not have happened.
     Registered,
     /// Coordinator-driven, and only in memory: its Try answered OK.
     Tried,
-    /// The participant has done what was decided.
+    /// The participant has carried out the decision.
     Acknowledged,
-    /// An operator has answered for the participant.
+    /// An operator has settled the branch by hand.
     Resolved(Box<Resolution>),
 }
 
-/// What an operator did for a branch by hand. Kept for ever.
+/// The record of an operator who settled a branch by hand. Kept for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolution {
-    /// Who.
+    /// The operator's name.
     pub operator: String,
-    /// Why, and what was done instead.
+    /// Why, and what the operator did instead.
     pub reason: String,
-    /// When.
+    /// When the coordinator received it.
     pub at: Timestamp,
 }
 
 /// Why an attempt failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttemptError {
-    /// The gRPC code's name: `UNAVAILABLE`.
+    /// The name of the gRPC code: `UNAVAILABLE`.
     pub code: String,
-    /// In words, cut to a bounded length.
+    /// The participant's text, cut to a bounded length.
     pub message: String,
-    /// When the answer, or the lack of one, was noticed.
+    /// When the coordinator received the answer, or gave up waiting for it.
     pub at: Timestamp,
 }
 
-/// Whether a call to the participant is under way. One branch has one call at a time.
+/// Whether a call to the participant is in flight. A branch has at most one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
-    /// None is; the next one may be made from this moment on.
+    /// No call is in flight.
     Idle {
-        /// Not before.
+        /// The next call may be made from this time on.
         due_at: Timestamp,
     },
-    /// One is. Only in memory: after a restart the branch is idle and due.
+    /// A call is in flight. This is known only in memory: after a restart the branch is idle and due.
     InFlight(Phase),
 }
 
 /// One participant's part of a global transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Branch {
-    /// As it was registered. Shared: a transaction that changes while what it was is still being recorded or answered is copied.
+    /// The branch as it was registered. Shared, because a transaction is copied when it changes while its previous version is still
+    /// being recorded or sent.
     pub spec: Arc<BranchSpec>,
-    /// How far it has come.
+    /// The progress of the branch.
     pub state: BranchState,
-    /// Calls made so far in the present phase.
+    /// Calls made so far in this phase.
     pub attempts: u32,
-    /// How many of the latest calls in a row ran into their deadline: the next one gets more time. Only in memory.
+    /// How many of the latest calls, in a row, ran into their deadline. The next call gets more time. Only in memory.
     pub timeouts: u32,
-    /// The participant has asked for a person: stuck at once.
+    /// The participant has asked for a person. The branch is stuck at once.
     pub needs_attention: bool,
-    /// Whether a call is under way, or when the next one is due.
+    /// Whether a call is in flight, or when the next one is due.
     pub call: Call,
-    /// Of the latest attempt that failed.
+    /// The error of the latest failed attempt.
     pub last_error: Option<Box<AttemptError>>,
-    /// What its Try answered. Only in memory, coordinator-driven only.
+    /// The reply to its Try. Only in memory, and only if coordinator-driven.
     pub reply: Option<Box<Payload>>,
 }
 
 impl Branch {
-    /// A branch that nobody has called yet.
+    /// A branch that has not been called yet.
     #[must_use]
     pub fn registered(spec: BranchSpec, now: Timestamp) -> Self {
         Self {
@@ -280,14 +281,14 @@ impl Branch {
         }
     }
 
-    /// Unless it is to be carried: what only a Try needs is not kept after it.
+    /// Drops the payload, unless phase two needs it (`carry_payload`).
     pub(super) fn let_go_of_payload(&mut self) {
         if self.spec.payload.is_some() && !self.spec.carry_payload {
             Arc::make_mut(&mut self.spec).payload = None;
         }
     }
 
-    /// Whether its participant still has to do what was decided.
+    /// Whether the participant has not acknowledged yet.
     #[must_use]
     pub fn is_open(&self) -> bool {
         match self.state {
@@ -297,39 +298,39 @@ impl Branch {
     }
 }
 
-/// A set of branches of one transaction, by index: one bit each.
+/// A set of branches of one transaction: one bit for each index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BranchSet(u64);
 
 impl BranchSet {
-    /// No branch.
+    /// The empty set.
     pub const EMPTY: Self = Self(0);
 
-    /// Only this one. `index` is below `limits::BRANCHES_MAX`.
+    /// The set of one branch. `index` is below `limits::BRANCHES_MAX`.
     #[must_use]
     pub fn only(index: usize) -> Self {
         Self(1 << index)
     }
 
-    /// These and those.
+    /// The branches that are in either set.
     #[must_use]
     pub fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// Whether it has this one.
+    /// Whether the branch at `index` is in the set.
     #[must_use]
     pub fn contains(self, index: usize) -> bool {
         self.0 & (1 << index) != 0
     }
 
-    /// Whether it has none.
+    /// Whether the set is empty.
     #[must_use]
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// How many it has.
+    /// The number of branches in the set.
     #[must_use]
     pub fn len(self) -> usize {
         self.0.count_ones() as usize
@@ -341,63 +342,63 @@ impl BranchSet {
     }
 }
 
-/// A global transaction as it is asked for, checked at the door.
+/// A requested global transaction, after the request was validated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewTransaction {
-    /// `checkout`.
+    /// The kind of operation: `checkout`.
     pub name: String,
     /// Who calls the Trys.
     pub drive: Drive,
-    /// Of phase one.
+    /// The longest time that phase one may take.
     pub timeout: Duration,
     /// For people who search.
     pub labels: BTreeMap<String, String>,
     /// The same key gives the same transaction.
     pub key: Option<Key>,
-    /// What is known already. Their ids differ from each other.
+    /// The branches that the initiator already knows. Their ids differ.
     pub branches: Vec<BranchSpec>,
 }
 
 /// A global transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GlobalTransaction {
-    /// Its name.
+    /// Its id.
     pub xid: Xid,
-    /// What kind of operation it is: `checkout`.
+    /// The kind of operation: `checkout`.
     pub name: String,
     /// Who calls the Trys.
     pub drive: Drive,
-    /// Where it stands.
+    /// The state; only `apply` changes it.
     pub state: State,
     /// For people who search.
     pub labels: BTreeMap<String, String>,
-    /// When the coordinator took it in.
+    /// When the coordinator accepted it.
     pub begun_at: Timestamp,
-    /// End of phase one. A wrong clock can make it early, never split a decision.
+    /// End of phase one. A wrong clock can end phase one early; it cannot split a decision.
     pub expires_at: Timestamp,
-    /// When it was decided.
+    /// When it was decided; `None` while trying.
     pub decided_at: Option<Timestamp>,
-    /// When the last branch acknowledged.
+    /// When the last branch acknowledged; `None` before that.
     pub finished_at: Option<Timestamp>,
-    /// Why it was cancelled; only when it was.
+    /// Why it was cancelled; `None` unless it was.
     pub cancel: Option<CancelCause>,
-    /// Its idempotency key.
+    /// Its idempotency key, if the initiator gave one.
     pub key: Option<Key>,
-    /// In order of registration; grows only while trying.
+    /// In order of registration. The list grows only while trying.
     pub branches: Vec<Branch>,
 }
 
-/// When a decided transaction counts as stuck. A view for operators: it is retried all the same.
+/// When a decided transaction is reported as stuck. Only a view for operators: the coordinator retries it all the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StuckAfter {
-    /// So many attempts of one branch have failed.
+    /// This many attempts of one branch have failed.
     pub attempts: u32,
-    /// So long after the decision a branch has not acknowledged.
+    /// A branch has not acknowledged this long after the decision.
     pub time: Duration,
 }
 
 impl GlobalTransaction {
-    /// Begins one.
+    /// A new transaction in state Trying.
     #[must_use]
     pub fn begin(xid: Xid, new: NewTransaction, now: Timestamp) -> Self {
         Self {
@@ -416,7 +417,7 @@ impl GlobalTransaction {
         }
     }
 
-    /// Whether phase two keeps failing and an operator should look.
+    /// Whether phase two keeps failing, so that an operator should look.
     #[must_use]
     pub fn is_stuck(&self, now: Timestamp, after: StuckAfter) -> bool {
         let Some(decided_at) = self.decided_at else { return false };
@@ -429,8 +430,8 @@ impl GlobalTransaction {
                 }))
     }
 
-    /// Whether it finished without a failed attempt and without an operator: its final state then tells all that there is to
-    /// know of its branches, and they need not be written again.
+    /// Whether it finished without a failed attempt and without an operator. Its final state then says everything about its branches,
+    /// and they need not be written again.
     #[must_use]
     pub fn finished_smoothly(&self) -> bool {
         self.state.is_final()
@@ -441,7 +442,7 @@ impl GlobalTransaction {
             })
     }
 
-    /// What a store gives back of it: the same, without what lives only in memory.
+    /// The transaction as a store returns it: without the fields that exist only in memory.
     #[must_use]
     pub fn recorded(&self) -> Self {
         let mut recorded = self.clone();
@@ -466,19 +467,19 @@ impl GlobalTransaction {
         recorded
     }
 
-    /// When somebody has to look at it if nobody is working on it; `None` when it is final.
+    /// When the next owner must look at it if it is not in memory; `None` when it is final.
     #[must_use]
     pub fn due_at(&self) -> Option<Timestamp> {
         match (self.state, self.drive) {
             (State::Trying, Drive::Initiator) => Some(self.expires_at),
-            // Nobody but this coordinator drives it: the next owner has to cancel it at once.
+            // Only this coordinator can continue it, so the next owner has to cancel it at once.
             (State::Trying, Drive::Coordinator { .. }) => Some(self.begun_at),
             (State::Confirming | State::Cancelling, _) => {
                 let next =
                     self.branches.iter().filter(|branch| branch.is_open()).map(
                         |branch| match branch.call {
                             Call::Idle { due_at } => due_at,
-                            Call::InFlight(_) => self.begun_at, // whether it arrived is unknown to whoever comes next
+                            Call::InFlight(_) => self.begun_at, // the next owner cannot know whether the call arrived
                         },
                     );
                 Some(next.min().unwrap_or(self.begun_at))

@@ -1,4 +1,4 @@
-//! What is due, from the state alone.
+//! Which calls are due. This follows from the state alone.
 
 use super::{BranchState, Call, Drive, GlobalTransaction, Phase, State, Timestamp};
 
@@ -7,21 +7,21 @@ use super::{BranchState, Call, Drive, GlobalTransaction, Phase, State, Timestamp
 pub struct DueCall {
     /// Index of the branch.
     pub branch: usize,
-    /// What to ask for.
+    /// Try, Confirm or Cancel.
     pub phase: Phase,
 }
 
-/// What to do now, and when to look again if nothing happens before.
+/// The calls to make now, and when to look again if no event comes first.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Plan {
-    /// Make these calls.
+    /// The calls that are due now.
     pub calls: Vec<DueCall>,
-    /// Look again then; `None`: only an event can make something due.
+    /// When the next call or the timeout is due; `None` if only an event can make something due.
     pub wake_at: Option<Timestamp>,
 }
 
 impl GlobalTransaction {
-    /// Says which calls are due and when to look again. Changes nothing; asked twice, it says the same.
+    /// Which calls are due at `now`, and when to look again. Changes nothing.
     #[must_use]
     pub fn plan(&self, now: Timestamp) -> Plan {
         match (self.state, self.drive) {
@@ -30,7 +30,7 @@ impl GlobalTransaction {
             }
             (State::Trying, Drive::Coordinator { in_order }) => {
                 let untried = |state: &BranchState| *state == BranchState::Registered;
-                // In order: only the first one that has not been tried.
+                // In order: only the first branch that has not been tried.
                 let mut plan =
                     self.due(Phase::Try, untried, if in_order { 1 } else { usize::MAX }, now);
                 plan.wake_at =
@@ -51,7 +51,7 @@ impl GlobalTransaction {
         matches!(state, BranchState::Registered | BranchState::Tried)
     }
 
-    /// Of the first `most` branches that are `wanted`: those to call now, and when the next of the others is due.
+    /// Looks at the first `most` branches that are `wanted`. Plans calls to those that are due, and wakes for the next of the others.
     fn due(
         &self,
         phase: Phase,
@@ -63,7 +63,7 @@ impl GlobalTransaction {
         let open = self.branches.iter().enumerate().filter(|(_, branch)| wanted(&branch.state));
         for (index, branch) in open.take(most) {
             match branch.call {
-                Call::InFlight(_) => {} // its return is the event
+                Call::InFlight(_) => {} // its return will be an event
                 Call::Idle { due_at } if due_at <= now => {
                     plan.calls.push(DueCall { branch: index, phase });
                 }

@@ -1,20 +1,20 @@
-//! When to try again: attempt number → delay. Exponential backoff with full jitter (Brooker, "Exponential Backoff And
-//! Jitter", 2015), so that callers who failed together do not come back together.
+//! The delay before a retry: exponential backoff with full jitter (Brooker, "Exponential Backoff And Jitter", 2015), so that calls
+//! that failed together are not retried together.
 
 use std::time::Duration;
 
-/// How long to wait between attempts.
+/// The delays between attempts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Longest delay after the first failed attempt. Doubles with each further one.
+    /// The longest delay after the first failed attempt. It doubles with each further attempt.
     pub initial: Duration,
-    /// Longest delay at all.
+    /// The delay never exceeds this.
     pub max: Duration,
 }
 
 impl RetryPolicy {
-    /// The delay after `attempt` attempts (from 1) have failed: `jitter` (0 to `u32::MAX`) of the way from nothing to the
-    /// longest. At least a millisecond.
+    /// The delay after `attempt` attempts (from 1) have failed. `jitter` (0 to `u32::MAX`) scales it between zero and the longest delay.
+    /// At least a millisecond.
     #[must_use]
     pub fn delay(&self, attempt: u32, jitter: u32) -> Duration {
         let doublings = attempt.saturating_sub(1).min(31);
@@ -23,8 +23,8 @@ impl RetryPolicy {
     }
 }
 
-/// The deadline of a call whose `timeouts` predecessors in a row all ran into theirs: doubles each time, up to `max`, so
-/// that a participant that has become slow is waited for instead of asked in vain.
+/// The deadline of a call after `timeouts` calls in a row ran into theirs. It doubles each time, up to `max`, so that a
+/// participant that has become slow can still answer in time.
 #[must_use]
 pub fn call_deadline(initial: Duration, timeouts: u32, max: Duration) -> Duration {
     initial.saturating_mul(1 << timeouts.min(16)).min(max.max(initial))

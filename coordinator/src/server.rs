@@ -19,12 +19,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Router, TcpIncoming};
 use tonic_health::server::HealthReporter;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     clock::{Clock, SystemClock},
     config::{Config, StoreUrl},
-    coordinator::{Coordinator, Running},
+    coordinator::{Coordinator, End, Running},
     dispatch::{GrpcDispatch, Tcp},
     journal::Ended,
     partition::Settings,
@@ -80,6 +80,8 @@ pub enum Exit {
     Fenced,
     /// The store holds what cannot be; a person must look.
     Corrupt,
+    /// A task ended that should run for ever. Names it.
+    Broken(&'static str),
 }
 
 /// Why the coordinator could not start, or had to stop.
@@ -146,7 +148,7 @@ pub async fn run(
     let dispatch = Arc::new(GrpcDispatch::new(targets.clone(), Arc::new(Tcp), clock.clone()));
     let settings = settings(&config);
     let starting = Coordinator::start(store, dispatch.clone(), clock, settings, config.retention);
-    let (coordinator, running) = tokio::select! {
+    let (coordinator, mut running) = tokio::select! {
         started = starting => started?,
         // Given up while it waits for the batch of the owner before; that one goes on then.
         () = stop.cancelled() => return Ok(Exit::Stopped),
@@ -159,18 +161,25 @@ pub async fn run(
     let serving = tokio::spawn(
         router.serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned()),
     );
-    let readiness = tokio::spawn(tell_readiness(coordinator.clone(), health.clone()));
+    let readiness = tokio::spawn(tell_readiness(coordinator, health.clone()));
     let started = Started { grpc: listening, store: config.store.to_string() };
     info!(address = %started.grpc, store = started.store, "serving");
     announce(&started);
 
     let exit = tokio::select! {
         () = stop.cancelled() => Exit::Stopped,
-        ended = coordinator.ended() => match ended {
-            Ended::Fenced => Exit::Fenced,
-            Ended::Corrupt => Exit::Corrupt,
+        end = running.ended() => match end {
+            End::Partition(_, Ended::Fenced) => Exit::Fenced,
+            End::Partition(_, Ended::Corrupt) => Exit::Corrupt,
+            End::Task(task) => Exit::Broken(task),
         },
     };
+    if let Exit::Broken(task) = exit {
+        // Half of a coordinator would hold its callers up. What is durable is carried on by the next one.
+        set_ready(&health, false).await;
+        error!(task, "a task has ended that should run for ever; ending at once");
+        return Ok(exit);
+    }
     let deadline = Instant::now() + config.shutdown_grace;
     info!(?exit, grace_seconds = config.shutdown_grace.as_secs(), "stopping");
     readiness.abort();

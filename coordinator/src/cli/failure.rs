@@ -18,6 +18,7 @@ pub(super) enum Code {
     TimedOut = 6,
     Fenced = 8,
     Corrupt = 9,
+    Broken = 10,
 }
 
 impl From<Code> for ExitCode {

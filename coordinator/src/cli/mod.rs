@@ -30,6 +30,7 @@ Exit codes:
   6  waited too long; it may have happened all the same
   8  serve, dev: another coordinator has taken over
   9  serve, dev: the store holds what cannot be; a person must look
+ 10  serve, dev: the coordinator has a fault of its own; start it again
 
 Examples:
   handfast dev                                      try things out; needs nothing

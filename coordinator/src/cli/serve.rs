@@ -8,7 +8,7 @@ use handfast_coordinator::{
     server::{self, Exit, TakeOver},
     telemetry,
 };
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::{Failure, failure::Code, tell};
 
@@ -104,6 +104,7 @@ impl Serve {
             ));
         }
         telemetry::init(&config.log, config.log_format);
+        end_on_panic();
         if !config.listen.ip().is_loopback() {
             warn!(address = %config.listen, "other machines can connect, and there is no authentication yet (insecure)");
         }
@@ -142,7 +143,16 @@ impl Serve {
     }
 }
 
-/// What the end of a run means for whoever started it.
+/// From now on a panic of any task or thread ends the process at once. Half of a coordinator would hold its callers up, and what is
+/// durable is carried on by the next one.
+pub(super) fn end_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        error!(%panic, "a task panicked; ending at once");
+        std::process::exit(Code::Broken as i32);
+    }));
+}
+
+/// What the end of a run means for the command that started it.
 pub(super) fn ended(exit: Exit) -> Result<(), Failure> {
     match exit {
         Exit::Stopped => Ok(()),
@@ -157,6 +167,12 @@ pub(super) fn ended(exit: Exit) -> Result<(), Failure> {
             "the store holds what cannot be",
             "the log says what; what is durable stands, and this coordinator has stopped",
             "keep a copy of the store as it is before anything else is tried",
+        )),
+        Exit::Broken(task) => Err(Failure::new(
+            Code::Broken,
+            "the coordinator has a fault of its own, and has stopped",
+            format!("its {task} task ended; the log says more. What is durable stands"),
+            "start it again: it carries on what is open. Please report the log",
         )),
     }
 }
@@ -209,5 +225,25 @@ mod tests {
         assert!(ended(Exit::Stopped).is_ok());
         assert_eq!(ended(Exit::Fenced).unwrap_err().code, Code::Fenced);
         assert_eq!(ended(Exit::Corrupt).unwrap_err().code, Code::Corrupt);
+        assert_eq!(ended(Exit::Broken("journal")).unwrap_err().code, Code::Broken);
+    }
+
+    #[test]
+    fn a_panic_of_any_task_ends_the_process_with_its_own_code() {
+        const INSIDE: &str = "HANDFAST_TEST_PANICS";
+        if env::var_os(INSIDE).is_some() {
+            end_on_panic();
+            // Without the hook the panic would stay in its thread.
+            drop(std::thread::spawn(|| panic!("a fault of our own")).join());
+            return;
+        }
+        let test = std::thread::current().name().unwrap().to_owned();
+        let status = std::process::Command::new(env::current_exe().unwrap())
+            .args(["--exact", &test])
+            .env(INSIDE, "1")
+            .stdout(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.code(), Some(Code::Broken as i32));
     }
 }

@@ -1,24 +1,25 @@
 //! The journal against a store that fails on demand.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 
-use super::*;
+use handfast_proto::Xid;
+
+use super::{health::OUTAGE_GRACE, outbox::BATCH_ROWS_MAX, *};
 use crate::{
     clock::ManualClock,
     store::{
-        ALL_PARTITIONS, Head, Lookup,
+        ALL_PARTITIONS, Head, Lookup, Write,
         scripted::{Fault, ScriptedStore},
     },
     transaction::{
         BranchSet, CancelCause, DecisionRequest, Drive, Event, GlobalTransaction, NewTransaction,
-        State,
+        State, Timestamp,
     },
 };
 
 struct Rig {
     store: Arc<ScriptedStore>,
-    ownerships: Vec<Ownership>,
-    outboxes: Vec<Arc<Outbox>>,
+    outboxes: BTreeMap<u16, Arc<Outbox>>,
     health: Arc<JournalHealth>,
     clock: ManualClock,
     stop: CancellationToken,
@@ -31,15 +32,15 @@ impl Rig {
         let store = Arc::new(ScriptedStore::default());
         let clock = ManualClock::at(Timestamp(1_000_000));
         let ownerships = store.acquire(&ALL_PARTITIONS, "test", clock.now()).await.unwrap();
-        let (journal, outboxes, health) =
-            Journal::new(store.clone(), Arc::new(clock.clone()), &ownerships);
+        let journal = Journal::new(store.clone(), Arc::new(clock.clone()));
+        let (outboxes, health) = (add(&journal, ownerships), journal.health().clone());
         let stop = CancellationToken::new();
         let journal = tokio::spawn(journal.run(stop.clone()));
-        Self { store, ownerships, outboxes, health, clock, stop, journal, sequence: 0 }
+        Self { store, outboxes, health, clock, stop, journal, sequence: 0 }
     }
 
     fn begin(&mut self, partition: u16) -> GlobalTransaction {
-        let Ownership { epoch, nonce, .. } = self.ownerships[usize::from(partition)];
+        let Ownership { epoch, nonce, .. } = self.outboxes[&partition].ownership;
         self.sequence += 1;
         let new = NewTransaction {
             name: "checkout".to_owned(),
@@ -61,15 +62,15 @@ impl Rig {
             new_branches,
             changed_branches: BranchSet::EMPTY,
         };
-        self.outboxes[usize::from(global.xid.partition)].put(write, urgency)
+        self.outboxes[&global.xid.partition].put(write, urgency)
     }
 
     fn durable(&self, partition: u16) -> Durable {
-        *self.outboxes[usize::from(partition)].durable().borrow()
+        *self.outboxes[&partition].durable().borrow()
     }
 
     async fn until_durable(&self, partition: u16, number: u64) {
-        let mut durable = self.outboxes[usize::from(partition)].durable();
+        let mut durable = self.outboxes[&partition].durable();
         let reached = durable.wait_for(|durable| durable.upto >= number || durable.ended.is_some());
         tokio::time::timeout(Duration::from_secs(10), reached).await.expect("in time").unwrap();
     }
@@ -86,6 +87,11 @@ impl Rig {
             Lookup::Absent { .. } => None,
         }
     }
+}
+
+/// The outboxes of these partitions.
+fn add(journal: &Journal, ownerships: Vec<Ownership>) -> BTreeMap<u16, Arc<Outbox>> {
+    ownerships.into_iter().map(|owned| (owned.partition, journal.add(owned))).collect()
 }
 
 fn cancelled(global: &GlobalTransaction) -> GlobalTransaction {
@@ -160,7 +166,7 @@ async fn a_transaction_that_changes_while_it_waits_is_written_once_and_counts_fr
     assert_eq!(last, BATCH_ROWS_MAX as u64 + 2);
     // The first part lands, the second one is slow.
     rig.store.fail([Fault::Nothing, Fault::Nothing].into_iter().chain([Fault::Unreached; 5]));
-    let mut durable = rig.outboxes[1].durable();
+    let mut durable = rig.outboxes[&1].durable();
     rig.store.release();
     durable.changed().await.unwrap();
     // The first part holds change `last`, but not the one before it: neither counts yet.
@@ -202,13 +208,12 @@ async fn a_partition_that_was_taken_over_stops_and_the_others_go_on() {
     let mut rig = Rig::new().await;
     // Another owner takes all; only partition 3 of ours is still the old one.
     let newer = rig.store.acquire(&ALL_PARTITIONS, "other", rig.clock.now()).await.unwrap();
-    let Rig { store, clock, .. } = &rig;
-    let mut mixed = newer.clone();
-    mixed[3] = rig.ownerships[3];
-    let (journal, outboxes, _) = Journal::new(store.clone(), Arc::new(clock.clone()), &mixed);
+    let mut mixed = newer;
+    mixed.retain(|owned| owned.partition != 3);
+    mixed.push(rig.outboxes[&3].ownership);
+    let journal = Journal::new(rig.store.clone(), Arc::new(rig.clock.clone()));
+    rig.outboxes = add(&journal, mixed);
     tokio::spawn(journal.run(rig.stop.clone()));
-    rig.outboxes = outboxes;
-    rig.ownerships = mixed;
     let (fenced, other) = (rig.begin(3), rig.begin(4));
     rig.store.hold();
     let blocker = rig.begin(5);
@@ -294,7 +299,7 @@ async fn changes_that_wait_together_lose_none_of_their_branches() {
     {
         let changed_branches = branches(&changed);
         let write = Write { global: global.clone(), head, new_branches, changed_branches };
-        rig.outboxes[1].put(write, Urgency::Awaited);
+        rig.outboxes[&1].put(write, Urgency::Awaited);
     }
     rig.store.release();
     rig.until_batches(2).await;
@@ -315,7 +320,7 @@ async fn what_is_fenced_does_not_keep_the_journal_busy() {
     rig.store.release();
     rig.until_durable(0, 1).await;
     rig.put(&three, Head::Insert, Urgency::Awaited);
-    assert!(rig.outboxes[0].is_empty(), "it waits for what never comes");
+    assert!(rig.outboxes[&0].is_empty(), "it waits for what never comes");
 }
 
 #[test]
@@ -331,10 +336,11 @@ fn a_journal_that_was_replaced_is_idle() {
             let ownerships =
                 store.acquire(&ALL_PARTITIONS, "the first", Timestamp(1)).await.unwrap();
             let clock = Arc::new(ManualClock::at(Timestamp(1)));
-            let (journal, outboxes, _) = Journal::new(store.clone(), clock, &ownerships);
+            let journal = Journal::new(store.clone(), clock);
+            let outboxes = add(&journal, ownerships);
             tokio::spawn(journal.run(CancellationToken::new()));
             store.acquire(&ALL_PARTITIONS, "the second", Timestamp(2)).await.unwrap();
-            for outbox in outboxes {
+            for outbox in outboxes.into_values() {
                 outbox.durable().wait_for(|durable| durable.ended.is_some()).await.unwrap();
             }
             // Time only moves while nobody has anything to do.
@@ -344,4 +350,34 @@ fn a_journal_that_was_replaced_is_idle() {
     });
     let batches = idle.recv_timeout(Duration::from_secs(20)).expect("it never rests");
     assert_eq!(batches, 1, "the heartbeat that was told of the other owner");
+}
+
+/// A partition that is taken again by the same process has another outbox, and the end of the first ownership is not its end.
+#[tokio::test]
+async fn a_partition_that_is_taken_again_is_recorded_again() {
+    let store = Arc::new(ScriptedStore::default());
+    let clock = ManualClock::at(Timestamp(1_000_000));
+    let journal = Journal::new(store.clone(), Arc::new(clock.clone()));
+    tokio::spawn(journal.clone().run(CancellationToken::new()));
+    let first = store.acquire(&[3], "test", clock.now()).await.unwrap()[0];
+    let mut rig = Rig::new().await; // only for what it begins
+    rig.outboxes = add(&journal, vec![first]);
+    let mine = rig.outboxes[&3].clone();
+    // The first batch is in flight when the partition is taken again.
+    store.hold();
+    let lost = rig.begin(3);
+    rig.put(&lost, Head::Insert, Urgency::Awaited);
+    while store.batches().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let again = store.acquire(&[3], "test", clock.now()).await.unwrap();
+    rig.outboxes = add(&journal, again);
+    let kept = rig.begin(3);
+    rig.put(&kept, Head::Insert, Urgency::Awaited);
+    store.release();
+    rig.until_durable(3, 1).await;
+    assert_eq!(rig.durable(3), Durable { upto: 1, ended: None });
+    assert_eq!(mine.durable().borrow().ended, Some(Ended::Fenced));
+    assert!(matches!(store.load(kept.xid).await.unwrap(), Lookup::Found(_)));
+    assert!(matches!(store.load(lost.xid).await.unwrap(), Lookup::Absent { .. }));
 }

@@ -137,16 +137,21 @@ impl Partition {
         }
     }
 
-    /// Takes in events until `stop`, then hands what is not recorded yet to the journal.
+    /// Takes in events until `stop`, then hands what is not recorded yet to the journal. A partition that has ended goes on until
+    /// nobody can ask it any more, to answer that it is not here.
     pub async fn run(mut self, mut commands: mpsc::Receiver<Command>, stop: CancellationToken) {
         let mut durable = self.outbox.durable();
-        while !stop.is_cancelled() {
+        let mut can_be_asked = true;
+        while !stop.is_cancelled() && (can_be_asked || self.ended.is_none()) {
             let wake_at = self.wake_at();
             let clock = self.parts.clock.clone();
             tokio::select! {
                 biased; // so that a simulated run can be repeated; all other events that are ready are taken below
                 () = stop.cancelled() => { self.woken(); }
-                Some(command) = commands.recv() => self.woken().take_command(command),
+                command = commands.recv(), if can_be_asked => match command {
+                    Some(command) => self.woken().take_command(command),
+                    None => can_be_asked = false,
+                },
                 Some(returned) = self.returned.1.recv() => self.woken().take_returned(returned),
                 Some(read) = self.reads.1.recv() => self.woken().take_read(read),
                 Ok(()) = durable.changed() => { self.woken(); }

@@ -90,23 +90,22 @@ impl Rig {
 
     async fn start(store: Arc<ScriptedStore>, clock: ManualClock, settings: Settings) -> Self {
         let ownership = store.acquire(&[PARTITION], "test", clock.now()).await.unwrap()[0];
-        let (journal, outboxes, health) =
-            Journal::new(store.clone(), Arc::new(clock.clone()), &[ownership]);
+        let journal = Journal::new(store.clone(), Arc::new(clock.clone()));
         let (script, open, tasks) =
             (Arc::new(Script::default()), Arc::<AtomicUsize>::default(), TaskTracker::new());
         let parts = Parts {
             store: store.clone(),
             dispatch: script.clone(),
             clock: Arc::new(clock.clone()),
-            health,
+            health: journal.health().clone(),
             open: open.clone(),
             tasks: tasks.clone(),
             settings,
         };
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let (stop, journal_stop) = (CancellationToken::new(), CancellationToken::new());
+        let partition = Partition::new(ownership, parts, journal.add(ownership));
         let journal = tasks.spawn(journal.run(journal_stop.clone()));
-        let partition = Partition::new(ownership, parts, outboxes[0].clone());
         let stopping = stop.clone();
         tasks.spawn(async move {
             partition.run(receiver, stopping).await;

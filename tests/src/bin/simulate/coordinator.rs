@@ -60,7 +60,7 @@ async fn serve(number: usize, world: &Arc<World>) -> String {
         stuck_after: StuckAfter { attempts: 8, time: Duration::from_secs(120) },
     };
     let started = Coordinator::start(store, dispatch.clone(), clock, settings, mix.retention).await;
-    let (coordinator, running) = match started {
+    let (coordinator, mut running) = match started {
         Ok(started) => started,
         Err(error) => return error.to_string(),
     };
@@ -80,7 +80,7 @@ async fn serve(number: usize, world: &Arc<World>) -> String {
     let serving = tokio::spawn(router.serve_with_incoming(incoming.boxed()));
     let why = tokio::select! {
         biased;
-        ended = coordinator.ended() => format!("{ended:?}"),
+        ended = running.ended() => format!("{ended:?}"),
         () = seat.stop.notified() => "stopped".to_owned(),
     };
     // In order, as the server does it.

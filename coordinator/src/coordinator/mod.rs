@@ -1,0 +1,230 @@
+//! The coordinator as a whole. Callers ask here; the question goes to the partition that has the answer. `running` takes partitions
+//! over and lets them go, `purge` deletes old transactions, `report` logs how things are.
+
+mod doors;
+mod purge;
+mod report;
+mod running;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use handfast_proto::Xid;
+use tokio::sync::oneshot;
+
+pub use self::running::{End, Running};
+use self::{
+    doors::{Door, Doors},
+    running::Journals,
+};
+use crate::{
+    clock::Clock,
+    dispatch::Dispatch,
+    partition::{Answer, Ask, Command, Error, Settings, Until, What},
+    store::{self, ALL_PARTITIONS, ListFilter, PARTITIONS, Show, Store},
+    transaction::{GlobalTransaction, NewTransaction, StuckAfter},
+};
+
+/// Longest wait for an answer that only the store can hold up. It is shorter than what callers wait (the SDK: 5 s), so that they get
+/// UNAVAILABLE and not their own timeout.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
+/// So many transactions without a key begin in one partition before the next partition is used. Those that begin together are
+/// recorded and decided together: a few partitions with much to do cost less than all of them with a little.
+const IN_A_ROW: usize = 128;
+
+/// Answers for the partitions that this process owns.
+#[derive(Debug)]
+pub struct Coordinator {
+    doors: Arc<Doors>,
+    journals: Arc<Journals>,
+    /// Counts transactions that began without a key.
+    begun: AtomicUsize,
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
+    stuck_after: StuckAfter,
+}
+
+impl Coordinator {
+    /// Takes over all partitions of the store, and starts. It serves new work at once, and carries on what is open.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot be taken over.
+    pub async fn start(
+        store: Arc<dyn Store>,
+        dispatch: Arc<dyn Dispatch>,
+        clock: Arc<dyn Clock>,
+        settings: Settings,
+        retention: Duration,
+    ) -> Result<(Arc<Self>, Running), store::Error> {
+        let running = Running::new(store, dispatch, clock, settings);
+        running.take_over(&ALL_PARTITIONS).await?;
+        let coordinator = Self::of(&running);
+        let (purging, reporting) = (coordinator.clone(), coordinator.clone());
+        running.in_background(async move { purging.purge(retention).await });
+        running.in_background(async move { reporting.report().await });
+        Ok((coordinator, running))
+    }
+
+    /// Answers for the partitions that `running` has, now and later.
+    fn of(running: &Running) -> Arc<Self> {
+        Arc::new(Self {
+            doors: running.doors.clone(),
+            journals: running.journals.clone(),
+            begun: AtomicUsize::new(0),
+            store: running.store.clone(),
+            clock: running.clock.clone(),
+            stuck_after: running.settings.stuck_after,
+        })
+    }
+
+    /// Begins a transaction, or finds the one that its key gave before. Waits for the decision if `until` says so, for as long
+    /// as phase one may take.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`]; nothing was begun, except after [`Error::StoreSilent`], when nobody knows.
+    pub async fn begin(&self, new: NewTransaction, until: Until) -> Result<Answer, Error> {
+        let door = match &new.key {
+            Some(key) => self.door_of_key(&key.hash)?,
+            None => {
+                let round = self.begun.fetch_add(1, Ordering::Relaxed) / IN_A_ROW;
+                self.doors.in_rotation(round).ok_or(Error::NotHere(None))?
+            }
+        };
+        let patience = match until {
+            Until::Now => ANSWER_TIMEOUT,
+            Until::Decided | Until::Completed => new.timeout + ANSWER_TIMEOUT,
+        };
+        let answer = door.offer(|reply| Command::Begin { new, until, reply })?;
+        Self::answered(answer, patience).await
+    }
+
+    /// Asks something about a transaction, and waits up to `patience` for it to come as far as `until`; then tells how far it
+    /// has come.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`]; after [`Error::StoreSilent`] nobody knows whether what was asked takes effect.
+    pub async fn ask(
+        &self,
+        xid: Xid,
+        what: What,
+        until: Until,
+        patience: Duration,
+    ) -> Result<Answer, Error> {
+        let door = self.doors.of(xid.partition).ok_or(Error::NotHere(Some(xid)))?;
+        let may_be_refused = matches!(what, What::Register(_));
+        // First learn whether it was rejected, then wait: a rejection that comes late must not be lost.
+        let command = |reply| Command::Ask(Ask { xid, what, until: Until::Now, reply });
+        let answer = if may_be_refused { door.offer(command)? } else { door.send(command).await? };
+        let answer = Self::answered(answer, ANSWER_TIMEOUT).await?;
+        if until.is_reached(&answer.global) || patience.is_zero() {
+            return Ok(answer);
+        }
+        let command = |reply| Command::Ask(Ask { xid, what: What::Get, until, reply });
+        let answer = door.send(command).await?;
+        match tokio::time::timeout(patience, answer).await {
+            Ok(answer) => answer.unwrap_or(Err(Error::Stopping)),
+            Err(_) => {
+                let command =
+                    |reply| Command::Ask(Ask { xid, what: What::Get, until: Until::Now, reply });
+                Self::answered(door.send(command).await?, ANSWER_TIMEOUT).await
+            }
+        }
+    }
+
+    /// Finds the transaction of a key, by its SHA-256.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub async fn find_key(&self, hash: [u8; 32]) -> Result<Answer, Error> {
+        let answer =
+            self.door_of_key(&hash)?.send(|reply| Command::FindKey { hash, reply }).await?;
+        Self::answered(answer, ANSWER_TIMEOUT).await
+    }
+
+    /// For operators: the newest transactions that fit, newest first, and whether there are more.
+    ///
+    /// # Errors
+    ///
+    /// When the store does not answer.
+    pub async fn list(
+        &self,
+        show: Show,
+        name: Option<String>,
+        limit: usize,
+    ) -> Result<(Vec<Arc<GlobalTransaction>>, bool), Error> {
+        let mut recorded = self
+            .store
+            .list(&ListFilter { show, name }, limit + 1)
+            .await
+            .map_err(|error| Error::from(&error))?;
+        let more = recorded.len() > limit;
+        recorded.truncate(limit);
+        let mut found = Vec::with_capacity(recorded.len());
+        for global in recorded {
+            // What is open may have come further in memory than in its record.
+            let now = if global.state.is_final() {
+                Arc::new(global)
+            } else {
+                match self.ask(global.xid, What::Get, Until::Now, ANSWER_TIMEOUT).await {
+                    Ok(answer) => answer.global,
+                    Err(_) => Arc::new(global),
+                }
+            };
+            let fits = match show {
+                Show::All => true,
+                Show::Open => !now.state.is_final(),
+                Show::Stuck(at, after) => now.is_stuck(at, after),
+            };
+            if fits {
+                found.push(now);
+            }
+        }
+        Ok((found, more))
+    }
+
+    /// What is stuck at this moment.
+    #[must_use]
+    pub fn stuck_now(&self) -> Show {
+        Show::Stuck(self.clock.now(), self.stuck_after)
+    }
+
+    /// Whether a transaction is stuck at this moment.
+    #[must_use]
+    pub fn is_stuck(&self, global: &GlobalTransaction) -> bool {
+        global.is_stuck(self.clock.now(), self.stuck_after)
+    }
+
+    /// Whether the store answers.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        !self.journals.is_store_silent()
+    }
+
+    /// The door of the partition that a key belongs to.
+    fn door_of_key(&self, hash: &[u8; 32]) -> Result<Door, Error> {
+        let partition = u16::from_be_bytes([hash[0], hash[1]]) % PARTITIONS;
+        self.doors.of(partition).ok_or(Error::NotHere(None))
+    }
+
+    async fn answered(
+        answer: oneshot::Receiver<Result<Answer, Error>>,
+        patience: Duration,
+    ) -> Result<Answer, Error> {
+        match tokio::time::timeout(patience, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(Error::Stopping),
+            Err(_) => Err(Error::StoreSilent),
+        }
+    }
+}

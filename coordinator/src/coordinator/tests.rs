@@ -1,0 +1,126 @@
+//! Partitions that come and go, one by one.
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{running::ended_by_itself, *};
+use crate::{
+    clock::ManualClock,
+    dispatch::{CallRequest, Later, Returned},
+    journal::Ended,
+    store::memory::MemoryStore,
+    transaction::{Drive, Key, Timestamp, retry::RetryPolicy},
+};
+
+/// No participant is ever called.
+#[derive(Debug)]
+struct Nobody;
+
+impl Dispatch for Nobody {
+    fn submit(&self, _: CallRequest, _: &mpsc::Sender<Returned>) -> Result<(), Later> {
+        Err(Later(Duration::from_secs(3600)))
+    }
+}
+
+fn running(store: &Arc<MemoryStore>) -> Running {
+    let second = Duration::from_secs(1);
+    let settings = Settings {
+        retry: RetryPolicy { initial: second, max: second },
+        call_timeout: second,
+        call_timeout_max: second,
+        open_max: 1000,
+        stuck_after: StuckAfter { attempts: 3, time: 120 * second },
+    };
+    let clock = Arc::new(ManualClock::at(Timestamp(1_700_000_000_000)));
+    Running::new(store.clone(), Arc::new(Nobody), clock, settings)
+}
+
+fn new(key: Option<u16>) -> NewTransaction {
+    let key = key.map(|partition| {
+        let mut hash = [7; 32];
+        hash[..2].copy_from_slice(&partition.to_be_bytes());
+        Key { hash, digest: [1; 32] }
+    });
+    NewTransaction {
+        name: "checkout".to_owned(),
+        drive: Drive::Initiator,
+        timeout: Duration::from_secs(30),
+        labels: std::collections::BTreeMap::new(),
+        key,
+        branches: Vec::new(),
+    }
+}
+
+async fn get(coordinator: &Coordinator, xid: Xid) -> Result<Answer, Error> {
+    coordinator.ask(xid, What::Get, Until::Now, Duration::ZERO).await
+}
+
+#[tokio::test]
+async fn each_answers_for_the_partitions_that_it_has_taken() {
+    let store = Arc::new(MemoryStore::default());
+    let (low, high) = (running(&store), running(&store));
+    low.take_over(&[0, 1, 2, 3]).await.unwrap();
+    high.take_over(&[4, 5]).await.unwrap();
+    let (low, high) = (Coordinator::of(&low), Coordinator::of(&high));
+    for _ in 0..3 * IN_A_ROW {
+        let xid = low.begin(new(None), Until::Now).await.unwrap().global.xid;
+        assert!(xid.partition < 4, "{xid}");
+    }
+    let keyed = high.begin(new(Some(5)), Until::Now).await.unwrap().global.xid;
+    assert_eq!(keyed.partition, 5);
+    assert_eq!(get(&high, keyed).await.unwrap().global.xid, keyed);
+    // What belongs to the other was not taken in.
+    assert!(matches!(get(&low, keyed).await, Err(Error::NotHere(Some(xid))) if xid == keyed));
+    let begun = low.begin(new(Some(5)), Until::Now).await;
+    assert!(matches!(begun, Err(Error::NotHere(None))), "{begun:?}");
+}
+
+#[tokio::test]
+async fn without_a_partition_nothing_is_taken_in() {
+    let nothing = Coordinator::of(&running(&Arc::default()));
+    let begun = nothing.begin(new(None), Until::Now).await;
+    assert!(matches!(begun, Err(Error::NotHere(None))), "{begun:?}");
+}
+
+#[tokio::test]
+async fn a_partition_ends_by_itself_and_can_be_taken_again() {
+    let store = Arc::new(MemoryStore::default());
+    let mut first = running(&store);
+    first.take_over(&[3, 4]).await.unwrap();
+    let coordinator = Coordinator::of(&first);
+    let before = coordinator.begin(new(Some(3)), Until::Now).await.unwrap().global.xid;
+    // Another process takes one of them. The owner learns of it with its next batch.
+    let second = running(&store);
+    second.take_over(&[3]).await.unwrap();
+    let mut key = new(Some(3));
+    key.key.as_mut().unwrap().hash[31] = 8;
+    let late = coordinator.begin(key, Until::Now).await;
+    assert!(matches!(late, Err(Error::Fenced)), "it was taken in: {late:?}");
+    let End::Partition(ownership, Ended::Fenced) = first.ended().await else { panic!() };
+    assert_eq!(ownership.partition, 3);
+    let asked = get(&coordinator, before).await;
+    assert!(matches!(asked, Err(Error::NotHere(Some(_)))), "{asked:?}");
+    // The other partition goes on.
+    coordinator.begin(new(Some(4)), Until::Now).await.unwrap();
+    // Taken again, it has a new owner, who reads what there is.
+    first.take_over(&[3]).await.unwrap();
+    assert_eq!(get(&coordinator, before).await.unwrap().global.xid, before);
+    coordinator.begin(new(Some(3)), Until::Now).await.unwrap();
+    first.stop().await;
+    let free: Vec<_> = (store.seats().await.unwrap().into_iter())
+        .filter(|seat| seat.owner.is_none())
+        .map(|seat| seat.partition)
+        .collect();
+    assert!(free.contains(&3) && free.contains(&4), "{free:?}");
+}
+
+#[tokio::test]
+async fn a_task_that_ends_without_order_is_told() {
+    let mut running = running(&Arc::default());
+    running.take_over(&[3]).await.unwrap();
+    let task = tokio::spawn(async { panic!("a fault of our own") });
+    assert!(ended_by_itself(task, &CancellationToken::new()).await);
+    // In order, nothing is told.
+    let ended = tokio::time::timeout(Duration::from_millis(50), running.ended()).await;
+    assert!(ended.is_err(), "{ended:?}");
+}

@@ -8,15 +8,15 @@ use handfast_coordinator::{
 
 use super::{Failure, failure::Code, talk, tell};
 
-/// Makes the tables of a MySQL store, or brings them up to this version.
+/// Creates the tables of a MySQL or MariaDB store, or upgrades them to this version.
 ///
-/// Only forward, and a repeat does nothing. The store of SQLite needs none of this.
+/// It never downgrades, and a repeat changes nothing. A SQLite store does not need it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
   handfast migrate --store mysql://handfast@127.0.0.1:3306/handfast --dry-run")]
 pub(super) struct Migrate {
-    /// Which store
+    /// The URL of the store
     #[arg(long, value_name = "mysql://…", env = "HANDFAST_STORE", hide_env_values = true)]
     store: String,
     /// Only print the SQL

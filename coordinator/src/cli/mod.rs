@@ -1,5 +1,5 @@
-//! The command line. What programs read goes to stdout, talk to stderr; whatever fails says what, why, and what to do, and
-//! ends with a code that a script can tell apart.
+//! The command line. Output for programs goes to stdout, messages for people go to stderr. A failure says what failed, why, and what
+//! to do, and each kind of failure has its own exit code for scripts.
 
 mod client;
 mod dev;
@@ -25,19 +25,19 @@ Exit codes:
   1  failed
   2  wrong usage or configuration
   3  there is no such transaction or branch
-  4  a conflict: its state does not allow it
-  5  cannot reach the coordinator, or it cannot say now: ask again
-  6  waited too long; it may have happened all the same
-  8  serve, dev: another coordinator has taken over
-  9  serve, dev: the store holds what cannot be; a person must look
+  4  a conflict: the state of the transaction does not allow it
+  5  the coordinator cannot be reached, or cannot answer now: retry
+  6  no answer in time: the request may have taken effect
+  8  serve, dev: another coordinator has taken over the store
+  9  serve, dev: the store contains a record that must not exist; a person must look
  10  serve, dev: the coordinator has a fault of its own; start it again
 
 Examples:
-  handfast dev                                      try things out; needs nothing
-  handfast serve --store sqlite:handfast.db         the real thing
-  handfast list --stuck                             what an operator should look at";
+  handfast dev                                      a coordinator to try things with; needs nothing
+  handfast serve --store sqlite:handfast.db         a coordinator for production
+  handfast list --stuck                             the transactions that an operator should look at";
 
-/// Handfast: all of it or none of it, across services.
+/// Handfast: one business operation across several services, as a whole or not at all.
 ///
 /// A coordinator of TCC (Try, Confirm, Cancel) transactions.
 #[derive(Debug, Parser)]
@@ -51,7 +51,7 @@ pub(crate) struct Cli {
 enum Command {
     Serve(serve::Serve),
     Dev(dev::Dev),
-    /// Prints a commented configuration file with all keys and their defaults.
+    /// Prints a commented configuration file with every setting and its default.
     #[command(
         after_help = "Example:\n  handfast config > handfast.toml && handfast serve --config handfast.toml --check"
     )]
@@ -85,7 +85,7 @@ impl Cli {
     }
 }
 
-/// Writes to stdout. That nobody reads to the end, as in `handfast list | head -1`, is no failure.
+/// Writes to stdout. A reader that stops early, as in `handfast list | head -1`, is not a failure.
 fn tell(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(printable(text).as_bytes()).and_then(|()| stdout.flush()) {
@@ -96,12 +96,12 @@ fn tell(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Writes a line or more to stderr. If that fails there is nowhere left to say so.
+/// Writes lines to stderr. If that fails, there is no place left to report it.
 fn talk(text: &str) {
     let _nowhere_left = writeln!(io::stderr().lock(), "{}", printable(text));
 }
 
-/// Names and errors come from other programs; a terminal must not obey what is in them.
+/// Replaces control characters. Names and errors come from other programs, and must not control the terminal.
 fn printable(text: &str) -> String {
     let safe = |char: char| if char.is_control() && char != '\n' { '\u{fffd}' } else { char };
     text.chars().map(safe).collect()

@@ -31,26 +31,20 @@
 //! `sqlite`, `mysql` (MariaDB too) and `postgres` say where a fence can be. None is on by default. The version of sqlx is part of
 //! this crate's interface: 0.9. `testing` brings the test kit, and with it the coordinator; use it in `dev-dependencies`.
 
-mod client;
-mod execute;
-mod global;
-mod outcome;
-mod propagation;
-mod transaction;
+mod initiator;
 
-mod contract;
-
-mod batches;
 mod participant;
-mod service;
-
-mod inquiry;
 
 pub mod fence;
 
+mod contract;
+
 mod answer;
 mod branch;
+mod context;
 mod error;
+mod remote;
+mod rpc;
 mod status;
 
 mod async_func;
@@ -62,17 +56,24 @@ pub use handfast_proto::{BranchId, Xid, address::InvalidAddress};
 
 pub use answer::Answer;
 pub use async_func::AsyncFunc;
-pub use client::{Handfast, Remote, Unanswered};
-pub use execute::{ExecuteBuilder, Executed};
-pub use global::{CallError, Global};
-pub use outcome::{Confirmed, Outcome, TransactionError};
-pub use propagation::{Context, ContextLayer, ContextService, PropagateLayer, PropagateService};
-pub use transaction::{OpenTransaction, TransactionBuilder};
-
-pub use batches::{ActionInBatches, Tried};
 pub use branch::{Branch, InvalidBranch, Phase};
+pub use context::{Context, ContextLayer, ContextService};
 pub use contract::{Contract, Json, Payload, Proto};
 pub use error::{BoxError, Failed, Refusal, TryError, WorkError};
 pub use fence::{Fence, Tx};
-pub use inquiry::{Inquiry, InquiryTask};
-pub use participant::{Action, Participant, ParticipantBuilder};
+pub use initiator::{
+    execute::{ExecuteBuilder, Executed},
+    global::Global,
+    ledger::CallError,
+    outcome::{Confirmed, Outcome, TransactionError, Unanswered},
+    propagation::{PropagateLayer, PropagateService},
+    transaction::{OpenTransaction, TransactionBuilder},
+};
+pub use participant::{
+    Participant, ParticipantBuilder,
+    action::Action,
+    batches::{ActionInBatches, Tried},
+    inquiry::{Inquiry, InquiryTask},
+};
+pub use remote::Remote;
+pub use rpc::Handfast;

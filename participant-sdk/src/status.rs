@@ -1,6 +1,8 @@
-//! The one place where answers and refusals turn into gRPC status codes, and back.
+//! The one place where answers turn into gRPC status codes, and where status codes are read.
 //!
-//! The codes are those of `participant.proto`. Texts are for people; programs read `google.rpc.ErrorInfo`.
+//! The codes of answers are those of `participant.proto`. Texts are for people; programs read `google.rpc.ErrorInfo`.
+
+use std::error::Error as _;
 
 use bytes::Bytes;
 use handfast_proto::{
@@ -10,7 +12,11 @@ use handfast_proto::{
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::{answer::Answer, branch::InvalidBranch, error::Refusal};
+use crate::{
+    answer::Answer,
+    branch::InvalidBranch,
+    error::{BoxError, Refusal, chain},
+};
 
 impl Answer {
     /// The answer as gRPC has it: the reply, or a status.
@@ -80,6 +86,72 @@ impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         refusal.into_status(Code::FailedPrecondition)
     }
+}
+
+/// Whether the same call may have another answer later.
+pub(crate) fn may_be_repeated(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Cancelled => {
+            true
+        }
+        // A status with a source was made on this side: the connection broke.
+        Code::Unknown | Code::Internal => status.source().is_some(),
+        Code::Ok
+        | Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::FailedPrecondition
+        | Code::Aborted
+        | Code::OutOfRange
+        | Code::Unimplemented
+        | Code::DataLoss
+        | Code::Unauthenticated => false,
+    }
+}
+
+/// Whether the call may have been carried out although it failed.
+pub(crate) fn leaves_open(status: &Status) -> bool {
+    may_be_repeated(status) && status.code() != Code::ResourceExhausted
+}
+
+/// The coordinator's errors that callers tell apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    NeverRecorded,
+    Forgotten,
+    KeyUnknown,
+    KeyTaken,
+    AlreadyDecided,
+    BranchesDiffer,
+    Other,
+}
+
+impl Reason {
+    pub(crate) fn of(status: &Status) -> Self {
+        match status.get_details_error_info() {
+            Some(info) if info.domain == reason::DOMAIN => match info.reason.as_str() {
+                reason::NEVER_RECORDED => Self::NeverRecorded,
+                reason::FORGOTTEN => Self::Forgotten,
+                reason::KEY_UNKNOWN => Self::KeyUnknown,
+                reason::KEY_TAKEN => Self::KeyTaken,
+                reason::ALREADY_DECIDED => Self::AlreadyDecided,
+                reason::BRANCHES_DIFFER => Self::BranchesDiffer,
+                _ => Self::Other,
+            },
+            _ => Self::Other,
+        }
+    }
+}
+
+/// A status as an error for people: its text, or what is behind a "transport error".
+pub(crate) fn status_error(status: Status) -> BoxError {
+    let code = status.code();
+    let text = match status.source() {
+        Some(source) => chain(source),
+        None => status.message().to_owned(),
+    };
+    format!("{code:?}: {text}").into()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What goes over a [`stream`], both kinds: calls to the coordinator, and calls to participants.
+//! The two services whose calls share a [`stream`]: calls to the coordinator, and calls to participants.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transpo
 
 use crate::{
     limits, metadata,
-    stream::{self, Shared},
+    stream::{self, Streamed},
     v1::{
         self as pb, branch_stream_response, call_stream_request, call_stream_response,
         coordinator_service_client::CoordinatorServiceClient,
@@ -21,7 +21,7 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub struct ToCoordinator;
 
-impl Shared for ToCoordinator {
+impl Streamed for ToCoordinator {
     type Call = call_stream_request::Call;
     type Answer = call_stream_response::Answer;
     type Request = pb::CallStreamRequest;
@@ -38,7 +38,7 @@ impl Shared for ToCoordinator {
         Ok(coordinator(channel).call_stream(requests).await?.into_inner())
     }
 
-    async fn one_by_one(
+    async fn unary(
         channel: Channel,
         call: Self::Call,
         timeout: Duration,
@@ -89,25 +89,25 @@ pub struct ToParticipant;
 /// A call to a participant.
 #[derive(Debug, Clone)]
 pub struct BranchCall {
-    /// What is asked.
+    /// The request.
     pub call: BranchRequest,
     /// Whether the participant may register branches of its own below this one.
     pub may_join: bool,
 }
 
-/// What is asked of a participant.
+/// A request to a participant: Try, Confirm or Cancel.
 pub use pb::branch_stream_request::Call as BranchRequest;
 
 /// A participant's answer.
 #[derive(Debug, Clone, Default)]
 pub struct BranchAnswer {
-    /// What a Try reserved, in words of the participant.
+    /// The reply to a Try.
     pub reply: Option<pb::Payload>,
-    /// What was registered below the branch and tried with success; may be anything.
+    /// Branches that were registered below this one and tried with success. Not checked: they may be any texts.
     pub nested_branch_ids: Vec<String>,
 }
 
-impl Shared for ToParticipant {
+impl Streamed for ToParticipant {
     type Call = BranchCall;
     type Answer = BranchAnswer;
     type Request = pb::BranchStreamRequest;
@@ -124,7 +124,7 @@ impl Shared for ToParticipant {
         Ok(participant(channel).branch_stream(requests).await?.into_inner())
     }
 
-    async fn one_by_one(
+    async fn unary(
         channel: Channel,
         BranchCall { call, may_join }: BranchCall,
         timeout: Duration,
@@ -170,15 +170,15 @@ impl Shared for ToParticipant {
     }
 }
 
-/// Serves `BranchStream` by what `service` does for a call by itself, side by side.
+/// Serves `BranchStream`: each call on the stream is served by the unary method of `service`, side by side.
 pub fn serve_branches<P: ParticipantService>(
     service: Arc<P>,
     request: Request<Streaming<pb::BranchStreamRequest>>,
 ) -> Response<BranchAnswers> {
     let answers = stream::serve(request.into_inner(), std::future::pending(), move |request| {
         let (service, number) = (service.clone(), request.number);
-        // A task for each, so that one that computes or panics is alone with it; and it ends with its stream, as a call by itself
-        // ends with its connection.
+        // A task for each call, so that one that computes long or panics does not disturb the others. The task ends with its stream,
+        // as a unary call ends with its connection.
         let answer = tokio::spawn(async move { serve_branch(&*service, request).await });
         let answer = AbortOnDropHandle::new(answer);
         async move {
@@ -223,10 +223,10 @@ async fn serve_branch<P: ParticipantService>(
     pb::BranchStreamResponse { number, answer, nested_branch_ids }
 }
 
-/// A Try, whose metadata says below which branch others may be registered.
+/// A Try whose metadata names the branch below which the participant may register branches of its own.
 fn joinable(call: pb::TryBranchRequest, may_join: bool) -> Request<pb::TryBranchRequest> {
     let below = call.context.as_ref().filter(|_| may_join);
-    // What is no xid or branch id is told so by whoever serves the call.
+    // An invalid xid or branch id is left out here; the service refuses the call and names the field.
     let below = below
         .and_then(|context| Some((context.xid.parse().ok()?, context.branch_id.parse().ok()?)));
     let mut request = Request::new(call);
@@ -237,7 +237,7 @@ fn joinable(call: pb::TryBranchRequest, may_join: bool) -> Request<pb::TryBranch
     request
 }
 
-/// What the metadata of a Try's response says was registered below it.
+/// The branches that the metadata of a Try's response names as registered below it.
 fn nested(response: &MetadataMap) -> Vec<String> {
     let ids = response.get_all(metadata::BRANCHES).iter().filter_map(|ids| ids.to_str().ok());
     ids.flat_map(|ids| ids.split(',').map(str::to_owned)).collect()

@@ -1,14 +1,14 @@
 //! Many calls on one stream: a call by itself costs both ends about 60 µs of processor, a message on an open stream about 1 µs.
 //!
-//! A [`Line`] is the caller's end. It opens a stream when it is first used, and again when that one has ended; where the other
-//! end has no streams (a participant in another language, a proxy in between) it makes the calls one by one, and looks again
-//! later. [`serve`] is the other end. What a call guarantees, what a repeat does, and its codes are the same either way.
+//! A [`Line`] is the caller's end. It opens a stream when it is first used, and again when that one has ended. If the other end has
+//! no streams (a participant in another language, a proxy in between) it makes unary calls, and tries a stream again later.
+//! [`serve`] is the other end. What a call guarantees, what a repeat does, and its codes are the same either way.
 //!
 //! A stream that breaks leaves its calls without an answer, as a connection that breaks does: UNAVAILABLE, with a source. No
 //! status of a stream is ever taken for the answer to a call.
 //!
-//! Streams are short-lived ([`AGE`]) and idle ones are closed: a server that stops in good order waits for those that are open,
-//! and a new one finds its way to wherever connections go by then.
+//! Streams are short-lived ([`AGE`]) and idle ones are closed. A server that stops in good order waits until its streams have ended,
+//! and the next stream goes to a server that is running then.
 
 use std::{
     collections::BTreeMap,
@@ -32,26 +32,26 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::{limits, v1::Failure};
 
-/// Calls of one stream at a time that are being answered; others wait in the connection.
+/// Calls of one stream that are being answered at a time; further ones wait in the connection.
 pub const CALLS_MAX: usize = 1024;
-/// A stream takes no further calls after so long, and a new one does.
+/// A stream takes calls for this long; then a new one is opened.
 pub const AGE: Duration = Duration::from_secs(5);
 /// Bytes around a call on a stream: its number, its timeout.
 const NUMBER_BYTES_MAX: usize = 64;
 /// How long the other end may take to accept a stream.
 const OPEN_WITHIN: Duration = Duration::from_secs(2);
-/// How long calls are made one by one, once the other end has said that it has no streams.
-const ONE_BY_ONE_FOR: Duration = Duration::from_secs(60);
-/// The same, once it has said nothing: something in between may not let streams pass.
-const SILENT_FOR: Duration = Duration::from_secs(10);
-/// How often an old stream is looked at, whether anybody still waits for an answer from it.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// How long calls are unary after the other end has said that it has no streams.
+const UNARY_FOR: Duration = Duration::from_secs(60);
+/// How long calls are unary after a stream had no answer at all: a proxy in between may not let streams pass.
+const UNARY_AFTER_SILENCE: Duration = Duration::from_secs(10);
+/// How often an old stream is checked for callers that still wait for an answer.
+const OLD_STREAM_CHECK: Duration = Duration::from_secs(1);
 
 /// A service whose calls can share a stream.
-pub trait Shared: Send + Sync + 'static {
-    /// What is asked.
+pub trait Streamed: Send + Sync + 'static {
+    /// A request, without its number.
     type Call: Clone + Send + 'static;
-    /// What is answered.
+    /// A response, without its number.
     type Answer: Send + 'static;
     /// A call with its number.
     type Request: Send + 'static;
@@ -68,7 +68,7 @@ pub trait Shared: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Streaming<Self::Response>, Status>> + Send;
 
     /// Makes a call by itself. The other end is told to give up after `timeout`.
-    fn one_by_one(
+    fn unary(
         channel: Channel,
         call: Self::Call,
         timeout: Duration,
@@ -82,23 +82,23 @@ pub trait Shared: Send + Sync + 'static {
 }
 
 /// The caller's end of a channel. Cheap to clone.
-pub struct Line<S: Shared> {
+pub struct Line<S: Streamed> {
     channel: Channel,
     slot: Arc<Mutex<Slot<S>>>,
 }
 
-/// What the next call goes over.
-enum Slot<S: Shared> {
-    /// Nothing yet, or not any more.
+/// How the next call is made.
+enum Slot<S: Streamed> {
+    /// On a new stream.
     Closed,
     Open(Arc<Open<S>>),
-    /// No stream before then.
-    OneByOne(Instant),
-    /// No stream at all.
-    AlwaysOneByOne,
+    /// Unary until then.
+    Unary(Instant),
+    /// Unary, always.
+    AlwaysUnary,
 }
 
-struct Open<S: Shared> {
+struct Open<S: Streamed> {
     requests: mpsc::Sender<S::Request>,
     pending: Arc<Mutex<Pending<S>>>,
     next: AtomicU64,
@@ -106,37 +106,37 @@ struct Open<S: Shared> {
     accepted: Arc<AtomicBool>,
 }
 
-/// Who waits for which answer.
-struct Pending<S: Shared> {
+/// The callers that wait for an answer, by the number of their call.
+struct Pending<S: Streamed> {
     callers: BTreeMap<u64, oneshot::Sender<Told<S>>>,
-    /// There will be no further answer.
+    /// Why there will be no further answer.
     ended: Option<NoAnswer>,
 }
 
 /// What the other end answered, or that it will not.
-type Told<S> = Result<Result<<S as Shared>::Answer, Status>, NoAnswer>;
+type Told<S> = Result<Result<<S as Streamed>::Answer, Status>, NoAnswer>;
 
 #[derive(Debug, Clone)]
 enum NoAnswer {
-    /// The call has to be made by itself.
-    OneByOne,
+    /// The other end has no streams: make the call unary.
+    MakeUnary,
     Broken(Status),
 }
 
-impl<S: Shared> Line<S> {
+impl<S: Streamed> Line<S> {
     /// Calls over `channel`. Call it, and make the calls, within a tokio runtime.
     #[must_use]
     pub fn new(channel: Channel) -> Self {
         Self { channel, slot: Arc::new(Mutex::new(Slot::Closed)) }
     }
 
-    /// The same, but every call is made by itself.
+    /// The same, but every call is unary.
     #[must_use]
     pub fn without_streams(channel: Channel) -> Self {
-        Self { channel, slot: Arc::new(Mutex::new(Slot::AlwaysOneByOne)) }
+        Self { channel, slot: Arc::new(Mutex::new(Slot::AlwaysUnary)) }
     }
 
-    /// What it calls over.
+    /// The channel that it makes calls over.
     #[must_use]
     pub fn channel(&self) -> &Channel {
         &self.channel
@@ -146,25 +146,25 @@ impl<S: Shared> Line<S> {
     ///
     /// # Errors
     ///
-    /// What the other end answered; or, with a source, that there is no answer.
+    /// The other end's status. A status with a source was made on this side: there is no answer.
     ///
     /// # Cancel safety
     ///
-    /// A call that is given up may or may not be carried out.
+    /// If the future is dropped, the call may or may not be carried out.
     pub async fn call(&self, call: S::Call, timeout: Duration) -> Result<S::Answer, Status> {
-        // Too large is this call, and no other: it must not break the stream.
+        // A call that is too large would break the stream for the others.
         let fits = S::bytes(&call) <= limits::REQUEST_BYTES_MAX - NUMBER_BYTES_MAX;
         let Some(open) = fits.then(|| self.open()).flatten() else {
-            return S::one_by_one(self.channel.clone(), call, timeout).await;
+            return S::unary(self.channel.clone(), call, timeout).await;
         };
-        // Until it is accepted the call may have to be made again, by itself.
+        // Until the stream is accepted, this call may have to be made again as a unary one.
         let spare = (!open.accepted.load(Ordering::Relaxed)).then(|| call.clone());
         match (open.call(call, timeout).await, spare) {
             (Ok(answer), _) => answer,
-            (Err(NoAnswer::OneByOne), Some(call)) => {
-                S::one_by_one(self.channel.clone(), call, timeout).await
+            (Err(NoAnswer::MakeUnary), Some(call)) => {
+                S::unary(self.channel.clone(), call, timeout).await
             }
-            (Err(NoAnswer::OneByOne), None) => Err(broken("a stream that was accepted was not")),
+            (Err(NoAnswer::MakeUnary), None) => Err(broken("a stream that was accepted was not")),
             (Err(NoAnswer::Broken(status)), _) => Err(status),
         }
     }
@@ -174,9 +174,9 @@ impl<S: Shared> Line<S> {
         let mut slot = lock(&self.slot);
         match &*slot {
             Slot::Open(open) if !open.requests.is_closed() => return Some(open.clone()),
-            Slot::OneByOne(until) if Instant::now() < *until => return None,
-            Slot::AlwaysOneByOne => return None,
-            Slot::Open(_) | Slot::OneByOne(_) | Slot::Closed => {}
+            Slot::Unary(until) if Instant::now() < *until => return None,
+            Slot::AlwaysUnary => return None,
+            Slot::Open(_) | Slot::Unary(_) | Slot::Closed => {}
         }
         let (requests, receiver) = mpsc::channel(CALLS_MAX);
         let pending = Arc::new(Mutex::new(Pending { callers: BTreeMap::new(), ended: None }));
@@ -193,7 +193,7 @@ impl<S: Shared> Line<S> {
     }
 }
 
-impl<S: Shared> Open<S> {
+impl<S: Streamed> Open<S> {
     async fn call(&self, call: S::Call, timeout: Duration) -> Told<S> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (caller, answer) = oneshot::channel();
@@ -206,32 +206,32 @@ impl<S: Shared> Open<S> {
         }
         let _forget = Forget { pending: &self.pending, number };
         let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
-        // If it cannot be sent, the driver tells everybody who waits why.
+        // If it cannot be sent, the driver tells every waiting caller why.
         drop(self.requests.send(S::request(number, millis, call)).await);
         answer.await.unwrap_or_else(|_| Err(NoAnswer::Broken(broken("the program is stopping"))))
     }
 }
 
-/// Forgets a caller that has its answer, or has given up.
-struct Forget<'a, S: Shared> {
+/// Removes a caller that has its answer or was dropped.
+struct Forget<'a, S: Streamed> {
     pending: &'a Mutex<Pending<S>>,
     number: u64,
 }
 
-impl<S: Shared> Drop for Forget<'_, S> {
+impl<S: Streamed> Drop for Forget<'_, S> {
     fn drop(&mut self) {
         lock(self.pending).callers.remove(&self.number);
     }
 }
 
-/// Opens one stream, and brings its answers to those who wait, until its end.
-struct Driver<S: Shared> {
+/// Opens one stream and hands its answers to the waiting callers, until the stream ends.
+struct Driver<S: Streamed> {
     slot: Arc<Mutex<Slot<S>>>,
     pending: Arc<Mutex<Pending<S>>>,
     accepted: Arc<AtomicBool>,
 }
 
-impl<S: Shared> Driver<S> {
+impl<S: Streamed> Driver<S> {
     async fn run(self, channel: Channel, mut requests: mpsc::Receiver<S::Request>) {
         let opening = S::open(channel, poll_fn(move |cx| requests.poll_recv(cx)));
         let why = match tokio::time::timeout(OPEN_WITHIN, opening).await {
@@ -239,25 +239,25 @@ impl<S: Shared> Driver<S> {
                 self.accepted.store(true, Ordering::Relaxed);
                 let (answers, why) = self.take_answers(responses).await;
                 if answers == 0 {
-                    self.set_slot(Slot::OneByOne(Instant::now() + SILENT_FOR));
+                    self.set_slot(Slot::Unary(Instant::now() + UNARY_AFTER_SILENCE));
                 }
                 NoAnswer::Broken(why)
             }
-            // A status without a source came from the other end: it has no streams, or does not want any.
+            // A status without a source came from the other end: it has no streams, or refuses this one.
             Ok(Err(status)) if status.source().is_none() => {
-                self.set_slot(Slot::OneByOne(Instant::now() + ONE_BY_ONE_FOR));
-                NoAnswer::OneByOne
+                self.set_slot(Slot::Unary(Instant::now() + UNARY_FOR));
+                NoAnswer::MakeUnary
             }
             Ok(Err(status)) => NoAnswer::Broken(broken(status)),
             Err(_) => {
-                self.set_slot(Slot::OneByOne(Instant::now() + SILENT_FOR));
-                NoAnswer::OneByOne
+                self.set_slot(Slot::Unary(Instant::now() + UNARY_AFTER_SILENCE));
+                NoAnswer::MakeUnary
             }
         };
         let mut pending = lock(&self.pending);
         pending.ended = Some(why.clone());
         for (_, caller) in std::mem::take(&mut pending.callers) {
-            drop(caller.send(Err(why.clone()))); // or has given up
+            drop(caller.send(Err(why.clone()))); // the caller may have been dropped
         }
     }
 
@@ -275,26 +275,26 @@ impl<S: Shared> Driver<S> {
                         let (number, answer) = S::answer(response);
                         let caller = lock(&self.pending).callers.remove(&number);
                         if let Some(caller) = caller {
-                            drop(caller.send(Ok(answer))); // or has given up
+                            drop(caller.send(Ok(answer))); // the caller may have been dropped
                         }
                     }
                     Ok(None) => return (answers, broken("the stream has ended")),
                     Err(status) => return (answers, broken(status)),
                 },
                 () = &mut old_at => {
-                    // Nobody sends on it any more, so that the other end sees our side closed, and ends it after its last answer.
+                    // No further call is sent on it. The other end sees our side closed, and ends the stream after its last answer.
                     self.set_slot(Slot::Closed);
                     if old && lock(&self.pending).callers.is_empty() {
                         return (answers, broken("the stream was closed"));
                     }
                     old = true;
-                    old_at.as_mut().reset(Instant::now() + LAST_ANSWERS);
+                    old_at.as_mut().reset(Instant::now() + OLD_STREAM_CHECK);
                 }
             }
         }
     }
 
-    /// Says what the next call goes over, unless another stream has taken the place of this one.
+    /// Says how the next call is made, unless another stream has taken the place of this one.
     fn set_slot(&self, next: Slot<S>) {
         let mut slot = lock(&self.slot);
         if let Slot::Open(open) = &*slot
@@ -305,8 +305,8 @@ impl<S: Shared> Driver<S> {
     }
 }
 
-/// Answers what comes on a stream: up to [`CALLS_MAX`] calls at a time, each as soon as it has its answer. Ends after the last
-/// answer when the caller closes its side, or once `closing` completes.
+/// Answers the calls of a stream, up to [`CALLS_MAX`] at a time, each as soon as it has its answer. When the caller closes its side, or
+/// `closing` completes, the stream ends after the last answer.
 pub fn serve<Q, R, F>(
     requests: Streaming<Q>,
     closing: impl Future<Output = ()> + Send + 'static,
@@ -317,7 +317,7 @@ where
     R: Send + 'static,
     F: Future<Output = R> + Send + 'static,
 {
-    // A caller whose connection has broken hears nothing any more: what it asked for is given up, as a call by itself would be.
+    // When the connection breaks, the calls on it are given up, as unary calls would be.
     let requests = requests
         .take_until(Box::pin(closing))
         .take_while(|request| ready(request.is_ok()))
@@ -328,7 +328,7 @@ where
 /// The answers of [`serve`].
 pub type Answers<R> = Pin<Box<dyn Stream<Item = Result<R, Status>> + Send>>;
 
-/// Waits for the answer to one call of a stream, as long as its caller does.
+/// Waits for the answer to one call of a stream, as long as its caller does. 0: without a limit.
 pub async fn within<T>(
     timeout_millis: u32,
     answer: impl Future<Output = Result<T, Status>>,
@@ -354,13 +354,13 @@ impl From<Status> for Failure {
 
 impl From<Failure> for Status {
     fn from(Failure { code, message, details }: Failure) -> Self {
-        // OK is no failure; whoever says so has not answered.
+        // A failure with code OK makes no sense, so its call has no answer.
         let code = if code == Code::Ok as i32 { Code::Unknown } else { Code::from_i32(code) };
         Self::with_details(code, message, details.into())
     }
 }
 
-/// There is no answer, and this is why.
+/// The status of a call without an answer.
 fn broken(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Status {
     let why: Arc<dyn std::error::Error + Send + Sync> = why.into().into();
     let mut status = Status::unavailable(format!("no answer: {why}"));
@@ -372,18 +372,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("nothing panics while it is locked")
 }
 
-impl<S: Shared> Clone for Line<S> {
+impl<S: Streamed> Clone for Line<S> {
     fn clone(&self) -> Self {
         Self { channel: self.channel.clone(), slot: self.slot.clone() }
     }
 }
 
-impl<S: Shared> fmt::Debug for Line<S> {
+impl<S: Streamed> fmt::Debug for Line<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match &*lock(&self.slot) {
             Slot::Closed => "Line(closed)",
             Slot::Open(_) => "Line(a stream)",
-            Slot::OneByOne(_) | Slot::AlwaysOneByOne => "Line(one by one)",
+            Slot::Unary(_) | Slot::AlwaysUnary => "Line(unary)",
         })
     }
 }

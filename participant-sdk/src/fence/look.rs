@@ -21,8 +21,8 @@ use crate::{
 };
 
 /// What a call finds, and what to do with it. While the local transaction lasts, the row is locked.
-pub(super) struct Look {
-    pub(super) verdict: Verdict,
+pub(crate) struct Look {
+    pub(crate) verdict: Verdict,
     key: Key,
     /// The row, with this call counted in. `None`: a Confirm found none.
     record: Option<Record>,
@@ -32,7 +32,7 @@ pub(super) struct Look {
 
 impl<DB: FenceDb> Fence<DB> {
     /// Takes hold of the row, and decides.
-    pub(super) async fn look(
+    pub(crate) async fn look(
         &self,
         connection: &mut DB::Connection,
         branch: &Branch,
@@ -71,13 +71,13 @@ impl<DB: FenceDb> Fence<DB> {
 
 impl Look {
     /// Decides on a call of phase two whose row is there.
-    pub(super) fn of_phase_two(branch: &Branch, record: Record, retention: Duration) -> Self {
+    pub(crate) fn of_phase_two(branch: &Branch, record: Record, retention: Duration) -> Self {
         let now = record.now;
         Self::new(branch, &[0; 32], Some(record), now, retention)
     }
 
     /// Decides. `record`: the row as this call found or made it; `digest`: of this call's action and payload, if it is a Try.
-    pub(super) fn new(
+    pub(crate) fn new(
         branch: &Branch,
         digest: &[u8; 32],
         record: Option<Record>,
@@ -100,7 +100,7 @@ impl Look {
     }
 
     /// What to answer if the work must not run; `None` if it must.
-    pub(super) fn answer(&self, branch: &Branch) -> Option<Answer> {
+    pub(crate) fn answer(&self, branch: &Branch) -> Option<Answer> {
         let Branch { xid, branch_id, action, phase, .. } = branch;
         let answer = match self.verdict {
             Verdict::Run => return None,
@@ -161,7 +161,7 @@ impl Look {
     }
 
     /// What the work gets: what Try got.
-    pub(super) fn take_payload(&mut self, phase: Phase, asked: &[u8]) -> Bytes {
+    pub(crate) fn take_payload(&mut self, phase: Phase, asked: &[u8]) -> Bytes {
         match phase {
             Phase::Try => Bytes::copy_from_slice(asked),
             Phase::Confirm | Phase::Cancel => {
@@ -172,7 +172,7 @@ impl Look {
     }
 
     /// Writes that the work of this phase is done. A Try without a reply writes, too: see [`write`].
-    pub(super) async fn settle<DB: FenceDb>(
+    pub(crate) async fn settle<DB: FenceDb>(
         &self,
         connection: &mut DB::Connection,
         phase: Phase,
@@ -182,7 +182,7 @@ impl Look {
     }
 
     /// The row when the work of this phase is done.
-    pub(super) fn settled<'a>(&'a self, phase: Phase, reply: &'a [u8]) -> Settle<'a> {
+    pub(crate) fn settled<'a>(&'a self, phase: Phase, reply: &'a [u8]) -> Settle<'a> {
         let (state, reply) = match phase {
             Phase::Try => (State::Tried, Some(reply)),
             Phase::Confirm => (State::Confirmed, None),
@@ -192,7 +192,7 @@ impl Look {
     }
 
     /// Writes that no Try will have an effect.
-    pub(super) async fn suspend<DB: FenceDb>(
+    pub(crate) async fn suspend<DB: FenceDb>(
         &self,
         connection: &mut DB::Connection,
     ) -> Result<(), Error> {
@@ -211,7 +211,7 @@ impl Look {
 /// whole local transaction (a deadlock on MySQL, a full disk on SQLite), and the author's code went on. All that it had done is
 /// gone then, this call's count in the row too, and so the row is not found here. PostgreSQL refuses every statement after an
 /// error, this one too, but COMMIT would say OK.
-pub(super) async fn write<DB: FenceDb>(
+pub(crate) async fn write<DB: FenceDb>(
     connection: &mut DB::Connection,
     settle: &Settle<'_>,
 ) -> Result<(), Error> {
@@ -219,7 +219,7 @@ pub(super) async fn write<DB: FenceDb>(
 }
 
 /// As [`write`], to several rows.
-pub(super) async fn write_many<DB: FenceDb>(
+pub(crate) async fn write_many<DB: FenceDb>(
     connection: &mut DB::Connection,
     settles: &[Settle<'_>],
 ) -> Result<(), Error> {
@@ -250,13 +250,13 @@ fn too_late(reason: &str, message: String) -> Answer {
 }
 
 /// Whether a payload or a reply is longer than a row keeps, in words.
-pub(super) fn too_long(bytes: &[u8]) -> Option<String> {
+pub(crate) fn too_long(bytes: &[u8]) -> Option<String> {
     let max = limits::PAYLOAD_BYTES_MAX;
     (bytes.len() > max).then(|| format!("has {} bytes; at most {max} are kept", bytes.len()))
 }
 
 /// SHA-256 over action and payload. The action's length is in front, so that nothing moves from one to the other unseen.
-pub(super) fn digest(action: &str, payload: &[u8]) -> [u8; 32] {
+pub(crate) fn digest(action: &str, payload: &[u8]) -> [u8; 32] {
     let action_bytes = u64::try_from(action.len()).expect("a length in memory fits 64 bits");
     let digest = Sha256::new().chain_update(action_bytes.to_be_bytes());
     digest.chain_update(action).chain_update(payload).finalize().into()

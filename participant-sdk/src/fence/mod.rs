@@ -45,9 +45,9 @@ use crate::{
     error::chain,
 };
 
-mod verdict;
+pub(crate) mod verdict;
 
-mod look;
+pub(crate) mod look;
 pub(crate) mod many;
 mod tx;
 
@@ -62,9 +62,6 @@ mod mysql;
 mod postgres;
 #[cfg(feature = "sqlite")]
 mod sqlite;
-
-#[cfg(feature = "testing")]
-pub(crate) mod memory;
 
 mod clean_up;
 pub(crate) mod log;
@@ -330,7 +327,7 @@ impl<DB: FenceDb> Fence<DB> {
 }
 
 /// A length of time as the database counts it.
-fn millis(duration: Duration) -> i64 {
+pub(crate) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 

@@ -49,6 +49,7 @@ mod coordinator;
 #[cfg(feature = "sqlite")]
 mod database;
 mod laws;
+mod memory;
 mod network;
 #[cfg(test)]
 #[cfg(feature = "sqlite")]
@@ -58,7 +59,6 @@ pub use coordinator::{Coordinator, Fault};
 #[cfg(feature = "sqlite")]
 pub use database::Database;
 pub use laws::{BrokenLaw, Report, World, laws, laws_with_neighbour};
+pub use memory::{MemoryAction, MemoryFence};
 
 pub use handfast_proto::connection::endpoint;
-
-pub use crate::fence::memory::{MemoryAction, MemoryFence};

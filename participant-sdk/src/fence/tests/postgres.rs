@@ -12,7 +12,7 @@ mod server;
 #[path = "shop.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod shop;
-#[path = "suite.rs"]
+#[path = "suite/mod.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod suite;
 

@@ -15,12 +15,12 @@ use super::{DEADLOCK, Db, ISOLATIONS, Pool, PoolOptions, SERIALIZES, places, sho
 use crate::{
     Action, ActionInBatches, Answer, Branch, Contract, Failed, Fence, Json, Participant, Phase,
     Tried, TryError, Tx, Xid,
-    batches::one_by_one,
     fence::{
         LOCK_WAIT,
         db::{Key, Old, Statements as _},
         fixture::{Level, UNTOUCHED, branch as branch_of_shop, payload, payload_that, word},
     },
+    participant::batches::in_sequence,
 };
 
 /// Transactions that race, each with three branches of this participant.
@@ -88,7 +88,7 @@ impl ActionInBatches for Stock {
         tried: &[Tried<Json<i64>>],
     ) -> Result<(), Failed> {
         self.together.fetch_add(tried.len(), Ordering::Relaxed);
-        one_by_one(self, tx, tried).await
+        in_sequence(self, tx, tried).await
     }
 
     async fn on_cancel_many(
@@ -97,7 +97,7 @@ impl ActionInBatches for Stock {
         tried: &[Tried<Json<i64>>],
     ) -> Result<(), Failed> {
         self.together.fetch_add(tried.len(), Ordering::Relaxed);
-        one_by_one(self, tx, tried).await
+        in_sequence(self, tx, tried).await
     }
 }
 

@@ -11,11 +11,11 @@ use super::{BEGIN, Db, Home, sql};
 use crate::{
     Action, ActionInBatches, Answer, Branch, Failed, Fence, Json, Participant, Payload as _, Phase,
     Refusal, Tried, TryError, Tx,
-    batches::one_by_one,
     fence::{
         Entered,
         fixture::{Deduct, DeductStock, Level, STOCK, Shelf, branch},
     },
+    participant::batches::in_sequence,
 };
 
 type Connection = <Db as sqlx::Database>::Connection;
@@ -225,7 +225,7 @@ impl ActionInBatches for Shop {
         tried: &[Tried<Json<Deduct>>],
     ) -> Result<(), Failed> {
         self.batches.fetch_add(1, Ordering::SeqCst);
-        one_by_one(self, tx, tried).await
+        in_sequence(self, tx, tried).await
     }
 }
 

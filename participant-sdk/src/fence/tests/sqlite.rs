@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 #[path = "shop.rs"]
 pub(crate) mod shop;
-#[path = "suite.rs"]
+#[path = "suite/mod.rs"]
 mod suite;
 
 use shop::Shop;

@@ -1,8 +1,8 @@
 //! The initiator's side of the SDK, and the test kit itself, over the real coordinator in this process.
 
-#[path = "initiator.rs"]
+#[path = "initiator/mod.rs"]
 mod initiator;
-#[path = "initiator.rs"]
+#[path = "initiator/mod.rs"]
 #[allow(clippy::duplicate_mod, reason = "the same must hold whether calls share streams or not")]
 mod initiator_without_streams;
 mod inquiry;

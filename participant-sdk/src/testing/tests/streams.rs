@@ -162,11 +162,11 @@ async fn a_stream_that_breaks_leaves_its_calls_without_an_answer() {
     }
     // A line whose streams bring no answers does without, for a while.
     try_it(&line, "fast").await.unwrap();
-    assert_eq!(format!("{line:?}"), "Line(one by one)");
+    assert_eq!(format!("{line:?}"), "Line(unary)");
 }
 
 #[tokio::test]
-async fn whoever_has_no_streams_is_called_one_by_one() {
+async fn a_participant_without_streams_gets_unary_calls() {
     for code in [Code::Unimplemented, Code::FailedPrecondition, Code::Internal] {
         let network = Network::default();
         let _serving = serve(&network, Odd { no_streams: Some(code), ..Odd::sound() });
@@ -175,7 +175,7 @@ async fn whoever_has_no_streams_is_called_one_by_one() {
         let (one, other) = tokio::join!(one, other);
         one.unwrap();
         assert_eq!(other.unwrap_err().message(), "no", "the call's own answer");
-        assert_eq!(format!("{line:?}"), "Line(one by one)");
+        assert_eq!(format!("{line:?}"), "Line(unary)");
     }
 }
 

@@ -7,75 +7,72 @@ use bytes::Bytes;
 use handfast_proto::{Xid, time::wire_duration, v1 as pb};
 use tonic::{Code, Status};
 
+use super::{
+    description::{Description, PATIENCE, TIMEOUT},
+    outcome::{Recorded, TransactionError},
+};
 use crate::{
-    client::{Handfast, Remote, from_now, status_error},
     contract::{Contract, Payload},
     error::BoxError,
-    global::NewTransaction,
-    outcome::{TransactionError, standing},
+    remote::Remote,
+    rpc::{Handfast, from_now},
+    status::status_error,
 };
-
-/// How long phase one may take, if nobody says.
-const TIMEOUT: Duration = Duration::from_secs(30);
-/// How long to wait for participants to acknowledge, once it is decided.
-const COMPLETION_WAIT: Duration = Duration::from_secs(2);
-/// How much longer than phase one a lost answer is asked for.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Describes a global transaction that the coordinator runs.
 #[must_use]
 #[derive(Clone)]
 pub struct ExecuteBuilder {
     handfast: Handfast,
-    new: NewTransaction,
+    description: Description,
     branches: Vec<pb::BranchSpec>,
     in_order: bool,
-    wait: Duration,
-    /// The first call whose arguments cannot be written.
-    wrong: Option<String>,
+    /// The first call whose arguments cannot be encoded, and why.
+    unreadable: Option<String>,
 }
 
 /// It is confirmed, for ever.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Executed {
-    /// Which.
+    /// The transaction.
     pub xid: Xid,
     /// Every participant has acknowledged. If not, the coordinator is still asking, and will until they have.
     pub completed: bool,
-    /// What the Trys answered, in order; `None`: it was executed before under this key, and replies are not kept.
+    /// The replies of the Trys, in order. `None`: it was executed before under this key, and replies are not kept.
     replies: Option<Vec<Bytes>>,
 }
 
-impl ExecuteBuilder {
-    pub(crate) fn new(handfast: Handfast, name: String) -> Self {
-        let new = NewTransaction { name, ..NewTransaction::default() };
-        Self {
-            handfast,
-            new,
+impl Handfast {
+    /// Describes a global transaction of this name that the coordinator runs, Trys included.
+    pub fn execute(&self, name: impl Into<String>) -> ExecuteBuilder {
+        ExecuteBuilder {
+            handfast: self.clone(),
+            description: Description::new(name.into()),
             branches: Vec::new(),
             in_order: false,
-            wait: COMPLETION_WAIT,
-            wrong: None,
+            unreadable: None,
         }
     }
+}
 
-    /// The same key gives the same transaction, until that is deleted after its retention. At most 128 bytes. Without one a key
-    /// is made up, so that a lost answer can be asked for.
+impl ExecuteBuilder {
+    /// The same key gives the same transaction, until that is deleted after its retention. At most 128 bytes. By default a random
+    /// key is used, so that a lost answer can be asked for again.
     pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
-        self.new.key = key.into();
+        self.description.key = key.into();
         self
     }
 
-    /// How long phase one may take, from 1 ms to an hour; then it is cancelled. Default: 30 s.
+    /// How long phase one may take, from 1 ms to an hour. Then the transaction is cancelled. Default: 30 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.new.timeout = Some(timeout);
+        self.description.timeout = Some(timeout);
         self
     }
 
-    /// A word for people who search: `order` is `1042`. At most 16.
+    /// A label to search by: `order` is `1042`. At most 16.
     pub fn label(mut self, key: impl Into<String>, value: impl fmt::Display) -> Self {
-        self.new.labels.insert(key.into(), value.to_string());
+        self.description.label(key, value);
         self
     }
 
@@ -87,14 +84,14 @@ impl ExecuteBuilder {
 
     /// Returns as soon as it is decided. Default: waits up to two seconds for the participants to acknowledge.
     pub fn until_decided(mut self) -> Self {
-        self.wait = Duration::ZERO;
+        self.description.wait = Duration::ZERO;
         self
     }
 
     /// One more branch. Branch ids are 1, 2, 3, … in this order.
     pub fn call<C: Contract>(mut self, participant: &Remote, args: &C::Args) -> Self {
         let data = args.encode().unwrap_or_else(|error| {
-            self.wrong.get_or_insert(format!("{}: {error}", C::NAME));
+            self.unreadable.get_or_insert(format!("{}: {error}", C::NAME));
             Bytes::new()
         });
         self.branches.push(pb::BranchSpec {
@@ -108,7 +105,7 @@ impl ExecuteBuilder {
         self
     }
 
-    /// Runs it. A lost answer is asked for again under the same key, which does not run it twice.
+    /// Runs it. If an answer is lost, the call is repeated with the same key, so the transaction runs once.
     ///
     /// # Errors
     ///
@@ -116,28 +113,26 @@ impl ExecuteBuilder {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped the outcome is unknown: the coordinator goes on.
+    /// If the future is dropped, the coordinator goes on, and the outcome is unknown.
     pub async fn run(self) -> Result<Executed, TransactionError> {
-        if let Some(wrong) = self.wrong {
-            return Err(TransactionError::NotBegun { cause: wrong.into() });
+        if let Some(unreadable) = self.unreadable {
+            return Err(TransactionError::NotBegun { cause: unreadable.into() });
         }
-        let key = if self.new.key.is_empty() {
-            format!("{:032x}", rand::random::<u128>())
-        } else {
-            self.new.key
-        };
-        let until = if self.wait.is_zero() { pb::Until::Decided } else { pb::Until::Completed };
+        let until = self.description.until();
+        let random_key = || format!("{:032x}", rand::random::<u128>());
+        let key = self.description.key().unwrap_or_else(random_key);
+        let Description { name, timeout, labels, wait, .. } = self.description;
         let request = pb::ExecuteRequest {
-            name: self.new.name,
-            timeout: self.new.timeout.map(wire_duration),
-            labels: self.new.labels,
+            name,
+            timeout: timeout.map(wire_duration),
+            labels,
             idempotency_key: key.clone(),
             branches: self.branches,
             in_order: self.in_order,
             until: until.into(),
-            wait: Some(wire_duration(self.wait)),
+            wait: Some(wire_duration(wait)),
         };
-        let lasts = self.new.timeout.unwrap_or(TIMEOUT).saturating_add(self.wait);
+        let lasts = timeout.unwrap_or(TIMEOUT).saturating_add(wait);
         let deadline = from_now(lasts.saturating_add(PATIENCE));
         let response = match self.handfast.run_execute(request, lasts, deadline).await {
             Ok(response) => response,
@@ -148,14 +143,14 @@ impl ExecuteBuilder {
             Ok(xid) => xid,
             Err(error) => return Err(unknown(None, key, Box::new(error))),
         };
-        match standing::<()>(xid, &transaction) {
-            None => Err(unknown(Some(xid), key, "it is not decided yet".into())),
-            Some(Err(error)) => Err(error),
-            Some(Ok(confirmed)) => {
+        match Recorded::of(xid, &transaction) {
+            Recorded::Undecided => Err(unknown(Some(xid), key, "it is not decided yet".into())),
+            Recorded::Cancelled(error) => Err(error),
+            Recorded::Confirmed { completed } => {
                 let replies =
                     response.replies.into_iter().map(|reply| reply.reply.unwrap_or_default().data);
                 let replies = (!response.existed).then(|| replies.collect());
-                Ok(Executed { xid, completed: confirmed.completed, replies })
+                Ok(Executed { xid, completed, replies })
             }
         }
     }
@@ -163,7 +158,7 @@ impl ExecuteBuilder {
 
 fn failed(status: Status, key: String) -> TransactionError {
     match status.code() {
-        // The call was not taken, and says why.
+        // The coordinator has refused the call, so nothing was done.
         Code::InvalidArgument
         | Code::AlreadyExists
         | Code::ResourceExhausted
@@ -189,8 +184,8 @@ fn unknown(xid: Option<Xid>, key: String, cause: BoxError) -> TransactionError {
 }
 
 impl Executed {
-    /// What the Try of the `n`th call (from 0) answered; `None` if it was executed before under this key, or there was no such
-    /// call.
+    /// The reply of the `n`th call's Try, counted from 0. `None` if the transaction was executed before under this key, or there
+    /// was no such call.
     ///
     /// # Errors
     ///
@@ -206,7 +201,7 @@ impl fmt::Debug for ExecuteBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let branches: Vec<_> = self.branches.iter().map(|branch| &branch.action).collect();
         f.debug_struct("ExecuteBuilder")
-            .field("new", &self.new)
+            .field("description", &self.description)
             .field("branches", &branches)
             .finish_non_exhaustive()
     }

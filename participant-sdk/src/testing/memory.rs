@@ -20,21 +20,22 @@ use futures_util::future::BoxFuture;
 use handfast_coordinator::clock::{Clock, SystemClock};
 use handfast_proto::{BranchId, Xid, planted::Bug};
 
-use super::{
-    clean_up::{EXPIRY_MARGIN, RETENTION},
-    db::{Key, Record},
-    log, look,
-    look::Look,
-    millis,
-    verdict::{State, Verdict},
-};
 use crate::{
     answer::Answer,
     branch::{Branch, Phase},
     contract::{Contract, Payload as _},
     error::{Failed, TryError},
+    fence::{
+        EXPIRY_MARGIN, RETENTION, Verdict,
+        db::{Key, Record},
+        log,
+        look::{self, Look},
+        millis,
+        verdict::State,
+    },
     participant::{
-        ContentTypes, Overdue, ParticipantBuilder, Served, unreadable, unreadable_stored,
+        ParticipantBuilder,
+        action::{ContentTypes, Overdue, Served, unreadable, unreadable_stored},
     },
 };
 

@@ -1,7 +1,4 @@
-//! The laws of an action. Whatever the network does, a branch ends in one of two ways: confirmed, once; or as if it had never
-//! been. Here Try, Confirm and Cancel are delivered in every order that can happen, repeated, late, side by side, and with the
-//! author's code given up in the middle, each time in a new world; and each time the world's state must be the one or the other. So must
-//! that of two branches whose phase two comes together.
+//! Plays stories: delivers their steps, and compares how the world is afterwards.
 
 use std::{
     fmt::{self, Debug},
@@ -12,237 +9,20 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::future::LocalBoxFuture;
 use handfast_proto::{Xid, reason};
 
-use crate::{Answer, Branch, Contract, Participant, Payload, Phase};
+use super::{BrokenLaw, ROUNDS, Report, SUSPENSIONS_MAX, THROUGH, World};
+use crate::{Answer, Branch, Phase};
 
-/// More places at which one call can be given up than any author's code has.
-const SUSPENSIONS_MAX: usize = 1000;
-/// So many times in a row a call must end before its nth suspension, for it to have fewer.
-const THROUGH: usize = 3;
-/// How often a call that was given a passing error is repeated.
+/// How often a call that has failed with a passing error is repeated.
 const REPEATS_MAX: usize = 50;
 /// Pause before each of these repeats.
 const REPEAT_PAUSE: Duration = Duration::from_millis(5);
 /// A call that takes longer than this never ends.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often the state is read until it is taken as it is, if it never stays the same.
-const READS_MAX: usize = 20;
-/// How often what happens side by side is tried: who comes first is up to chance.
-const ROUNDS: usize = 10;
-
-/// A participant with a database of its own, and a way to look at the state that matters.
-pub struct World<S> {
-    participant: Participant,
-    state: Box<dyn ReadState<S>>,
-}
-
-impl<S> World<S> {
-    /// `state` reads what the action changes: of all rows that it may touch. It is called often.
-    pub fn new(participant: Participant, state: impl AsyncFn() -> S + 'static) -> Self {
-        Self { participant, state: Box::new(state) }
-    }
-
-    /// What a call that was given up has begun, its COMMIT say, may be carried out a moment later, between two queries of one
-    /// read. So this reads until two reads in a row agree.
-    async fn state(&self) -> S
-    where
-        S: PartialEq,
-    {
-        let mut state = self.state.read().await;
-        for _ in 0..READS_MAX {
-            let again = self.state.read().await;
-            if again == state {
-                break;
-            }
-            state = again;
-        }
-        state
-    }
-}
-
-/// An `async || state` closure, whatever its type.
-trait ReadState<S> {
-    fn read(&self) -> LocalBoxFuture<'_, S>;
-}
-
-impl<S, F: AsyncFn() -> S> ReadState<S> for F {
-    fn read(&self) -> LocalBoxFuture<'_, S> {
-        Box::pin(self())
-    }
-}
-
-impl<S> Debug for World<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "World({})", self.participant.name())
-    }
-}
-
-/// What was checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub struct Report {
-    /// Stories that were played, each in a world of its own.
-    pub stories: usize,
-    /// Calls that were delivered in them.
-    pub deliveries: usize,
-    /// Calls that were given up in the middle.
-    pub given_up: usize,
-}
-
-/// An action breaks a law.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "{action} breaks a law.\n  story:    {story}\n  law:      {law}\n  expected: {expected}\n  found:    {found}"
-)]
-#[non_exhaustive]
-pub struct BrokenLaw {
-    /// Of which action.
-    pub action: String,
-    /// What was delivered.
-    pub story: String,
-    /// What must hold.
-    pub law: String,
-    /// What was to be found.
-    pub expected: String,
-    /// What was found.
-    pub found: String,
-}
-
-/// Checks the action `C` with these arguments, in worlds that `new_world` makes: all alike, each with an action that can be tried
-/// at least twice. `invariant` must hold in every state, also in the middle of a transaction.
-///
-/// # Errors
-///
-/// With the first law that is broken, and the story in which it is.
-pub async fn laws<C: Contract, S: PartialEq + Debug>(
-    args: C::Args,
-    new_world: impl AsyncFn() -> World<S>,
-    invariant: impl Fn(&S) -> bool,
-) -> Result<Report, BrokenLaw> {
-    let payload = payload::<C>(&args);
-    check(C::NAME, [payload.clone(), payload], new_world, invariant).await
-}
-
-/// The same, for an action that cannot be tried twice with the same arguments: because an order has one row, say. Where there
-/// are two branches, the other one is tried with `neighbour`.
-///
-/// # Errors
-///
-/// As [`laws`].
-pub async fn laws_with_neighbour<C: Contract, S: PartialEq + Debug>(
-    args: C::Args,
-    neighbour: C::Args,
-    new_world: impl AsyncFn() -> World<S>,
-    invariant: impl Fn(&S) -> bool,
-) -> Result<Report, BrokenLaw> {
-    let payloads = [payload::<C>(&args), payload::<C>(&neighbour)];
-    check(C::NAME, payloads, new_world, invariant).await
-}
-
-fn payload<C: Contract>(args: &C::Args) -> Bytes {
-    args.encode().unwrap_or_else(|error| panic!("the arguments cannot be written: {error}"))
-}
-
-async fn check<S: PartialEq + Debug>(
-    action: &'static str,
-    payloads: [Bytes; 2],
-    new_world: impl AsyncFn() -> World<S>,
-    invariant: impl Fn(&S) -> bool,
-) -> Result<Report, BrokenLaw> {
-    use Step::{Cancel, CancelCancel, Confirm, ConfirmConfirm, GiveUp, Try, TryCancel, TryTry};
-
-    let mut play = Play { action, payloads, new_world, invariant, report: Report::default() };
-
-    let untouched = play.story(&[], &[]).await?.state;
-    let tried = play.story(&[Try], &[]).await?.state;
-    let confirmed = play.story(&[Try, Confirm], &[]).await?.state;
-    if untouched == tried && untouched == confirmed {
-        let law =
-            "a Try, or its Confirm, changes something; else nothing can be checked here".to_owned();
-        return Err(play.broken("try, confirm", law, "another state", &untouched));
-    }
-
-    // As if it had never been.
-    for story in [
-        &[Try, Cancel][..],
-        &[Try, Try, Cancel],
-        &[Try, Cancel, Cancel],
-        &[Cancel],
-        &[Cancel, Cancel],
-        &[Cancel, Try],
-        &[Cancel, Try, Cancel],
-        &[Try, Cancel, Try],
-        &[Try, Cancel, Try, Cancel, Try],
-    ] {
-        play.ends_in(story, &untouched, "a cancelled branch leaves no trace").await?;
-    }
-    // Confirmed, once.
-    for story in [
-        &[Try, Confirm][..],
-        &[Try, Try, Confirm],
-        &[Try, Confirm, Confirm],
-        &[Try, Confirm, Try],
-        &[Try, Try, Confirm, Confirm, Try, Confirm],
-    ] {
-        play.ends_in(story, &confirmed, "a confirmed branch counts once").await?;
-    }
-    // Side by side, on two connections.
-    for _ in 0..ROUNDS {
-        play.ends_in(&[TryTry, Cancel], &untouched, "a cancelled branch leaves no trace").await?;
-        play.ends_in(&[TryTry, Confirm], &confirmed, "a confirmed branch counts once").await?;
-        play.ends_in(&[Try, ConfirmConfirm], &confirmed, "a confirmed branch counts once").await?;
-        play.ends_in(&[Try, CancelCancel], &untouched, "a cancelled branch leaves no trace")
-            .await?;
-        play.ends_in(&[TryCancel, Cancel], &untouched, "a cancelled branch leaves no trace")
-            .await?;
-    }
-    // Given up at its first suspension, its second, … and then asked again, as callers do.
-    for (before, phase, after, end) in [
-        (&[][..], Phase::Try, &[Cancel][..], &untouched),
-        (&[], Phase::Try, &[Try, Cancel], &untouched),
-        (&[], Phase::Try, &[Try, Confirm], &confirmed),
-        (&[Try], Phase::Confirm, &[Confirm], &confirmed),
-        (&[Try], Phase::Cancel, &[Cancel], &untouched),
-        (&[], Phase::Cancel, &[Cancel, Try], &untouched),
-    ] {
-        let (mut suspension, mut through) = (1, 0);
-        // On a busy machine an answer may be there before it is waited for: one time through is not the end of it.
-        while through < THROUGH && suspension <= SUSPENSIONS_MAX {
-            let steps: Vec<_> = before
-                .iter()
-                .copied()
-                .chain([GiveUp(phase, suspension)])
-                .chain(after.iter().copied())
-                .collect();
-            let law = "a call that is given up in the middle has done nothing, or all; asked again, it ends as ever";
-            if play.ends_in(&steps, end, law).await?.gave_up {
-                (suspension, through) = (suspension + 1, 0);
-            } else {
-                through += 1;
-            }
-        }
-    }
-    // Two branches: the one is cancelled, the other confirmed.
-    let neighbours = "what one branch does leaves its neighbour alone";
-    let other_confirmed = play.story(&[], &[Try, Confirm]).await?.state;
-    for other in [&[Try, Cancel][..], &[Cancel, Try], &[Try, Try, Cancel, Cancel]] {
-        for (first, second, expected) in
-            [(&[Try, Confirm][..], other, &confirmed), (other, &[Try, Confirm], &other_confirmed)]
-        {
-            play.both_end_in(first, second, neighbours, expected).await?;
-        }
-    }
-    play.together([&untouched, &confirmed, &other_confirmed]).await?;
-    // What was never tried cannot be confirmed.
-    let end = play.story(&[Step::StrayConfirm], &[]).await?.state;
-    play.same("confirm", "what was never tried is not confirmed", &untouched, &end)?;
-    Ok(play.report)
-}
 
 #[derive(Clone, Copy)]
-enum Step {
+pub(super) enum Step {
     Try,
     Confirm,
     Cancel,
@@ -289,24 +69,28 @@ fn words(steps: &[Step]) -> String {
     steps.iter().map(Step::to_string).collect::<Vec<_>>().join(", ")
 }
 
-struct Played<S> {
-    state: S,
+pub(super) struct Played<S> {
+    pub(super) state: S,
     /// The call that was to be given up had not ended by itself.
-    gave_up: bool,
+    pub(super) gave_up: bool,
 }
 
-struct Play<W, I> {
-    action: &'static str,
+pub(super) struct Play<W, I> {
+    pub(super) action: &'static str,
     /// What the Try of the one branch gets, and that of the other.
-    payloads: [Bytes; 2],
-    new_world: W,
-    invariant: I,
-    report: Report,
+    pub(super) payloads: [Bytes; 2],
+    pub(super) new_world: W,
+    pub(super) invariant: I,
+    pub(super) report: Report,
 }
 
 impl<W, I> Play<W, I> {
-    /// Plays the stories of two branches in a new world, in turns, and says how the world is then.
-    async fn story<S>(&mut self, one: &[Step], other: &[Step]) -> Result<Played<S>, BrokenLaw>
+    /// Plays the stories of two branches in a new world, one step of each at a time, and returns the state of the world then.
+    pub(super) async fn story<S>(
+        &mut self,
+        one: &[Step],
+        other: &[Step],
+    ) -> Result<Played<S>, BrokenLaw>
     where
         S: PartialEq + Debug,
         W: AsyncFn() -> World<S>,
@@ -316,9 +100,9 @@ impl<W, I> Play<W, I> {
         let world = (self.new_world)().await;
         let mut gave_up = false;
         let mut played = Vec::new();
-        for turn in 0..one.len().max(other.len()) {
+        for n in 0..one.len().max(other.len()) {
             for (branch_id, steps) in [("1", one), ("2", other)] {
-                let Some(step) = steps.get(turn) else { continue };
+                let Some(step) = steps.get(n) else { continue };
                 played.push(*step);
                 gave_up |= self.step(&world, branch_id, *step, &words(&played)).await?;
                 let state = world.state().await;
@@ -337,7 +121,7 @@ impl<W, I> Play<W, I> {
     }
 
     /// Two branches whose phase two comes together. `ends`: untouched, the first one confirmed, the second one confirmed.
-    async fn together<S>(&mut self, ends: [&S; 3]) -> Result<(), BrokenLaw>
+    pub(super) async fn together<S>(&mut self, ends: [&S; 3]) -> Result<(), BrokenLaw>
     where
         S: PartialEq + Debug,
         W: AsyncFn() -> World<S>,
@@ -380,7 +164,7 @@ impl<W, I> Play<W, I> {
         Ok(())
     }
 
-    async fn both_end_in<S>(
+    pub(super) async fn both_end_in<S>(
         &mut self,
         one: &[Step],
         other: &[Step],
@@ -399,7 +183,7 @@ impl<W, I> Play<W, I> {
         Ok(played)
     }
 
-    async fn ends_in<S>(
+    pub(super) async fn ends_in<S>(
         &mut self,
         steps: &[Step],
         expected: &S,
@@ -554,7 +338,7 @@ impl<W, I> Play<W, I> {
         world.participant.handle(&branch, payload).await
     }
 
-    fn same<S: PartialEq + Debug>(
+    pub(super) fn same<S: PartialEq + Debug>(
         &self,
         story: &str,
         law: &str,
@@ -568,7 +352,7 @@ impl<W, I> Play<W, I> {
         }
     }
 
-    fn broken(
+    pub(super) fn broken(
         &self,
         story: &str,
         law: String,

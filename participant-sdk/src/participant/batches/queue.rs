@@ -1,5 +1,5 @@
-//! Who waits for whom. Calls of one action and phase that come while others of the same are being worked on wait, and go together when
-//! those are done. A call that finds nobody at work goes at once, alone; and whoever is at work for too long is not waited for.
+//! The queue of one action and phase. A call that comes while a worker is free is run at once, alone. Otherwise it waits, and the worker
+//! that is free next takes all waiting calls as one batch. If workers take too long, one more is started.
 
 use std::{
     collections::{BTreeMap, VecDeque, btree_map::Entry},
@@ -10,51 +10,50 @@ use tokio::sync::oneshot;
 
 use crate::{answer::Answer, branch::Branch};
 
-/// Branches of one local transaction. More of them would hold their locks for longer and save little: what is shared is one COMMIT.
+/// Branches of one batch. More of them would hold their locks for longer and save little: what they share is one COMMIT.
 pub(super) const BATCH_MAX: usize = 64;
-/// Calls that wait. Who comes when there are so many goes alone, as if there were no batches.
+/// Calls that wait at a time. Above this many, a call is run alone, as if there were no batches.
 const WAITING_MAX: usize = 1024;
 
 pub(super) struct Queue {
-    /// How many turns there are.
-    turns_max: usize,
+    workers_max: usize,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// How many turns are taken. While one is free, nobody waits.
-    turns: usize,
+    /// Workers that are running. While there are fewer than `workers_max`, no call waits.
+    workers: usize,
     waiting: VecDeque<Waiting>,
 }
 
 /// A call that waits.
 pub(super) struct Waiting {
     pub(super) branch: Branch,
-    /// Dropped without an answer: the call goes alone.
+    /// Dropped without an answer: the caller runs the call alone.
     pub(super) answer: oneshot::Sender<Answer>,
 }
 
-/// What a call does that has come.
+/// How a call that has arrived is run.
 pub(super) enum Arrival {
-    /// It goes at once and has a turn, which ends with [`Queue::next`].
-    Turn,
-    /// It waits for its answer.
+    /// At once, by its caller, who is a worker until it calls [`Queue::next`].
+    Work,
+    /// In a batch, which sends the answer.
     Wait(oneshot::Receiver<Answer>),
-    /// It goes at once. Nobody waits for it.
+    /// At once, by its caller, who is not a worker.
     Alone,
 }
 
 impl Queue {
-    pub(super) fn new(turns_max: usize) -> Self {
-        Self { turns_max, state: Mutex::default() }
+    pub(super) fn new(workers_max: usize) -> Self {
+        Self { workers_max, state: Mutex::default() }
     }
 
     pub(super) fn arrive(&self, branch: &Branch) -> Arrival {
         let mut state = self.locked();
-        if state.turns < self.turns_max {
-            state.turns += 1;
-            return Arrival::Turn;
+        if state.workers < self.workers_max {
+            state.workers += 1;
+            return Arrival::Work;
         }
         if state.waiting.len() >= WAITING_MAX {
             return Arrival::Alone;
@@ -64,20 +63,20 @@ impl Queue {
         Arrival::Wait(receiver)
     }
 
-    /// Ends a turn. If calls wait, it goes on with the first of them.
+    /// The next batch for a worker that is done. `None`: no call waits, and the worker ends.
     pub(super) fn next(&self) -> Option<Vec<Waiting>> {
         let mut state = self.locked();
-        // One that was overtaken has its end.
-        let batch = if state.turns > self.turns_max { None } else { state.batch() };
-        state.turns -= usize::from(batch.is_none());
+        // If there are too many, this is one of those that took too long, and another one has its place.
+        let batch = if state.workers > self.workers_max { None } else { state.batch() };
+        state.workers -= usize::from(batch.is_none());
         batch
     }
 
-    /// Begins one more turn with those who wait, if there are any: those who have one take too long.
-    pub(super) fn overtake(&self) -> Option<Vec<Waiting>> {
+    /// The batch for one more worker, because the others take too long. `None`: no call waits.
+    pub(super) fn one_more(&self) -> Option<Vec<Waiting>> {
         let mut state = self.locked();
         let batch = state.batch();
-        state.turns += usize::from(batch.is_some());
+        state.workers += usize::from(batch.is_some());
         batch
     }
 
@@ -87,15 +86,15 @@ impl Queue {
 }
 
 impl State {
-    /// The first of those who wait, in the order of their names, each branch once. A repeat of a call in the batch stays, for the next one,
-    /// where it finds the work done.
+    /// Takes the first waiting calls, sorted by xid and branch id, each branch once. A repeat of a call in the batch stays in the queue.
+    /// The next batch answers it from the fence.
     fn batch(&mut self) -> Option<Vec<Waiting>> {
         let (mut batch, mut repeats) = (BTreeMap::new(), VecDeque::new());
         while batch.len() < BATCH_MAX
             && let Some(call) = self.waiting.pop_front()
         {
             if call.answer.is_closed() {
-                continue; // its caller has gone away
+                continue; // its caller was dropped
             }
             match batch.entry((call.branch.xid, call.branch.branch_id.clone())) {
                 Entry::Vacant(place) => drop(place.insert(call)),
@@ -129,21 +128,21 @@ mod tests {
     }
 
     #[test]
-    fn who_finds_nobody_at_work_goes_at_once_and_the_others_go_together() {
+    fn a_call_that_finds_a_free_worker_runs_at_once_and_the_others_run_as_a_batch() {
         let queue = Queue::new(1);
-        assert!(matches!(queue.arrive(&branch(9)), Arrival::Turn));
+        assert!(matches!(queue.arrive(&branch(9)), Arrival::Work));
         let _answers = [3, 1, 2].map(|n| wait(&queue, n));
         assert_eq!(next(&queue), Some(vec![1, 2, 3]));
-        let _answer = wait(&queue, 4); // while those are worked on
+        let _answer = wait(&queue, 4); // while the batch is running
         assert_eq!(next(&queue), Some(vec![4]));
         assert_eq!(next(&queue), None);
-        assert!(matches!(queue.arrive(&branch(5)), Arrival::Turn));
+        assert!(matches!(queue.arrive(&branch(5)), Arrival::Work));
     }
 
     #[test]
-    fn who_has_gone_away_is_left_out_and_a_repeat_waits_for_the_next_batch() {
+    fn a_call_whose_caller_was_dropped_is_left_out_and_a_repeat_waits_for_the_next_batch() {
         let queue = Queue::new(1);
-        assert!(matches!(queue.arrive(&branch(9)), Arrival::Turn));
+        assert!(matches!(queue.arrive(&branch(9)), Arrival::Work));
         let [first, gone, ..] = [1, 2].map(|n| wait(&queue, n));
         let (_repeat, _other) = (wait(&queue, 1), wait(&queue, 3));
         drop(gone);
@@ -154,23 +153,23 @@ mod tests {
     }
 
     #[test]
-    fn who_takes_too_long_is_overtaken_and_there_are_no_more_turns_for_it_in_the_end() {
+    fn a_worker_that_takes_too_long_is_replaced_and_ends_when_it_is_done() {
         let queue = Queue::new(1);
-        assert!(matches!(queue.arrive(&branch(9)), Arrival::Turn));
-        assert!(queue.overtake().is_none());
+        assert!(matches!(queue.arrive(&branch(9)), Arrival::Work));
+        assert!(queue.one_more().is_none());
         let _answer = wait(&queue, 1);
-        assert_eq!(queue.overtake().map(|batch| batch.len()), Some(1));
+        assert_eq!(queue.one_more().map(|batch| batch.len()), Some(1));
         let _answer = wait(&queue, 2);
-        assert_eq!(next(&queue), None, "one is at work still");
+        assert_eq!(next(&queue), None, "the other worker is still running");
         assert_eq!(next(&queue), Some(vec![2]));
         assert_eq!(next(&queue), None);
-        assert!(matches!(queue.arrive(&branch(3)), Arrival::Turn));
+        assert!(matches!(queue.arrive(&branch(3)), Arrival::Work));
     }
 
     #[test]
     fn batches_and_the_queue_are_bounded() {
         let queue = Queue::new(1);
-        assert!(matches!(queue.arrive(&branch(0)), Arrival::Turn));
+        assert!(matches!(queue.arrive(&branch(0)), Arrival::Work));
         let waiting = u64::try_from(WAITING_MAX).unwrap();
         let _answers: Vec<_> = (1..=waiting).map(|n| wait(&queue, n)).collect();
         assert!(matches!(queue.arrive(&branch(waiting + 1)), Arrival::Alone));

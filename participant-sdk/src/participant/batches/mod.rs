@@ -1,9 +1,9 @@
-//! Confirms, and Cancels, that wait together go together: in one local transaction with one COMMIT, where the author may make one statement
-//! of many.
+//! Confirms, and Cancels, that wait at the same time are run as one batch: in one local transaction with one COMMIT, where the author
+//! may write one statement instead of many.
 //!
-//! What must hold: whatever happens to a batch, each of its calls gets the answer that it would have got alone. So a batch that fails,
-//! for whatever reason, is rolled back, and each of its calls goes the ordinary way ([`Fence::run`]) as if there had been none. Who waits
-//! in the queue is woken by an answer, or by hearing that there is none; a batch that panics says so by being dropped.
+//! What must hold: each call of a batch gets the answer that it would have got alone, whatever happens to the batch. So a batch that
+//! fails for any reason is rolled back, and each of its calls is run by itself ([`Fence::run`]) as if there had been no batch. Every
+//! waiting call is woken: by its answer, or by a dropped sender if there will be none, also when the batch panics.
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
@@ -17,39 +17,42 @@ use crate::{
     contract::{Contract, Payload as _},
     error::Failed,
     fence::{Fence, Tx, db::Statements as _, many::ToRun},
-    participant::{
-        Action, ContentTypes, Fenced, Overdue, ParticipantBuilder, Served, unreadable_stored,
-    },
+};
+
+use super::{
+    ParticipantBuilder,
+    action::{Action, ContentTypes, Fenced, Overdue, Served, unreadable_stored},
 };
 
 mod queue;
 
 use queue::{Arrival, Queue, Waiting};
 
-/// Who has been called more often goes alone: whatever makes its call fail would fail the batches that it is in.
-const ATTEMPTS_TOGETHER: u32 = 3;
+/// A call is run in batches for this many attempts. After that it is run alone, so that whatever makes it fail cannot fail other
+/// batches.
+const ATTEMPTS_IN_BATCHES_MAX: u32 = 3;
 
-/// Who has waited for so long for those at work does not wait for them any more. Many times what a batch takes, and less than its statements
-/// may wait for a lock.
-const HELD_UP: Duration = Duration::from_millis(250);
+/// A call that has waited this long for the workers starts another one. Many times what a batch takes, and less than its statements may
+/// wait for a lock.
+const WAIT_MAX: Duration = Duration::from_millis(250);
 
-/// An [`Action`] whose Confirms may be done several at a time, and whose Cancels may. Served with
+/// An [`Action`] whose Confirms, and whose Cancels, can be run several at a time. Served with
 /// [`ParticipantBuilder::action_in_batches`].
 ///
-/// Under load, calls wait for each other: for a connection, for a hot row, for the disk. Those that wait then go together, in one local
-/// transaction: up to 64 branches, one COMMIT, and in your code one `UPDATE` of a hot row instead of 64. A call that comes when nobody is
-/// at work goes at once and alone, to `on_confirm` or `on_cancel`.
+/// Under load, calls wait for each other: for a connection, for a hot row, for the disk. Calls that wait at the same time are run in one
+/// local transaction: up to 64 branches, one COMMIT, and in your code one `UPDATE` of a hot row instead of 64. A call that comes when no
+/// other is being run goes at once and alone to `on_confirm` or `on_cancel`.
 ///
-/// All that [`Action`] promises holds for each branch. If a batch fails, it is rolled back, and each of its branches goes alone: one that
-/// needs attention does not keep the others from being done.
+/// All that [`Action`] promises holds for each branch. If a batch fails, it is rolled back, and each of its branches is run alone. So a
+/// branch that needs attention does not stop the others.
 ///
-/// Mind two things, for what is in a batch is locked until its end:
+/// A batch keeps its locks until its end, so mind two things:
 ///
-/// - Change rows that others change too in an order that is always the same, such as that of their keys. Two local transactions that change
-///   the same two rows crosswise are a deadlock.
-/// - Be quick. Work that takes long is better done side by side, by a plain [`Action`].
+/// - Change rows that other transactions change too always in the same order, such as that of their keys. Two local transactions that
+///   change the same two rows in opposite order are a deadlock.
+/// - Be quick. Long work is better done side by side, by a plain [`Action`].
 ///
-/// If you override nothing, each branch goes to `on_confirm` or `on_cancel`, one after the other: one COMMIT, but no fewer statements.
+/// If you override nothing, the batch calls `on_confirm` or `on_cancel` for each branch in sequence: one COMMIT, but no fewer statements.
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")]
@@ -86,32 +89,32 @@ pub trait ActionInBatches: Action {
     ///
     /// # Errors
     ///
-    /// Rolls back all of it; then each goes to `on_confirm`, alone.
+    /// Rolls back the whole batch; then each branch is run alone, by `on_confirm`.
     fn on_confirm_many(
         &self,
         tx: &mut Tx<Self::Db>,
         tried: &[Tried<<Self::Contract as Contract>::Args>],
     ) -> impl Future<Output = Result<(), Failed>> + Send {
-        one_by_one(self, tx, tried)
+        in_sequence(self, tx, tried)
     }
 
     /// Releases what was reserved for all of these branches: what `on_cancel` does for each.
     ///
     /// # Errors
     ///
-    /// Rolls back all of it; then each goes to `on_cancel`, alone.
+    /// Rolls back the whole batch; then each branch is run alone, by `on_cancel`.
     fn on_cancel_many(
         &self,
         tx: &mut Tx<Self::Db>,
         tried: &[Tried<<Self::Contract as Contract>::Args>],
     ) -> impl Future<Output = Result<(), Failed>> + Send {
-        one_by_one(self, tx, tried)
+        in_sequence(self, tx, tried)
     }
 }
 
-/// One after the other. After each it is looked whether this is still the local transaction that began: had one ended it without a word,
-/// what the others do would be kept for ever, and done again when they go alone.
-pub(crate) async fn one_by_one<A: Action + ?Sized>(
+/// Runs the branches in sequence. After each it checks that the local transaction is still the one that began. If user code had ended it,
+/// the work of the branches after it would be committed, and done again when they are run alone.
+pub(crate) async fn in_sequence<A: Action + ?Sized>(
     action: &A,
     tx: &mut Tx<A::Db>,
     tried: &[Tried<<A::Contract as Contract>::Args>],
@@ -132,17 +135,17 @@ pub(crate) async fn one_by_one<A: Action + ?Sized>(
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Tried<Args> {
-    /// Which one.
+    /// The branch, with the phase that is asked for.
     pub branch: Branch,
-    /// What its Try got.
+    /// The arguments that its Try got.
     pub args: Args,
-    /// The same, as its bytes.
+    /// The same arguments, encoded.
     pub payload: Bytes,
 }
 
 impl ParticipantBuilder {
-    /// Serves one more action, whose Confirms and Cancels go together when they wait together. One action may well be served in batches
-    /// by one program and by another one by one.
+    /// Serves one more action, whose Confirms and Cancels are run in batches when they wait at the same time. Other programs may serve
+    /// the same action without batches.
     ///
     /// # Panics
     ///
@@ -150,38 +153,38 @@ impl ParticipantBuilder {
     pub fn action_in_batches<A: ActionInBatches>(self, fence: &Fence<A::Db>, action: A) -> Self {
         let queue = || Queue::new(A::Db::BATCHES_AT_A_TIME);
         let alone = Fenced { fence: fence.clone(), action };
-        let served = Shared { alone, confirms: queue(), cancels: queue() };
+        let served = Queues { alone, confirms: queue(), cancels: queue() };
         self.serve(<A::Contract as Contract>::NAME, Box::new(InBatches(Arc::new(served))))
     }
 }
 
-struct InBatches<A: Action>(Arc<Shared<A>>);
+struct InBatches<A: Action>(Arc<Queues<A>>);
 
-struct Shared<A: Action> {
-    /// What there is without batches.
+struct Queues<A: Action> {
+    /// Runs one call by itself.
     alone: Fenced<A>,
     confirms: Queue,
     cancels: Queue,
 }
 
-/// The right to work on a queue: with a call, or with a batch.
-struct Turn<A: ActionInBatches> {
-    served: Arc<Shared<A>>,
+/// One of the workers that a queue allows at a time: it runs a call, or a batch, and then the calls that have come meanwhile.
+struct Worker<A: ActionInBatches> {
+    served: Arc<Queues<A>>,
     phase: Phase,
 }
 
 impl<A: ActionInBatches> InBatches<A> {
     async fn phase_two(&self, branch: &Branch) -> Answer {
         let served = &self.0;
-        if branch.attempt > ATTEMPTS_TOGETHER {
+        if branch.attempt > ATTEMPTS_IN_BATCHES_MAX {
             return served.alone.phase_two(branch).await;
         }
         match served.queue(branch.phase).arrive(branch) {
-            Arrival::Turn => {
-                let _turn = Turn { served: served.clone(), phase: branch.phase };
+            Arrival::Work => {
+                let _worker = Worker { served: served.clone(), phase: branch.phase };
                 served.alone.phase_two(branch).await
             }
-            Arrival::Wait(answer) => match self.waited_for(branch.phase, answer).await {
+            Arrival::Wait(answer) => match self.wait(branch.phase, answer).await {
                 Some(answer) => answer,
                 None => served.alone.phase_two(branch).await,
             },
@@ -189,41 +192,36 @@ impl<A: ActionInBatches> InBatches<A> {
         }
     }
 
-    /// The answer of a batch. `None`: there will be none.
-    async fn waited_for(
-        &self,
-        phase: Phase,
-        mut answer: oneshot::Receiver<Answer>,
-    ) -> Option<Answer> {
+    /// Waits for the answer from a batch. `None`: there will be none, and the call is run alone.
+    async fn wait(&self, phase: Phase, mut answer: oneshot::Receiver<Answer>) -> Option<Answer> {
         loop {
-            if let Ok(answer) = tokio::time::timeout(HELD_UP, &mut answer).await {
+            if let Ok(answer) = tokio::time::timeout(WAIT_MAX, &mut answer).await {
                 return answer.ok();
             }
-            // Somebody is at work who hangs, or waits for a row. All who wait here go on without, unless they are at work already.
-            if let Some(batch) = self.0.queue(phase).overtake() {
-                Turn { served: self.0.clone(), phase }.take(batch);
+            // The workers hang, or wait for a row. One more worker takes the calls that are still in the queue.
+            if let Some(batch) = self.0.queue(phase).one_more() {
+                Worker { served: self.0.clone(), phase }.run(batch);
             }
         }
     }
 }
 
-impl<A: ActionInBatches> Shared<A> {
+impl<A: ActionInBatches> Queues<A> {
     fn queue(&self, phase: Phase) -> &Queue {
         if phase == Phase::Cancel { &self.cancels } else { &self.confirms }
     }
 
-    /// Serves these calls, all of one phase. Who gets no answer goes alone.
-    async fn work(&self, phase: Phase, batch: Vec<Waiting>) {
-        let (branches, askers): (Vec<_>, Vec<_>) =
+    /// Serves these calls, all of one phase. A call that gets no answer here is run alone by its caller.
+    async fn serve(&self, phase: Phase, batch: Vec<Waiting>) {
+        let (branches, callers): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|call| (call.branch, call.answer)).unzip();
         let answers = match &branches[..] {
             [branch] => vec![Some(self.alone.phase_two(branch).await)],
             branches => self.together(phase, branches).await,
         };
-        for (asker, answer) in askers.into_iter().zip(answers) {
+        for (caller, answer) in callers.into_iter().zip(answers) {
             if let Some(answer) = answer {
-                // It may have gone away.
-                let _heard = asker.send(answer);
+                drop(caller.send(answer)); // the caller may have been dropped
             }
         }
     }
@@ -252,22 +250,22 @@ fn tried<A: Action>(
     Ok(Tried { branch: branch.clone(), args, payload })
 }
 
-impl<A: ActionInBatches> Turn<A> {
-    /// Works on the batch, in a task of its own: no caller that goes away takes others with it.
-    fn take(self, batch: Vec<Waiting>) {
+impl<A: ActionInBatches> Worker<A> {
+    /// Runs the batch in a task of its own, so that a caller that is dropped does not stop the calls of others.
+    fn run(self, batch: Vec<Waiting>) {
         if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(async move { self.served.work(self.phase, batch).await });
+            runtime.spawn(async move { self.served.serve(self.phase, batch).await });
         }
-        // Else there is no runtime any more, and nobody who waits: dropped here, it goes on to the next ones, until there are none.
+        // Without a runtime no caller waits any more. The worker is dropped here, and so empties the queue batch by batch.
     }
 }
 
-impl<A: ActionInBatches> Drop for Turn<A> {
-    /// Whatever became of the work, the turn goes on to those who wait.
+impl<A: ActionInBatches> Drop for Worker<A> {
+    /// Goes on with the calls that wait, however the work before ended.
     fn drop(&mut self) {
         let Self { served, phase } = self;
         let Some(batch) = served.queue(*phase).next() else { return };
-        Self { served: served.clone(), phase: *phase }.take(batch);
+        Self { served: served.clone(), phase: *phase }.run(batch);
     }
 }
 

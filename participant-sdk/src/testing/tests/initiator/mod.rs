@@ -8,6 +8,9 @@ use std::{
 use super::{super::Fault, *};
 use crate::{CallError, Phase};
 
+mod execute;
+mod keys;
+
 /// Whether calls share streams: this file is compiled twice.
 fn streams() -> bool {
     !module_path!().contains("without_streams")
@@ -248,113 +251,6 @@ async fn without_a_coordinator_nothing_is_tried() {
 }
 
 #[tokio::test]
-async fn without_a_coordinator_nobody_knows_what_a_key_led_to() {
-    let mut shop = Shop::new(streams()).await;
-    let done = shop.run(shop.order().idempotency_key("a"), 2).await.unwrap();
-    let handfast = shop.coordinator.handfast();
-    shop.coordinator.kill();
-    let order = || handfast.transaction("order").idempotency_key("a").until_decided();
-    let error = shop.run(order(), 2).await.unwrap_err();
-    let TransactionError::Unknown { xid: None, idempotency_key, .. } = &error else {
-        panic!("a customer would be told that what was confirmed is not: {error:?}")
-    };
-    assert_eq!(idempotency_key.as_deref(), Some("a"));
-    shop.coordinator.restart().await;
-    assert_eq!(shop.run(order(), 2).await.unwrap().xid, done.xid);
-}
-
-#[tokio::test]
-async fn a_begin_without_an_answer_may_have_begun_what_its_key_leads_to() {
-    let mut shop = Shop::new(streams()).await;
-    let (east, _) = shop.remotes();
-    let order = shop.order().idempotency_key("a").timeout(Duration::from_millis(300));
-    let error = order
-        .run(async |global| {
-            // The key was looked up before; from here on, or soon after, nobody answers.
-            shop.coordinator.kill();
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            Ok(global.call::<Deduct>(&east, Json(3)).await?)
-        })
-        .await
-        .unwrap_err();
-    assert!(matches!(error, TransactionError::Unknown { .. }), "{error:?}");
-    assert_eq!(shop.stocks().await, UNTOUCHED);
-}
-
-#[tokio::test]
-async fn the_same_key_runs_once() {
-    let mut shop = Shop::new(streams()).await;
-    let (east, _) = shop.remotes();
-    let runs = AtomicUsize::new(0);
-    let order = |key: &str, n: i64| {
-        let (runs, east) = (&runs, &east);
-        shop.order().idempotency_key(key).run(async move |global| {
-            runs.fetch_add(1, Ordering::Relaxed);
-            Ok(global.call::<Deduct>(east, Json(n)).await?.0)
-        })
-    };
-    let first = order("a", 3).await.unwrap();
-    let again = order("a", 3).await.unwrap();
-    assert_eq!((first.xid, first.value, again.value), (again.xid, Some(7), None));
-    assert_eq!(runs.load(Ordering::Relaxed), 1, "the closure ran again");
-    // A refusal stands too, and is told again.
-    for _ in 0..2 {
-        let error = order("b", 11).await.unwrap_err();
-        let TransactionError::Refused { refusal, .. } = &error else { panic!("{error:?}") };
-        assert_eq!(refusal.reason, "OUT_OF_STOCK");
-    }
-    assert_eq!(runs.load(Ordering::Relaxed), 2);
-    let handfast = shop.coordinator.handfast();
-    assert!(matches!(handfast.outcome_of_key("a").await.unwrap(), Outcome::Confirmed { .. }));
-    assert!(matches!(handfast.outcome_of_key("b").await.unwrap(), Outcome::Cancelled { .. }));
-    // After a restart of the coordinator as well.
-    drop(handfast);
-    shop.coordinator.restart().await;
-    assert_eq!(
-        shop.order().idempotency_key("a").run(async |_| Ok(0)).await.unwrap().xid,
-        first.xid
-    );
-}
-
-#[tokio::test]
-async fn two_runs_of_one_key_at_the_same_time_are_one_order() {
-    let shop = Shop::new(streams()).await;
-    let order = || shop.run(shop.order().idempotency_key("a"), 2);
-    let (one, two) = tokio::join!(order(), order());
-    let (one, two) = (one.unwrap(), two.unwrap());
-    assert_eq!(one.xid, two.xid);
-    shop.confirmed(one.xid).await;
-}
-
-#[tokio::test]
-async fn a_run_that_was_cut_off_is_taken_up_by_the_next_one_with_its_key() {
-    let shop = Shop::new(streams()).await;
-    // The first initiator dies after its Trys: as if, by forgetting it.
-    let (east, west) = shop.remotes();
-    let open = shop.order().idempotency_key("a").begin().await.unwrap();
-    let (one, two) =
-        tokio::join!(open.call::<Deduct>(&east, Json(3)), open.call::<Deduct>(&west, Json(2)));
-    one.unwrap();
-    two.unwrap();
-    let xid = open.xid().await.unwrap();
-    std::mem::forget(open);
-    let done = shop.order().idempotency_key("a").run(async |global| {
-        let (one, two) = tokio::join!(
-            global.call::<Deduct>(&east, Json(3)),
-            global.call::<Deduct>(&west, Json(2))
-        );
-        Ok((one?.0, two?.0))
-    });
-    let done = done.await.unwrap();
-    assert_eq!(
-        (done.xid, done.value),
-        (xid, Some((7, 8))),
-        "the same transaction, the replies of its first Trys"
-    );
-    shop.confirmed(xid).await;
-}
-
-#[tokio::test]
 async fn begin_and_decide_in_different_places() {
     let shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
@@ -420,64 +316,6 @@ async fn what_the_coordinator_does_not_take_is_told() {
 }
 
 #[tokio::test]
-async fn the_coordinator_can_run_it_all() {
-    let shop = Shop::new(streams()).await;
-    let (east, west) = shop.remotes();
-    let handfast = shop.coordinator.handfast();
-    let execute = |key: &str, from_west: i64| {
-        let builder = handfast.execute("order").idempotency_key(key).in_order();
-        builder.call::<Deduct>(&east, &Json(3)).call::<Deduct>(&west, &Json(from_west)).run()
-    };
-    let done = execute("a", 2).await.unwrap();
-    assert!(done.completed);
-    assert_eq!(done.reply::<Deduct>(0).unwrap(), Some(Json(7)));
-    assert_eq!(done.reply::<Deduct>(1).unwrap(), Some(Json(8)));
-    assert_eq!(shop.stocks().await, CONFIRMED);
-    // Again: not twice, and without the replies.
-    let again = execute("a", 2).await.unwrap();
-    assert_eq!((again.xid, again.reply::<Deduct>(0).unwrap()), (done.xid, None));
-    assert_eq!(shop.stocks().await, CONFIRMED);
-    // Other arguments under the same key are another order.
-    let other = execute("a", 1).await.unwrap_err();
-    assert!(matches!(other, TransactionError::NotBegun { .. }), "{other:?}");
-    // Refused.
-    let error = execute("b", 9).await.unwrap_err();
-    let TransactionError::Refused { branch_id, refusal, .. } = error else { panic!("{error:?}") };
-    assert_eq!((branch_id.unwrap().as_str(), refusal.reason.as_str()), ("2", "OUT_OF_STOCK"));
-    shop.until(CONFIRMED).await;
-}
-
-#[tokio::test]
-async fn what_the_coordinator_runs_survives_lost_answers_and_not_its_own_death() {
-    let mut shop = Shop::new(streams()).await;
-    let (east, west) = shop.remotes();
-    let handfast = shop.coordinator.handfast();
-    let execute = |key: &str| {
-        let builder = handfast.execute("order").idempotency_key(key);
-        builder.call::<Deduct>(&east, &Json(3)).call::<Deduct>(&west, &Json(2))
-    };
-    // Trys whose answers are lost are repeated, once the clock has moved.
-    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::AnswerLost, Fault::Unavailable]);
-    let running = tokio::spawn(execute("a").run());
-    while !running.is_finished() {
-        shop.coordinator.advance(Duration::from_millis(100));
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let done = running.await.unwrap().unwrap();
-    shop.confirmed(done.xid).await;
-    // Killed in phase one, it cancels when it is back; whoever asks again is told.
-    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::None, Fault::Silence]);
-    let running = tokio::spawn(execute("b").run());
-    while shop.stocks().await == CONFIRMED {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    shop.coordinator.restart().await;
-    let error = running.await.unwrap().unwrap_err();
-    assert!(error.to_string().contains("restarted"), "{error}");
-    shop.until(CONFIRMED).await;
-}
-
-#[tokio::test]
 async fn what_is_cancelled_is_not_told_confirmed_however_slow_the_store_is() {
     let shop = Shop::new(streams()).await;
     let (east, west) = shop.remotes();
@@ -494,56 +332,7 @@ async fn what_is_cancelled_is_not_told_confirmed_however_slow_the_store_is() {
 }
 
 #[tokio::test]
-async fn a_key_of_another_operation_is_not_told_confirmed() {
-    let shop = Shop::new(streams()).await;
-    let (east, _) = shop.remotes();
-    let handfast = shop.coordinator.handfast();
-    let run = async |name: &str| {
-        let operation = handfast.transaction(name).idempotency_key("1042");
-        operation.run(async |global| Ok(global.call::<Deduct>(&east, Json(1)).await?)).await
-    };
-    run("order").await.unwrap();
-    let error = run("refund").await.unwrap_err();
-    assert!(matches!(error, TransactionError::NotBegun { .. }), "{error:?}");
-    assert!(error.to_string().contains("another operation: order"), "{error}");
-}
-
-#[tokio::test]
 async fn endless_patience_is_no_reason_to_panic() {
     let shop = Shop::new(streams()).await;
     shop.run(shop.order().patience(Duration::MAX), 2).await.unwrap();
-}
-
-#[tokio::test]
-async fn an_impatient_second_run_that_is_dropped_leaves_the_first_alone() {
-    let shop = Shop::new(streams()).await;
-    let (east, west) = shop.remotes();
-    let first = shop.order().idempotency_key("a").begin().await.unwrap();
-    first.call::<Deduct>(&east, Json(3)).await.unwrap();
-    let tried = tokio::sync::Notify::new();
-    let second = shop.order().idempotency_key("a").run(async |global| {
-        global.call::<Deduct>(&east, Json(3)).await?;
-        tried.notify_one();
-        std::future::pending::<()>().await;
-        Ok(())
-    });
-    tokio::select! {
-        _ = second => panic!("it never ends"),
-        () = tried.notified() => {}
-    }
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    first.call::<Deduct>(&west, Json(2)).await.unwrap();
-    first.confirm().await.unwrap();
-}
-
-#[tokio::test]
-async fn what_was_executed_under_a_key_is_told_to_a_run_with_it() {
-    let shop = Shop::new(streams()).await;
-    let (east, _) = shop.remotes();
-    let handfast = shop.coordinator.handfast();
-    let executed = handfast.execute("order").idempotency_key("a").call::<Deduct>(&east, &Json(3));
-    let executed = executed.run().await.unwrap();
-    let order = handfast.transaction("order").idempotency_key("a");
-    let told = order.run(async |global| Ok(global.call::<Deduct>(&east, Json(3)).await?)).await;
-    assert_eq!(told.unwrap().xid, executed.xid, "the customer is told that nothing has happened");
 }

@@ -14,10 +14,10 @@ use handfast_proto::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
+use super::Participant;
 use crate::{
     branch::{Branch, Phase},
-    participant::Participant,
-    propagation,
+    context,
 };
 
 /// How this program calls itself.
@@ -39,7 +39,7 @@ impl ParticipantService for Participant {
         &self,
         request: Request<TryBranchRequest>,
     ) -> Result<Response<TryBranchResponse>, Status> {
-        propagation::within_call(request, async |request| {
+        context::within_call(request, async |request| {
             let TryBranchRequest { context, payload } = request;
             let branch = Branch::from_context(context, Phase::Try)?;
             let payload = payload.unwrap_or_default().data;

@@ -1,24 +1,24 @@
-//! Reservations that nobody comes for. A branch that is still tried long after the end of phase one should have been confirmed
-//! or cancelled by now: the coordinator may have been away, or its store restored from an older copy, and then nobody asks for
-//! this branch any more. So the participant asks, and no reservation is left for ever because nobody did.
+//! Overdue reservations. A branch that is still tried long after the end of phase one should have been confirmed or cancelled by
+//! now. If the coordinator's store was restored from an older copy, no coordinator knows the branch any more. So the participant
+//! asks what became of the transaction, and no reservation stays for ever.
 
 use std::{fmt, time::Duration};
 
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use super::Participant;
 use crate::{
-    answer::Answer, branch::Branch, client::Handfast, error::BoxError, outcome::Outcome,
-    participant::Participant,
+    answer::Answer, branch::Branch, error::BoxError, initiator::outcome::Outcome, rpc::Handfast,
 };
 
-/// What came of asking about overdue branches.
+/// The result of asking about overdue branches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Inquiry {
-    /// Branches that were given back, since their transaction was cancelled or never recorded.
+    /// Branches that were cancelled, because their transaction was cancelled or never recorded.
     pub cancelled: usize,
-    /// Branches that are left as they are, since their transaction is confirmed, undecided or forgotten. A person should look:
+    /// Branches that are left as they are, because their transaction is confirmed, undecided or forgotten. A person should look:
     /// each is in the log.
     pub reported: usize,
 }
@@ -39,11 +39,11 @@ impl Participant {
         let mut inquiry = Inquiry::default();
         let mut unanswered = None;
         for branch in self.overdue().await? {
-            // One that nobody can answer for must not stand in the way of the others.
+            // A branch about which there is no answer must not stop the others from being settled.
             let outcome = match handfast.outcome(branch.xid).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
-                    warn!(xid = %branch.xid, branch_id = %branch.branch_id, %error, "nobody can say now what became of an overdue reservation");
+                    warn!(xid = %branch.xid, branch_id = %branch.branch_id, %error, "no answer about an overdue reservation");
                     unanswered = Some(error);
                     continue;
                 }
@@ -68,22 +68,22 @@ impl Participant {
                 let answer = self.handle(branch, &[]).await;
                 let done = matches!(answer, Answer::Done(_));
                 if done {
-                    info!(%xid, %branch_id, action, ?outcome, "an overdue reservation was given back");
+                    info!(%xid, %branch_id, action, ?outcome, "overdue reservation cancelled");
                 } else {
-                    warn!(%xid, %branch_id, action, ?answer, "an overdue reservation cannot be given back yet");
+                    warn!(%xid, %branch_id, action, ?answer, "overdue reservation cannot be cancelled yet");
                 }
                 done
             }
             Outcome::Confirmed { completed: true } => {
-                error!(%xid, %branch_id, action, "a reservation of a transaction that is confirmed and over is still there");
+                error!(%xid, %branch_id, action, "a transaction is confirmed and complete, but this branch is still reserved");
                 false
             }
             Outcome::Forgotten => {
-                error!(%xid, %branch_id, action, "a reservation of a transaction that nobody knows any more is still there");
+                error!(%xid, %branch_id, action, "the coordinator has forgotten the transaction of this reservation");
                 false
             }
             Outcome::Undecided | Outcome::Confirmed { completed: false } => {
-                warn!(%xid, %branch_id, action, ?outcome, "a reservation has been waiting for long; the coordinator will come");
+                warn!(%xid, %branch_id, action, ?outcome, "overdue reservation; the coordinator has not settled it yet");
                 false
             }
         }
@@ -97,7 +97,7 @@ impl Participant {
             loop {
                 tokio::time::sleep(interval).await;
                 if let Err(error) = participant.inquire(&handfast).await {
-                    warn!(%error, "cannot ask about overdue reservations; trying again after the interval");
+                    warn!(%error, "cannot ask about overdue reservations; will retry");
                 }
             }
         });

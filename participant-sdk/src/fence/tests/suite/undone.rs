@@ -1,0 +1,184 @@
+//! Work that is refused, fails, or cannot be committed leaves nothing behind.
+
+use super::*;
+
+#[tokio::test]
+async fn a_refusal_leaves_no_row_and_its_cancel_is_an_empty_rollback() {
+    for place in places().await {
+        for level in LEVELS {
+            let shop = place.open(8).await;
+            let refuse = payload_that(2, "refuse");
+            for _ in 0..2 {
+                let answer = shop.deliver(level, &branch(1, Phase::Try), &refuse).await;
+                assert!(
+                    matches!(&answer, Answer::Refused(refusal) if refusal.metadata["left"] == "8")
+                );
+                assert_eq!(shop.shelf().await, UNTOUCHED);
+                assert_eq!(shop.state(1).await, None, "{level:?}");
+            }
+            done(&shop.deliver(level, &branch(1, Phase::Cancel), &[]).await);
+            assert_eq!(shop.state(1).await.unwrap(), "suspended");
+            let late = shop.deliver(level, &branch(1, Phase::Try), &refuse).await;
+            assert_eq!(word(&late), reason::CANCELLED_BEFORE);
+            assert_eq!(shop.runs(), 2, "{level:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_error_undoes_everything_in_every_phase() {
+    for place in places().await {
+        for level in LEVELS {
+            let shop = place.open(8).await;
+            let answer =
+                shop.deliver(level, &branch(1, Phase::Try), &payload_that(2, "fail")).await;
+            assert!(
+                matches!(&answer, Answer::Unknown(text) if text.contains("on fire")),
+                "{answer:?}"
+            );
+            assert_eq!((shop.shelf().await, shop.state(1).await), (UNTOUCHED, None));
+
+            // Of the row that stays, phase two finds a payload that makes it fail, until somebody mends it.
+            done(&shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await);
+            let break_it = || sql("UPDATE handfast_fence SET payload = ?");
+            sqlx::query(break_it())
+                .bind(payload_that(2, "fail"))
+                .execute(&shop.pool)
+                .await
+                .unwrap();
+            for phase in [Phase::Confirm, Phase::Cancel] {
+                let answer = shop.deliver(level, &branch(1, phase), &[]).await;
+                assert!(matches!(answer, Answer::Retry(_) | Answer::Unknown(_)), "{answer:?}");
+                assert_eq!(shop.shelf().await, (STOCK - 2, 2, 0), "{level:?}");
+                assert_eq!(shop.state(1).await.unwrap(), "tried");
+            }
+            sqlx::query(break_it()).bind(payload(2)).execute(&shop.pool).await.unwrap();
+            done(&shop.deliver(level, &branch(1, Phase::Cancel), &[]).await);
+            assert_eq!(shop.shelf().await, UNTOUCHED);
+        }
+    }
+}
+
+#[tokio::test]
+async fn work_whose_local_transaction_has_ended_is_not_called_done() {
+    for place in places().await {
+        for level in [Level::Run, Level::Action, Level::Batch] {
+            // A connection whose transaction count is wrong must not stay in the pool, so a file, and not memory.
+            let shop = place.open(1).await;
+            let end = payload_that(2, "end");
+            let answer = shop.deliver(level, &branch(1, Phase::Try), &end).await;
+            assert!(format!("{answer:?}").contains("ended before its work was done"), "{answer:?}");
+            assert_eq!((shop.shelf().await, shop.state(1).await), (UNTOUCHED, None));
+
+            done(&shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await);
+            let break_it = || sql("UPDATE handfast_fence SET payload = ?");
+            sqlx::query(break_it()).bind(&end).execute(&shop.pool).await.unwrap();
+            for phase in [Phase::Confirm, Phase::Cancel] {
+                let answer = shop.deliver(level, &branch(1, phase), &[]).await;
+                assert!(matches!(answer, Answer::Retry(_) | Answer::Unknown(_)), "{answer:?}");
+                assert_eq!(shop.shelf().await, (STOCK - 2, 2, 0));
+                assert_eq!(shop.state(1).await.unwrap(), "tried");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn run_borrows_what_it_likes_and_fits_into_tasks_and_handlers() {
+    for place in places().await {
+        /// As tonic wants its handlers.
+        #[tonic::async_trait]
+        trait Handler {
+            async fn deduct(&self, quantity: &str) -> Answer;
+        }
+
+        #[tonic::async_trait]
+        impl Handler for Shop {
+            async fn deduct(&self, quantity: &str) -> Answer {
+                let call = branch(1, Phase::Try);
+                let work = self.fence.run(&call, quantity.as_bytes(), async |tx| {
+                    let quantity: i64 = quantity.parse()?;
+                    let take = sql("UPDATE shelf SET free = free - ?, held = held + ?");
+                    sqlx::query(take).bind(quantity).bind(quantity).execute(&mut **tx).await?;
+                    tx.reply(call.action.clone());
+                    Ok::<_, TryError>(())
+                });
+                work.await
+            }
+        }
+
+        let shop = place.alone().await;
+        let handler = shop.clone();
+        let answer = tokio::spawn(async move { handler.deduct("2").await }).await.unwrap();
+        assert_eq!(done(&answer), b"inventory.deduct");
+        assert_eq!(shop.shelf().await, (STOCK - 2, 2, 0));
+    }
+}
+
+#[tokio::test]
+async fn savepoints_are_the_authors_own() {
+    for place in places().await {
+        let shop = place.alone().await;
+        let take = "UPDATE shelf SET free = free - 1, held = held + 1";
+        let answer = shop
+            .fence
+            .run(&branch(1, Phase::Try), b"", async |tx| {
+                sqlx::query(take).execute(&mut **tx).await?;
+                let mut inner = tx.begin().await?;
+                sqlx::query(take).execute(&mut *inner).await?;
+                inner.rollback().await?;
+                let mut inner = tx.begin().await?;
+                sqlx::query(take).execute(&mut *inner).await?;
+                inner.commit().await?;
+                drop(tx.begin().await?);
+                Ok::<_, TryError>(())
+            })
+            .await;
+        done(&answer);
+        assert_eq!(shop.shelf().await, (STOCK - 2, 2, 0));
+
+        let answer = shop
+            .fence
+            .run(&branch(2, Phase::Try), b"", async |tx| {
+                std::mem::forget(tx.begin().await?);
+                sqlx::query(take).execute(&mut **tx).await?;
+                Ok::<_, TryError>(())
+            })
+            .await;
+        assert_eq!(word(&answer), "Unknown", "COMMIT would have ended the savepoint only");
+        assert_eq!((shop.shelf().await, shop.state(2).await), ((STOCK - 2, 2, 0), None));
+    }
+}
+
+#[tokio::test]
+async fn an_error_cannot_say_done() {
+    for place in places().await {
+        struct AllIsWell;
+        impl From<AllIsWell> for Answer {
+            fn from(_: AllIsWell) -> Self {
+                Self::Done("fine".into())
+            }
+        }
+        let shop = place.alone().await;
+        let work = async |_: &mut Tx<Db>| Err(AllIsWell);
+        let answer = shop.fence.run(&branch(1, Phase::Try), b"", work).await;
+        assert_eq!((word(&answer), shop.state(1).await), ("Unknown", None));
+    }
+}
+
+#[tokio::test]
+async fn what_is_too_long_is_not_kept() {
+    for place in places().await {
+        for level in LEVELS {
+            let shop = place.open(8).await;
+            let long = vec![b' '; 64 * 1024 + 1];
+            let answer = shop.deliver(level, &branch(1, Phase::Try), &long).await;
+            let expected = if let Level::Enter = level { "Unknown" } else { "payload.data" };
+            assert_eq!(word(&answer), expected, "{answer:?}");
+            let answer =
+                shop.deliver(level, &branch(1, Phase::Try), &payload_that(2, "long")).await;
+            assert!(format!("{answer:?}").contains("the reply has 65538 bytes"), "{answer:?}");
+            assert_eq!((shop.shelf().await, shop.state(1).await), (UNTOUCHED, None));
+        }
+    }
+}

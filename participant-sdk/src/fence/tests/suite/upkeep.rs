@@ -1,0 +1,183 @@
+//! The clean-up, the making of the table, and log lines.
+
+use super::*;
+
+/// Delivers these calls for the `n`th transaction, and makes its row so many milliseconds old and expired.
+async fn aged(shop: &Shop, n: u64, calls: &[Phase], age: i64, expired: Option<i64>) {
+    for phase in calls {
+        done(&shop.deliver(Level::Run, &branch(n, *phase), &payload(0)).await);
+    }
+    sqlx::query(sql("UPDATE handfast_fence SET changed_at = ?, expires_at = ? WHERE xid = ?"))
+        .bind(now() - age)
+        .bind(expired.map(|expired| now() - expired))
+        .bind(&branch(n, Phase::Try).xid.to_bytes()[..])
+        .execute(&shop.pool)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn clean_up_deletes_what_is_old_and_keeps_what_somebody_may_ask_for() {
+    for place in places().await {
+        use Phase::{Cancel, Confirm, Try};
+        let shop = place.open(8).await;
+        let week = millis(RETENTION);
+        let hour = millis(EXPIRY_MARGIN);
+        aged(&shop, 1, &[Try, Confirm], week, Some(week)).await;
+        aged(&shop, 2, &[Try, Cancel], week, Some(hour)).await;
+        aged(&shop, 3, &[Cancel], week, None).await;
+        aged(&shop, 4, &[Try], week, Some(week)).await;
+        aged(&shop, 5, &[Try, Confirm], week - 60_000, Some(week)).await;
+        aged(&shop, 6, &[Cancel], week, Some(hour - 60_000)).await;
+        aged(&shop, 7, &[Cancel], week, Some(-hour)).await;
+        assert_eq!(shop.fence.clean_up().await.unwrap(), 3);
+        for (n, state) in [
+            (1, None),
+            (2, None),
+            (3, None),
+            (4, Some("tried")),
+            (5, Some("confirmed")),
+            (6, Some("suspended")),
+            (7, Some("suspended")),
+        ] {
+            assert_eq!(shop.state(n).await.as_deref(), state, "{n}");
+        }
+        assert_eq!(shop.fence.clean_up().await.unwrap(), 0);
+    }
+}
+
+#[tokio::test]
+async fn clean_up_takes_many_rows_in_several_batches() {
+    for place in places().await {
+        let shop = place.open(8).await;
+        aged(&shop, 1, &[Phase::Cancel], millis(RETENTION), None).await;
+        let mut transaction = shop.pool.begin().await.unwrap();
+        for n in 0..1200_u16 {
+            let copy = "INSERT INTO handfast_fence (xid, branch_id, state, action, expires_at, created_at, changed_at, seen)
+            SELECT ?, branch_id, state, action, expires_at, created_at, changed_at, seen FROM handfast_fence WHERE xid = ?";
+            let xid = [n.to_be_bytes(); 8].concat();
+            let of = branch(1, Phase::Cancel).xid.to_bytes();
+            let copy = sqlx::query(sql(copy)).bind(xid).bind(&of[..]);
+            assert_eq!(copy.execute(&mut *transaction).await.unwrap().rows_affected(), 1);
+        }
+        transaction.commit().await.unwrap();
+        assert_eq!(shop.fence.clean_up().await.unwrap(), 1201);
+    }
+}
+
+#[tokio::test]
+async fn clean_up_goes_on_in_the_background_until_its_guard_is_dropped() {
+    for place in places().await {
+        let shop = place.open(8).await;
+        let fence = shop.fence.clone().retention(Duration::ZERO);
+        let guard = fence.clean_up_every(Duration::from_millis(10));
+        for n in 1..=2 {
+            done(&shop.deliver(Level::Run, &branch(n, Phase::Cancel), &[]).await);
+            until(async || shop.state(n).await.is_none()).await;
+        }
+        drop(guard);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        done(&shop.deliver(Level::Run, &branch(3, Phase::Cancel), &[]).await);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(shop.state(3).await.unwrap(), "suspended");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_processes_may_make_the_table_at_once() {
+    for place in places().await {
+        let shop = place.open(8).await;
+        sqlx::raw_sql("DROP VIEW handfast_fence_readable; DROP TABLE handfast_fence")
+            .execute(&shop.pool)
+            .await
+            .unwrap();
+        let tasks: Vec<_> = (0..8)
+            .map(|_| {
+                let fence = shop.fence.clone();
+                tokio::spawn(async move { fence.create_table_if_missing().await })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap().unwrap();
+        }
+    }
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
+    for place in places().await {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .with_max_level(tracing::Level::TRACE)
+            .with_writer(move || writer.clone())
+            .finish();
+        // With one subscriber alone, tracing would forget those lines whose first use is in a test without one.
+        let _second = tracing::Dispatch::new(tracing_subscriber::registry());
+        let _guard = tracing::subscriber::set_default(subscriber);
+
+        let shop = place.alone().await;
+        let secret = payload_that(2, "hunter2");
+        let refuse = payload_that(2, "refuse");
+        for (n, phase, payload) in [
+            (1, Phase::Try, &secret),
+            (1, Phase::Try, &secret),
+            (1, Phase::Confirm, &secret),
+            (1, Phase::Cancel, &secret),
+            (2, Phase::Try, &refuse),
+            (2, Phase::Cancel, &refuse),
+            (2, Phase::Try, &refuse),
+            (3, Phase::Try, &secret),
+            (3, Phase::Cancel, &secret),
+        ] {
+            shop.deliver(Level::Action, &branch(n, phase), payload).await;
+        }
+
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert!(!text.contains("hunter2"));
+        let ours: Vec<serde_json::Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .filter(|line: &serde_json::Value| line["target"] == "handfast::fence::log")
+            .collect();
+        let messages: Vec<_> = ours
+            .iter()
+            .map(|line| {
+                let fields = &line["fields"];
+                assert!(fields["took_ms"].is_u64() && fields["attempt"] == 1, "{line}");
+                assert!(fields["xid"].as_str().unwrap().starts_with("3-7-"), "{line}");
+                format!("{} {}: {}", line["level"], fields["verdict"], fields["message"])
+            })
+            .map(|line| line.replace('"', ""))
+            .collect();
+        assert_eq!(
+            messages,
+            [
+                "INFO run: branch tried",
+                "INFO repeat: repeat",
+                "INFO run: branch confirmed",
+                "ERROR opposite_done: opposite done",
+                "INFO run: refused",
+                "INFO empty_rollback: empty rollback",
+                "INFO suspension: suspension",
+                "INFO run: branch tried",
+                "INFO run: branch cancelled",
+            ]
+        );
+    }
+}

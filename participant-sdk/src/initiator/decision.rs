@@ -1,0 +1,220 @@
+//! Decide: what is asked of the coordinator at the end of phase one, and what its answer means for the initiator.
+//!
+//! What must hold: an answer that is lost is never taken for a decision. It is [`TransactionError::Unknown`].
+
+use std::{collections::BTreeSet, time::Duration};
+
+use handfast_proto::{
+    BranchId, Xid, crash_point,
+    limits::{self, cut},
+    planted::Bug,
+    time::wire_duration,
+    v1::{self as pb, get_transaction_request::By},
+};
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::{
+    ledger::{CallError, Calls},
+    outcome::{ASK_PATIENCE, Confirmed, Recorded, TransactionError},
+};
+use crate::{
+    error::BoxError,
+    rpc::{Handfast, from_now},
+    status::{Reason, status_error},
+};
+
+/// The cause of an unknown outcome when the answer to Decide has no decision in it.
+const NO_DECISION: &str = "the coordinator's answer has no decision in it";
+
+/// Why a transaction has to be cancelled, beside what its calls tell.
+pub(super) enum Failure {
+    /// The closure has failed.
+    Work(BoxError),
+    TimedOut,
+}
+
+/// The decision that is asked for.
+pub(super) enum Ask {
+    Confirm { tried: BTreeSet<BranchId> },
+    Cancel(Box<Cancel>),
+}
+
+pub(super) struct Cancel {
+    request: pb::DecideRequest,
+    /// What the caller is told once it is cancelled.
+    error: TransactionError,
+}
+
+impl Ask {
+    pub(super) fn of(xid: Xid, failure: Option<Failure>, calls: Calls) -> Self {
+        match (failure, calls) {
+            (None, Calls::Tried(tried)) => Self::Confirm { tried },
+            // A refusal says more than the error that the closure made of it.
+            (_, Calls::Failed(CallError::Refused { branch_id, refusal, .. })) => {
+                let request = pb::DecideRequest {
+                    refusal: Some(refusal.clone().into()),
+                    refused_branch_id: branch_id.to_string(),
+                    ..pb::DecideRequest::default()
+                };
+                let branch_id = Some(branch_id);
+                let error = TransactionError::Refused { xid, branch_id, refusal };
+                Self::Cancel(Box::new(Cancel { request, error }))
+            }
+            (Some(Failure::TimedOut), _) => {
+                let reason = "the initiator's time for phase one ran out".to_owned();
+                let request = pb::DecideRequest { reason, ..pb::DecideRequest::default() };
+                let error = TransactionError::TimedOut { xid };
+                Self::Cancel(Box::new(Cancel { request, error }))
+            }
+            (Some(Failure::Work(cause)), _) => Self::Cancel(Cancel::because(xid, cause)),
+            (None, Calls::Failed(error)) => Self::Cancel(Cancel::because(xid, error.into())),
+        }
+    }
+}
+
+impl Cancel {
+    pub(super) fn because(xid: Xid, cause: BoxError) -> Box<Self> {
+        let reason = cut(cause.to_string(), limits::REASON_BYTES_MAX);
+        let reason = reason.replace(char::is_control, " ");
+        let request = pb::DecideRequest { reason, ..pb::DecideRequest::default() };
+        Box::new(Self { request, error: TransactionError::Cancelled { xid, cause } })
+    }
+}
+
+/// Asks the coordinator for the decision about one transaction.
+#[derive(Debug, Clone)]
+pub(super) struct Decider {
+    pub(super) handfast: Handfast,
+    /// The transaction's idempotency key.
+    pub(super) key: Option<String>,
+    pub(super) until: pb::Until,
+    /// How long to wait for participants to acknowledge, once it is decided.
+    pub(super) wait: Duration,
+    /// How long Decide is repeated while it has no answer.
+    pub(super) patience: Duration,
+}
+
+impl Decider {
+    pub(super) async fn confirm(
+        &self,
+        xid: Xid,
+        tried: &BTreeSet<BranchId>,
+    ) -> Result<Confirmed<()>, TransactionError> {
+        let request = pb::DecideRequest {
+            decision: pb::Decision::Confirm.into(),
+            tried_branch_ids: tried.iter().map(ToString::to_string).collect(),
+            ..pb::DecideRequest::default()
+        };
+        match self.decide(xid, request).await {
+            Ok(transaction) => {
+                let confirmed = self.recorded(xid, &transaction)?;
+                Ok(Confirmed { value: Some(()), ..confirmed })
+            }
+            Err(status) => match Reason::of(&status) {
+                Reason::AlreadyDecided => self.look(xid, status).await,
+                Reason::BranchesDiffer => {
+                    // A nested service has registered a branch, and it is not known here that it was tried.
+                    self.cancel(xid, Cancel::because(xid, status_error(status))).await
+                }
+                Reason::NeverRecorded => {
+                    // Nothing was tried.
+                    Err(TransactionError::Cancelled { xid, cause: status_error(status) })
+                }
+                Reason::Other if Bug::UnknownIsRefused.is_planted() => {
+                    Err(TransactionError::Cancelled { xid, cause: status_error(status) })
+                }
+                Reason::Forgotten | Reason::KeyUnknown | Reason::KeyTaken | Reason::Other => {
+                    Err(self.unknown(xid, status_error(status)))
+                }
+            },
+        }
+    }
+
+    /// Cancels, and returns the error of `cancel` if it is cancelled.
+    pub(super) async fn cancel(
+        &self,
+        xid: Xid,
+        cancel: Box<Cancel>,
+    ) -> Result<Confirmed<()>, TransactionError> {
+        let Cancel { request, error } = *cancel;
+        let request = pb::DecideRequest { decision: pb::Decision::Cancel.into(), ..request };
+        match self.decide(xid, request).await {
+            Ok(transaction) => match Recorded::of(xid, &transaction) {
+                // Another run with this key has confirmed it.
+                Recorded::Confirmed { completed } => Ok(Confirmed { xid, value: None, completed }),
+                // `error` says more than the record.
+                Recorded::Cancelled(_) => Err(error),
+                Recorded::Undecided => Err(self.unknown(xid, NO_DECISION.into())),
+            },
+            Err(status) => match Reason::of(&status) {
+                Reason::AlreadyDecided => self.look(xid, status).await,
+                Reason::NeverRecorded => Err(error), // nothing was tried
+                Reason::Forgotten
+                | Reason::KeyUnknown
+                | Reason::KeyTaken
+                | Reason::BranchesDiffer
+                | Reason::Other => match self.key {
+                    // Only this run could have confirmed it, and it has not. It is cancelled when its time runs out.
+                    None => Err(error),
+                    Some(_) => Err(self.unknown(xid, status_error(status))),
+                },
+            },
+        }
+    }
+
+    /// The opposite decision had been made before. Reads it.
+    async fn look(&self, xid: Xid, status: Status) -> Result<Confirmed<()>, TransactionError> {
+        let by = By::Xid(xid.to_string());
+        let found = self.handfast.get(by, Instant::now() + ASK_PATIENCE).await;
+        match found.map(|found| Recorded::of(xid, &found)) {
+            Ok(Recorded::Confirmed { completed }) => Ok(Confirmed { xid, value: None, completed }),
+            Ok(Recorded::Cancelled(error)) => Err(error),
+            Ok(Recorded::Undecided) | Err(_) => Err(self.unknown(xid, status_error(status))),
+        }
+    }
+
+    /// What to return when this is recorded.
+    pub(super) fn recorded(
+        &self,
+        xid: Xid,
+        transaction: &pb::Transaction,
+    ) -> Result<Confirmed<()>, TransactionError> {
+        match Recorded::of(xid, transaction) {
+            Recorded::Confirmed { completed } => Ok(Confirmed { xid, value: None, completed }),
+            Recorded::Cancelled(error) => Err(error),
+            Recorded::Undecided => Err(self.unknown(xid, NO_DECISION.into())),
+        }
+    }
+
+    fn unknown(&self, xid: Xid, cause: BoxError) -> TransactionError {
+        TransactionError::Unknown { xid: Some(xid), idempotency_key: self.key.clone(), cause }
+    }
+
+    pub(super) fn not_begun(&self, unanswered: bool, cause: BoxError) -> TransactionError {
+        match &self.key {
+            // It may have been begun all the same, and then another run with this key may confirm it.
+            Some(key) if unanswered => {
+                TransactionError::Unknown { xid: None, idempotency_key: Some(key.clone()), cause }
+            }
+            Some(_) | None => TransactionError::NotBegun { cause },
+        }
+    }
+
+    async fn decide(
+        &self,
+        xid: Xid,
+        request: pb::DecideRequest,
+    ) -> Result<pb::Transaction, Status> {
+        let request = pb::DecideRequest {
+            xid: xid.to_string(),
+            until: self.until.into(),
+            wait: Some(wire_duration(self.wait)),
+            ..request
+        };
+        crash_point!("initiator.before_decide");
+        let decided = self.handfast.decide(request, self.wait, from_now(self.patience)).await;
+        crash_point!("initiator.after_decide");
+        decided
+    }
+}

@@ -1,0 +1,234 @@
+//! What becomes of a global transaction, in the words of its initiator.
+
+use std::time::Duration;
+
+use handfast_proto::{
+    BranchId, Xid,
+    v1::{self as pb, get_transaction_request::By},
+};
+use tokio::time::Instant;
+
+use crate::{
+    error::{BoxError, Refusal},
+    rpc::Handfast,
+    status::{Reason, status_error},
+};
+
+/// How long a question about an outcome is repeated.
+pub(super) const ASK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// It is confirmed, for ever.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Confirmed<T> {
+    /// The transaction.
+    pub xid: Xid,
+    /// What the closure returned. `None`: another run with this key has confirmed the transaction, so the value of this run's
+    /// closure does not count.
+    pub value: Option<T>,
+    /// Every participant has acknowledged. If not, the coordinator is still asking, and will until they have.
+    pub completed: bool,
+}
+
+/// The transaction is not confirmed, or it is not known whether it is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransactionError {
+    /// A participant said no. It is cancelled; show the refusal to the user.
+    #[error("{xid} was cancelled: {refusal}")]
+    #[non_exhaustive]
+    Refused {
+        /// The transaction.
+        xid: Xid,
+        /// The branch that was refused, if that is known.
+        branch_id: Option<BranchId>,
+        /// The reason, as the participant wrote it.
+        refusal: Refusal,
+    },
+    /// Something failed in phase one. It is cancelled.
+    #[error("{xid} was cancelled: {cause}")]
+    #[non_exhaustive]
+    Cancelled {
+        /// The transaction.
+        xid: Xid,
+        /// The failure.
+        #[source]
+        cause: BoxError,
+    },
+    /// Phase one took too long. It is cancelled.
+    #[error("{xid} was cancelled: phase one took longer than its timeout")]
+    #[non_exhaustive]
+    TimedOut {
+        /// The transaction.
+        xid: Xid,
+    },
+    /// It may be confirmed: the answer to the decision was lost, or there is a key and the coordinator did not say what was
+    /// decided under it before. Ask [`Handfast::outcome`](crate::Handfast::outcome),
+    /// or [`Handfast::outcome_of_key`](crate::Handfast::outcome_of_key); never guess.
+    #[error("it is not known yet whether {} is confirmed; ask for its outcome: {cause}", match (xid, idempotency_key) {
+        (Some(xid), _) => xid.to_string(),
+        (None, Some(key)) => format!("the transaction of key {key}"),
+        (None, None) => "the transaction".to_owned(),
+    })]
+    #[non_exhaustive]
+    Unknown {
+        /// The transaction. `None`: Begin was not answered either, but the key is known.
+        xid: Option<Xid>,
+        /// Its idempotency key, if it has one.
+        idempotency_key: Option<String>,
+        /// Why there is no answer.
+        #[source]
+        cause: BoxError,
+    },
+    /// It was not begun, so nothing was tried. If it has an idempotency key, then no other run of this operation with that key was
+    /// known when this one began; where that could not be found out it is [`TransactionError::Unknown`].
+    #[error("the transaction was not begun, so nothing was tried: {cause}")]
+    #[non_exhaustive]
+    NotBegun {
+        /// The reason.
+        #[source]
+        cause: BoxError,
+    },
+}
+
+impl TransactionError {
+    /// The transaction's xid, if it is known.
+    #[must_use]
+    pub fn xid(&self) -> Option<Xid> {
+        match self {
+            Self::Refused { xid, .. } | Self::Cancelled { xid, .. } | Self::TimedOut { xid } => {
+                Some(*xid)
+            }
+            Self::Unknown { xid, .. } => *xid,
+            Self::NotBegun { .. } => None,
+        }
+    }
+}
+
+/// What the coordinator knows of a global transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// No decision yet. This carries no promise: the next moment it may be confirmed, or cancelled.
+    Undecided,
+    /// Confirmed, for ever.
+    Confirmed {
+        /// Every participant has acknowledged.
+        completed: bool,
+    },
+    /// Cancelled, for ever.
+    Cancelled {
+        /// Every participant has acknowledged.
+        completed: bool,
+        /// Why, in words.
+        reason: String,
+    },
+    /// Nothing was ever recorded under this xid, so nothing was tried, and it will never be confirmed.
+    NeverRecorded,
+    /// It may have finished and been deleted after its retention. Nobody can say any more.
+    Forgotten,
+}
+
+impl Outcome {
+    pub(crate) fn of(transaction: &pb::Transaction) -> Self {
+        let completed = matches!(
+            transaction.state(),
+            pb::TransactionState::Confirmed | pb::TransactionState::Cancelled
+        );
+        match transaction.decision() {
+            pb::Decision::Unspecified => Self::Undecided,
+            pb::Decision::Confirm => Self::Confirmed { completed },
+            pb::Decision::Cancel => {
+                Self::Cancelled { completed, reason: transaction.cancel_reason.clone() }
+            }
+        }
+    }
+}
+
+/// There is no answer to a question about a transaction. Ask again.
+#[derive(Debug, thiserror::Error)]
+#[error("the coordinator does not say what became of {asked}: {cause}")]
+pub struct Unanswered {
+    /// The xid or the key that was asked about.
+    asked: String,
+    #[source]
+    cause: BoxError,
+}
+
+impl Handfast {
+    /// What became of a global transaction. For callers that were told [`Unknown`](crate::TransactionError::Unknown).
+    ///
+    /// A decision that is told is the truth for ever; [`Outcome::Undecided`] carries no promise: ask again.
+    ///
+    /// # Errors
+    ///
+    /// When there was no answer within ten seconds.
+    pub async fn outcome(&self, xid: Xid) -> Result<Outcome, Unanswered> {
+        self.ask(By::Xid(xid.to_string()), xid.to_string()).await
+    }
+
+    /// The same for the transaction of an idempotency key. A key that nobody has used, or whose transaction was deleted after its
+    /// retention, is [`Outcome::NeverRecorded`] or [`Outcome::Forgotten`]; here the two cannot be told apart, and it is the second.
+    ///
+    /// # Errors
+    ///
+    /// When there was no answer within ten seconds.
+    pub async fn outcome_of_key(&self, key: &str) -> Result<Outcome, Unanswered> {
+        self.ask(By::IdempotencyKey(key.to_owned()), format!("key {key}")).await
+    }
+
+    async fn ask(&self, by: By, asked: String) -> Result<Outcome, Unanswered> {
+        match self.get(by, Instant::now() + ASK_PATIENCE).await {
+            Ok(transaction) => Ok(Outcome::of(&transaction)),
+            Err(status) => match Reason::of(&status) {
+                Reason::NeverRecorded => Ok(Outcome::NeverRecorded),
+                Reason::Forgotten | Reason::KeyUnknown => Ok(Outcome::Forgotten),
+                Reason::KeyTaken
+                | Reason::AlreadyDecided
+                | Reason::BranchesDiffer
+                | Reason::Other => Err(Unanswered { asked, cause: status_error(status) }),
+            },
+        }
+    }
+}
+
+/// What the coordinator's record of a transaction means for the program that runs it.
+pub(super) enum Recorded {
+    Undecided,
+    Confirmed {
+        /// Every participant has acknowledged.
+        completed: bool,
+    },
+    /// It is cancelled, and this says why.
+    Cancelled(TransactionError),
+}
+
+impl Recorded {
+    pub(super) fn of(xid: Xid, transaction: &pb::Transaction) -> Self {
+        match transaction.decision() {
+            pb::Decision::Unspecified => Self::Undecided,
+            pb::Decision::Confirm => {
+                let completed = transaction.state() == pb::TransactionState::Confirmed;
+                Self::Confirmed { completed }
+            }
+            pb::Decision::Cancel => Self::Cancelled(why_cancelled(xid, transaction)),
+        }
+    }
+}
+
+fn why_cancelled(xid: Xid, transaction: &pb::Transaction) -> TransactionError {
+    match transaction.cancel_cause() {
+        pb::CancelCause::Refused => TransactionError::Refused {
+            xid,
+            branch_id: transaction.refused_branch_id.parse().ok(),
+            refusal: transaction.refusal.clone().unwrap_or_default().into(),
+        },
+        pb::CancelCause::TimedOut => TransactionError::TimedOut { xid },
+        pb::CancelCause::Unspecified
+        | pb::CancelCause::Requested
+        | pb::CancelCause::TryUnknown
+        | pb::CancelCause::CoordinatorRestarted => {
+            TransactionError::Cancelled { xid, cause: transaction.cancel_reason.clone().into() }
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Begin and RegisterBranch: how the coordinator learns of branches before their Trys are sent.
+//!
+//! Calls that are polled together are registered together, the first ones with Begin itself. So a transaction whose Trys run in
+//! parallel waits for one durable write before them.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use handfast_proto::{
+    Xid,
+    id::InvalidXid,
+    time::{millis, wire_duration},
+    v1 as pb,
+};
+use tokio::{
+    sync::{Notify, oneshot},
+    time::Instant,
+};
+use tonic::Status;
+
+use super::{description::Description, ledger::CallError};
+use crate::{
+    rpc::Handfast,
+    status::{Reason, leaves_open, status_error},
+};
+
+/// Registers the branches of one global transaction. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Registrar(Arc<Inner>);
+
+struct Inner {
+    handfast: Handfast,
+    description: Description,
+    /// When phase one ends, as far as this program can tell.
+    deadline: Instant,
+    state: Mutex<State>,
+    /// Notified when no call to the coordinator is in flight any more.
+    idle: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    begun: Option<Begun>,
+    /// Registrations that wait for the next call to the coordinator.
+    queue: Vec<Wanted>,
+    /// A task is sending what is in the queue.
+    in_flight: bool,
+    /// Nothing more is registered: the transaction is being decided, or was given up.
+    closed: bool,
+    /// The key led to this transaction, which was decided before this run.
+    decided_before: Option<pb::Transaction>,
+    /// The key led to a transaction that another run had begun.
+    existed: bool,
+    /// Begin had no clear answer, so there may be a transaction with this key.
+    unanswered: bool,
+}
+
+/// A registration and the caller that waits for it. Without a branch the caller only wants the xid.
+type Wanted = (Option<pb::BranchSpec>, oneshot::Sender<Result<Begun, CallError>>);
+
+/// What the coordinator has said of an open transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Begun {
+    pub(super) xid: Xid,
+    /// The end of phase one, UTC milliseconds since 1970.
+    pub(super) expires_at: Option<i64>,
+}
+
+/// What is known of the transaction once no further branch is registered.
+pub(super) enum Closed {
+    Begun {
+        xid: Xid,
+        /// Another run with the same key had begun it.
+        existed: bool,
+    },
+    /// Its key led to a transaction that was decided before.
+    DecidedBefore { xid: Xid, transaction: Box<pb::Transaction> },
+    NotBegun {
+        /// It may have been begun all the same: Begin had no clear answer.
+        unanswered: bool,
+    },
+}
+
+impl Registrar {
+    /// For a transaction that is begun with its first branch.
+    pub(super) fn new(handfast: Handfast, description: Description, deadline: Instant) -> Self {
+        Self::with_state(handfast, description, deadline, State::default())
+    }
+
+    /// For a transaction that somebody else has begun.
+    pub(super) fn joined(handfast: Handfast, xid: Xid, deadline: Instant) -> Self {
+        let begun = Some(Begun { xid, expires_at: None });
+        let state = State { begun, ..State::default() };
+        Self::with_state(handfast, Description::new(String::new()), deadline, state)
+    }
+
+    fn with_state(
+        handfast: Handfast,
+        description: Description,
+        deadline: Instant,
+        state: State,
+    ) -> Self {
+        let (state, idle) = (Mutex::new(state), Notify::new());
+        Self(Arc::new(Inner { handfast, description, deadline, state, idle }))
+    }
+
+    pub(super) fn description(&self) -> &Description {
+        &self.0.description
+    }
+
+    pub(super) fn deadline(&self) -> Instant {
+        self.0.deadline
+    }
+
+    pub(super) fn begun(&self) -> Option<Begun> {
+        self.state().begun
+    }
+
+    /// Registers a branch, and begins the transaction if it is the first one. Returns when the branch is durable.
+    pub(super) async fn register(&self, spec: Option<pb::BranchSpec>) -> Result<Begun, CallError> {
+        let (registered, answer) = oneshot::channel();
+        {
+            let mut state = self.state();
+            if state.closed {
+                return Err(CallError::NotRegistered {
+                    cause: "the transaction is over".to_owned(),
+                });
+            }
+            state.queue.push((spec, registered));
+        }
+        // Calls that are polled together put theirs into the queue before this one goes on.
+        tokio::task::yield_now().await;
+        let send = {
+            let mut state = self.state();
+            let send = !state.in_flight && !state.queue.is_empty();
+            state.in_flight |= send;
+            send
+        };
+        if send {
+            // In a task of its own: this caller may be dropped while the others still wait for the answer.
+            tokio::spawn(self.clone().send_queue());
+        }
+        answer.await.unwrap_or_else(|_| {
+            Err(CallError::NotRegistered { cause: "it was given up before that".to_owned() })
+        })
+    }
+
+    async fn send_queue(self) {
+        loop {
+            let (queue, begun) = {
+                let mut state = self.state();
+                if state.queue.is_empty() {
+                    state.in_flight = false;
+                    drop(state);
+                    self.0.idle.notify_waiters();
+                    return;
+                }
+                (std::mem::take(&mut state.queue), state.begun)
+            };
+            let (specs, waiting): (Vec<_>, Vec<_>) = queue.into_iter().unzip();
+            let specs: Vec<_> = specs.into_iter().flatten().collect();
+            let answer = match begun {
+                None => self.begin(specs).await,
+                Some(begun) if specs.is_empty() => Ok(begun),
+                Some(begun) => self.add(begun, specs).await,
+            };
+            for caller in waiting {
+                drop(caller.send(answer.clone())); // the caller may have been dropped
+            }
+        }
+    }
+
+    async fn begin(&self, branches: Vec<pb::BranchSpec>) -> Result<Begun, CallError> {
+        let Description { name, timeout, labels, key, .. } = self.0.description.clone();
+        let request = pb::BeginRequest {
+            name,
+            timeout: timeout.map(wire_duration),
+            labels,
+            idempotency_key: key,
+            branches: branches.clone(),
+        };
+        let (transaction, existed) = match self.0.handfast.begin(request, self.0.deadline).await {
+            Ok(response) => (response.transaction.unwrap_or_default(), response.existed),
+            Err(status) => (self.begun_otherwise(status).await?, true),
+        };
+        let begun = begun(&transaction)?;
+        {
+            let mut state = self.state();
+            state.begun = Some(begun);
+            state.existed = existed;
+            if !existed {
+                return Ok(begun);
+            }
+            if transaction.decision() != pb::Decision::Unspecified {
+                state.decided_before = Some(transaction);
+                return Err(CallError::NotRegistered {
+                    cause: "this key has been decided before".to_owned(),
+                });
+            }
+        }
+        // An earlier run has begun it, perhaps with fewer branches than these.
+        self.add(begun, branches).await
+    }
+
+    /// The key was taken. An earlier run of the same operation may have taken it and sent other branches with its Begin. Then this
+    /// run continues that transaction: the coordinator compares each branch when it is registered.
+    async fn begun_otherwise(&self, status: Status) -> Result<pb::Transaction, CallError> {
+        if Reason::of(&status) != Reason::KeyTaken {
+            self.state().unanswered = leaves_open(&status);
+            return Err(not_registered(status));
+        }
+        let by = pb::get_transaction_request::By::IdempotencyKey(self.0.description.key.clone());
+        match self.0.handfast.get(by, self.0.deadline).await {
+            Ok(taken) if !self.0.description.is_same_operation(&taken) => {
+                self.state().unanswered = false;
+                Err(not_registered(status))
+            }
+            Ok(taken) if taken.drive() == pb::Drive::Initiator => Ok(taken),
+            Ok(_) => {
+                // The coordinator drives it, and may confirm it.
+                self.state().unanswered = true;
+                Err(not_registered(status))
+            }
+            Err(status) => {
+                // Another run with this key exists, and may confirm it.
+                self.state().unanswered = true;
+                Err(not_registered(status))
+            }
+        }
+    }
+
+    async fn add(&self, before: Begun, branches: Vec<pb::BranchSpec>) -> Result<Begun, CallError> {
+        if branches.is_empty() {
+            return Ok(before);
+        }
+        let request = pb::RegisterBranchRequest { xid: before.xid.to_string(), branches };
+        let transaction =
+            self.0.handfast.register(request, self.0.deadline).await.map_err(not_registered)?;
+        let begun = begun(&transaction)?;
+        self.state().begun = Some(begun);
+        Ok(begun)
+    }
+
+    /// Registers no further branch. Waits for the call in flight, then says what is known of the transaction.
+    pub(super) async fn close(&self) -> Closed {
+        loop {
+            let idle = self.0.idle.notified();
+            tokio::pin!(idle);
+            idle.as_mut().enable();
+            {
+                let mut state = self.state();
+                state.closed = true;
+                state.queue.clear();
+                if !state.in_flight {
+                    return state.closed();
+                }
+            }
+            idle.await;
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().expect("nothing panics while it is locked")
+    }
+}
+
+impl State {
+    fn closed(&self) -> Closed {
+        match (self.begun, &self.decided_before) {
+            (None, _) => Closed::NotBegun { unanswered: self.unanswered },
+            (Some(Begun { xid, .. }), None) => Closed::Begun { xid, existed: self.existed },
+            (Some(Begun { xid, .. }), Some(transaction)) => {
+                Closed::DecidedBefore { xid, transaction: Box::new(transaction.clone()) }
+            }
+        }
+    }
+}
+
+fn not_registered(status: Status) -> CallError {
+    CallError::NotRegistered { cause: status_error(status).to_string() }
+}
+
+fn begun(transaction: &pb::Transaction) -> Result<Begun, CallError> {
+    let xid = transaction.xid.parse().map_err(|error: InvalidXid| CallError::NotRegistered {
+        cause: format!("the coordinator's answer makes no sense: {error}"),
+    })?;
+    Ok(Begun { xid, expires_at: transaction.expires_at.as_ref().map(millis) })
+}

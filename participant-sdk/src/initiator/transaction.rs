@@ -1,0 +1,340 @@
+//! How an initiator runs a global transaction: begin, try, decide.
+
+use std::{fmt, time::Duration};
+
+use handfast_proto::{
+    Xid,
+    v1::{self as pb, get_transaction_request::By},
+};
+use tokio::time::Instant;
+use tonic::Code;
+
+use super::{
+    decision::{Ask, Cancel, Decider, Failure},
+    description::{Description, PATIENCE, TIMEOUT},
+    global::Global,
+    ledger::Calls,
+    outcome::{ASK_PATIENCE, Confirmed, Recorded, TransactionError},
+    propagation,
+    registrar::Closed,
+};
+use crate::{
+    async_func::AsyncFunc,
+    error::{BoxError, WorkError},
+    rpc::Handfast,
+    status::{Reason, status_error},
+};
+
+/// Describes a global transaction before it is begun.
+#[must_use]
+#[derive(Debug, Clone)]
+pub struct TransactionBuilder {
+    handfast: Handfast,
+    description: Description,
+    patience: Duration,
+}
+
+impl Handfast {
+    /// Describes a global transaction of this name (`checkout`), whose Trys this program calls itself.
+    pub fn transaction(&self, name: impl Into<String>) -> TransactionBuilder {
+        TransactionBuilder {
+            handfast: self.clone(),
+            description: Description::new(name.into()),
+            patience: PATIENCE,
+        }
+    }
+}
+
+impl TransactionBuilder {
+    /// The same key gives the same transaction, until that is deleted after its retention. So an operation that is repeated, after
+    /// a crash or by an impatient user, happens once. At most 128 bytes.
+    ///
+    /// The first decision stands. A later run with a key that is confirmed is told so; its closure does not run, so its arguments
+    /// are not compared. A run with a key that is cancelled is told that. Another attempt needs another key.
+    pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
+        self.description.key = key.into();
+        self
+    }
+
+    /// How long phase one may take, from 1 ms to an hour. Then the transaction is cancelled. Default: 30 s.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.description.timeout = Some(timeout);
+        self
+    }
+
+    /// A label to search by: `order` is `1042`. At most 16.
+    pub fn label(mut self, key: impl Into<String>, value: impl fmt::Display) -> Self {
+        self.description.label(key, value);
+        self
+    }
+
+    /// Returns as soon as it is decided. Default: waits up to two seconds for the participants to acknowledge.
+    pub fn until_decided(mut self) -> Self {
+        self.description.wait = Duration::ZERO;
+        self
+    }
+
+    /// How long Decide is repeated while it has no answer; then the outcome is [`Unknown`](TransactionError::Unknown). Default:
+    /// 20 s.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Runs the transaction: `work` calls the participants, then it is decided. `Ok` confirms, `Err` cancels; if any call was
+    /// refused or had no clear answer it is cancelled too, also when `work` has swallowed the error.
+    ///
+    /// With an idempotency key that was decided before, `work` does not run; the outcome that stands is returned.
+    ///
+    /// ```no_run
+    /// # use handfast::{Contract, Handfast, Json, Remote};
+    /// # struct CreateOrder; struct DeductStock;
+    /// # impl Contract for CreateOrder { const NAME: &'static str = "order.create"; type Args = Json<u64>; type Reply = (); }
+    /// # impl Contract for DeductStock { const NAME: &'static str = "inventory.deduct"; type Args = Json<u64>; type Reply = Json<u64>; }
+    /// # async fn example(handfast: Handfast, orders: Remote, inventory: Remote) -> Result<(), Box<dyn std::error::Error>> {
+    /// let done = handfast
+    ///     .transaction("checkout")
+    ///     .idempotency_key("order-1042")
+    ///     .run(async |global| {
+    ///         let (_, left) = tokio::try_join!(
+    ///             global.call::<CreateOrder>(&orders, Json(1042)),
+    ///             global.call::<DeductStock>(&inventory, Json(7)),
+    ///         )?;
+    ///         Ok(left.0)
+    ///     })
+    ///     .await?;
+    /// println!("{} is confirmed, {:?} left", done.xid, done.value);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// See [`TransactionError`]: what each means for the user is different.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped before Decide is sent, the transaction is cancelled in the background. If it is dropped later, the
+    /// outcome is unknown, as after a crash.
+    pub async fn run<T, F>(self, work: F) -> Result<Confirmed<T>, TransactionError>
+    where
+        F: for<'g> AsyncFunc<&'g Global, Result<T, WorkError>, Future: Send>,
+    {
+        match self.earlier().await? {
+            Earlier::Nothing => {}
+            Earlier::Confirmed { xid, completed } => {
+                return Ok(Confirmed { xid, value: None, completed });
+            }
+            Earlier::Cancelled(error) => return Err(error),
+        }
+        let open = self.open();
+        let global = open.global.clone();
+        let within = propagation::scope(global.clone(), work(&global));
+        let worked = tokio::time::timeout_at(global.deadline(), within).await;
+        let (value, failed) = match worked {
+            Ok(Ok(value)) => (Some(value), None),
+            Ok(Err(WorkError(error))) => (None, Some(Failure::Work(error))),
+            Err(_) => (None, Some(Failure::TimedOut)),
+        };
+        let confirmed = open.end(failed).await?;
+        // If another run with the same key has confirmed it, the value of this run does not count.
+        let value = if confirmed.value.is_some() { value } else { None };
+        Ok(Confirmed { xid: confirmed.xid, value, completed: confirmed.completed })
+    }
+
+    /// Begins the transaction and hands it over, for programs that decide in another place than they try. With a key it is durable
+    /// when this returns; without one it becomes durable with its first branch.
+    ///
+    /// # Errors
+    ///
+    /// [`TransactionError::NotBegun`]. If its key was decided before: how it was cancelled, or [`TransactionError::NotBegun`] if it
+    /// is confirmed.
+    pub async fn begin(self) -> Result<OpenTransaction, TransactionError> {
+        let confirmed_before = |xid: Xid| TransactionError::NotBegun {
+            cause: format!("its idempotency key belongs to {xid}, which is confirmed").into(),
+        };
+        match self.earlier().await? {
+            Earlier::Nothing => {}
+            Earlier::Confirmed { xid, .. } => return Err(confirmed_before(xid)),
+            Earlier::Cancelled(error) => return Err(error),
+        }
+        let open = self.open();
+        match open.global.xid().await {
+            Ok(_) => Ok(open),
+            Err(error) => Err(match open.end(Some(Failure::Work(error.into()))).await {
+                Ok(confirmed) => confirmed_before(confirmed.xid),
+                Err(error) => error,
+            }),
+        }
+    }
+
+    fn open(self) -> OpenTransaction {
+        let Self { handfast, description, patience } = self;
+        let decider = Decider {
+            handfast: handfast.clone(),
+            key: description.key(),
+            until: description.until(),
+            wait: description.wait,
+            patience,
+        };
+        let timeout = description.timeout.unwrap_or(TIMEOUT);
+        let global = Global::new(handfast, description, timeout);
+        OpenTransaction { global, decider, decided: false }
+    }
+
+    /// What was decided under this key before.
+    async fn earlier(&self) -> Result<Earlier, TransactionError> {
+        let Some(key) = self.description.key() else { return Ok(Earlier::Nothing) };
+        let not_begun = |cause| TransactionError::NotBegun { cause };
+        let by = By::IdempotencyKey(key.clone());
+        match self.handfast.get(by, Instant::now() + ASK_PATIENCE).await {
+            Ok(transaction) if !self.description.is_same_operation(&transaction) => {
+                let cause = format!(
+                    "its idempotency key belongs to {}, which is another operation: {}",
+                    transaction.xid, transaction.name
+                );
+                Err(not_begun(cause.into()))
+            }
+            Ok(transaction) => {
+                let xid = transaction.xid.parse().map_err(|error| not_begun(Box::new(error)))?;
+                Ok(Earlier::of(xid, &transaction))
+            }
+            Err(status) if Reason::of(&status) == Reason::KeyUnknown => Ok(Earlier::Nothing),
+            Err(status) if status.code() == Code::InvalidArgument => {
+                Err(not_begun(status_error(status)))
+            }
+            // An earlier run with this key may be confirmed.
+            Err(status) => Err(TransactionError::Unknown {
+                xid: None,
+                idempotency_key: Some(key),
+                cause: status_error(status),
+            }),
+        }
+    }
+}
+
+/// What earlier runs with the same key have come to.
+enum Earlier {
+    /// No decision: this run goes on.
+    Nothing,
+    Confirmed {
+        xid: Xid,
+        completed: bool,
+    },
+    Cancelled(TransactionError),
+}
+
+impl Earlier {
+    fn of(xid: Xid, transaction: &pb::Transaction) -> Self {
+        match Recorded::of(xid, transaction) {
+            Recorded::Undecided => Self::Nothing,
+            Recorded::Confirmed { completed } => Self::Confirmed { xid, completed },
+            Recorded::Cancelled(error) => Self::Cancelled(error),
+        }
+    }
+}
+
+/// A global transaction that was begun and is not decided. Dropped, it is cancelled in the background.
+#[must_use = "dropped, it is cancelled"]
+#[derive(Debug)]
+pub struct OpenTransaction {
+    global: Global,
+    decider: Decider,
+    /// A decision has been asked for, or there is nothing to decide.
+    decided: bool,
+}
+
+impl std::ops::Deref for OpenTransaction {
+    type Target = Global;
+
+    fn deref(&self) -> &Global {
+        &self.global
+    }
+}
+
+impl OpenTransaction {
+    /// Confirms if every call was tried with success; else cancels. After [`TransactionError::Unknown`] do not call it again: ask
+    /// [`Handfast::outcome`].
+    ///
+    /// # Errors
+    ///
+    /// See [`TransactionError`].
+    pub async fn confirm(self) -> Result<Confirmed<()>, TransactionError> {
+        self.end(None).await
+    }
+
+    /// Cancels it, with a reason for people. Once this returns `Ok` it is cancelled, for ever.
+    ///
+    /// # Errors
+    ///
+    /// [`TransactionError::Unknown`] when there was no answer: it will be cancelled when its time runs out.
+    pub async fn cancel(self, reason: impl Into<String>) -> Result<(), TransactionError> {
+        let idempotency_key = self.decider.key.clone();
+        match self.end(Some(Failure::Work(reason.into().into()))).await {
+            Err(
+                TransactionError::Cancelled { .. }
+                | TransactionError::Refused { .. }
+                | TransactionError::TimedOut { .. }
+                | TransactionError::NotBegun { .. },
+            ) => Ok(()),
+            Err(unknown @ TransactionError::Unknown { .. }) => Err(unknown),
+            Ok(Confirmed { xid, .. }) => {
+                let cause = "it has been confirmed by another run with the same key".into();
+                Err(TransactionError::Unknown { xid: Some(xid), idempotency_key, cause })
+            }
+        }
+    }
+
+    /// Decides, and returns the decision that was recorded. `value` is there if this run has confirmed it.
+    async fn end(mut self, failure: Option<Failure>) -> Result<Confirmed<()>, TransactionError> {
+        if failure.is_none() && matches!(self.global.calls(), Calls::Tried(_)) {
+            // A transaction without calls is begun only here. Confirm needs its xid.
+            drop(self.global.xid().await);
+        }
+        let closed = self.global.close().await;
+        self.decided = true;
+        let calls = self.global.calls();
+        match closed {
+            Closed::NotBegun { unanswered } => {
+                Err(self.decider.not_begun(unanswered, why_not_begun(failure, calls)))
+            }
+            Closed::DecidedBefore { xid, transaction } => self.decider.recorded(xid, &transaction),
+            Closed::Begun { xid, .. } => match Ask::of(xid, failure, calls) {
+                Ask::Confirm { tried } => self.decider.confirm(xid, &tried).await,
+                Ask::Cancel(cancel) => self.decider.cancel(xid, cancel).await,
+            },
+        }
+    }
+}
+
+/// No call has begun the transaction.
+fn why_not_begun(failure: Option<Failure>, calls: Calls) -> BoxError {
+    match (failure, calls) {
+        (Some(Failure::Work(cause)), _) => cause,
+        (_, Calls::Failed(error)) => error.into(),
+        (Some(Failure::TimedOut), Calls::Tried(_)) => "the time for phase one ran out".into(),
+        (None, Calls::Tried(_)) => "the coordinator does not answer".into(),
+    }
+}
+
+impl Drop for OpenTransaction {
+    fn drop(&mut self) {
+        if self.decided {
+            return;
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return; // its time will run out
+        };
+        let global = self.global.clone();
+        let decider =
+            Decider { until: pb::Until::Decided, wait: Duration::ZERO, ..self.decider.clone() };
+        runtime.spawn(async move {
+            // A transaction that another run with the same key has begun is left to that run.
+            if let Closed::Begun { xid, existed: false } = global.close().await {
+                let cause = "the initiator gave up before it decided".into();
+                let outcome = decider.cancel(xid, Cancel::because(xid, cause)).await;
+                tracing::debug!(%xid, ?outcome, "abandoned");
+            }
+        });
+    }
+}

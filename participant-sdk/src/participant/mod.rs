@@ -1,0 +1,250 @@
+//! The participant's side: it serves the Try, Confirm and Cancel of its actions.
+//!
+//! `action.rs` is what an author writes and what is put around it; `service.rs` puts a participant on the network; `batches/` runs
+//! Confirms together; `inquiry.rs` asks about reservations that were never settled.
+
+pub(crate) mod action;
+pub(crate) mod batches;
+pub(crate) mod inquiry;
+mod service;
+
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use handfast_proto::{limits, reason};
+
+use crate::{
+    answer::Answer,
+    branch::{Branch, Phase},
+    contract::Contract,
+    error::Refusal,
+    fence::{Fence, log},
+    remote::{Local, Reach, Remote},
+};
+
+use action::{Action, ContentTypes, Fenced, Served};
+
+/// A program that serves actions. Cheap to clone.
+///
+/// [`Participant::into_service`] puts it on the network; [`Participant::handle`] is the same without one.
+#[derive(Clone)]
+pub struct Participant {
+    name: Arc<str>,
+    actions: Arc<BTreeMap<&'static str, Box<dyn Served>>>,
+}
+
+/// Makes a [`Participant`].
+#[must_use]
+pub struct ParticipantBuilder {
+    name: Arc<str>,
+    actions: BTreeMap<&'static str, Box<dyn Served>>,
+}
+
+impl Participant {
+    /// Builds one with this name, of 1 to 64 bytes. Coordinators look up its address by it, and its refusals carry it.
+    ///
+    /// # Panics
+    ///
+    /// When the name is empty or too long.
+    pub fn builder(name: impl Into<Arc<str>>) -> ParticipantBuilder {
+        let name = name.into();
+        let max = limits::PARTICIPANT_BYTES_MAX;
+        assert!((1..=max).contains(&name.len()), "a participant's name has 1 to {max} bytes");
+        ParticipantBuilder { name, actions: BTreeMap::new() }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The names of the actions that it serves, in alphabetical order.
+    pub fn actions(&self) -> impl Iterator<Item = &'static str> {
+        self.actions.keys().copied()
+    }
+
+    /// Serves one call. `payload` is what came with a Try; Confirm and Cancel get what Try got, and theirs is ignored.
+    ///
+    /// What is guaranteed, and what a repeat does: see [`Fence::run`] and [`Action`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Fence::run`]. A call that waits for a batch (see [`ActionInBatches`](crate::ActionInBatches)) may be carried out all the
+    /// same.
+    pub async fn handle(&self, branch: &Branch, payload: &[u8]) -> Answer {
+        let Some(served) = self.actions.get(branch.action.as_str()) else {
+            let answer = Answer::NotServed(self.not_served(&branch.action));
+            log::log(branch, None, &answer, Duration::ZERO);
+            return answer;
+        };
+        let mut answer = served.handle(branch, payload).await;
+        if let Answer::Refused(refusal) = &mut answer
+            && refusal.domain.is_empty()
+        {
+            refusal.domain = self.name.as_ref().to_owned();
+        }
+        answer
+    }
+
+    /// Serves calls of one action and one phase, Confirm or Cancel, each for another branch, as one batch.
+    #[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
+    pub(crate) async fn handle_together(&self, branches: &[Branch]) -> Vec<Answer> {
+        self.actions[branches[0].action.as_str()].handle_together(branches).await
+    }
+
+    fn not_served(&self, action: &str) -> Refusal {
+        let served: Vec<_> = self.actions().collect();
+        let message =
+            format!("{} does not serve {action}; it serves {}", self.name, served.join(", "));
+        Refusal::of_handfast(reason::ACTION_UNKNOWN, message)
+    }
+
+    /// The branches of every action that are still tried long after the end of phase one, as calls that cancel them.
+    pub(crate) async fn overdue(&self) -> Result<Vec<Branch>, sqlx::Error> {
+        let mut overdue = Vec::new();
+        for (name, served) in self.actions.iter() {
+            let cancel = |(xid, branch_id)| Branch::new(xid, branch_id, *name, Phase::Cancel);
+            overdue.extend(served.overdue().await?.into_iter().map(cancel));
+        }
+        Ok(overdue)
+    }
+
+    /// Each action with the content types of its arguments and its reply.
+    pub(crate) fn content_types(&self) -> impl Iterator<Item = (&'static str, ContentTypes)> {
+        self.actions.iter().map(|(name, served)| (*name, served.content_types()))
+    }
+
+    /// The content type of a Try's reply.
+    pub(crate) fn reply_content_type(&self, action: &str) -> &'static str {
+        self.actions.get(action).map_or("", |served| served.content_types().reply)
+    }
+}
+
+impl ParticipantBuilder {
+    /// Serves one more action.
+    ///
+    /// # Panics
+    ///
+    /// When an action of this name is served already, or the name is empty or longer than 128 bytes.
+    pub fn action<A: Action>(self, fence: &Fence<A::Db>, action: A) -> Self {
+        let served = Fenced { fence: fence.clone(), action };
+        self.serve(<A::Contract as Contract>::NAME, Box::new(served))
+    }
+
+    pub(crate) fn serve(mut self, name: &'static str, served: Box<dyn Served>) -> Self {
+        let max = limits::ACTION_BYTES_MAX;
+        assert!((1..=max).contains(&name.len()), "an action's name has 1 to {max} bytes");
+        let before = self.actions.insert(name, served);
+        assert!(before.is_none(), "{} serves {name} twice", self.name);
+        self
+    }
+
+    /// Builds the participant.
+    #[must_use]
+    pub fn build(self) -> Participant {
+        Participant { name: self.name, actions: Arc::new(self.actions) }
+    }
+}
+
+impl Local for Participant {
+    fn answer<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer> {
+        Box::pin(self.handle(branch, payload))
+    }
+}
+
+impl Remote {
+    /// A participant in this process: a service that takes part in a transaction that it begins or joins. `target` is where the
+    /// coordinator calls it.
+    #[must_use]
+    pub fn here(participant: &Participant, target: &str) -> Self {
+        Self::new(participant.name(), target, Reach::Here(Arc::new(participant.clone())))
+    }
+}
+
+impl fmt::Debug for Participant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Participant").field(&self.name).field(&self.actions.keys()).finish()
+    }
+}
+
+impl fmt::Debug for ParticipantBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ParticipantBuilder").field(&self.name).field(&self.actions.keys()).finish()
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "sqlite")]
+mod tests {
+    use super::*;
+    use crate::{
+        TryError, Tx,
+        fence::fixture::{DeductStock, Shop, branch, payload, payload_that},
+    };
+
+    #[tokio::test]
+    async fn a_refusal_says_whose_it_is() {
+        let shop = Shop::in_memory().await;
+        let call = branch(1, Phase::Try);
+        let answer = shop.participant().handle(&call, &payload_that(2, "refuse")).await;
+        let Answer::Refused(refusal) = answer else { panic!("{answer:?}") };
+        assert_eq!(
+            (refusal.domain.as_str(), refusal.reason.as_str()),
+            ("inventory", "OUT_OF_STOCK")
+        );
+
+        let confirm = shop.participant().handle(&branch(1, Phase::Confirm), &[]).await;
+        let Answer::Refused(refusal) = confirm else { panic!("{confirm:?}") };
+        assert_eq!((refusal.domain.as_str(), refusal.reason.as_str()), ("handfast", "NEVER_TRIED"));
+    }
+
+    #[tokio::test]
+    async fn an_action_that_is_not_served_is_told_what_is() {
+        let shop = Shop::in_memory().await;
+        let mut call = branch(1, Phase::Try);
+        call.action = "inventory.count".to_owned();
+        let answer = shop.participant().handle(&call, &payload(2)).await;
+        let Answer::NotServed(refusal) = answer else { panic!("{answer:?}") };
+        assert_eq!(refusal.reason, reason::ACTION_UNKNOWN);
+        assert!(refusal.message.ends_with("it serves inventory.deduct"), "{refusal}");
+    }
+
+    #[tokio::test]
+    async fn a_payload_that_cannot_be_read_is_the_callers_mistake_in_try_and_an_operators_case_later()
+     {
+        let shop = Shop::in_memory().await;
+        let participant = shop.participant();
+        let answer = participant.handle(&branch(1, Phase::Try), b"{}").await;
+        assert!(matches!(answer, Answer::Invalid { field: "payload.data", .. }), "{answer:?}");
+        assert_eq!(shop.state(1).await, None);
+
+        // Tried with the contract of yesterday.
+        let work = async |_: &mut Tx<_>| Ok::<_, TryError>(());
+        shop.fence.run(&branch(2, Phase::Try), b"\"hunter2\"", work).await;
+        for phase in [Phase::Confirm, Phase::Cancel] {
+            let answer = participant.handle(&branch(2, phase), &payload(2)).await;
+            let Answer::Refused(refusal) = answer else { panic!("{answer:?}") };
+            assert_eq!(refusal.reason, reason::NEEDS_ATTENTION);
+            assert!(!refusal.message.contains("hunter2"), "{refusal}");
+            assert_eq!(shop.state(2).await.unwrap(), "tried");
+        }
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "inventory serves inventory.deduct twice")]
+    async fn an_action_is_served_once() {
+        let shop = Shop::in_memory().await;
+        let builder = Participant::builder("inventory").action(&shop.fence, shop.clone());
+        drop(builder.action(&shop.fence, shop.clone()));
+    }
+
+    #[tokio::test]
+    async fn a_participant_tells_what_it_serves() {
+        let participant = Shop::in_memory().await.participant();
+        assert_eq!(participant.name(), "inventory");
+        assert_eq!(participant.actions().collect::<Vec<_>>(), [DeductStock::NAME]);
+        let text = format!("{participant:?}");
+        assert_eq!(text, "Participant(\"inventory\", [\"inventory.deduct\"])");
+    }
+}

@@ -132,7 +132,7 @@ impl Reason {
         match status.get_details_error_info() {
             Some(info) if info.domain == reason::DOMAIN => match info.reason.as_str() {
                 reason::NEVER_RECORDED => Self::NeverRecorded,
-                reason::FORGOTTEN => Self::Forgotten,
+                reason::FORGOTTEN | reason::LOST => Self::Forgotten,
                 reason::KEY_UNKNOWN => Self::KeyUnknown,
                 reason::KEY_TAKEN => Self::KeyTaken,
                 reason::ALREADY_DECIDED => Self::AlreadyDecided,

@@ -8,6 +8,9 @@ pub const DOMAIN: &str = "handfast";
 pub const NEVER_RECORDED: &str = "NEVER_RECORDED";
 /// NOT_FOUND: there may have been such a transaction, deleted after its retention.
 pub const FORGOTTEN: &str = "FORGOTTEN";
+/// NOT_FOUND: the store has lost records of the xid's time, as its owner noticed. There may have been such a transaction, and its
+/// outcome may have been told.
+pub const LOST: &str = "LOST";
 /// NOT_FOUND: no transaction has this idempotency key.
 pub const KEY_UNKNOWN: &str = "KEY_UNKNOWN";
 /// NOT_FOUND: the transaction has no such branch.

@@ -96,6 +96,9 @@ impl Failure {
             reason::FORGOTTEN => {
                 "how long finished transactions are kept is `retention` in the coordinator's configuration"
             }
+            reason::LOST => {
+                "its participants may know: look for this xid in their fences. The coordinator's log says when and why records were lost"
+            }
             reason::BRANCH_UNKNOWN => "`handfast show XID` tells its branches",
             reason::NOT_DECIDED => {
                 "branches are resolved after the decision; at the latest the end of its timeout brings one"

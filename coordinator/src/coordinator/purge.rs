@@ -23,7 +23,7 @@ impl Coordinator {
                 let mut after = None;
                 loop {
                     let before = Timestamp(self.clock.now().0 - retention);
-                    match self.store.purge(ownership.partition, before, after, STEP).await {
+                    match self.store.purge(ownership, before, after, STEP).await {
                         Ok((_, None)) => break,
                         Ok((_, next)) => after = next,
                         Err(error) => {

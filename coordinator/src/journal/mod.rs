@@ -38,7 +38,10 @@ mod tests;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -54,7 +57,7 @@ pub use self::{
 };
 use crate::{
     clock::Clock,
-    store::{Appended, Batch, Error, Ownership, Store},
+    store::{Appended, Batch, Damage, Error, Ownership, Store},
 };
 
 /// First and longest pause before a batch without an answer is appended again.
@@ -67,6 +70,8 @@ pub struct Journal {
     /// The outboxes of the partitions that are recorded, by partition. One whose ownership has ended is not among them.
     outboxes: Mutex<BTreeMap<u16, Arc<Outbox>>>,
     wake: Arc<Notify>,
+    /// Somebody doubts that the partitions are still ours. An empty batch of all of them tells.
+    doubted: Arc<AtomicBool>,
     health: Arc<JournalHealth>,
 }
 
@@ -84,13 +89,14 @@ impl Journal {
             store,
             outboxes: Mutex::default(),
             wake: Arc::default(),
+            doubted: Arc::default(),
             health: Arc::new(JournalHealth::new(clock)),
         })
     }
 
     /// Records the changes of this partition from now on. An earlier ownership of the same partition has ended.
     pub fn add(&self, ownership: Ownership) -> Arc<Outbox> {
-        let outbox = Arc::new(Outbox::new(ownership, self.wake.clone()));
+        let outbox = Arc::new(Outbox::new(ownership, self.wake.clone(), self.doubted.clone()));
         if let Some(earlier) = self.outboxes().insert(ownership.partition, outbox.clone()) {
             earlier.end(Ended::Fenced);
         }
@@ -112,7 +118,9 @@ impl Journal {
             let stopping = stop.is_cancelled();
             let taken = if stopping || self.is_due() {
                 self.take(&mut first)
-            } else if beat_every.is_some_and(|every| appended_at.elapsed() >= every) {
+            } else if self.doubted.swap(false, Ordering::Relaxed)
+                || beat_every.is_some_and(|every| appended_at.elapsed() >= every)
+            {
                 self.heartbeat()
             } else {
                 Taken::default()
@@ -181,6 +189,18 @@ impl Journal {
                 Ok(Appended::Fenced(fenced)) => {
                     warn!(partitions = ?fenced, "another coordinator has taken over");
                     self.end(&mut taken, &fenced, Ended::Fenced);
+                }
+                Ok(Appended::Damaged(damaged)) => {
+                    for Damage { partition, what, .. } in &damaged {
+                        error!(
+                            partition,
+                            what, "the store does not fit what was recorded; the partition ends"
+                        );
+                    }
+                    let damaged: Vec<_> = damaged.iter().map(|damage| damage.partition).collect();
+                    self.end(&mut taken, &damaged, Ended::Corrupt);
+                    // What one partition has lost the others may have lost too.
+                    self.doubted.store(true, Ordering::Relaxed);
                 }
                 Err(Error::Unavailable(cause)) => {
                     if attempts.is_power_of_two() {

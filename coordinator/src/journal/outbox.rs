@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, btree_map},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,6 +34,8 @@ const LAZY_WAIT_MAX: Duration = Duration::from_millis(100);
 pub struct Durable {
     /// Every change up to this number is durable.
     pub upto: u64,
+    /// The number of the latest batch of the partition that is durable. A read that does not show it is old.
+    pub position: u64,
     /// Why no further change ever will be durable; `None` while changes are recorded.
     pub ended: Option<Ended>,
 }
@@ -61,6 +66,8 @@ pub struct Outbox {
     waiting: Mutex<Waiting>,
     durable: watch::Sender<Durable>,
     wake: Arc<Notify>,
+    /// Of the journal: an empty batch of all partitions is asked for.
+    doubted: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
@@ -80,12 +87,13 @@ struct Waiting {
 }
 
 impl Outbox {
-    pub(super) fn new(ownership: Ownership, wake: Arc<Notify>) -> Self {
+    pub(super) fn new(ownership: Ownership, wake: Arc<Notify>, doubted: Arc<AtomicBool>) -> Self {
         Self {
             ownership,
             waiting: Mutex::default(),
-            durable: watch::Sender::new(Durable { upto: 0, ended: None }),
+            durable: watch::Sender::new(Durable { upto: 0, position: 0, ended: None }),
             wake,
+            doubted,
         }
     }
 
@@ -165,11 +173,17 @@ impl Outbox {
         awaited
     }
 
+    /// A read has shown another owner, or lacks what was recorded. It proves nothing: the next batch does, and that is written at once.
+    pub fn doubt(&self) {
+        self.doubted.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
     pub(super) fn next_guard(&self) -> Guard {
         let mut waiting = self.waiting();
         waiting.position += 1;
-        let Ownership { partition, epoch, .. } = self.ownership;
-        Guard { partition, epoch, position: waiting.position }
+        let Ownership { partition, epoch, nonce } = self.ownership;
+        Guard { partition, epoch, nonce, position: waiting.position }
     }
 
     /// The batch with everything that was taken is durable.
@@ -177,8 +191,9 @@ impl Outbox {
         let waiting = self.waiting();
         // A write that still waits may hold later changes too, but none before its first one.
         let upto = waiting.writes.first_key_value().map_or(waiting.latest, |(first, _)| first - 1);
+        let position = waiting.position; // of a partition one batch is in flight at a time
         drop(waiting);
-        self.durable.send_modify(|durable| durable.upto = upto);
+        self.durable.send_modify(|durable| (durable.upto, durable.position) = (upto, position));
     }
 
     /// No further change will be durable.

@@ -224,7 +224,7 @@ async fn a_partition_that_was_taken_over_stops_and_the_others_go_on() {
     rig.store.release();
     rig.until_durable(4, 1).await;
     rig.until_durable(3, 1).await;
-    assert_eq!(rig.durable(3), Durable { upto: 0, ended: Some(Ended::Fenced) });
+    assert_eq!(rig.durable(3), Durable { upto: 0, position: 0, ended: Some(Ended::Fenced) });
     assert_eq!(rig.stored(&fenced).await, None);
     assert_eq!(rig.stored(&other).await, Some(State::Trying));
 }
@@ -236,11 +236,11 @@ async fn a_batch_that_is_refused_for_its_data_stops_its_partitions_loudly() {
     let global = rig.begin(7);
     rig.put(&global, Head::Insert, Urgency::Awaited);
     rig.until_durable(7, 1).await;
-    assert_eq!(rig.durable(7), Durable { upto: 0, ended: Some(Ended::Corrupt) });
+    assert_eq!(rig.durable(7), Durable { upto: 0, position: 0, ended: Some(Ended::Corrupt) });
     let other = rig.begin(8);
     rig.put(&other, Head::Insert, Urgency::Awaited);
     rig.until_durable(8, 1).await;
-    assert_eq!(rig.durable(8), Durable { upto: 1, ended: None });
+    assert_eq!(rig.durable(8), Durable { upto: 1, position: 1, ended: None });
 }
 
 #[tokio::test]
@@ -376,7 +376,7 @@ async fn a_partition_that_is_taken_again_is_recorded_again() {
     rig.put(&kept, Head::Insert, Urgency::Awaited);
     store.release();
     rig.until_durable(3, 1).await;
-    assert_eq!(rig.durable(3), Durable { upto: 1, ended: None });
+    assert_eq!(rig.durable(3), Durable { upto: 1, position: 1, ended: None });
     assert_eq!(mine.durable().borrow().ended, Some(Ended::Fenced));
     assert!(matches!(store.load(kept.xid).await.unwrap(), Lookup::Found(_)));
     assert!(matches!(store.load(lost.xid).await.unwrap(), Lookup::Absent { .. }));

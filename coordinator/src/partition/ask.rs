@@ -134,6 +134,11 @@ pub enum Error {
     /// There may have been such a transaction. It may have been deleted after its retention.
     #[error("{0} is not known any more: it may have finished and been deleted after its retention")]
     Forgotten(Xid),
+    /// The store has lost records of this epoch, and there may have been such a transaction among them.
+    #[error(
+        "{0} may have been lost: the store has lost records of that time, and what became of it nobody here can say"
+    )]
+    Lost(Xid),
     /// No transaction has this key.
     #[error("no transaction has this idempotency key")]
     KeyUnknown,

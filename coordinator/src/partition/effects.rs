@@ -94,7 +94,7 @@ impl Effects {
 impl Partition {
     /// Carries out the effects that waited for durability.
     pub(super) fn take_durable(&mut self, durable: &mut watch::Receiver<Durable>) {
-        let Durable { upto, ended } = *durable.borrow_and_update();
+        let Durable { upto, ended, .. } = *durable.borrow_and_update();
         self.ended = ended;
         if let Some(ended) = ended {
             return self.end(&ended.into());

@@ -118,7 +118,7 @@ impl Partition {
     #[must_use]
     pub fn new(ownership: Ownership, parts: Parts, outbox: Arc<Outbox>) -> Self {
         let now = parts.clock.now();
-        let Durable { upto, ended } = *outbox.durable().borrow();
+        let Durable { upto, ended, .. } = *outbox.durable().borrow();
         Self {
             ownership,
             parts,

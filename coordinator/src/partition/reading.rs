@@ -193,7 +193,10 @@ impl Partition {
                     self.take_in(Entry::loaded(*global));
                     None
                 }
-                Ok(Lookup::Absent { purged_through, nonce }) => {
+                Ok(Lookup::Absent { lost: true, nonce, .. }) if nonce == Some(xid.nonce) => {
+                    Some(Error::Lost(xid))
+                }
+                Ok(Lookup::Absent { purged_through, nonce, lost: _ }) => {
                     // Another nonce: the xid is from a store that was deleted, or restored to before it, and what became of
                     // its transaction nobody here can say.
                     let purged = purged_through.is_some_and(|through| xid <= through);

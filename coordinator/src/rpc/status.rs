@@ -23,6 +23,7 @@ impl From<Error> for Status {
                 status(Code::NotFound, reason::NEVER_RECORDED, text, no_details)
             }
             Error::Forgotten(_) => status(Code::NotFound, reason::FORGOTTEN, text, no_details),
+            Error::Lost(_) => status(Code::NotFound, reason::LOST, text, no_details),
             Error::KeyUnknown => status(Code::NotFound, reason::KEY_UNKNOWN, text, no_details),
             Error::KeyTaken(xid) => {
                 let details = Metadata::from([(reason::XID.to_owned(), xid.to_string())]);

@@ -2,7 +2,7 @@
 //! is also the shortest description of the other ones.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, MutexGuard},
     time::Duration,
 };
@@ -10,8 +10,8 @@ use std::{
 use handfast_proto::Xid;
 
 use super::{
-    Appended, Batch, DuePage, Error, Head, ListFilter, Lookup, Ownership, PARTITIONS, Seat, Show,
-    Store, Summary, Write, judge, xids_of,
+    Appended, Batch, Damage, DuePage, Error, Guard, Head, ListFilter, Lookup, Ownership,
+    PARTITIONS, Recorded, Seat, Show, Store, Summary, Write, judge, xids_of,
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -25,12 +25,13 @@ pub struct MemoryStore {
 
 #[derive(Debug, Default)]
 struct Tables {
-    /// Epoch and position of each partition.
-    partitions: BTreeMap<u16, (u32, u64)>,
+    partitions: BTreeMap<u16, Recorded>,
     /// Who has each partition.
     owners: BTreeMap<u16, String>,
     /// Nonces by partition and epoch.
     nonces: BTreeMap<(u16, u32), u32>,
+    /// Epochs that have lost batches.
+    lost: BTreeSet<(u16, u32)>,
     transactions: BTreeMap<Xid, GlobalTransaction>,
     keys: BTreeMap<[u8; 32], Xid>,
     purged_through: BTreeMap<u16, Xid>,
@@ -55,10 +56,11 @@ impl MemoryStore {
 impl Store for MemoryStore {
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         let tables = self.tables();
-        let seat = |(partition, (epoch, position)): (&u16, &(u32, u64))| Seat {
+        let seat = |(partition, recorded): (&u16, &Recorded)| Seat {
             partition: *partition,
-            epoch: *epoch,
-            position: *position,
+            epoch: recorded.epoch,
+            nonce: recorded.nonce,
+            position: recorded.position,
             owner: tables.owners.get(partition).cloned(),
         };
         Ok(tables.partitions.iter().map(seat).collect())
@@ -77,9 +79,9 @@ impl Store for MemoryStore {
         Ok((partitions.iter().copied())
             .map(|partition| {
                 let nonce = fastrand::u32(..);
-                let (epoch, position) = tables.partitions.entry(partition).or_default();
-                (*epoch, *position) = (*epoch + 1, 0);
-                let epoch = *epoch;
+                let recorded = tables.partitions.entry(partition).or_default();
+                let epoch = recorded.epoch + 1;
+                *recorded = Recorded { epoch, nonce, position: 0 };
                 tables.nonces.insert((partition, epoch), nonce);
                 tables.owners.insert(partition, owner.to_owned());
                 Ownership { partition, epoch, nonce }
@@ -96,6 +98,13 @@ impl Store for MemoryStore {
         if let Some(appended) =
             judge(batch, |partition| tables.partitions.get(&partition).copied())?
         {
+            if let Appended::Damaged(damaged) = &appended {
+                for Damage { partition, .. } in damaged.iter().filter(|damage| damage.lost > 0) {
+                    let mut guards = batch.guards.iter();
+                    let guard = guards.find(|guard| guard.partition == *partition);
+                    tables.lost.extend(guard.map(|guard| (guard.partition, guard.epoch)));
+                }
+            }
             return Ok(appended);
         }
         for Write { global, head, .. } in &batch.writes {
@@ -107,8 +116,11 @@ impl Store for MemoryStore {
             }
         }
         for guard in &batch.guards {
-            let recorded = tables.partitions.entry(guard.partition).or_default();
-            *recorded = (*recorded).max((guard.epoch, guard.position));
+            let Guard { partition, epoch, nonce, position } = *guard;
+            let recorded = tables.partitions.entry(partition).or_default();
+            if epoch >= recorded.epoch {
+                *recorded = Recorded { epoch, nonce, position };
+            }
         }
         for write in &batch.writes {
             let recorded = write.global.recorded();
@@ -127,6 +139,7 @@ impl Store for MemoryStore {
             None => Lookup::Absent {
                 purged_through: tables.purged_through.get(&xid.partition).copied(),
                 nonce: tables.nonces.get(&(xid.partition, xid.epoch)).copied(),
+                lost: tables.lost.contains(&(xid.partition, xid.epoch)),
             },
         })
     }
@@ -199,12 +212,16 @@ impl Store for MemoryStore {
 
     async fn purge(
         &self,
-        partition: u16,
+        Ownership { partition, epoch, nonce }: Ownership,
         finished_before: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let mut tables = self.tables();
+        let owner = tables.partitions.get(&partition);
+        if owner.is_none_or(|owner| (owner.epoch, owner.nonce) != (epoch, nonce)) {
+            return Ok((0, None));
+        }
         let (first, last) = xids_of(partition);
         let seen: Vec<_> = (tables.transactions.range(first..=last))
             .filter(|(xid, _)| after.is_none_or(|after| **xid > after))
@@ -229,8 +246,9 @@ impl Store for MemoryStore {
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
         let mut tables = self.tables();
-        for Ownership { partition, epoch, .. } in ownerships {
-            if tables.partitions.get(partition).is_some_and(|(recorded, _)| recorded == epoch) {
+        for Ownership { partition, epoch, nonce } in ownerships {
+            let owner = tables.partitions.get(partition);
+            if owner.is_some_and(|owner| (owner.epoch, owner.nonce) == (*epoch, *nonce)) {
                 tables.owners.remove(partition);
             }
         }

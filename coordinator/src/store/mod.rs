@@ -3,9 +3,11 @@
 //!
 //! What makes it safe is that a batch is applied exactly once, and only by the owner of its partitions:
 //!
-//! - A partition has a row `(partition, epoch, position)`. A takeover makes the epoch one larger. A batch moves the position
-//!   of every partition that it carries from n - 1 to n, inside its own local transaction, and only if the epoch is still its
-//!   owner's. A batch of an owner that was replaced changes nothing, however late it arrives.
+//! - A partition has a row `(partition, epoch, nonce, position)`. A takeover makes the epoch one larger and draws a new nonce.
+//!   A batch moves the position of every partition that it carries from n - 1 to n, inside its own local transaction, and only if
+//!   epoch and nonce are still its owner's. A batch of an owner that was replaced changes nothing, however late it arrives.
+//!   (The nonce tells histories apart: after a failover that lost a takeover, or on a restored backup, the same epoch can be
+//!   given out twice.)
 //! - When nobody knows whether a COMMIT took effect, the same batch is appended again with the same n. Either the first
 //!   attempt landed (the position is n), or this one does.
 
@@ -56,6 +58,8 @@ pub struct Seat {
     pub partition: u16,
     /// Of the owner.
     pub epoch: u32,
+    /// Of the same epoch.
+    pub nonce: u32,
     /// Number of its latest batch.
     pub position: u64,
     /// For people; `None`: it was handed back.
@@ -78,6 +82,8 @@ pub struct Guard {
     pub partition: u16,
     /// Whose batch it is.
     pub epoch: u32,
+    /// Of the same epoch.
+    pub nonce: u32,
     /// 1, 2, 3, … within the epoch. A number never gets other content.
     pub position: u64,
 }
@@ -115,6 +121,20 @@ pub enum Appended {
     Durable,
     /// Nothing of it was applied, and nothing ever will be for these partitions: they have another owner.
     Fenced(Vec<u16>),
+    /// Nothing of it was applied. What the store holds of these partitions does not fit their owner's batch, and a person must look.
+    /// The same batch without them may be appended.
+    Damaged(Vec<Damage>),
+}
+
+/// What is wrong with a partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// Which partition.
+    pub partition: u16,
+    /// In words, for the log.
+    pub what: String,
+    /// Batches that the store has acknowledged and does not have any more; 0: it is something else.
+    pub lost: u64,
 }
 
 /// What a look for one transaction found.
@@ -128,6 +148,8 @@ pub enum Lookup {
         purged_through: Option<Xid>,
         /// The nonce of its partition's epoch, if there was such an epoch.
         nonce: Option<u32>,
+        /// The store has lost batches of that epoch: what is missing may have been recorded, and told.
+        lost: bool,
     },
 }
 
@@ -277,49 +299,65 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Deletes transactions that finished before that moment, with their branches and keys: looks at up to `limit` of one
     /// partition after `after`, in order of their xids, and says how many it deleted and where it stopped (`None`: at the end
     /// of the partition, or where all that follow are younger). Remembers the largest xid that it deleted. What operators
-    /// resolved stays for ever.
+    /// resolved stays for ever. Only the owner deletes: for one that was replaced, nothing is deleted and nothing more is to do.
     async fn purge(
         &self,
-        partition: u16,
+        ownership: Ownership,
         finished_before: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error>;
 
-    /// Hands these partitions back: each one only if its epoch is still the one that is named. Changes nothing that safety rests
+    /// Hands these partitions back: each one only if epoch and nonce are still those that are named. Changes nothing that safety rests
     /// on.
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error>;
 }
 
-/// What the recorded `(epoch, position)` of a batch's partitions say about it: `None`, it is the next one of them all and may be
-/// applied now; else what became of it.
+/// What the row of a partition says about its owner and that owner's batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Recorded {
+    epoch: u32,
+    nonce: u32,
+    /// Number of the epoch's latest batch.
+    position: u64,
+}
+
+/// What the rows of a batch's partitions say about it: `None`, it is the next one of them all and may be applied now; else what
+/// became of it.
 ///
 /// # Errors
 ///
-/// [`Error::Corrupt`] when the positions fit neither: somebody else writes under our epoch, or a batch was given up.
+/// [`Error::Corrupt`] when half of it is recorded.
 fn judge(
     batch: &Batch,
-    recorded: impl Fn(u16) -> Option<(u32, u64)>,
+    recorded: impl Fn(u16) -> Option<Recorded>,
 ) -> Result<Option<Appended>, Error> {
-    let (mut next, mut landed, mut fenced) = (0_u32, 0_u32, Vec::new());
+    let (mut next, mut landed, mut fenced, mut damaged) = (0_u32, 0_u32, Vec::new(), Vec::new());
     for guard in &batch.guards {
         match recorded(guard.partition) {
-            Some((epoch, position)) if epoch == guard.epoch && position + 1 == guard.position => {
-                next += 1;
+            Some(Recorded { epoch, .. }) if epoch > guard.epoch => {
+                if Bug::SkipEpochCheck.is_planted() {
+                    next += 1;
+                } else {
+                    fenced.push(guard.partition);
+                }
             }
-            Some((epoch, position)) if epoch == guard.epoch && position == guard.position => {
-                landed += 1;
+            Some(Recorded { epoch, nonce, position })
+                if epoch == guard.epoch
+                    && nonce == guard.nonce
+                    && (guard.position == position || guard.position == position + 1) =>
+            {
+                if guard.position == position {
+                    landed += 1;
+                } else {
+                    next += 1;
+                }
             }
-            Some((epoch, _)) if epoch > guard.epoch && Bug::SkipEpochCheck.is_planted() => {
-                next += 1;
-            }
-            Some((epoch, _)) if epoch > guard.epoch => fenced.push(guard.partition),
-            other => {
-                return Err(Error::Corrupt(format!(
-                    "batch {guard:?} does not follow what is recorded: {other:?}"
-                )));
-            }
+            other => damaged.push(Damage::of(*guard, other)),
         }
+    }
+    if !damaged.is_empty() {
+        return Ok(Some(Appended::Damaged(damaged)));
     }
     match (next, landed, fenced.is_empty()) {
         (_, 0, true) => Ok(None),
@@ -331,6 +369,57 @@ fn judge(
         }
     }
 }
+
+impl Damage {
+    /// Why the batch with this guard can never be applied to what is recorded.
+    fn of(guard: Guard, recorded: Option<Recorded>) -> Self {
+        let Guard { partition, epoch, nonce, position } = guard;
+        let acknowledged = position - 1;
+        let (lost, what) = match recorded {
+            None => (0, "the store has no row for it".to_owned()),
+            Some(found) if found.epoch == epoch && found.nonce != nonce => (
+                0,
+                format!(
+                    "the store has another history: epoch {epoch} has nonce {:08x} there and {nonce:08x} here. It is another server, or \
+                     a restored backup, on which somebody else has taken over",
+                    found.nonce
+                ),
+            ),
+            Some(found) if found.epoch < epoch => (
+                acknowledged,
+                format!(
+                    "the store has lost a takeover that it had acknowledged: it is at epoch {}, and this coordinator has recorded \
+                     {acknowledged} batches in epoch {epoch}. {WHY_LOST}",
+                    found.epoch
+                ),
+            ),
+            Some(found) if found.position < acknowledged => {
+                let lost = acknowledged - found.position;
+                (
+                    lost,
+                    format!(
+                        "the store has lost {lost} batches that it had acknowledged: it is at batch {} of epoch {epoch}, and this \
+                         coordinator has recorded {acknowledged}. {WHY_LOST}",
+                        found.position
+                    ),
+                )
+            }
+            Some(found) => (
+                0,
+                format!(
+                    "the store is at batch {} of epoch {epoch}, and this coordinator has recorded {acknowledged}: somebody else writes \
+                     in its name",
+                    found.position
+                ),
+            ),
+        };
+        Self { partition, what, lost }
+    }
+}
+
+const WHY_LOST: &str = "This happens when a replica is promoted without its primary's last writes (asynchronous replication, or \
+                        semi-synchronous replication that fell back to it), when a backup is restored, or when a server loses its \
+                        last writes in a crash. What is missing is answered LOST from now on";
 
 /// The xids of a partition: from the first to the last that it could ever have.
 #[must_use]

@@ -189,12 +189,12 @@ impl Store for ScriptedStore {
 
     async fn purge(
         &self,
-        partition: u16,
+        ownership: Ownership,
         finished_before: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
-        self.inner.purge(partition, finished_before, after, limit).await
+        self.inner.purge(ownership, finished_before, after, limit).await
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {

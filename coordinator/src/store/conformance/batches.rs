@@ -54,20 +54,46 @@ pub(super) async fn a_batch_is_applied_once_however_often_it_is_appended(store: 
     owner.append(vec![updated(&one, BranchSet::EMPTY)]).await;
     assert_eq!(found(store, one.xid).await, one.recorded());
     // Late, when it was followed by another one, it changes nothing and is noticed.
-    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
+    assert!(matches!(store.append(&batch).await, Ok(Appended::Damaged(_))));
     assert_eq!(found(store, one.xid).await, one.recorded());
 }
 
 pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
-    let global = begun(owner.xid(1), &["1"]);
-    let mut batch = owner.batch(vec![inserted(&global)]);
-    batch.guards[0].position = 2; // number 1 was given up
-    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
-    batch.guards[0].position = 1;
-    batch.guards[0].epoch += 1; // nobody has taken over yet
-    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
-    assert!(matches!(store.load(global.xid).await.unwrap(), Lookup::Absent { .. }));
+    let (global, other) = (begun(owner.xid(1), &["1"]), begun(owner.xid(2), &["1"]));
+    let mut batch = owner.batch(vec![inserted(&global), inserted(&other)]);
+    let damaged = async |batch: &Batch| match store.append(batch).await.unwrap() {
+        Appended::Damaged(damaged) => damaged,
+        applied @ (Appended::Durable | Appended::Fenced(_)) => panic!("{applied:?}"),
+    };
+    let only = |damaged: &[Damage]| {
+        assert_eq!(damaged.len(), 1, "{damaged:?}");
+        assert_eq!(damaged[0].partition, 1);
+        damaged[0].clone()
+    };
+    let fitting = batch.guards[0];
+    batch.guards[0] = Guard { epoch: fitting.epoch + 1, ..fitting }; // nobody has taken over yet
+    assert_eq!(only(&damaged(&batch).await).lost, 0);
+    batch.guards[0] = Guard { nonce: !fitting.nonce, ..fitting }; // somebody else has, elsewhere
+    let damage = only(&damaged(&batch).await);
+    assert!(damage.what.contains("another history"), "{damage:?}");
+    assert_eq!(damage.lost, 0);
+    batch.guards[0] = fitting;
+    assert!(matches!(store.load(global.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
+
+    batch.guards[0] = Guard { position: 3, ..fitting }; // numbers 1 and 2 were acknowledged, and are gone
+    let damage = only(&damaged(&batch).await);
+    assert_eq!(damage.lost, 2);
+    assert!(damage.what.contains("lost 2 batches"), "{damage:?}");
+    assert!(matches!(store.load(other.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
+    // The rest of the batch is not concerned.
+    let rest = Batch { guards: vec![batch.guards[1]], writes: vec![batch.writes[1].clone()] };
+    assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable);
+    // What is missing of that epoch is not called unheard of from now on, whoever comes next. What is of the next epoch is.
+    let mut next = Owner::of(store).await;
+    assert!(matches!(store.load(global.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
+    let unknown = next.xid(1);
+    assert!(matches!(store.load(unknown).await.unwrap(), Lookup::Absent { lost: false, .. }));
 }
 
 pub(super) async fn an_update_of_what_is_not_there_is_an_alarm(store: &dyn Store) {
@@ -106,7 +132,7 @@ pub(super) async fn calls_that_are_given_up_leave_the_store_working(store: &dyn 
         given_up_after(polls, store.load(global.xid)).await;
         given_up_after(polls, store.list(&all, 10)).await;
         given_up_after(polls, store.find_keys(&[[0; 32], [1; 32]])).await;
-        given_up_after(polls, store.purge(1, NOW, None, 10)).await;
+        given_up_after(polls, store.purge(owner.ownership(1), NOW, None, 10)).await;
         globals.push(global);
     }
     let reads = globals.iter().map(|global| found(store, global.xid));

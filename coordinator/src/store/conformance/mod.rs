@@ -73,6 +73,7 @@ on_every_store! {
     }
     purge {
         the_purge_takes_what_finished_and_remembers_how_far_it_went
+        only_the_owner_purges
     }
 }
 
@@ -90,7 +91,7 @@ impl<'a> Owner<'a> {
         Self { store, ownerships, positions: BTreeMap::new(), sequence: 0 }
     }
 
-    fn ownership(&self, partition: u16) -> Ownership {
+    pub(super) fn ownership(&self, partition: u16) -> Ownership {
         *self.ownerships.iter().find(|ownership| ownership.partition == partition).unwrap()
     }
 
@@ -107,11 +108,8 @@ impl<'a> Owner<'a> {
         let guards = partitions.into_iter().map(|partition| {
             let position = self.positions.entry(partition).or_default();
             *position += 1;
-            Guard {
-                partition,
-                epoch: self.ownerships[usize::from(partition)].epoch,
-                position: *position,
-            }
+            let Ownership { epoch, nonce, .. } = self.ownerships[usize::from(partition)];
+            Guard { partition, epoch, nonce, position: *position }
         });
         Batch { guards: guards.collect(), writes }
     }

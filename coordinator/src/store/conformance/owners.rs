@@ -51,10 +51,13 @@ pub(super) async fn every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own(sto
     for owner in [&first, &second] {
         let Ownership { partition, epoch, nonce } = owner.ownership(7);
         let absent = store.load(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
-        assert_eq!(absent, Lookup::Absent { purged_through: None, nonce: Some(nonce) });
+        assert_eq!(
+            absent,
+            Lookup::Absent { purged_through: None, nonce: Some(nonce), lost: false }
+        );
     }
     let absent = store.load(Xid { partition: 7, epoch: 99, sequence: 1, nonce: 0 }).await.unwrap();
-    assert_eq!(absent, Lookup::Absent { purged_through: None, nonce: None });
+    assert_eq!(absent, Lookup::Absent { purged_through: None, nonce: None, lost: false });
     store.release(&second.ownerships).await.unwrap();
     let third = Owner::of(store).await;
     assert_eq!(second.ownership(0).epoch + 1, third.ownership(0).epoch);

@@ -20,7 +20,7 @@ pub(super) async fn the_purge_takes_what_finished_and_remembers_how_far_it_went(
     let before = NOW + Duration::from_secs(4);
     let (mut deleted, mut after) = (0, None);
     loop {
-        let (count, next) = store.purge(2, before, after, 2).await.unwrap();
+        let (count, next) = store.purge(owner.ownership(2), before, after, 2).await.unwrap();
         deleted += count;
         after = next;
         if after.is_none() {
@@ -42,15 +42,27 @@ pub(super) async fn the_purge_takes_what_finished_and_remembers_how_far_it_went(
         store.find_keys(&keys).await.unwrap(),
         [None, Some(xids[1]), None, None, Some(xids[4])]
     );
-    assert_eq!(store.purge(2, before, None, 100).await.unwrap(), (0, None));
+    assert_eq!(store.purge(owner.ownership(2), before, None, 100).await.unwrap(), (0, None));
     // The mark never goes back.
     let mut old = begun(Xid { sequence: 0, ..xids[0] }, &[]);
     confirm(&mut old);
     old.finished_at = Some(NOW);
     owner.insert(&old).await;
-    assert_eq!(store.purge(2, before, None, 100).await.unwrap(), (1, None));
+    assert_eq!(store.purge(owner.ownership(2), before, None, 100).await.unwrap(), (1, None));
     let Lookup::Absent { purged_through, .. } = store.load(old.xid).await.unwrap() else {
         panic!("it is there")
     };
     assert_eq!(purged_through, Some(xids[3]));
+}
+
+pub(super) async fn only_the_owner_purges(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut global = begun(owner.xid(2), &[]);
+    confirm(&mut global);
+    owner.insert(&global).await;
+    let later = NOW + Duration::from_secs(60);
+    let next = Owner::of(store).await;
+    assert_eq!(store.purge(owner.ownership(2), later, None, 100).await.unwrap(), (0, None));
+    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(store.purge(next.ownership(2), later, None, 100).await.unwrap(), (1, None));
 }

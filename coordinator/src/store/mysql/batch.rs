@@ -109,9 +109,11 @@ enum Purpose {
 
 /// What comes before the rows.
 fn begin(guards: &[Guard]) -> Vec<Statement> {
-    let fits = guards.iter().map(|Guard { partition, epoch, position }| {
+    let fits = guards.iter().map(|Guard { partition, epoch, nonce, position }| {
         let before = position - 1;
-        format!("(`partition` = {partition} AND epoch = {epoch} AND position = {before})")
+        format!(
+            "(`partition` = {partition} AND epoch = {epoch} AND nonce = {nonce} AND position = {before})"
+        )
     });
     let fits = fits.collect::<Vec<_>>().join(" OR ");
     let all = guards.len();

@@ -8,7 +8,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{Connection, MySqlStore, migrate};
+use super::{Connection, MySqlStore, migrate, schema::migrate_to};
 
 /// Which servers: URLs without a database, separated by commas. `scripts/test` starts some, and sets it.
 const SERVERS: &str = "TEST_MYSQL_SERVERS";
@@ -37,14 +37,26 @@ pub(in crate::store) struct Database {
 impl Database {
     /// Makes one, with the tables.
     pub(in crate::store) async fn new(server: &str) -> Self {
-        let name = format!("handfast_test_{:016x}", rand::random::<u64>());
-        let database = Self { server: server.to_owned(), name };
-        database.execute(&format!("CREATE DATABASE {}", database.name)).await;
+        let database = Self::empty(server).await;
         migrate(&database.url()).await.unwrap();
         database
     }
 
-    fn url(&self) -> String {
+    /// Makes one, with the tables of an older version.
+    pub(super) async fn of_version(server: &str, version: usize) -> Self {
+        let database = Self::empty(server).await;
+        migrate_to(&database.url(), version).await.unwrap();
+        database
+    }
+
+    async fn empty(server: &str) -> Self {
+        let name = format!("handfast_test_{:016x}", rand::random::<u64>());
+        let database = Self { server: server.to_owned(), name };
+        database.execute(&format!("CREATE DATABASE {}", database.name)).await;
+        database
+    }
+
+    pub(super) fn url(&self) -> String {
         format!("{}/{}", self.server, self.name)
     }
 

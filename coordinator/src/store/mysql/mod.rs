@@ -36,6 +36,8 @@ use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 /// After so many seconds of silence the server itself ends a connection that writes: the batch of an owner that is gone must not
 /// keep its rows locked.
 const SILENCE_MAX_SECONDS: u32 = 5;
+/// The same for the connection that deletes: longer than the pause between two rounds.
+const CLEANER_SILENCE_MAX_SECONDS: u32 = 15;
 /// How often an idle owner writes an empty batch. It keeps the connection open, shows a process that waits that the owner is
 /// alive, and tells the owner if it is not the owner any more.
 const HEARTBEAT: Duration = Duration::from_secs(2);
@@ -92,7 +94,9 @@ impl Dialect for InMySql {
         match role {
             Role::Write => server::set_up_writer(&mut connection, SILENCE_MAX_SECONDS).await?,
             Role::Read => server::set_up_reader(&mut connection).await?,
-            Role::CleanUp => server::set_up_cleaner(&mut connection).await?,
+            Role::CleanUp => {
+                server::set_up_cleaner(&mut connection, CLEANER_SILENCE_MAX_SECONDS).await?;
+            }
         }
         let id = sqlx::query_scalar("SELECT CONNECTION_ID()").fetch_one(&mut connection).await?;
         Ok((connection, id))
@@ -209,10 +213,7 @@ impl Store for MySqlStore {
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
         let partition = batch.guards.first().map_or(0, |guard| guard.partition);
-        let append = async |connection: &mut Connection| {
-            write::append::<InMySql>(connection, batch, &self.counter).await
-        };
-        self.writer_of(partition).run(append).await
+        write::append(self.writer_of(partition), batch, &self.counter).await
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
@@ -259,19 +260,26 @@ impl Store for MySqlStore {
 
     async fn purge(
         &self,
-        partition: u16,
+        ownership: Ownership,
         finished_before: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
-        let purge = async |connection: &mut Connection| {
-            let (finished, next) =
-                read::finished::<InMySql>(connection, partition, finished_before, after, limit)
-                    .await?;
-            write::purge::<InMySql>(connection, partition, &finished).await?;
-            Ok((finished.len() as u64, next))
+        let partition = ownership.partition;
+        let find = async |connection: &mut Connection| {
+            read::finished::<InMySql>(connection, partition, finished_before, after, limit).await
         };
-        self.cleaner.run(purge).await
+        let (finished, next) = self.cleaner.run(find).await?;
+        if finished.is_empty() {
+            return Ok((0, next));
+        }
+        let purge = async |connection: &mut Connection| {
+            write::purge::<InMySql>(connection, ownership, &finished).await
+        };
+        Ok(match self.cleaner.run(purge).await? {
+            0 => (0, None),
+            deleted => (deleted, next),
+        })
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {

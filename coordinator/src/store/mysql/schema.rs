@@ -6,8 +6,8 @@ use sqlx::{AssertSqlSafe, Connection as _};
 use super::{Connection, OpenError, server};
 
 /// Each step from one version to the next, oldest first; never changed once it was released. A step that was killed half way is run
-/// again, so it must be repeatable: `IF NOT EXISTS` throughout.
-const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
+/// again, so it must be repeatable: it makes only what is not there yet.
+const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
 const VERSION: usize = MIGRATIONS.len();
 
 /// How long one migration waits for another.
@@ -98,6 +98,10 @@ pub async fn pending(url: &str) -> Result<Vec<&'static str>, OpenError> {
 ///
 /// See [`OpenError`]. What was done until then stays, and the next run goes on from there.
 pub async fn migrate(url: &str) -> Result<(usize, usize), OpenError> {
+    migrate_to(url, VERSION).await
+}
+
+pub(super) async fn migrate_to(url: &str, version: usize) -> Result<(usize, usize), OpenError> {
     let mut connection = server::connect(&server::options(url)?).await?;
     // A lock's name has at most 64 characters, like that of a database.
     let locked: Option<i64> = sqlx::query_scalar(
@@ -114,7 +118,7 @@ pub async fn migrate(url: &str) -> Result<(usize, usize), OpenError> {
         return Err(SchemaError::Newer { found: from }.into());
     }
     sqlx::raw_sql(VERSIONS).execute(&mut connection).await?;
-    for (n, sql) in MIGRATIONS.iter().enumerate().skip(from) {
+    for (n, sql) in MIGRATIONS.iter().enumerate().take(version).skip(from) {
         sqlx::raw_sql(AssertSqlSafe(*sql)).execute(&mut connection).await?;
         sqlx::query("INSERT INTO handfast_schema (version, program) VALUES (?, ?)")
             .bind(i64::try_from(n + 1).unwrap_or(i64::MAX))
@@ -123,5 +127,5 @@ pub async fn migrate(url: &str) -> Result<(usize, usize), OpenError> {
             .await?;
     }
     drop(connection.close().await); // and with it the lock
-    Ok((from, VERSION))
+    Ok((from, version.max(from)))
 }

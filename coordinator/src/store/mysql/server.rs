@@ -92,12 +92,16 @@ pub(super) async fn set_up_reader(connection: &mut Connection) -> Result<(), sql
 
 /// Makes a connection one that deletes. It locks only the rows that it deletes: in REPEATABLE READ it would lock the gaps beside the
 /// branches too, and whoever writes there, next to the newest one that is deleted, would wait for it. It waits for rows less long
-/// than we wait for its answer, so that a delete that was given up does not go on at the server.
-pub(super) async fn set_up_cleaner(connection: &mut Connection) -> Result<(), sqlx::Error> {
+/// than we wait for its answer, so that a delete that was given up does not go on at the server. The server ends it when it is
+/// silent, also in the middle of a delete: the next owner would wait for that one.
+pub(super) async fn set_up_cleaner(
+    connection: &mut Connection,
+    silence_max_seconds: u32,
+) -> Result<(), sqlx::Error> {
     let wait_seconds = CALL_TIMEOUT.as_secs() / 2;
     sqlx::raw_sql(AssertSqlSafe(format!(
         "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
-         SET SESSION innodb_lock_wait_timeout = {wait_seconds}"
+         SET SESSION innodb_lock_wait_timeout = {wait_seconds}, wait_timeout = {silence_max_seconds}"
     )))
     .execute(connection)
     .await?;

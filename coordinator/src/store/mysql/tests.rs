@@ -121,7 +121,8 @@ async fn a_purge_waits_only_for_what_it_deletes() {
         for count in [1, 20, 300] {
             let old = old(&mut owner, count);
             owner.append(old.iter().map(inserted).collect()).await;
-            let purge = store.purge(2, NOW + Duration::from_secs(60), None, 1000).await;
+            let purge =
+                store.purge(owner.ownership(2), NOW + Duration::from_secs(60), None, 1000).await;
             assert_eq!(purge.unwrap().0, count as u64);
         }
         hold.rollback().await.unwrap();
@@ -148,9 +149,9 @@ async fn a_purge_that_waits_holds_nobody_up() {
             .await
             .unwrap();
         let purging = store.clone();
-        let limit = 100;
+        let (ownership, limit) = (owner.ownership(2), 100);
         let purge = tokio::spawn(async move {
-            purging.purge(2, NOW + Duration::from_secs(60), None, limit).await
+            purging.purge(ownership, NOW + Duration::from_secs(60), None, limit).await
         });
         let mut looking = database.connect().await;
         let branches = "SELECT position FROM branch WHERE xid = ? FOR UPDATE SKIP LOCKED";
@@ -182,7 +183,8 @@ async fn a_read_after_a_purge_of_nothing_sees_one_moment() {
         let database = Database::new(&server).await;
         let store = database.store().await;
         let mut other = database.connect().await;
-        let purges = (0..READERS).map(|_| store.purge(2, NOW, None, 10));
+        let owner = Owner::of(&store).await;
+        let purges = (0..READERS).map(|_| store.purge(owner.ownership(2), NOW, None, 10));
         for purged in futures_util::future::join_all(purges).await {
             assert_eq!(purged.unwrap(), (0, None));
         }
@@ -215,6 +217,39 @@ async fn a_read_whose_caller_goes_away_costs_no_connection() {
         for list in futures_util::future::join_all(lists).await {
             assert_eq!(list.unwrap(), []);
         }
+        database.drop().await;
+    }
+}
+
+/// A step may be killed half way, and an older coordinator may still be at work meanwhile.
+#[tokio::test]
+async fn a_store_of_version_1_becomes_one_of_version_2() {
+    for server in servers() {
+        let database = Database::of_version(&server, 1).await;
+        let mut connection = database.connect().await;
+        let version_1 = "INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) VALUES (3, 1, 77, '', 0);
+                         UPDATE `partition` SET epoch = 1, position = 5, owner = 'one' WHERE `partition` = 3;
+                         INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, due_at)
+                         VALUES (x'00030000000100000000000100000000', 'old', 1, 1, '{}', 0, 0, 0)";
+        sqlx::raw_sql(version_1).execute(&mut connection).await.unwrap();
+        assert!(
+            MySqlStore::open(&database.url(), true)
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("version 1")
+        );
+        let url = database.url();
+        assert_eq!(migrate(&url).await.unwrap(), (1, 2));
+        let undone = "DELETE FROM handfast_schema WHERE version = 2"; // as if it had been killed just before
+        sqlx::raw_sql(undone).execute(&mut connection).await.unwrap();
+        assert_eq!(migrate(&url).await.unwrap(), (1, 2));
+        assert_eq!(migrate(&url).await.unwrap(), (2, 2));
+        let store = database.store().await;
+        let seats = store.seats().await.unwrap();
+        let seat = seats.iter().find(|seat| seat.partition == 3).unwrap();
+        assert_eq!((seat.epoch, seat.nonce, seat.position), (1, 77, 5));
+        assert_eq!(store.acquire(&[3], "two", NOW).await.unwrap()[0].epoch, 2);
         database.drop().await;
     }
 }

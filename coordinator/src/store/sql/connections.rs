@@ -83,6 +83,11 @@ impl<D: Dialect> Connections<D> {
             .unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
     }
 
+    /// Closes those that nobody uses: the next piece of work gets a new one.
+    pub(in crate::store) fn close_idle(&self) {
+        self.state().idle.clear();
+    }
+
     async fn lend(&self) -> Result<Lent<'_, D>, Error> {
         let permit = self.permits.acquire().await.expect("never closed");
         let mut lent = Lent { of: self, connection: None, id: 0, _permit: permit };

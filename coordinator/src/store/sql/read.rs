@@ -60,12 +60,13 @@ async fn absent<D: Dialect>(connection: &mut Connection<D>, xid: Xid) -> Result<
     let through = Query::new("SELECT through FROM purged WHERE `partition` = ?");
     let through: Option<(Vec<u8>,)> =
         D::fetch(connection, through.bind(xid.partition)).await?.pop();
-    let nonce = Query::new("SELECT nonce FROM epoch WHERE `partition` = ? AND epoch = ?");
-    let nonce: Option<(u32,)> =
-        D::fetch(connection, nonce.bind(xid.partition).bind(xid.epoch)).await?.pop();
+    let epoch = Query::new("SELECT nonce, lost FROM epoch WHERE `partition` = ? AND epoch = ?");
+    let epoch: Option<(u32, Option<i64>)> =
+        D::fetch(connection, epoch.bind(xid.partition).bind(xid.epoch)).await?.pop();
     Ok(Lookup::Absent {
         purged_through: through.map(|(through,)| record::xid(&through)).transpose()?,
-        nonce: nonce.map(|(nonce,)| nonce),
+        nonce: epoch.map(|(nonce, _)| nonce),
+        lost: matches!(epoch, Some((_, Some(_)))),
     })
 }
 

@@ -1,15 +1,19 @@
 //! Everything that changes a store in an SQL database. Each function is one local transaction. After an error that one is still open:
 //! whoever lent the connection closes it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use handfast_proto::{Xid, crash_point};
+use tracing::warn;
 
-use super::{Connection, Counter, Dialect, Query};
+use super::{Cell, Connection, Connections, Counter, Dialect, Query};
 use crate::{
-    store::{Appended, Batch, Error, Ownership, Seat, judge},
+    store::{Appended, Batch, Damage, Error, Ownership, Recorded, Seat, judge},
     transaction::Timestamp,
 };
+
+/// Pause before what does not fit is looked at again.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 pub(in crate::store) async fn acquire<D: Dialect>(
     connection: &mut Connection<D>,
@@ -20,34 +24,83 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     if partitions.is_empty() {
         return Ok(Vec::new());
     }
+    let nonces: BTreeMap<u16, u32> =
+        partitions.iter().map(|partition| (*partition, rand::random())).collect();
     D::run(connection, D::BEGIN_WRITING).await?;
     // First the UPDATE: from here on the rows are ours, and what is read is what was written.
-    let mut query =
-        Query::new("UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = ?").bind(owner);
-    query.push(" WHERE `partition` IN (").push_list(partitions.iter().copied());
+    let mut query = Query::new("UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = ?");
+    query = query.bind(owner);
+    query.push(", nonce = CASE `partition`");
+    for (partition, nonce) in &nonces {
+        query.push(" WHEN ").push_bind(*partition).push(" THEN ").push_bind(*nonce);
+    }
+    query.push(" END WHERE `partition` IN (").push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
     let recorded = recorded::<D>(connection).await?;
     let ownership = |partition: &u16| match recorded.get(partition) {
-        Some((epoch, _)) => {
-            Ok(Ownership { partition: *partition, epoch: *epoch, nonce: rand::random() })
+        Some(Recorded { epoch, nonce, .. }) => {
+            Ok(Ownership { partition: *partition, epoch: *epoch, nonce: *nonce })
         }
         None => Err(Error::Corrupt(format!("the store has no row for partition {partition}"))),
     };
     let ownerships = partitions.iter().map(ownership).collect::<Result<Vec<_>, _>>()?;
-    for Ownership { partition, epoch, nonce } in &ownerships {
-        let query = Query::new(
-            "INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) VALUES (?, ?, ?, ?, ?)",
-        );
-        let query = query.bind(*partition).bind(*epoch).bind(*nonce).bind(owner).bind(now);
-        D::execute(connection, query).await?;
+    // The earlier epochs are over. A step of their owner's purge writes the same row, so one of the two waits for the other.
+    let mut query =
+        Query::new("UPDATE epoch SET ended_at = ? WHERE ended_at IS NULL AND `partition` IN (")
+            .bind(now);
+    query.push_list(nonces.keys().copied());
+    D::execute(connection, query).await?;
+    let mut query =
+        Query::new("INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) VALUES ");
+    for (n, Ownership { partition, epoch, nonce }) in ownerships.iter().enumerate() {
+        query.push(if n == 0 { "(" } else { ", (" });
+        query.push_list([
+            Cell::from(*partition),
+            Cell::from(*epoch),
+            Cell::from(*nonce),
+            Cell::from(owner),
+            Cell::from(now),
+        ]);
     }
+    D::execute(connection, query).await?;
     crash_point!("takeover.before_commit");
     D::run(connection, "COMMIT").await?;
     crash_point!("takeover.after_commit");
     Ok(ownerships)
 }
 
+/// Appends a batch. Damage is believed when a second look, on a new connection, still finds it: the first one may have come to a
+/// server that is behind.
 pub(in crate::store) async fn append<D: Dialect>(
+    connections: &Connections<D>,
+    batch: &Batch,
+    counter: &Counter,
+) -> Result<Appended, Error> {
+    let mut looked_again = false;
+    loop {
+        let append = async |connection: &mut Connection<D>| {
+            append_once::<D>(connection, batch, counter).await
+        };
+        match connections.run(append).await? {
+            Appended::Damaged(damaged) if !looked_again => {
+                warn!(?damaged, "a batch does not fit what is recorded; looking again");
+                connections.close_idle();
+                tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+                looked_again = true;
+            }
+            Appended::Damaged(damaged) => {
+                let burn = async |connection: &mut Connection<D>| {
+                    burn::<D>(connection, batch, &damaged).await
+                };
+                connections.run(burn).await?;
+                return Ok(Appended::Damaged(damaged));
+            }
+            appended @ (Appended::Durable | Appended::Fenced(_)) => return Ok(appended),
+        }
+    }
+}
+
+async fn append_once<D: Dialect>(
     connection: &mut Connection<D>,
     batch: &Batch,
     counter: &Counter,
@@ -77,42 +130,76 @@ pub(in crate::store) async fn append<D: Dialect>(
     }
 }
 
+/// Marks the epochs that have lost batches: what is missing of them may have been told.
+async fn burn<D: Dialect>(
+    connection: &mut Connection<D>,
+    batch: &Batch,
+    damaged: &[Damage],
+) -> Result<(), Error> {
+    D::run(connection, D::BEGIN_WRITING).await?;
+    for Damage { partition, lost, .. } in damaged.iter().filter(|damage| damage.lost > 0) {
+        for guard in batch.guards.iter().filter(|guard| guard.partition == *partition) {
+            let query = Query::new(
+                "UPDATE epoch SET lost = ? WHERE `partition` = ? AND epoch = ? AND nonce = ?",
+            );
+            let lost = i64::try_from(*lost).unwrap_or(i64::MAX);
+            let query = query.bind(lost).bind(*partition).bind(guard.epoch).bind(guard.nonce);
+            D::execute(connection, query).await?;
+        }
+    }
+    D::run(connection, "COMMIT").await?;
+    Ok(())
+}
+
 /// Who owns the partitions.
 pub(in crate::store) async fn seats<D: Dialect>(
     connection: &mut Connection<D>,
 ) -> Result<Vec<Seat>, Error> {
-    let query = Query::new("SELECT `partition`, epoch, position, owner FROM `partition`");
-    let rows: Vec<(u16, u32, i64, Option<String>)> = D::fetch(connection, query).await?;
-    let seat = |(partition, epoch, position, owner): (_, _, i64, _)| Seat {
+    let query = Query::new("SELECT `partition`, epoch, nonce, position, owner FROM `partition`");
+    let rows: Vec<(u16, u32, u32, i64, Option<String>)> = D::fetch(connection, query).await?;
+    let seat = |(partition, epoch, nonce, position, owner): (_, _, _, i64, _)| Seat {
         partition,
         epoch,
+        nonce,
         position: position.cast_unsigned(),
         owner,
     };
     Ok(rows.into_iter().map(seat).collect())
 }
 
-/// Epoch and position of every partition.
 async fn recorded<D: Dialect>(
     connection: &mut Connection<D>,
-) -> Result<BTreeMap<u16, (u32, u64)>, Error> {
-    let seats = seats::<D>(connection).await?.into_iter();
-    Ok(seats.map(|seat| (seat.partition, (seat.epoch, seat.position))).collect())
+) -> Result<BTreeMap<u16, Recorded>, Error> {
+    let recorded = |seat: Seat| {
+        let Seat { partition, epoch, nonce, position, owner: _ } = seat;
+        (partition, Recorded { epoch, nonce, position })
+    };
+    Ok(seats::<D>(connection).await?.into_iter().map(recorded).collect())
 }
 
-/// Deletes what [`super::read::finished`] has found, and remembers how far it went.
+/// Deletes what [`super::read::finished`] has found, and remembers how far it went. Returns how many it deleted: none, if the
+/// partition has another owner.
 pub(in crate::store) async fn purge<D: Dialect>(
     connection: &mut Connection<D>,
-    partition: u16,
+    Ownership { partition, epoch, nonce }: Ownership,
     finished: &[Xid],
-) -> Result<(), Error> {
-    let Some(through) = finished.iter().max().copied() else { return Ok(()) };
+) -> Result<u64, Error> {
+    let Some(through) = finished.iter().max().copied() else { return Ok(0) };
     D::run(connection, D::BEGIN_WRITING).await?;
+    // Not the partition's own row: its batches would wait until the rows are deleted.
+    let guard = Query::new(
+        "UPDATE epoch SET purges = purges + 1 WHERE `partition` = ? AND epoch = ? AND nonce = ? AND ended_at IS NULL",
+    );
+    let guard = guard.bind(partition).bind(epoch).bind(nonce);
+    if D::execute(connection, guard).await? == 0 {
+        D::run(connection, "ROLLBACK").await?;
+        return Ok(0);
+    }
     D::delete(connection, finished).await?;
     let mark = Query::new(D::UPSERT_PURGED).bind(partition).bind(through).bind(through);
     D::execute(connection, mark).await?;
     D::run(connection, "COMMIT").await?;
-    Ok(())
+    Ok(finished.len() as u64)
 }
 
 pub(in crate::store) async fn release<D: Dialect>(
@@ -120,10 +207,11 @@ pub(in crate::store) async fn release<D: Dialect>(
     ownerships: &[Ownership],
 ) -> Result<(), Error> {
     D::run(connection, D::BEGIN_WRITING).await?;
-    for Ownership { partition, epoch, .. } in ownerships {
-        let query =
-            Query::new("UPDATE `partition` SET owner = NULL WHERE `partition` = ? AND epoch = ?");
-        D::execute(connection, query.bind(*partition).bind(*epoch)).await?;
+    for Ownership { partition, epoch, nonce } in ownerships {
+        let query = Query::new(
+            "UPDATE `partition` SET owner = NULL WHERE `partition` = ? AND epoch = ? AND nonce = ?",
+        );
+        D::execute(connection, query.bind(*partition).bind(*epoch).bind(*nonce)).await?;
     }
     crash_point!("hand_back.before_commit");
     D::run(connection, "COMMIT").await?;

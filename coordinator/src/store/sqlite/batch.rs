@@ -62,6 +62,7 @@ async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result
     for (n, guard) in guards.iter().cycle().take(size).enumerate() {
         query.push(if n == 0 { "(partition = " } else { " OR (partition = " });
         query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
+        query.push(" AND nonce = ").push_bind(guard.nonce);
         query.push(" AND position = ").push_bind(guard.position.cast_signed() - 1).push(")");
     }
     Ok(query.build().execute(connection).await?.rows_affected())

@@ -8,15 +8,16 @@ use std::{
 };
 
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::super::PARTITIONS;
 
 /// What `PRAGMA application_id` says of our files: "HFST".
 const APPLICATION_ID: i64 = 0x4846_5354;
-/// What `PRAGMA user_version` says: the version of the schema.
-const SCHEMA_VERSION: i64 = 1;
-const SCHEMA: &str = include_str!("schema.sql");
+/// Each step from one version of the schema to the next, oldest first; never changed once it was released.
+const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
+/// What `PRAGMA user_version` says: how many steps were done.
+const SCHEMA_VERSION: i64 = 2;
 
 /// Why a store cannot be opened. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -145,7 +146,10 @@ impl LockedFile {
         // Version 0: new, or killed before its tables were there. Made in one go, so that they are there or not.
         if version == 0 {
             warn!(path = %self.path.display(), "there was no store: this is a new one, and knows no transactions");
-            create(&mut connection).await.map_err(failed)?;
+        }
+        if version < SCHEMA_VERSION {
+            migrate(&mut connection, version).await.map_err(failed)?;
+            info!(path = %self.path.display(), from = version, to = SCHEMA_VERSION, "the store's tables are of this version now");
         }
         Ok(connection)
     }
@@ -190,14 +194,20 @@ fn beside(path: &Path, ending: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-async fn create(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+/// Does the steps that are missing, all of them or none.
+async fn migrate(connection: &mut SqliteConnection, from: i64) -> Result<(), sqlx::Error> {
     let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-    sqlx::raw_sql(SCHEMA).execute(&mut *tx).await?;
-    for partition in 0..PARTITIONS {
-        sqlx::query("INSERT INTO partition (partition, epoch, position) VALUES (?, 0, 0)")
-            .bind(partition)
-            .execute(&mut *tx)
-            .await?;
+    let done = usize::try_from(from).unwrap_or(0);
+    for step in STEPS.into_iter().skip(done) {
+        sqlx::raw_sql(step).execute(&mut *tx).await?;
+    }
+    if done == 0 {
+        for partition in 0..PARTITIONS {
+            sqlx::query("INSERT INTO partition (partition, epoch, position) VALUES (?, 0, 0)")
+                .bind(partition)
+                .execute(&mut *tx)
+                .await?;
+        }
     }
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
         "PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
@@ -213,7 +223,7 @@ mod tests {
 
     use super::{super::SqliteStore, *};
     use crate::{
-        store::{Store as _, Summary},
+        store::{Appended, Batch, Guard, Store as _, Summary},
         transaction::{StuckAfter, Timestamp},
     };
 
@@ -276,6 +286,30 @@ mod tests {
         connection.close().await.unwrap();
         let error = error(&path).await;
         assert!(error.contains("99") && error.contains("newer"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_store_of_version_1_becomes_one_of_this_version() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
+        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+        let version_1 = format!(
+            "{}; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1;
+             INSERT INTO partition (partition, epoch, position, owner) VALUES (3, 1, 5, 'one');
+             INSERT INTO epoch (partition, epoch, nonce, owner, taken_at) VALUES (3, 1, 77, 'one', 0);",
+            STEPS[0]
+        );
+        sqlx::raw_sql(sqlx::AssertSqlSafe(version_1)).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        let store = SqliteStore::open(&path).await.unwrap();
+        // The owner before goes on, if it could: epoch and nonce are its own.
+        let guard = Guard { partition: 3, epoch: 1, nonce: 77, position: 6 };
+        let batch = Batch { guards: vec![guard], writes: Vec::new() };
+        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
+        assert_eq!(store.acquire(&[3], "two", Timestamp(1)).await.unwrap()[0].epoch, 2);
+        drop(store);
+        SqliteStore::open(&path).await.unwrap();
     }
 
     #[tokio::test]

@@ -142,11 +142,7 @@ impl Store for SqliteStore {
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        self.writer
-            .run(async |connection| {
-                write::append::<InSqlite>(connection, batch, &self.counter).await
-            })
-            .await
+        write::append(&self.writer, batch, &self.counter).await
     }
 
     async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
@@ -198,27 +194,26 @@ impl Store for SqliteStore {
 
     async fn purge(
         &self,
-        partition: u16,
+        ownership: Ownership,
         finished_before: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
-        let (finished, next) = self
-            .readers
-            .run(async |connection| {
-                read::finished::<InSqlite>(connection, partition, finished_before, after, limit)
-                    .await
-            })
-            .await?;
-        let deleted = u64::try_from(finished.len()).expect("a page of them");
-        if !finished.is_empty() {
-            self.writer
-                .run(async |connection| {
-                    write::purge::<InSqlite>(connection, partition, &finished).await
-                })
-                .await?;
+        let partition = ownership.partition;
+        let find = async |connection: &mut Connection| {
+            read::finished::<InSqlite>(connection, partition, finished_before, after, limit).await
+        };
+        let (finished, next) = self.readers.run(find).await?;
+        if finished.is_empty() {
+            return Ok((0, next));
         }
-        Ok((deleted, next))
+        let purge = async |connection: &mut Connection| {
+            write::purge::<InSqlite>(connection, ownership, &finished).await
+        };
+        Ok(match self.writer.run(purge).await? {
+            0 => (0, None),
+            deleted => (deleted, next),
+        })
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
@@ -263,7 +258,7 @@ mod tests {
             }
         });
         let batch = Batch {
-            guards: vec![Guard { partition: 0, epoch, position: 1 }],
+            guards: vec![Guard { partition: 0, epoch, nonce, position: 1 }],
             writes: writes.collect(),
         };
         // No page more than there are: SQLite says the same as on a full disk. A new connection has the space again.
@@ -316,8 +311,10 @@ mod tests {
             new_branches: 0,
             changed_branches: BranchSet::EMPTY,
         };
-        let batch =
-            Batch { guards: vec![Guard { partition: 3, epoch, position: 1 }], writes: vec![write] };
+        let batch = Batch {
+            guards: vec![Guard { partition: 3, epoch, nonce, position: 1 }],
+            writes: vec![write],
+        };
         store.append(&batch).await.unwrap();
         let readable = store.readers.run(async |connection| {
             let readable = "SELECT xid, state, begun_at FROM readable_transaction";
@@ -379,7 +376,7 @@ mod tests {
                 changed_branches: BranchSet::EMPTY,
             };
             let batch = Batch {
-                guards: vec![Guard { partition: 3, epoch, position: n }],
+                guards: vec![Guard { partition: 3, epoch, nonce, position: n }],
                 writes: vec![write],
             };
             let answer = store.append(&batch).await;

@@ -173,6 +173,7 @@ impl Database {
                     self.look_at(write.global.xid);
                 }
             }
+            Ok(Appended::Damaged(_)) => {} // see `Client::append`
             Ok(Appended::Fenced(_)) => self.chronicle.count("store: batch of a replaced owner"),
             Err(_) => {} // one that lands late may not follow any more; else its owner hears it
         }
@@ -349,7 +350,12 @@ impl Store for Client {
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
         let batch = batch.clone();
         let appended = self.call(Kind::Write, move |database| database.append(&batch)).await;
-        if let Err(Error::Corrupt(what)) = &appended {
+        let wrong = match &appended {
+            Err(Error::Corrupt(what)) => Some(what.clone()),
+            Ok(Appended::Damaged(damaged)) => Some(format!("{damaged:?}")),
+            Ok(Appended::Durable | Appended::Fenced(_)) | Err(Error::Unavailable(_)) => None,
+        };
+        if let Some(what) = wrong {
             let text = format!("the store was handed a batch that cannot be: {what}");
             self.database.chronicle.violation("I7", text);
         }
@@ -392,13 +398,13 @@ impl Store for Client {
 
     async fn purge(
         &self,
-        partition: u16,
+        ownership: Ownership,
         finished_before: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let purge = move |database: &Database| {
-            at_once(database.tables.purge(partition, finished_before, after, limit))
+            at_once(database.tables.purge(ownership, finished_before, after, limit))
         };
         self.call(Kind::Write, purge).await
     }

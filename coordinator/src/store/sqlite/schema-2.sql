@@ -1,0 +1,18 @@
+-- Version 2: an owner is known by its epoch and its nonce, a transaction's row says how many branches it has, and the store
+-- remembers which epochs have lost something.
+
+-- Random, of the epoch: two copies of a file that went apart can have the same epoch, but not the same nonce.
+ALTER TABLE partition ADD COLUMN nonce INTEGER NOT NULL DEFAULT 0;
+UPDATE partition SET nonce = coalesce((SELECT e.nonce FROM epoch AS e
+    WHERE e.partition = partition.partition AND e.epoch = partition.epoch), 0);
+
+-- When the next owner took over; NULL: nobody has yet.
+ALTER TABLE epoch ADD COLUMN ended_at INTEGER;
+-- Steps of the purge under this epoch.
+ALTER TABLE epoch ADD COLUMN purges INTEGER NOT NULL DEFAULT 0;
+-- Batches that the store acknowledged under this epoch and then lost, as its owner noticed; NULL: none. What is missing of such
+-- an epoch is answered LOST.
+ALTER TABLE epoch ADD COLUMN lost INTEGER;
+
+-- How many rows it has in `branch`; NULL: recorded by version 1.
+ALTER TABLE global_transaction ADD COLUMN branches INTEGER;

@@ -20,7 +20,7 @@ impl Protocol {
         let (first, second) = (state.store, *state.past.get(which)?);
         // If the takeover that replaced a zombie were lost, the zombie would be the owner again, and nobody could notice.
         when(state.coordinators.iter().all(|it| !it.owns() || state.is_live_owner(it)))?;
-        if first.record != second.record {
+        if (first.record, first.purged) != (second.record, second.purged) {
             when(self.scope.losses && state.has_live_owner())?;
             state.history.loss_unnoticed = true;
         }

@@ -95,8 +95,12 @@ fn clean() -> Vec<Variant> {
             Scope { forgets: true, ..TWO_HISTORIES },
         ),
         large(
-            "a failover loses batches, memory and store forget, a replica lags, 2 crashes, 1 fault",
-            Scope { forgets: true, purge: true, crashes: 2, faults: 1, ..old_reads(LOSSY) },
+            "a failover loses batches, 2 crashes, 1 fault",
+            Scope { crashes: 2, faults: 1, ..LOSSY },
+        ),
+        large(
+            "a failover loses batches, memory and store forget, 2 crashes",
+            Scope { forgets: true, purge: true, crashes: 2, ..LOSSY },
         ),
         large("a takeover, 1 crash, 1 fault", Scope { crashes: 1, ..FAULTY }),
         large("two takeovers (two zombies), 1 fault", Scope { takeovers: 2, ..FAULTY }),

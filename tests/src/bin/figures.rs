@@ -1,4 +1,4 @@
-//! The table in the README's section "How it is tested", made from what the machines printed with `--json`. Nobody types it.
+//! Writes the table in the README's section "How it is tested" from what the programs that test printed with `--json`.
 
 #![allow(clippy::print_stdout, reason = "what is printed is the table")]
 
@@ -11,16 +11,16 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde_json::Value;
 
-/// Between these lines of a README the table stands.
+/// The lines before and after the table in a README.
 const MARKS: [&str; 2] = ["<!-- figures -->", "<!-- end of figures -->"];
 
-/// Prints the table of figures, or puts it where it belongs.
+/// Prints the table of figures, or writes it into files.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Where the machines' answers are, one file for each: `scripts/prove` writes them.
+    /// The folder that `scripts/prove` has written, with one file for each program.
     #[arg(default_value = "target/figures")]
     folder: PathBuf,
-    /// Replaces the table in this file.
+    /// Replace the table in this file
     #[arg(long, value_name = "FILE")]
     write: Vec<PathBuf>,
 }
@@ -43,35 +43,38 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What a machine did, and what it found.
+/// Makes the cells of a row: what a program did, and what it found.
 type Row = fn(&Value) -> String;
 
-/// The machines: the file with the answer, the first cell of the row, and what makes the others.
-const MACHINES: [(&str, &str, Row); 8] = [
+/// The programs: the file with the result, the first cell of the row, and the function for the other cells.
+const PROGRAMS: [(&str, &str, Row); 11] = [
     ("model", "model", model),
     ("simulate", "simulation", simulation),
     ("bugs", "planted bugs", bugs),
     ("chaos-sqlite", "chaos, sqlite", chaos),
     ("chaos-mysql", "chaos, mysql", chaos),
     ("chaos-mariadb", "chaos, mariadb", chaos),
+    ("chaos-replication", "chaos, mariadb with a replica", chaos),
+    ("chaos-galera", "chaos, galera", chaos),
+    ("chaos-group-replication", "chaos, mysql group replication", chaos),
     ("recovery", "recovery", recovery),
     ("fuzz", "fuzzing", fuzz),
 ];
 
-/// The table. A machine that has not answered here keeps the row of the table that was; one that never has, has none.
+/// Makes the table. A program without a result in `folder` keeps its row of the table `before`, if it has one there.
 fn table(folder: &Path, before: &str) -> String {
-    let rows = MACHINES.iter().filter_map(|(file, machine, row)| {
-        let begins = format!("| {machine} | ");
+    let rows = PROGRAMS.iter().filter_map(|(file, program, row)| {
+        let begins = format!("| {program} | ");
         match read(folder, file) {
             Some(answer) => Some(format!("{begins}{} |", row(&answer))),
             None => before.lines().find(|line| line.starts_with(&begins)).map(str::to_owned),
         }
     });
     let rows: Vec<_> = rows.collect();
-    format!("| machine | what it did | what it found |\n|---|---|---|\n{}", rows.join("\n"))
+    format!("| program | what it did | what it found |\n|---|---|---|\n{}", rows.join("\n"))
 }
 
-/// What a machine answered, if it has.
+/// Reads the result of a program, if there is one.
 fn read(folder: &Path, name: &str) -> Option<Value> {
     let text = fs::read_to_string(folder.join(name).with_extension("json")).ok()?;
     serde_json::from_str(&text).ok()
@@ -122,9 +125,14 @@ fn bugs(it: &Value) -> String {
 }
 
 fn chaos(it: &Value) -> String {
+    let switches = &it["faults"]["database: new connections led to another server"];
+    let switches = match switches.as_u64() {
+        Some(count) => format!(" and {} switches", grouped(count)),
+        None => String::new(),
+    };
     let unknown = |how: &str| it["unknown_resolved"][how].as_u64().unwrap_or_default();
     format!(
-        "{} s: {} kills of processes, {} of the database, {} orders, {} told confirmed, {} unknown and resolved later | lost {}, promises broken {}; all resolved within {} s once all was well",
+        "{} s: {} kills of processes, {} of the database{switches}, {} orders, {} told confirmed, {} unknown and resolved later | lost {}, promises broken {}; all resolved within {} s once all was well",
         it["seconds"],
         number(&it["process_kills"]),
         number(&it["database_kills"]),

@@ -105,7 +105,8 @@ impl<'w> Coordinators<'w> {
                 self.current = Some(serving(self.world, crash).await?);
                 continue;
             };
-            let lives = Duration::from_millis(self.rng.random_range(LIFE_MS));
+            let lives = Duration::from_millis(self.rng.random_range(LIFE_MS))
+                + self.world.peace().mul_f64(self.rng.random_range(0.0..1.0));
             self.current = match current.life.ended(lives).await? {
                 Some(status) => {
                     died(self.world, &current, status);

@@ -1,15 +1,19 @@
-//! Where everything is kept: files of SQLite, or databases on one server of MySQL or MariaDB, which may be ours to kill. And what is
-//! read there at the end.
+//! Where the data is: in SQLite files, on one server of MySQL or MariaDB, which may be ours to kill, or on a group of servers, one of
+//! which is the current one. Also reads the data at the end.
 
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use handfast_shop::store::{Service, Store, Stores};
-use handfast_tests::{database::Server, process};
+use handfast_tests::{
+    database::{Group, Kind, Server, USER},
+    process,
+};
 use sqlx::{
     AssertSqlSafe, Connection as _, FromRow, MySqlConnection, SqliteConnection,
     mysql::MySqlRow,
@@ -37,19 +41,32 @@ enum Place {
         prefix: String,
         own: Option<Server>,
     },
+    Group {
+        group: Group,
+        /// The member that new connections go to.
+        current: AtomicU16,
+    },
 }
 
 const NAMES: [&str; 4] = ["coordinator", "order", "inventory", "points"];
+/// Before the name of each database on servers of our own.
+const PREFIX: &str = "chaos_";
 
 impl Databases {
-    /// Makes them: `sqlite` in `folder`; `mysql` or `mariadb` on a server that is started in `folder`; or on the server of a URL.
+    /// Makes the databases: `sqlite` in `folder`; `mysql`, `mariadb` or a kind of group on servers that are started in `folder`; or on
+    /// the server of a URL.
     pub(crate) async fn make(store: &str, folder: &Path) -> anyhow::Result<Self> {
         let place = match store {
+            group if Kind::named(group).is_some() => {
+                let kind = Kind::named(group).expect("it is one");
+                let group = Group::start_in(kind, folder.join("servers")).await?;
+                Place::Group { group, current: AtomicU16::new(0) }
+            }
             "sqlite" => return Ok(Self { place: Place::Folder(folder.to_owned()) }),
             "mysql" | "mariadb" => {
                 let own = Server::start_in(store, folder.join("server")).await;
                 let login = login(&own.url())?;
-                Place::Server { login, prefix: "chaos_".to_owned(), own: Some(own) }
+                Place::Server { login, prefix: PREFIX.to_owned(), own: Some(own) }
             }
             url => {
                 let prefix = format!("handfast_chaos_{:08x}_", rand::random::<u32>());
@@ -68,12 +85,12 @@ impl Databases {
     pub(crate) async fn drop(&self) -> anyhow::Result<()> {
         match &self.place {
             Place::Server { own: None, .. } => self.for_each_database("DROP").await,
-            Place::Server { .. } | Place::Folder(_) => Ok(()),
+            Place::Server { .. } | Place::Group { .. } | Place::Folder(_) => Ok(()),
         }
     }
 
     async fn for_each_database(&self, what: &str) -> anyhow::Result<()> {
-        let Place::Server { login: (who, at), prefix, .. } = &self.place else { return Ok(()) };
+        let Some(((who, at), prefix)) = self.login() else { return Ok(()) };
         let mut server = MySqlConnection::connect(&format!("mysql://{who}@{at}")).await?;
         for name in NAMES {
             let sql = format!("{what} DATABASE {prefix}{name}");
@@ -82,23 +99,43 @@ impl Databases {
         Ok(())
     }
 
+    /// How to log in to the server that new connections go to, and what is before the name of each database there.
+    fn login(&self) -> Option<((String, String), &str)> {
+        match &self.place {
+            Place::Folder(_) => None,
+            Place::Server { login, prefix, .. } => Some((login.clone(), prefix)),
+            Place::Group { group, current } => {
+                let at = group.address(current.load(Ordering::Relaxed)).to_string();
+                Some(((USER.to_owned(), at), PREFIX))
+            }
+        }
+    }
+
+    /// The servers that can be switched, and which member is the current one.
+    pub(crate) fn group(&self) -> Option<(&Group, &AtomicU16)> {
+        match &self.place {
+            Place::Group { group, current } => Some((group, current)),
+            Place::Server { .. } | Place::Folder(_) => None,
+        }
+    }
+
     /// The server that may be killed.
     pub(crate) fn own_server(&self) -> Option<&Server> {
         match &self.place {
             Place::Server { own, .. } => own.as_ref(),
-            Place::Folder(_) => None,
+            Place::Group { .. } | Place::Folder(_) => None,
         }
     }
 
     /// Whether there is a server at all.
     pub(crate) fn is_server(&self) -> bool {
-        matches!(self.place, Place::Server { .. })
+        matches!(self.place, Place::Server { .. } | Place::Group { .. })
     }
 
     /// Where the server is.
     pub(crate) async fn address(&self) -> anyhow::Result<Option<SocketAddr>> {
-        let Place::Server { login: (_, at), .. } = &self.place else { return Ok(None) };
-        let mut found = tokio::net::lookup_host(at).await?;
+        let Some(((_, at), _)) = self.login() else { return Ok(None) };
+        let mut found = tokio::net::lookup_host(&at).await?;
         Ok(Some(found.next().with_context(|| format!("{at} is nowhere"))?))
     }
 
@@ -122,14 +159,13 @@ impl Databases {
     }
 
     fn store(&self, name: &str, via: Option<&Proxy>) -> Store {
-        match &self.place {
-            Place::Folder(folder) => Store::Sqlite(folder.join(format!("{name}.db"))),
-            Place::Server { login: (who, at), prefix, .. } => {
-                let at = via.map_or_else(|| at.clone(), |proxy| proxy.address().to_string());
-                // In the clear, so that the proxy knows COMMIT when it sees it.
-                Store::MySql(format!("mysql://{who}@{at}/{prefix}{name}?ssl-mode=disabled"))
-            }
+        if let Place::Folder(folder) = &self.place {
+            return Store::Sqlite(folder.join(format!("{name}.db")));
         }
+        let ((who, at), prefix) = self.login().expect("a server has a login");
+        let at = via.map_or(at, |proxy| proxy.address().to_string());
+        // In the clear, so that the proxy knows COMMIT when it sees it.
+        Store::MySql(format!("mysql://{who}@{at}/{prefix}{name}?ssl-mode=disabled"))
     }
 
     /// What a query says, in the database of the coordinator (`None`) or of a service.
@@ -163,7 +199,7 @@ impl Databases {
 
 /// `user:password` and `host:port` of a URL.
 fn login(url: &str) -> anyhow::Result<(String, String)> {
-    let wrong = "--store is sqlite, mysql, mariadb, or mysql://user:password@host:port";
+    let wrong = "--store is sqlite, mysql, mariadb, replication, galera, group-replication, or mysql://user:password@host:port";
     let rest = url.strip_prefix("mysql://").context(wrong)?;
     let authority = rest.split(['/', '?']).next().context(wrong)?;
     let (who, at) = authority.rsplit_once('@').context(wrong)?;

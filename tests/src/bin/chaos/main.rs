@@ -1,5 +1,5 @@
 //! Breaks everything that can break, under load, and then looks whether a promise was broken: the shop's services and a coordinator
-//! as processes, on SQLite, MySQL or MariaDB.
+//! as processes, on SQLite, MySQL or MariaDB, or on a group of such servers.
 //!
 //! Read `coordinators.rs`, `services.rs` and `networks.rs` for what is done to them, `load.rs` for what goes on meanwhile, and
 //! `verdict.rs` for what must hold at the end.
@@ -26,7 +26,7 @@ use std::{
 
 use clap::Parser;
 use handfast_shop::books::{Books, fill};
-use handfast_tests::process;
+use handfast_tests::{database::Kind, process};
 use tempfile::TempDir;
 use tokio::time::{Instant, interval};
 
@@ -51,12 +51,16 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "chaos", after_help = HELP, max_term_width = 100)]
 struct Flags {
-    /// sqlite; mysql or mariadb, for a server of our own, which is killed too; or mysql://user:password@host:port of one that is there
+    /// sqlite; mysql or mariadb: a server that is started for the run, and killed too; replication, galera or group-replication: a group
+    /// of such servers, which are switched; or mysql://user:password@host:port of a running server
     #[arg(long, value_name = "STORE", default_value = "sqlite")]
     store: String,
     /// How long things are broken
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(5..=86_400))]
     seconds: u64,
+    /// In a group: seconds between two switches. New connections go to another server, and old ones live on
+    #[arg(long, value_name = "S", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    move_every: u64,
     /// Customers at a time. Many fill the streams between initiators, coordinator and participants, and whoever dies takes all of it along
     #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=2_000))]
     customers: u16,
@@ -91,9 +95,9 @@ async fn main() -> ExitCode {
         Err(error) => {
             let kept = folder.keep();
             let release = if cfg!(debug_assertions) { "" } else { " --release" };
-            let Flags { store, seconds, customers, .. } = flags;
+            let Flags { store, seconds, move_every, customers, .. } = flags;
             failed(&format!(
-                "{error:#}\nall logs and stores are in {}\nonce more: cargo run{release} -p handfast-tests --bin chaos -- --store {store} --seconds {seconds} --customers {customers} --seed {seed}",
+                "{error:#}\nall logs and stores are in {}\nonce more: cargo run{release} -p handfast-tests --bin chaos -- --store {store} --seconds {seconds} --move-every {move_every} --customers {customers} --seed {seed}",
                 kept.display()
             ))
         }
@@ -108,7 +112,8 @@ fn failed(why: &str) -> ExitCode {
 /// From the first process to the verdict.
 async fn run(flags: &Flags, seed: u64, folder: &TempDir) -> anyhow::Result<Report> {
     process::build_with_crash_points();
-    let world = World::make(&flags.store, folder.path()).await?;
+    let switch_every = Kind::named(&flags.store).map(|_| Duration::from_secs(flags.move_every));
+    let world = World::make(&flags.store, switch_every, folder.path()).await?;
     let mut coordinators = Coordinators::start(&world, seed).await?;
     let [order, inventory, points] = SERVICES
         .map(|service| Troubled::start(&world, service, seed.wrapping_add(10 + service as u64)));
@@ -128,6 +133,7 @@ async fn run(flags: &Flags, seed: u64, folder: &TempDir) -> anyhow::Result<Repor
             networks::trouble_services(&world, seed.wrapping_add(2)),
             networks::trouble_databases(&world, seed.wrapping_add(3)),
             networks::kill_databases(&world, length, seed.wrapping_add(4)),
+            networks::switch_databases(&world, seed.wrapping_add(5)),
         )
     };
     let mut told = tokio::select! {

@@ -1,13 +1,16 @@
 //! What happens between the processes: connections are cut, held up, and lose what goes through them; between coordinator and
-//! database also at the one moment that counts, around COMMIT. And the database server is killed.
+//! database also at the one moment that counts, around COMMIT. The database server is killed, or new connections are led to another
+//! server while old ones live on.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
+use handfast_tests::database::Kind;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep};
 
 use crate::{
     proxy::{Proxy, Trap, Weather},
+    tally::DATABASE_SWITCHED,
     world::World,
 };
 
@@ -27,6 +30,8 @@ const DATABASE_KILL_EVERY: [Duration; 2] = [Duration::from_secs(10), Duration::f
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How long a database stays away, beside what it needs to start.
 const DATABASE_AWAY_MS: std::ops::Range<u64> = 0..2000;
+/// How long a server of a group falls behind the others.
+const BEHIND_MS: std::ops::Range<u64> = 200..2000;
 
 /// What happens to a link.
 #[derive(Debug, Clone, Copy)]
@@ -49,7 +54,7 @@ const TRAPS: [Act; 3] =
 pub(crate) async fn trouble_services(world: &World, seed: u64) -> anyhow::Result<()> {
     let links = &world.links;
     let links: Vec<_> = links.services.values().chain([&links.coordinator]).collect();
-    trouble(world, seed, &links, "network", &WEATHERS, || false).await;
+    trouble(world, seed, &links, "network", &WEATHERS, Duration::ZERO, || false).await;
     Ok(())
 }
 
@@ -58,7 +63,8 @@ pub(crate) async fn trouble_databases(world: &World, seed: u64) -> anyhow::Resul
     let Some(links) = &world.links.databases else { return Ok(()) };
     let acts: Vec<_> = TRAPS.into_iter().chain(WEATHERS).collect();
     let links: Vec<_> = links.iter().collect();
-    trouble(world, seed, &links, "database link", &acts, || world.tally.is_calm()).await;
+    let calm = || world.tally.is_calm();
+    trouble(world, seed, &links, "database link", &acts, world.peace(), calm).await;
     Ok(())
 }
 
@@ -68,6 +74,7 @@ async fn trouble(
     links: &[&Proxy],
     name: &str,
     acts: &[Act],
+    peace: Duration,
     left_alone: impl Fn() -> bool,
 ) {
     let mut rng = StdRng::seed_from_u64(seed);
@@ -95,7 +102,8 @@ async fn trouble(
         if let Some(what) = perform(link, act, &mut rng).await {
             world.tally.fault(format!("{name}: {what}"));
         }
-        sleep(Duration::from_millis(rng.random_range(FAIR_MS))).await;
+        let fair = Duration::from_millis(rng.random_range(FAIR_MS));
+        sleep(fair + peace.mul_f64(rng.random_range(0.0..1.0))).await;
     }
 }
 
@@ -161,6 +169,51 @@ pub(crate) async fn kill_databases(
         world.tally.database_kill();
         sleep(Duration::from_millis(rng.random_range(DATABASE_AWAY_MS))).await;
         server.start_again().await;
+    }
+    Ok(())
+}
+
+/// Switches from one server of the group to another, until it is over. Connections to the old server live on, all or half of them, and
+/// read there what it last had. Where there is no group, nothing.
+pub(crate) async fn switch_databases(world: &World, seed: u64) -> anyhow::Result<()> {
+    let Some((group, current)) = world.databases.group() else { return Ok(()) };
+    let (Some(links), Some(every)) = (&world.links.databases, world.switch_every) else {
+        return Ok(());
+    };
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut stands_still = None;
+    let mut at = Instant::now() + every / 2;
+    while !world.tally.is_over() {
+        if Instant::now() < at || world.tally.is_calm() {
+            sleep(LOOK_EVERY).await;
+            continue;
+        }
+        at = Instant::now() + every.mul_f64(rng.random_range(0.6..1.4));
+        let old = current.load(Ordering::Relaxed);
+        let new = (old + rng.random_range(1..group.members())) % group.members();
+        if let Some(member) = stands_still.take() {
+            group.follow(member, old).await?;
+        }
+        group.switch(old, new).await?;
+        current.store(new, Ordering::Relaxed);
+        let [coordinator, services] = links;
+        coordinator.lead_to(group.address(new));
+        if group.kind() != Kind::Galera {
+            services.lead_to(group.address(new)); // only one member can be written to
+        }
+        if rng.random_bool(0.7) {
+            coordinator.cut_some();
+        }
+        world.tally.fault(DATABASE_SWITCHED);
+        match group.kind() {
+            Kind::Replication if rng.random_bool(0.5) => group.follow(old, new).await?,
+            Kind::Replication => stands_still = Some(old),
+            Kind::Galera | Kind::GroupReplication => {
+                let behind = if rng.random_bool(0.5) { old } else { new };
+                let time = Duration::from_millis(rng.random_range(BEHIND_MS));
+                group.fall_behind(behind, time).await?;
+            }
+        }
     }
     Ok(())
 }

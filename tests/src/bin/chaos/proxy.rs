@@ -72,6 +72,8 @@ struct Sky {
     weather: Weather,
     /// How often all connections were cut.
     cuts: u64,
+    /// How often about half of the connections were cut.
+    partial_cuts: u64,
 }
 
 impl Proxy {
@@ -81,7 +83,7 @@ impl Proxy {
         let address = listener.local_addr()?;
         let way = Arc::new(Way {
             to: Mutex::new(to),
-            sky: watch::Sender::new(Sky { weather: Weather::Fair, cuts: 0 }),
+            sky: watch::Sender::new(Sky { weather: Weather::Fair, cuts: 0, partial_cuts: 0 }),
             trap: Mutex::default(),
             sprung: AtomicU64::new(0),
         });
@@ -113,6 +115,11 @@ impl Proxy {
         self.way.sky.send_modify(|sky| sky.cuts += 1);
     }
 
+    /// Cuts about half of the connections.
+    pub(crate) fn cut_some(&self) {
+        self.way.sky.send_modify(|sky| sky.partial_cuts += 1);
+    }
+
     /// Connections that have lost something do not outlive the change to fair weather.
     pub(crate) fn set(&self, weather: Weather) {
         self.way.sky.send_modify(|sky| sky.weather = weather);
@@ -138,12 +145,22 @@ impl Drop for Proxy {
 
 /// Carries one connection to its end.
 async fn carry(near: TcpStream, way: Arc<Way>) {
-    let mut sky = way.sky.subscribe();
-    let cuts = sky.borrow_and_update().cuts;
-    let mut watched = sky.clone();
+    let sky = way.sky.subscribe();
     tokio::select! {
-        _cut = watched.wait_for(|sky| sky.cuts > cuts) => {}
+        () = cut(sky.clone()) => {}
         () = connect_and_carry(near, &way, sky) => {}
+    }
+}
+
+/// Waits until one connection is cut.
+async fn cut(mut sky: watch::Receiver<Sky>) {
+    let mut seen = *sky.borrow_and_update();
+    while sky.changed().await.is_ok() {
+        let now = *sky.borrow_and_update();
+        if now.cuts > seen.cuts || now.partial_cuts > seen.partial_cuts && fastrand::bool() {
+            return;
+        }
+        seen = now;
     }
 }
 

@@ -43,6 +43,9 @@ const ON_SERVERS: [&str; 10] = [
 /// What comes about only where the server is ours.
 const ON_OUR_SERVERS: [&str; 1] = [DATABASE_KILLED];
 
+/// What comes about only where the database is a group of servers.
+const ON_GROUPS: [&str; 1] = [DATABASE_SWITCHED];
+
 pub(crate) const COORDINATOR_KILLED: &str = "coordinator: killed";
 pub(crate) const COORDINATOR_CRASHED: &str = "coordinator: dies at a crash point";
 pub(crate) const COORDINATOR_STOPPED: &str = "coordinator: stopped in order";
@@ -56,6 +59,7 @@ pub(crate) const SERVICE_CRASHED: &str = "service: dies at a crash point";
 pub(crate) const SERVICE_PAUSED: &str = "service: paused";
 pub(crate) const SERVICE_STOPPED: &str = "service: stopped in order";
 const DATABASE_KILLED: &str = "database: killed";
+pub(crate) const DATABASE_SWITCHED: &str = "database: new connections led to another server";
 
 /// Shared by all who break things, and by those who must know when it is over.
 #[derive(Debug, Default)]
@@ -126,6 +130,9 @@ impl Tally {
         }
         if databases.own_server().is_some() {
             kinds.extend(ON_OUR_SERVERS);
+        }
+        if databases.group().is_some() {
+            kinds.extend(ON_GROUPS);
         }
         let counts = self.counts();
         kinds.retain(|kind| !counts.faults.contains_key(*kind));

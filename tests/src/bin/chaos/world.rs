@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use handfast_shop::store::Service;
@@ -34,6 +35,8 @@ pub(crate) struct World {
     pub(crate) databases: Databases,
     pub(crate) links: Links,
     pub(crate) tally: Arc<Tally>,
+    /// Time between two switches from one database server of a group to another.
+    pub(crate) switch_every: Option<Duration>,
     listen: BTreeMap<Service, SocketAddr>,
     lives: AtomicUsize,
 }
@@ -51,7 +54,11 @@ pub(crate) struct Links {
 
 impl World {
     /// Everything but the processes.
-    pub(crate) async fn make(store: &str, folder: &Path) -> anyhow::Result<Self> {
+    pub(crate) async fn make(
+        store: &str,
+        switch_every: Option<Duration>,
+        folder: &Path,
+    ) -> anyhow::Result<Self> {
         let databases = Databases::make(store, folder).await?;
         let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let mut listen = BTreeMap::new();
@@ -74,9 +81,16 @@ impl World {
             databases,
             links,
             tally: Arc::default(),
+            switch_every,
             listen,
             lives: AtomicUsize::new(0),
         })
+    }
+
+    /// How much longer than elsewhere a coordinator and its connections are left alone where database servers are switched. A coordinator
+    /// that starts after the switch has no connection to the old server.
+    pub(crate) fn peace(&self) -> Duration {
+        self.switch_every.unwrap_or_default() * 2
     }
 
     /// Starts a coordinator: with these flags, and to die there.

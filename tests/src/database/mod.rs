@@ -1,12 +1,22 @@
-//! Databases on servers of MySQL and MariaDB that somebody else has started.
+//! Servers of MySQL and MariaDB for tests, and databases on them.
 
-use std::{path::PathBuf, time::Duration};
+mod group;
 
+use std::{
+    io::{Read as _, Seek as _},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
 use tempfile::TempDir;
 
 use crate::process;
+
+pub use group::{Group, Kind, USER};
 
 /// All servers to test with: what `TEST_MYSQL_SERVERS` names, URLs without a database, separated by commas. `scripts/test` starts
 /// some, and sets it; without it there is nothing to see.
@@ -20,6 +30,14 @@ pub fn servers() -> Vec<String> {
 #[must_use]
 pub fn kinds() -> Vec<String> {
     let kinds = std::env::var("TEST_DATABASES").unwrap_or_default();
+    kinds.split_whitespace().map(str::to_owned).collect()
+}
+
+/// The kinds of groups of servers that a test can start, as [`Kind::named`] knows them: what `TEST_GROUPS` names, separated by spaces.
+/// `scripts/test` sets it.
+#[must_use]
+pub fn groups() -> Vec<String> {
+    let kinds = std::env::var("TEST_GROUPS").unwrap_or_default();
     kinds.split_whitespace().map(str::to_owned).collect()
 }
 
@@ -80,8 +98,7 @@ impl Server {
     }
 
     fn pid(&self) -> Option<Pid> {
-        let pid = std::fs::read_to_string(self.folder.join("pid")).ok()?;
-        pid.trim().parse().ok().and_then(Pid::from_raw)
+        pid_in(&self.folder)
     }
 
     /// Starts it again, on the same files.
@@ -90,15 +107,9 @@ impl Server {
     ///
     /// When it does not come up.
     pub async fn start_again(&self) {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/database");
         drop(std::fs::remove_file(self.folder.join("pid"))); // of the one that was killed
-        let started = tokio::process::Command::new(script)
-            .args(["start", &self.kind])
-            .arg(&self.folder)
-            .arg(self.port.to_string())
-            .stdout(std::process::Stdio::null())
-            .status();
-        assert!(started.await.expect("a shell").success(), "{} does not come up", self.kind);
+        let started = script(&["start", &self.kind], &self.folder, self.port).await;
+        started.expect("the server comes up");
     }
 }
 
@@ -106,6 +117,33 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Runs `scripts/database` with these arguments, on this folder and port. What it has to say about an error is the error.
+async fn script(arguments: &[&str], folder: &Path, port: u16) -> anyhow::Result<()> {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/database");
+    // To a file: the servers inherit stderr, and would keep a pipe open.
+    let mut said = tempfile::tempfile()?;
+    let status = tokio::process::Command::new(script)
+        .args(arguments)
+        .arg(folder)
+        .arg(port.to_string())
+        .stdout(Stdio::null())
+        .stderr(said.try_clone()?)
+        .status()
+        .await
+        .context("scripts/database cannot be run")?;
+    let mut text = String::new();
+    said.rewind()?;
+    said.read_to_string(&mut text)?;
+    ensure!(status.success(), "{}", text.lines().last().unwrap_or("scripts/database failed"));
+    Ok(())
+}
+
+/// The process whose number is in this folder.
+fn pid_in(folder: &Path) -> Option<Pid> {
+    let pid = std::fs::read_to_string(folder.join("pid")).ok()?;
+    pid.trim().parse().ok().and_then(Pid::from_raw)
 }
 
 /// A port of this machine that nobody listens on. (From below those that the system gives away, so that nobody gets it meanwhile.)

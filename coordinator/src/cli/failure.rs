@@ -167,7 +167,9 @@ impl From<server::Error> for Failure {
             server::Error::Acquire(store::Error::Corrupt(_)) => {
                 (Code::Corrupt, "keep a copy of the store as it is before anything else is tried")
             }
-            server::Error::Acquire(store::Error::Unavailable(_))
+            server::Error::Acquire(
+                store::Error::Unavailable(_) | store::Error::Old(_) | store::Error::Replaced(_),
+            )
             | server::Error::OpenFile(_)
             | server::Error::OpenServer(_)
             | server::Error::Serve(_)

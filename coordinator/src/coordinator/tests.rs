@@ -95,7 +95,7 @@ async fn a_partition_ends_by_itself_and_can_be_taken_again() {
     let mut key = new(Some(3));
     key.key.as_mut().unwrap().hash[31] = 8;
     let late = coordinator.begin(key, Until::Now).await;
-    assert!(matches!(late, Err(Error::Fenced)), "it was taken in: {late:?}");
+    assert!(matches!(late, Err(Error::StoreSilent)), "it was taken in: {late:?}");
     let End::Partition(ownership, Ended::Fenced) = first.ended().await else { panic!() };
     assert_eq!(ownership.partition, 3);
     let asked = get(&coordinator, before).await;

@@ -202,17 +202,17 @@ impl Journal {
                     // What one partition has lost the others may have lost too.
                     self.doubted.store(true, Ordering::Relaxed);
                 }
-                Err(Error::Unavailable(cause)) => {
-                    if attempts.is_power_of_two() {
-                        warn!(attempts, cause, "store did not answer; retrying the same batch");
-                    }
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(RETRY_PAUSES[1]);
-                }
                 Err(Error::Corrupt(what)) => {
                     error!(what, "the store refused a batch; its partitions end");
                     let all: Vec<_> = taken.outboxes.keys().copied().collect();
                     self.end(&mut taken, &all, Ended::Corrupt);
+                }
+                Err(error @ (Error::Unavailable(_) | Error::Old(_) | Error::Replaced(_))) => {
+                    if attempts.is_power_of_two() {
+                        warn!(attempts, %error, "store did not answer; retrying the same batch");
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RETRY_PAUSES[1]);
                 }
             }
         }

@@ -193,7 +193,9 @@ impl From<Ended> for Error {
 impl From<&store::Error> for Error {
     fn from(error: &store::Error) -> Self {
         match error {
-            store::Error::Unavailable(_) => Self::StoreSilent,
+            store::Error::Unavailable(_) | store::Error::Old(_) | store::Error::Replaced(_) => {
+                Self::StoreSilent
+            }
             store::Error::Corrupt(what) => {
                 error!(what, "a record is damaged");
                 Self::Corrupt

@@ -94,8 +94,8 @@ impl Effects {
 impl Partition {
     /// Carries out the effects that waited for durability.
     pub(super) fn take_durable(&mut self, durable: &mut watch::Receiver<Durable>) {
-        let Durable { upto, ended, .. } = *durable.borrow_and_update();
-        self.ended = ended;
+        let Durable { upto, ended, position } = *durable.borrow_and_update();
+        (self.ended, self.position) = (ended, position);
         if let Some(ended) = ended {
             return self.end(&ended.into());
         }

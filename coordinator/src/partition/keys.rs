@@ -108,8 +108,9 @@ impl Partition {
         self.keys.look_under_way = true;
         let hashes: Vec<_> = self.keys.queue.drain(..self.keys.queue.len().min(KEYS_MAX)).collect();
         let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
+        let known = self.known();
         self.parts.tasks.spawn(async move {
-            let found = store.find_keys(&hashes).await;
+            let found = store.find_keys(&hashes, known).await;
             drop(reads.send(ReadResult::Keys { hashes, found })); // the partition may be gone
         });
     }
@@ -122,7 +123,10 @@ impl Partition {
         self.keys.look_under_way = false;
         let found: Vec<Result<Option<Xid>, Error>> = match found {
             Ok(found) => found.into_iter().map(Ok).collect(),
-            Err(error) => hashes.iter().map(|_| Err(Error::from(&error))).collect(),
+            Err(error) => {
+                let failed = self.read_failed(&error);
+                hashes.iter().map(|_| Err(failed.clone())).collect()
+            }
         };
         for (hash, found) in hashes.into_iter().zip(found) {
             for ask in self.keys.wanted.remove(&hash).unwrap_or_default() {

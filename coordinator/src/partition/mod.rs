@@ -103,6 +103,8 @@ pub struct Partition {
     effects: Effects,
     /// Why nothing more will be durable; `None` while it will.
     ended: Option<Ended>,
+    /// The number of the latest batch that is durable: reads must show it.
+    position: u64,
     /// The present moment for everything that is taken in together: the clock is shared, and not asked for each event.
     woke_at: Timestamp,
     next_sequence: u64,
@@ -118,7 +120,7 @@ impl Partition {
     #[must_use]
     pub fn new(ownership: Ownership, parts: Parts, outbox: Arc<Outbox>) -> Self {
         let now = parts.clock.now();
-        let Durable { upto, ended, .. } = *outbox.durable().borrow();
+        let Durable { upto, ended, position } = *outbox.durable().borrow();
         Self {
             ownership,
             parts,
@@ -128,6 +130,7 @@ impl Partition {
             timers: BTreeSet::new(),
             effects: Effects::new(upto),
             ended,
+            position,
             next_sequence: 1,
             keys: Keys::default(),
             specs: Specs::default(),

@@ -18,7 +18,7 @@ use tracing::warn;
 
 use super::{Ask, Entry, Error, Partition, Settings};
 use crate::{
-    store::{self, DuePage, Lookup},
+    store::{self, DuePage, Known, Lookup},
     transaction::{Event, State, Timestamp},
 };
 
@@ -162,12 +162,30 @@ impl Partition {
     fn read_one(&mut self, xid: Xid) {
         let began = self.reading.begin();
         let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
-        let permits = self.reading.permits.clone();
+        let (permits, known) = (self.reading.permits.clone(), self.known());
         self.parts.tasks.spawn(async move {
             let _permit = permits.acquire_owned().await.expect("never closed");
-            let found = store.load(xid).await;
+            let found = store.load(xid, known).await;
             drop(reads.send(ReadResult::One { xid, began, found })); // the partition may be gone
         });
+    }
+
+    /// What a read must show to be believed.
+    pub(super) fn known(&self) -> Known {
+        Known { ownership: self.ownership, position: self.position }
+    }
+
+    /// What to tell whoever waits for a read that failed. If it shows that the partition may not be ours any more, or that something is
+    /// lost, the journal finds out.
+    pub(super) fn read_failed(&self, error: &store::Error) -> Error {
+        match error {
+            store::Error::Old(_) | store::Error::Replaced(_) => {
+                warn!(%error, "a read was not believed");
+                self.outbox.doubt();
+            }
+            store::Error::Unavailable(_) | store::Error::Corrupt(_) => {}
+        }
+        Error::from(error)
     }
 
     pub(super) fn take_read(&mut self, read: ReadResult) {
@@ -206,7 +224,7 @@ impl Partition {
                         Error::Forgotten(xid)
                     })
                 }
-                Err(error) => Some(Error::from(&error)),
+                Err(error) => Some(self.read_failed(&error)),
             };
             if let Some(missing) = missing {
                 for ask in self.reading.asks.remove(&xid).unwrap_or_default() {
@@ -242,9 +260,9 @@ impl Partition {
         self.reading.scan_at = None;
         self.reading.scan_blocked = true;
         let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
-        let partition = self.ownership.partition;
+        let known = self.known();
         self.parts.tasks.spawn(async move {
-            let page = store.due(partition, now, after, PAGE).await;
+            let page = store.due(now, after, PAGE, known).await;
             drop(reads.send(ReadResult::Due { began, until: now, page })); // the partition may be gone
         });
     }
@@ -257,6 +275,7 @@ impl Partition {
         let soon = self.now() + SCAN_PAUSE;
         match page {
             Err(error) => {
+                drop(self.read_failed(&error));
                 warn!(%error, "cannot read what is due; will look again");
                 self.reading.scan_by(Some(soon));
             }

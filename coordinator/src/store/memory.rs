@@ -10,7 +10,7 @@ use std::{
 use handfast_proto::Xid;
 
 use super::{
-    Appended, Batch, Damage, DuePage, Error, Guard, Head, ListFilter, Lookup, Ownership,
+    Appended, Batch, Damage, DuePage, Error, Guard, Head, Known, ListFilter, Lookup, Ownership,
     PARTITIONS, Recorded, Seat, Show, Store, Summary, Write, judge, xids_of,
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
@@ -23,7 +23,7 @@ pub struct MemoryStore {
     delay: Mutex<Duration>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Tables {
     partitions: BTreeMap<u16, Recorded>,
     /// Who has each partition.
@@ -45,6 +45,26 @@ impl MemoryStore {
     /// Never: nothing panics while it is locked.
     pub fn delay(&self, each: Duration) {
         *self.delay.lock().expect("nothing panics while it is locked") = each;
+    }
+
+    /// What is in it now, as another store: a replica that is never brought up to date.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self { tables: Mutex::new(self.tables().clone()), delay: Mutex::default() }
+    }
+
+    /// What is recorded of a transaction, for whoever looks on.
+    #[must_use]
+    pub fn get(&self, xid: Xid) -> Option<GlobalTransaction> {
+        self.tables().transactions.get(&xid).cloned()
+    }
+
+    /// For a read that must be new enough.
+    fn tables_for(&self, known: Known) -> Result<MutexGuard<'_, Tables>, Error> {
+        let tables = self.tables();
+        let recorded = tables.partitions.get(&known.ownership.partition);
+        known.check(recorded.copied().unwrap_or_default())?;
+        Ok(tables)
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
@@ -132,8 +152,8 @@ impl Store for MemoryStore {
         Ok(Appended::Durable)
     }
 
-    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
-        let tables = self.tables();
+    async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
+        let tables = self.tables_for(known)?;
         Ok(match tables.transactions.get(&xid) {
             Some(global) => Lookup::Found(Box::new(global.clone())),
             None => Lookup::Absent {
@@ -144,20 +164,24 @@ impl Store for MemoryStore {
         })
     }
 
-    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
-        let tables = self.tables();
+    async fn find_keys(
+        &self,
+        hashes: &[[u8; 32]],
+        known: Known,
+    ) -> Result<Vec<Option<Xid>>, Error> {
+        let tables = self.tables_for(known)?;
         Ok(hashes.iter().map(|hash| tables.keys.get(hash).copied()).collect())
     }
 
     async fn due(
         &self,
-        partition: u16,
         until: Timestamp,
         after: Option<(Timestamp, Xid)>,
         limit: usize,
+        known: Known,
     ) -> Result<DuePage, Error> {
-        let tables = self.tables();
-        let (first, last) = xids_of(partition);
+        let tables = self.tables_for(known)?;
+        let (first, last) = xids_of(known.ownership.partition);
         let of_partition = tables.transactions.range(first..=last).map(|(_, global)| global);
         let mut due: Vec<_> = of_partition
             .filter_map(|global| Some((global.due_at()?, global.xid, global)))

@@ -114,6 +114,15 @@ pub enum Head {
     Insert,
 }
 
+/// What whoever reads knows. A read that does not show at least this comes from a server that is behind, or from another history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Known {
+    /// Whose transactions are read, and under which ownership.
+    pub ownership: Ownership,
+    /// Number of the latest batch of this ownership that is known to be durable.
+    pub position: u64,
+}
+
 /// What became of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Appended {
@@ -210,6 +219,13 @@ pub enum Error {
     /// It did not answer, or could not now. What was asked may or may not have happened: repeat it.
     #[error("the store does not answer: {0}")]
     Unavailable(#[source] Box<dyn StdError + Send + Sync>),
+    /// What was read is older than what is known, and was thrown away. Ask again; and see whether the partition is still ours, which
+    /// only a batch can tell.
+    #[error("the store's server is behind, or another one: {0}")]
+    Old(String),
+    /// What was read shows a later owner of the partition. That proves nothing, but a batch will.
+    #[error("the store shows another owner: {0}")]
+    Replaced(String),
     /// A record makes no sense, or a batch does not fit what is recorded. Repeating does not help; a person must look.
     #[error("the store holds what cannot be: {0}")]
     Corrupt(String),
@@ -269,21 +285,24 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// [`Error::Unavailable`] nobody knows which: the same batch must be appended again, before any other of its partitions.
     async fn append(&self, batch: &Batch) -> Result<Appended, Error>;
 
-    /// Looks for one transaction. Sees everything that was durable when the call began.
-    async fn load(&self, xid: Xid) -> Result<Lookup, Error>;
+    /// Looks for one transaction of the partition that is `known`. Sees everything that is known to be durable, or fails with
+    /// [`Error::Old`] or [`Error::Replaced`]: what is read proves by itself that it is new enough, since connections may lead to servers
+    /// that are behind.
+    async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error>;
 
-    /// Looks for idempotency keys by their hashes; gives for each, in order, the transaction it belongs to. Sees everything
-    /// that was durable when the call began.
-    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error>;
+    /// Looks for idempotency keys of the partition that is `known`, by their hashes; gives for each, in order, the transaction it
+    /// belongs to. Sees what [`Store::load`] sees.
+    async fn find_keys(&self, hashes: &[[u8; 32]], known: Known)
+    -> Result<Vec<Option<Xid>>, Error>;
 
-    /// Of a partition, up to `limit` transactions that were due by `until`, after the place where an earlier page ended. Sees
-    /// everything that was durable when the call began. A damaged record is logged and left out.
+    /// Of the partition that is `known`, up to `limit` transactions that were due by `until`, after the place where an earlier page
+    /// ended. Sees what [`Store::load`] sees. A damaged record is logged and left out.
     async fn due(
         &self,
-        partition: u16,
         until: Timestamp,
         after: Option<(Timestamp, Xid)>,
         limit: usize,
+        known: Known,
     ) -> Result<DuePage, Error>;
 
     /// For operators: the newest transactions that fit, newest first, at most `limit`.
@@ -320,6 +339,26 @@ struct Recorded {
     nonce: u32,
     /// Number of the epoch's latest batch.
     position: u64,
+}
+
+impl Known {
+    /// Whether a read that shows `recorded` is new enough.
+    fn check(&self, recorded: Recorded) -> Result<(), Error> {
+        let Self { ownership: Ownership { partition, epoch, nonce }, position } = *self;
+        if recorded.epoch > epoch {
+            return Err(Error::Replaced(format!(
+                "partition {partition} has epoch {} there, and {epoch} here",
+                recorded.epoch
+            )));
+        }
+        if (recorded.epoch, recorded.nonce) == (epoch, nonce) && recorded.position >= position {
+            return Ok(());
+        }
+        Err(Error::Old(format!(
+            "partition {partition} is at epoch {}, nonce {:08x}, batch {} there; known is epoch {epoch}, nonce {nonce:08x}, batch {position}",
+            recorded.epoch, recorded.nonce, recorded.position
+        )))
+    }
 }
 
 /// What the rows of a batch's partitions say about it: `None`, it is the next one of them all and may be applied now; else what

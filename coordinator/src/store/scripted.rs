@@ -28,7 +28,7 @@ pub(crate) enum Fault {
 /// See the module's comment.
 #[derive(Debug, Default)]
 pub(crate) struct ScriptedStore {
-    pub(crate) inner: MemoryStore,
+    pub(crate) inner: Arc<MemoryStore>,
     faults: Mutex<VecDeque<Fault>>,
     batches: Mutex<Vec<Batch>>,
     /// While true, appends are not answered.
@@ -42,6 +42,8 @@ pub(crate) struct ScriptedStore {
     /// While true, looks for what is due have read, and are not answered.
     dues_held: watch::Sender<bool>,
     dues: AtomicUsize,
+    /// What reads see, if it is behind.
+    replica: Mutex<Option<Arc<MemoryStore>>>,
     loads: Mutex<Vec<Xid>>,
     key_looks: Mutex<Vec<usize>>,
 }
@@ -69,6 +71,15 @@ impl ScriptedStore {
 
     pub(crate) fn fail_reads(&self, fail: bool) {
         self.reads_fail.store(fail, Ordering::SeqCst);
+    }
+
+    /// From now on reads see `replica`, whatever is recorded; with `None`, what is recorded.
+    pub(crate) fn read_from(&self, replica: Option<MemoryStore>) {
+        *lock(&self.replica) = replica.map(Arc::new);
+    }
+
+    fn replica(&self) -> Arc<MemoryStore> {
+        lock(&self.replica).clone().unwrap_or_else(|| self.inner.clone())
     }
 
     fn readable(&self) -> Result<(), Error> {
@@ -148,28 +159,32 @@ impl Store for ScriptedStore {
         }
     }
 
-    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
+    async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
         lock(&self.loads).push(xid);
         self.readable()?;
-        let lookup = self.inner.load(xid).await; // what was there when the read began
+        let lookup = self.replica().load(xid, known).await; // what was there when the read began
         answered(&self.loads_held).await;
         lookup
     }
 
-    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
+    async fn find_keys(
+        &self,
+        hashes: &[[u8; 32]],
+        known: Known,
+    ) -> Result<Vec<Option<Xid>>, Error> {
         lock(&self.key_looks).push(hashes.len());
         self.readable()?;
-        self.inner.find_keys(hashes).await
+        self.replica().find_keys(hashes, known).await
     }
 
     async fn due(
         &self,
-        partition: u16,
         until: Timestamp,
         after: Option<(Timestamp, Xid)>,
         limit: usize,
+        known: Known,
     ) -> Result<DuePage, Error> {
-        let page = self.inner.due(partition, until, after, limit).await;
+        let page = self.replica().due(until, after, limit, known).await;
         self.dues.fetch_add(1, Ordering::SeqCst);
         answered(&self.dues_held).await;
         page

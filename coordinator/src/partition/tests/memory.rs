@@ -215,3 +215,62 @@ async fn what_cannot_be_read_is_not_taken_for_absent() {
     rig.store.fail_reads(false);
     assert_eq!(rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid, xid);
 }
+
+/// Reads are answered by a server that stands still: a replica that lags, or the old primary after a switch-over.
+#[tokio::test]
+async fn a_read_that_is_older_than_what_was_told_is_not_believed() {
+    let far = Duration::from_secs(3600 * 24 * 365);
+    let mut rig = Rig::new().await;
+    rig.settings.retry = RetryPolicy { initial: far, max: far };
+    let rig = rig.restart().await;
+    let xid = rig.begun().await;
+    let replica = rig.store.inner.copy(); // where it is trying
+    rig.confirm(xid).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.fails().await;
+    }
+    rig.until_memory_holds(0).await;
+    let keyed_xid = rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid;
+    rig.cancel(keyed_xid).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+
+    rig.store.read_from(Some(replica));
+    let cancelled = rig.cancel(xid).answer().await;
+    assert!(matches!(cancelled, Err(Error::StoreSilent)), "{cancelled:?}");
+    let absent = rig.ask(keyed_xid, What::Get, Until::Now).answer().await;
+    assert!(matches!(absent, Err(Error::StoreSilent)), "{absent:?}");
+    let again = rig.begin(keyed(7, 1)).answer().await;
+    assert!(matches!(again, Err(Error::StoreSilent)), "{again:?}");
+    assert_eq!(rig.stored(xid).await.unwrap().state, State::Confirming);
+
+    rig.store.read_from(None);
+    assert_eq!(rig.state(xid).await, State::Confirming);
+    assert_eq!(rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid, keyed_xid);
+}
+
+/// Between two beats an owner does not notice by itself that it was replaced.
+#[tokio::test]
+async fn a_read_that_shows_another_owner_lets_the_journal_find_out() {
+    let old = Rig::new().await;
+    let xid = old.begun().await;
+    old.cancel(xid).answer().await.unwrap();
+    for _ in 0..2 {
+        old.call().await.done().await;
+    }
+    old.until_memory_holds(0).await;
+    let _new = old.restart().await;
+    let first = old.ask(xid, What::Get, Until::Now).answer().await;
+    assert!(matches!(first, Err(Error::StoreSilent)), "the read itself proves nothing: {first:?}");
+    let ended = async {
+        while !matches!(
+            old.ask(xid, What::Get, Until::Now).answer().await,
+            Err(Error::Fenced | Error::NotHere(_))
+        ) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), ended).await.unwrap();
+}

@@ -17,10 +17,7 @@ use crate::{
     clock::ManualClock,
     dispatch::{CallRequest, Later},
     journal::Journal,
-    store::{
-        Lookup,
-        scripted::{Fault, ScriptedStore},
-    },
+    store::scripted::{Fault, ScriptedStore},
     transaction::{
         AttemptError, BranchSpec, CancelCause, Decision, DecisionRequest, Drive, GlobalTransaction,
         Key, NewTransaction, Outcome, Payload, Phase, Refusal, State, StuckAfter,
@@ -170,10 +167,7 @@ impl Rig {
     }
 
     async fn stored(&self, xid: Xid) -> Option<GlobalTransaction> {
-        match self.store.inner.load(xid).await.unwrap() {
-            Lookup::Found(global) => Some(*global),
-            Lookup::Absent { .. } => None,
-        }
+        self.store.inner.get(xid)
     }
 
     async fn until_memory_holds(&self, count: usize) {

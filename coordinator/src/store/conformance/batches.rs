@@ -32,7 +32,7 @@ pub(super) async fn batches_that_may_come_at_a_time_are_not_in_each_others_way(s
                 assert_eq!(appended.unwrap(), Appended::Durable);
             }
             for global in written.iter_mut().flatten() {
-                assert_eq!(found(store, global.xid).await, global.recorded());
+                assert_eq!(owner.found(global.xid).await, global.recorded());
                 if round == 0 {
                     confirm(global);
                 }
@@ -52,10 +52,10 @@ pub(super) async fn a_batch_is_applied_once_however_often_it_is_appended(store: 
     let mut one = one;
     confirm(&mut one);
     owner.append(vec![updated(&one, BranchSet::EMPTY)]).await;
-    assert_eq!(found(store, one.xid).await, one.recorded());
+    assert_eq!(owner.found(one.xid).await, one.recorded());
     // Late, when it was followed by another one, it changes nothing and is noticed.
     assert!(matches!(store.append(&batch).await, Ok(Appended::Damaged(_))));
-    assert_eq!(found(store, one.xid).await, one.recorded());
+    assert_eq!(owner.found(one.xid).await, one.recorded());
 }
 
 pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) {
@@ -79,21 +79,21 @@ pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) 
     assert!(damage.what.contains("another history"), "{damage:?}");
     assert_eq!(damage.lost, 0);
     batch.guards[0] = fitting;
-    assert!(matches!(store.load(global.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
+    assert!(matches!(owner.load(global.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
 
     batch.guards[0] = Guard { position: 3, ..fitting }; // numbers 1 and 2 were acknowledged, and are gone
     let damage = only(&damaged(&batch).await);
     assert_eq!(damage.lost, 2);
     assert!(damage.what.contains("lost 2 batches"), "{damage:?}");
-    assert!(matches!(store.load(other.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
+    assert!(matches!(owner.load(other.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
     // The rest of the batch is not concerned.
     let rest = Batch { guards: vec![batch.guards[1]], writes: vec![batch.writes[1].clone()] };
     assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable);
     // What is missing of that epoch is not called unheard of from now on, whoever comes next. What is of the next epoch is.
     let mut next = Owner::of(store).await;
-    assert!(matches!(store.load(global.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
+    assert!(matches!(next.load(global.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
     let unknown = next.xid(1);
-    assert!(matches!(store.load(unknown).await.unwrap(), Lookup::Absent { lost: false, .. }));
+    assert!(matches!(next.load(unknown).await.unwrap(), Lookup::Absent { lost: false, .. }));
 }
 
 pub(super) async fn an_update_of_what_is_not_there_is_an_alarm(store: &dyn Store) {
@@ -103,7 +103,7 @@ pub(super) async fn an_update_of_what_is_not_there_is_an_alarm(store: &dyn Store
     let batch = owner.batch(vec![inserted(&known), updated(&unknown, BranchSet::EMPTY)]);
     assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
     assert!(
-        matches!(store.load(known.xid).await.unwrap(), Lookup::Absent { .. }),
+        matches!(owner.load(known.xid).await.unwrap(), Lookup::Absent { .. }),
         "half of it was applied"
     );
 }
@@ -129,13 +129,13 @@ pub(super) async fn calls_that_are_given_up_leave_the_store_working(store: &dyn 
         let batch = owner.batch(vec![inserted(&global)]);
         given_up_after(polls, store.append(&batch)).await;
         assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable, "{polls} polls");
-        given_up_after(polls, store.load(global.xid)).await;
+        given_up_after(polls, owner.load(global.xid)).await;
         given_up_after(polls, store.list(&all, 10)).await;
-        given_up_after(polls, store.find_keys(&[[0; 32], [1; 32]])).await;
+        given_up_after(polls, store.find_keys(&[[0; 32], [1; 32]], owner.known(1))).await;
         given_up_after(polls, store.purge(owner.ownership(1), NOW, None, 10)).await;
         globals.push(global);
     }
-    let reads = globals.iter().map(|global| found(store, global.xid));
+    let reads = globals.iter().map(|global| owner.found(global.xid));
     let found = futures_util::future::join_all(reads).await;
     assert_eq!(found, globals.iter().map(GlobalTransaction::recorded).collect::<Vec<_>>());
 }

@@ -68,6 +68,7 @@ on_every_store! {
     reads {
         keys_lead_to_their_transactions
         what_is_due_comes_in_pages_and_in_order
+        a_read_that_is_older_than_what_is_known_is_not_believed
         the_list_shows_the_newest_that_fit
         the_summary_counts
     }
@@ -82,13 +83,21 @@ pub(super) struct Owner<'a> {
     store: &'a dyn Store,
     pub(super) ownerships: Vec<Ownership>,
     positions: BTreeMap<u16, u64>,
+    /// Of those, the latest one that is known to be durable.
+    durable: BTreeMap<u16, u64>,
     sequence: u64,
 }
 
 impl<'a> Owner<'a> {
     pub(super) async fn of(store: &'a dyn Store) -> Self {
         let ownerships = store.acquire(&ALL_PARTITIONS, "test", NOW).await.unwrap();
-        Self { store, ownerships, positions: BTreeMap::new(), sequence: 0 }
+        Self {
+            store,
+            ownerships,
+            positions: BTreeMap::new(),
+            durable: BTreeMap::new(),
+            sequence: 0,
+        }
     }
 
     pub(super) fn ownership(&self, partition: u16) -> Ownership {
@@ -117,6 +126,23 @@ impl<'a> Owner<'a> {
     pub(super) async fn append(&mut self, writes: Vec<Write>) {
         let batch = self.batch(writes);
         assert_eq!(self.store.append(&batch).await.unwrap(), Appended::Durable);
+        self.durable.extend(batch.guards.iter().map(|guard| (guard.partition, guard.position)));
+    }
+
+    pub(super) fn known(&self, partition: u16) -> Known {
+        let position = self.durable.get(&partition).copied().unwrap_or(0);
+        Known { ownership: self.ownership(partition), position }
+    }
+
+    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
+        self.store.load(xid, self.known(xid.partition)).await
+    }
+
+    async fn found(&self, xid: Xid) -> GlobalTransaction {
+        match self.load(xid).await.unwrap() {
+            Lookup::Found(global) => *global,
+            absent @ Lookup::Absent { .. } => panic!("{xid} is not there: {absent:?}"),
+        }
     }
 
     pub(super) async fn insert(&mut self, global: &GlobalTransaction) {
@@ -191,11 +217,4 @@ pub(super) fn failed(hopeless: bool) -> Outcome {
         at: NOW + Duration::from_secs(2),
     };
     Outcome::Unknown { error, timed_out: false, hopeless }
-}
-
-async fn found(store: &dyn Store, xid: Xid) -> GlobalTransaction {
-    match store.load(xid).await.unwrap() {
-        Lookup::Found(global) => *global,
-        absent @ Lookup::Absent { .. } => panic!("{xid} is not there: {absent:?}"),
-    }
 }

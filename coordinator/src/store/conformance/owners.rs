@@ -12,12 +12,12 @@ pub(super) async fn an_owner_that_was_replaced_changes_nothing(store: &dyn Store
     confirm(&mut theirs);
     let late = old.batch(vec![updated(&theirs, BranchSet::EMPTY)]);
     assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![4]));
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(new.found(global.xid).await, global.recorded());
     // The new owner decides otherwise, and the late one comes again.
     cancel(&mut global, CancelCause::TimedOut);
     new.append(vec![updated(&global, BranchSet::EMPTY)]).await;
     assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![4]));
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(new.found(global.xid).await, global.recorded());
 }
 
 pub(super) async fn one_fenced_partition_stops_the_whole_batch(store: &dyn Store) {
@@ -29,13 +29,13 @@ pub(super) async fn one_fenced_partition_stops_the_whole_batch(store: &dyn Store
     let batch = owner.batch(vec![inserted(&one), inserted(&two)]);
     assert_eq!(store.append(&batch).await.unwrap(), Appended::Fenced(vec![2]));
     assert!(
-        matches!(store.load(one.xid).await.unwrap(), Lookup::Absent { .. }),
+        matches!(owner.load(one.xid).await.unwrap(), Lookup::Absent { .. }),
         "half of it was applied"
     );
     // The rest of it, with the same number, is applied.
     let rest = Batch { guards: vec![batch.guards[0]], writes: vec![batch.writes[0].clone()] };
     assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable);
-    assert_eq!(found(store, one.xid).await, one.recorded());
+    assert_eq!(owner.found(one.xid).await, one.recorded());
 }
 
 pub(super) async fn every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own(store: &dyn Store) {
@@ -50,13 +50,13 @@ pub(super) async fn every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own(sto
     // The nonces of both epochs are known, so that an xid of a store that was deleted can be told from ours.
     for owner in [&first, &second] {
         let Ownership { partition, epoch, nonce } = owner.ownership(7);
-        let absent = store.load(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
+        let absent = second.load(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
         assert_eq!(
             absent,
             Lookup::Absent { purged_through: None, nonce: Some(nonce), lost: false }
         );
     }
-    let absent = store.load(Xid { partition: 7, epoch: 99, sequence: 1, nonce: 0 }).await.unwrap();
+    let absent = second.load(Xid { partition: 7, epoch: 99, sequence: 1, nonce: 0 }).await.unwrap();
     assert_eq!(absent, Lookup::Absent { purged_through: None, nonce: None, lost: false });
     store.release(&second.ownerships).await.unwrap();
     let third = Owner::of(store).await;
@@ -76,7 +76,7 @@ pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn St
     let late = first.batch(vec![inserted(&lost)]);
     assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![1]));
     first.insert(&kept).await;
-    assert_eq!(found(store, kept.xid).await, kept.recorded());
+    assert_eq!(first.found(kept.xid).await, kept.recorded());
 
     // So does handing back: it hands back what it names, and only from the epoch that it names.
     store.release(&[taken[0], first.ownership(1)]).await.unwrap();

@@ -7,9 +7,12 @@ pub(super) async fn keys_lead_to_their_transactions(store: &dyn Store) {
     let mut global = begun(owner.xid(9), &["1"]);
     global.key = Some(Key { hash: [7; 32], digest: [8; 32] });
     owner.insert(&global).await;
-    assert_eq!(found(store, global.xid).await, global.recorded());
-    assert_eq!(store.find_keys(&[[0; 32], [7; 32]]).await.unwrap(), [None, Some(global.xid)]);
-    assert_eq!(store.find_keys(&[]).await.unwrap(), []);
+    assert_eq!(owner.found(global.xid).await, global.recorded());
+    assert_eq!(
+        store.find_keys(&[[0; 32], [7; 32]], owner.known(9)).await.unwrap(),
+        [None, Some(global.xid)]
+    );
+    assert_eq!(store.find_keys(&[], owner.known(9)).await.unwrap(), []);
 }
 
 pub(super) async fn what_is_due_comes_in_pages_and_in_order(store: &dyn Store) {
@@ -32,7 +35,7 @@ pub(super) async fn what_is_due_comes_in_pages_and_in_order(store: &dyn Store) {
     let until = NOW + Duration::from_secs(9);
     let (mut seen, mut after) = (Vec::new(), None);
     loop {
-        let page = store.due(5, until, after, 3).await.unwrap();
+        let page = store.due(until, after, 3, owner.known(5)).await.unwrap();
         assert!(page.transactions.len() <= 3);
         seen.extend(page.transactions.iter().map(|global| (global.due_at().unwrap(), global.xid)));
         after = page.next;
@@ -43,10 +46,10 @@ pub(super) async fn what_is_due_comes_in_pages_and_in_order(store: &dyn Store) {
     }
     assert_eq!(seen, expected[..8]);
     assert_eq!(
-        store.due(5, NOW, None, 3).await.unwrap().next_due_at,
+        store.due(NOW, None, 3, owner.known(5)).await.unwrap().next_due_at,
         Some(NOW + Duration::from_secs(6))
     );
-    assert_eq!(store.due(0, until, None, 3).await.unwrap(), DuePage::default());
+    assert_eq!(store.due(until, None, 3, owner.known(0)).await.unwrap(), DuePage::default());
 }
 
 pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
@@ -121,4 +124,47 @@ pub(super) async fn the_summary_counts(store: &dyn Store) {
     owner.insert(&done).await;
     let summary = Summary { open: 4, stuck: 1, oldest: Some(NOW) };
     assert_eq!(store.summary(NOW, STUCK_AFTER).await.unwrap(), summary);
+}
+
+pub(super) async fn a_read_that_is_older_than_what_is_known_is_not_believed(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut global = begun(owner.xid(5), &["1"]);
+    global.key = Some(Key { hash: [7; 32], digest: [8; 32] });
+    owner.insert(&global).await;
+    let until = NOW + Duration::from_secs(60);
+    let unknown = Xid { sequence: 99, ..global.xid };
+    let read_all = async |known: Known| {
+        [
+            store.load(global.xid, known).await.map(drop),
+            store.load(unknown, known).await.map(drop),
+            store.find_keys(&[[7; 32]], known).await.map(drop),
+            store.find_keys(&[[0; 32]], known).await.map(drop),
+            store.due(until, None, 3, known).await.map(drop),
+            store.due(NOW, None, 3, known).await.map(drop),
+        ]
+    };
+    let known = owner.known(5);
+    for read in read_all(known).await {
+        read.unwrap();
+    }
+    // A batch more is known than is there: what answers is behind.
+    for read in read_all(Known { position: known.position + 1, ..known }).await {
+        assert!(matches!(read, Err(Error::Old(_))), "{read:?}");
+    }
+    // It has not heard of our takeover yet, or of somebody else's in our place.
+    for ownership in [
+        Ownership { epoch: known.ownership.epoch + 1, ..known.ownership },
+        Ownership { nonce: !known.ownership.nonce, ..known.ownership },
+    ] {
+        for read in read_all(Known { ownership, position: 0 }).await {
+            assert!(matches!(read, Err(Error::Old(_))), "{read:?}");
+        }
+    }
+    let next = Owner::of(store).await;
+    for read in read_all(known).await {
+        assert!(matches!(read, Err(Error::Replaced(_))), "{read:?}");
+    }
+    for read in read_all(next.known(5)).await {
+        read.unwrap();
+    }
 }

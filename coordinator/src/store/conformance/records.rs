@@ -6,27 +6,27 @@ pub(super) async fn what_was_appended_comes_back(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let mut global = begun(owner.xid(3), &["1", "2"]);
     owner.insert(&global).await;
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(owner.found(global.xid).await, global.recorded());
 
     // A branch more, the head untouched.
     global.apply(Event::Registered(vec![spec("3")]), NOW).unwrap();
     let write = Write { head: Head::Keep, new_branches: 2, ..updated(&global, BranchSet::EMPTY) };
     owner.append(vec![write]).await;
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(owner.found(global.xid).await, global.recorded());
 
     // The decision, a failed attempt, the end.
     confirm(&mut global);
     owner.append(vec![updated(&global, BranchSet::EMPTY)]).await;
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(owner.found(global.xid).await, global.recorded());
     call(&mut global, 0, Outcome::Done { reply: None });
     call(&mut global, 1, failed(true));
     owner.append(vec![updated(&global, BranchSet::only(0).union(BranchSet::only(1)))]).await;
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(owner.found(global.xid).await, global.recorded());
     call(&mut global, 1, Outcome::Done { reply: None });
     call(&mut global, 2, Outcome::Done { reply: None });
     assert_eq!(global.state, State::Confirmed);
     owner.append(vec![updated(&global, BranchSet::only(1).union(BranchSet::only(2)))]).await;
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(owner.found(global.xid).await, global.recorded());
 }
 
 pub(super) async fn every_kind_of_record_comes_back(store: &dyn Store) {
@@ -98,7 +98,7 @@ pub(super) async fn every_kind_of_record_comes_back(store: &dyn Store) {
     written.push(large);
     owner.append(written.iter().map(inserted).collect()).await;
     for global in written {
-        assert_eq!(found(store, global.xid).await, global.recorded());
+        assert_eq!(owner.found(global.xid).await, global.recorded());
     }
 }
 
@@ -121,7 +121,7 @@ pub(super) async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
     let both = BranchSet::only(0).union(BranchSet::only(1));
     owner.append(written.iter().map(|global| updated(global, both)).collect()).await;
     for global in &written {
-        assert_eq!(found(store, global.xid).await, global.recorded());
+        assert_eq!(owner.found(global.xid).await, global.recorded());
     }
     // What is finished is told by a few columns.
     for global in &mut written {
@@ -131,7 +131,7 @@ pub(super) async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
     let finished = |global| Write { head: Head::Finish, ..updated(global, both) };
     owner.append(written.iter().map(finished).collect()).await;
     for global in &written {
-        assert_eq!(found(store, global.xid).await, global.recorded());
+        assert_eq!(owner.found(global.xid).await, global.recorded());
     }
 }
 
@@ -147,5 +147,5 @@ pub(super) async fn resolved_branches_are_remembered(store: &dyn Store) {
     let change = global.apply(event, NOW + Duration::from_secs(3)).unwrap();
     assert!(matches!(global.branches[1].state, BranchState::Resolved(_)));
     owner.append(vec![updated(&global, change.branches.union(BranchSet::only(0)))]).await;
-    assert_eq!(found(store, global.xid).await, global.recorded());
+    assert_eq!(owner.found(global.xid).await, global.recorded());
 }

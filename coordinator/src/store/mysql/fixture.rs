@@ -64,6 +64,21 @@ impl Database {
         MySqlStore::open(&self.url(), true).await.unwrap()
     }
 
+    /// What is in it now, on its own: a replica that is never brought up to date.
+    pub(super) async fn copy(&self) -> Self {
+        let copy = Self::new(&self.server).await;
+        for table in
+            ["partition", "epoch", "global_transaction", "branch", "idempotency", "resolution"]
+        {
+            let (from, to) = (&self.name, &copy.name);
+            let sql = format!(
+                "DELETE FROM {to}.`{table}`; INSERT INTO {to}.`{table}` SELECT * FROM {from}.`{table}`"
+            );
+            self.execute(&sql).await;
+        }
+        copy
+    }
+
     /// A connection of nobody's.
     pub(super) async fn connect(&self) -> Connection {
         Connection::connect(&self.url()).await.unwrap()

@@ -26,7 +26,8 @@ use sqlx::{
 use tracing::{info, warn};
 
 use super::{
-    Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary, Written,
+    Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Seat, Store, Summary,
+    Written,
     sql::{
         self, CALL_TIMEOUT, Connections, Counter, Dialect, FromAnyRow, Query, Role, read, write,
     },
@@ -216,28 +217,35 @@ impl Store for MySqlStore {
         write::append(self.writer_of(partition), batch, &self.counter).await
     }
 
-    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
-        self.readers.run(async |connection| read::load::<InMySql>(connection, xid).await).await
+    async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
+        let load = async move |connection: &mut Connection| {
+            read::load::<InMySql>(connection, xid, known).await
+        };
+        sql::reading(&self.readers, self.writer_of(xid.partition), load).await
     }
 
-    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
-        let find = async |connection: &mut Connection| {
-            read::find_keys::<InMySql>(connection, hashes).await
+    async fn find_keys(
+        &self,
+        hashes: &[[u8; 32]],
+        known: Known,
+    ) -> Result<Vec<Option<Xid>>, Error> {
+        let find = async move |connection: &mut Connection| {
+            read::find_keys::<InMySql>(connection, hashes, known).await
         };
-        self.readers.run(find).await
+        sql::reading(&self.readers, self.writer_of(known.ownership.partition), find).await
     }
 
     async fn due(
         &self,
-        partition: u16,
         until: Timestamp,
         after: Option<(Timestamp, Xid)>,
         limit: usize,
+        known: Known,
     ) -> Result<DuePage, Error> {
-        let due = async |connection: &mut Connection| {
-            read::due::<InMySql>(connection, partition, until, after, limit).await
+        let due = async move |connection: &mut Connection| {
+            read::due::<InMySql>(connection, until, after, limit, known).await
         };
-        self.readers.run(due).await
+        sql::reading(&self.readers, self.writer_of(known.ownership.partition), due).await
     }
 
     async fn list(

@@ -13,7 +13,7 @@ use crate::{
         Show, Store as _,
         conformance::{NOW, Owner, begun, call, confirm, failed, inserted, updated},
     },
-    transaction::{BranchSet, GlobalTransaction, Key, Outcome},
+    transaction::{BranchSet, GlobalTransaction, Key, Outcome, State},
 };
 
 /// How often the connection that writes partition 0 has asked its server to prepare a statement.
@@ -250,6 +250,37 @@ async fn a_store_of_version_1_becomes_one_of_version_2() {
         let seat = seats.iter().find(|seat| seat.partition == 3).unwrap();
         assert_eq!((seat.epoch, seat.nonce, seat.position), (1, 77, 5));
         assert_eq!(store.acquire(&[3], "two", NOW).await.unwrap()[0].epoch, 2);
+        database.drop().await;
+    }
+}
+
+/// New connections lead to a server that is behind: a balancer, a name that was switched over, a replica.
+#[tokio::test]
+async fn a_reader_that_is_behind_is_not_believed() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let mut store = database.store().await;
+        let mut global;
+        let mut owner = Owner::of(&store).await;
+        global = keyed(&mut owner, 2);
+        owner.insert(&global).await;
+        let replica = database.copy().await;
+        confirm(&mut global);
+        let later = keyed(&mut owner, 2);
+        owner.append(vec![updated(&global, BranchSet::EMPTY), inserted(&later)]).await;
+        let known = owner.known(2);
+        store.readers = replica.store().await.readers;
+        let Lookup::Found(found) = store.load(global.xid, known).await.unwrap() else {
+            panic!("it was recorded long ago")
+        };
+        assert_eq!(found.state, State::Confirming);
+        assert!(matches!(store.load(later.xid, known).await.unwrap(), Lookup::Found(_)));
+        let key = later.key.unwrap().hash;
+        assert_eq!(store.find_keys(&[key], known).await.unwrap(), [Some(later.xid)]);
+        let due = store.due(NOW + Duration::from_secs(60), None, 10, known).await.unwrap();
+        assert_eq!(due.transactions.len(), 2);
+        drop(store);
+        replica.drop().await;
         database.drop().await;
     }
 }

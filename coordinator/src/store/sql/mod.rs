@@ -6,10 +6,12 @@ mod error;
 mod query;
 pub(in crate::store) mod read;
 pub(in crate::store) mod record;
+mod sight;
 pub(in crate::store) mod write;
 
 pub(in crate::store) use connections::{CALL_TIMEOUT, Connections, Role};
 pub(in crate::store) use query::{Cell, FromAnyRow, Query, execute, fetch};
+pub(in crate::store) use sight::reading;
 
 use std::{
     fmt,

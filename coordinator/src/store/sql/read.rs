@@ -4,19 +4,23 @@
 use std::collections::BTreeMap;
 
 use handfast_proto::Xid;
+use sqlx::FromRow;
 use tracing::error;
 
 use super::{
     Connection, Dialect, Query,
     record::{self, BranchRow, TransactionRow},
+    sight::{Beside, SEEN, Seen, Sight},
 };
 use crate::{
-    store::{DuePage, Error, ListFilter, Lookup, PARTITIONS, Show, Summary, xids_of},
+    store::{DuePage, Error, Known, ListFilter, Lookup, PARTITIONS, Show, Summary, xids_of},
     transaction::{GlobalTransaction, StuckAfter, Timestamp},
 };
 
 /// Transactions whose branches are read by one query.
 const XIDS_MAX: usize = 64;
+/// Keys that are looked for by one query. A few fixed sizes, so that queries are prepared once.
+const KEYS: [usize; 4] = [1, 8, 64, 256];
 
 /// Around a query for rows of `global_transaction AS g`. Those are found first, and then their digests: joined at once, MySQL
 /// would rather sort a million rows than follow an index for 256 of them.
@@ -24,8 +28,9 @@ const TRANSACTION: [&str; 2] = [
     "SELECT g.*, i.key_digest FROM (SELECT g.* FROM global_transaction AS g ",
     ") AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ",
 ];
-const BRANCH: &str = "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at FROM branch AS b \
-                      LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id ";
+const BRANCH: &str =
+    "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at";
+
 /// What [`GlobalTransaction::is_stuck`] says, in SQL. Bind: decided before, attempts.
 const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_at <= ? OR EXISTS (SELECT 1 FROM branch AS b \
                      WHERE b.xid = g.xid AND b.state = 1 AND b.error_at IS NOT NULL \
@@ -34,68 +39,92 @@ const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_a
 /// Ends a local transaction that has changed nothing.
 const END_READING: &str = "ROLLBACK";
 
+/// One transaction, and what is known of the place where it would be.
+#[derive(Debug, FromRow)]
+struct LoadRow {
+    #[sqlx(flatten)]
+    seen: Seen,
+    #[sqlx(flatten)]
+    head: Beside<TransactionRow>,
+    through: Option<Vec<u8>>,
+    epoch_nonce: Option<u32>,
+    epoch_lost: Option<i64>,
+}
+
 pub(in crate::store) async fn load<D: Dialect>(
     connection: &mut Connection<D>,
     xid: Xid,
+    known: Known,
 ) -> Result<Lookup, Error> {
     D::run(connection, D::BEGIN_READING).await?;
-    let mut query = Query::new(TRANSACTION[0]);
-    query.push("WHERE g.xid = ").push_bind(xid).push(TRANSACTION[1]);
-    let head: Option<TransactionRow> = D::fetch(connection, query).await?.pop();
-    let lookup = match head {
+    let mut sight = Sight::of(known);
+    // Why it is absent is told by the same statement: later, it may have been deleted.
+    let mut query = Query::new(
+        "SELECT g.*, i.key_digest, d.through, e.nonce AS epoch_nonce, e.lost AS epoch_lost",
+    );
+    query.push(SEEN).push("LEFT JOIN global_transaction AS g ON g.xid = ").push_bind(xid);
+    query.push(
+        " LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash \
+          LEFT JOIN purged AS d ON d.`partition` = p.`partition` \
+          LEFT JOIN epoch AS e ON e.`partition` = p.`partition` AND e.epoch = ",
+    );
+    query.push_bind(xid.epoch);
+    sight.push_partition(&mut query);
+    let row: Option<LoadRow> = D::fetch(connection, query).await?.pop();
+    sight.check(row.as_ref().map(|row| row.seen))?;
+    let row = row.ok_or(sqlx::Error::RowNotFound)?;
+    let lookup = match row.head.0 {
         Some(head) => {
-            let mut query = Query::new(BRANCH);
-            query.push("WHERE b.xid = ").push_bind(xid).push(" ORDER BY b.position");
-            let branches = D::fetch(connection, query).await?;
+            let branches =
+                branches::<D>(connection, &mut sight, &[xid.to_bytes().to_vec()]).await?;
             Lookup::Found(Box::new(head.into_transaction(branches)?))
         }
-        None => absent::<D>(connection, xid).await?,
+        None => Lookup::Absent {
+            purged_through: row.through.map(|through| record::xid(&through)).transpose()?,
+            nonce: row.epoch_nonce,
+            lost: row.epoch_lost.is_some(),
+        },
     };
     D::run(connection, END_READING).await?;
     Ok(lookup)
 }
 
-/// What is known of the place where an xid would be.
-async fn absent<D: Dialect>(connection: &mut Connection<D>, xid: Xid) -> Result<Lookup, Error> {
-    let through = Query::new("SELECT through FROM purged WHERE `partition` = ?");
-    let through: Option<(Vec<u8>,)> =
-        D::fetch(connection, through.bind(xid.partition)).await?.pop();
-    let epoch = Query::new("SELECT nonce, lost FROM epoch WHERE `partition` = ? AND epoch = ?");
-    let epoch: Option<(u32, Option<i64>)> =
-        D::fetch(connection, epoch.bind(xid.partition).bind(xid.epoch)).await?.pop();
-    Ok(Lookup::Absent {
-        purged_through: through.map(|(through,)| record::xid(&through)).transpose()?,
-        nonce: epoch.map(|(nonce, _)| nonce),
-        lost: matches!(epoch, Some((_, Some(_)))),
-    })
-}
-
 pub(in crate::store) async fn find_keys<D: Dialect>(
     connection: &mut Connection<D>,
     hashes: &[[u8; 32]],
+    known: Known,
 ) -> Result<Vec<Option<Xid>>, Error> {
     D::run(connection, D::BEGIN_READING).await?;
-    let mut found = Vec::with_capacity(hashes.len());
-    for hash in hashes {
-        let query = Query::new("SELECT xid FROM idempotency WHERE key_hash = ?");
-        let xid: Option<(Vec<u8>,)> = D::fetch(connection, query.bind(hash.to_vec())).await?.pop();
-        found.push(xid.map(|(xid,)| record::xid(&xid)).transpose()?);
+    let mut sight = Sight::of(known);
+    let mut found = BTreeMap::new();
+    for some in hashes.chunks(KEYS[KEYS.len() - 1]) {
+        let size = KEYS.into_iter().find(|size| *size >= some.len()).expect("the last is the most");
+        let mut query = Query::new("SELECT i.xid, i.key_hash");
+        query.push(SEEN).push("LEFT JOIN idempotency AS i ON i.key_hash IN (");
+        // Said twice it is still found once.
+        query.push_list(some.iter().cycle().take(size).map(|hash| hash.to_vec()));
+        sight.push_partition(&mut query);
+        let rows: Vec<(Vec<u8>, Vec<u8>)> = sight.fetch::<D, _>(connection, query).await?;
+        found.extend(rows.into_iter().map(|(xid, hash)| (hash, xid)));
     }
     D::run(connection, END_READING).await?;
-    Ok(found)
+    let xid_of = |hash: &[u8; 32]| found.get(&hash[..]).map(|xid| record::xid(xid)).transpose();
+    hashes.iter().map(xid_of).collect()
 }
 
 pub(in crate::store) async fn due<D: Dialect>(
     connection: &mut Connection<D>,
-    partition: u16,
     until: Timestamp,
     after: Option<(Timestamp, Xid)>,
     limit: usize,
+    known: Known,
 ) -> Result<DuePage, Error> {
     D::run(connection, D::BEGIN_READING).await?;
-    let (first, last) = xids_of(partition);
-    let mut query = Query::new(TRANSACTION[0]);
-    query.push("WHERE g.due_at <= ").push_bind(until);
+    let mut sight = Sight::of(known);
+    let (first, last) = xids_of(known.ownership.partition);
+    let mut query = Query::new("SELECT g.*, i.key_digest");
+    query.push(SEEN).push("LEFT JOIN (SELECT g.* FROM global_transaction AS g WHERE g.due_at <= ");
+    query.push_bind(until);
     query.push(" AND g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
     if let Some((due_at, xid)) = after {
         // The first condition says where to begin in the index.
@@ -105,8 +134,10 @@ pub(in crate::store) async fn due<D: Dialect>(
         query.push(" AND g.xid > ").push_bind(xid).push(")");
     }
     query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(sql_limit(limit + 1));
-    query.push(TRANSACTION[1]).push("ORDER BY g.due_at, g.xid");
-    let mut heads: Vec<TransactionRow> = D::fetch(connection, query).await?;
+    query.push(") AS g ON TRUE LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash");
+    sight.push_partition(&mut query);
+    query.push(" ORDER BY g.due_at, g.xid");
+    let mut heads: Vec<TransactionRow> = sight.fetch::<D, _>(connection, query).await?;
     let more = heads.len() > limit;
     heads.truncate(limit);
     let next = match heads.last() {
@@ -115,17 +146,21 @@ pub(in crate::store) async fn due<D: Dialect>(
         }
         _ => None,
     };
-    let transactions = undamaged::<D>(connection, heads).await?;
-    let next_due_at: Option<(i64,)> = if more {
-        None
-    } else {
-        let query = Query::new(
-            "SELECT due_at FROM global_transaction WHERE due_at > ? AND xid BETWEEN ? AND ? ORDER BY due_at LIMIT 1",
-        );
-        D::fetch(connection, query.bind(until).bind(first).bind(last)).await?.pop()
-    };
+    let transactions = undamaged::<D>(connection, &mut sight, heads).await?;
+    let mut next_due_at: Option<(Vec<u8>, i64)> = None;
+    if !more {
+        let mut query = Query::new("SELECT g.xid, g.due_at");
+        query
+            .push(SEEN)
+            .push("LEFT JOIN (SELECT xid, due_at FROM global_transaction WHERE due_at > ");
+        query.push_bind(until);
+        query.push(" AND xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
+        query.push(" ORDER BY due_at LIMIT 1) AS g ON TRUE");
+        sight.push_partition(&mut query);
+        next_due_at = sight.fetch::<D, _>(connection, query).await?.pop();
+    }
     D::run(connection, END_READING).await?;
-    Ok(DuePage { transactions, next, next_due_at: next_due_at.map(|(at,)| Timestamp(at)) })
+    Ok(DuePage { transactions, next, next_due_at: next_due_at.map(|(_, at)| Timestamp(at)) })
 }
 
 pub(in crate::store) async fn list<D: Dialect>(
@@ -223,23 +258,19 @@ async fn transactions<D: Dialect>(
     query: Query,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let heads = D::fetch(connection, query).await?;
-    undamaged::<D>(connection, heads).await
+    undamaged::<D>(connection, &mut Sight::of_people(), heads).await
 }
 
 /// Puts transactions together. One that makes no sense must not stand in the way of the others: it is left out, loudly.
 async fn undamaged<D: Dialect>(
     connection: &mut Connection<D>,
+    sight: &mut Sight,
     heads: Vec<TransactionRow>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let mut branches: BTreeMap<Vec<u8>, Vec<BranchRow>> = BTreeMap::new();
     for some in heads.chunks(XIDS_MAX) {
-        let mut query = Query::new(BRANCH);
-        query.push("WHERE b.xid IN (").push_list(some.iter().map(|head| head.xid.clone()));
-        query.push(" ORDER BY b.xid, b.position");
-        // Only full ones are worth remembering: the others come in all sizes.
-        query.persistent = some.len() == XIDS_MAX;
-        let found: Vec<BranchRow> = D::fetch(connection, query).await?;
-        for row in found {
+        let xids: Vec<_> = some.iter().map(|head| head.xid.clone()).collect();
+        for row in self::branches::<D>(connection, sight, &xids).await? {
             branches.entry(row.xid.clone()).or_default().push(row);
         }
     }
@@ -251,10 +282,28 @@ async fn undamaged<D: Dialect>(
             Err(Error::Corrupt(what)) => {
                 error!(what, "a damaged record is left alone; a person must look");
             }
-            Err(unavailable @ Error::Unavailable(_)) => return Err(unavailable),
+            Err(error @ (Error::Unavailable(_) | Error::Old(_) | Error::Replaced(_))) => {
+                return Err(error);
+            }
         }
     }
     Ok(found)
+}
+
+/// The branches of these transactions, in order.
+async fn branches<D: Dialect>(
+    connection: &mut Connection<D>,
+    sight: &mut Sight,
+    xids: &[Vec<u8>],
+) -> Result<Vec<BranchRow>, Error> {
+    let mut query = Query::new(BRANCH);
+    query.push(SEEN).push("LEFT JOIN branch AS b ON b.xid IN (").push_list(xids.iter().cloned());
+    query.push(" LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id");
+    sight.push_partition(&mut query);
+    query.push(" ORDER BY b.xid, b.position");
+    // Only those that come often are worth remembering: the others come in all sizes.
+    query.persistent = [1, XIDS_MAX].contains(&xids.len());
+    sight.fetch::<D, _>(connection, query).await
 }
 
 fn push_stuck(query: &mut Query, now: Timestamp, after: StuckAfter) {

@@ -18,7 +18,7 @@ use sqlx::{
 use tracing::warn;
 
 use super::{
-    Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Store, Summary, Written,
+    Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Store, Summary, Written,
     sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, read, write},
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
@@ -145,28 +145,35 @@ impl Store for SqliteStore {
         write::append(&self.writer, batch, &self.counter).await
     }
 
-    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
-        self.readers.run(async |connection| read::load::<InSqlite>(connection, xid).await).await
+    async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
+        let load = async move |connection: &mut Connection| {
+            read::load::<InSqlite>(connection, xid, known).await
+        };
+        sql::reading(&self.readers, &self.writer, load).await
     }
 
-    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
-        self.readers
-            .run(async |connection| read::find_keys::<InSqlite>(connection, hashes).await)
-            .await
+    async fn find_keys(
+        &self,
+        hashes: &[[u8; 32]],
+        known: Known,
+    ) -> Result<Vec<Option<Xid>>, Error> {
+        let find = async move |connection: &mut Connection| {
+            read::find_keys::<InSqlite>(connection, hashes, known).await
+        };
+        sql::reading(&self.readers, &self.writer, find).await
     }
 
     async fn due(
         &self,
-        partition: u16,
         until: Timestamp,
         after: Option<(Timestamp, Xid)>,
         limit: usize,
+        known: Known,
     ) -> Result<DuePage, Error> {
-        self.readers
-            .run(async |connection| {
-                read::due::<InSqlite>(connection, partition, until, after, limit).await
-            })
-            .await
+        let due = async move |connection: &mut Connection| {
+            read::due::<InSqlite>(connection, until, after, limit, known).await
+        };
+        sql::reading(&self.readers, &self.writer, due).await
     }
 
     async fn list(
@@ -239,6 +246,7 @@ mod tests {
         let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
         let Ownership { epoch, nonce, .. } =
             store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[0];
+        let known = Known { ownership: Ownership { partition: 0, epoch, nonce }, position: 0 };
         let writes = (1..=1000).map(|sequence| {
             let new = NewTransaction {
                 name: "x".repeat(100),
@@ -270,9 +278,12 @@ mod tests {
         let error = store.append(&batch).await.unwrap_err();
         assert!(error.to_string().contains("full"), "{error}");
         let xid = batch.writes[0].global.xid;
-        assert!(matches!(store.load(xid).await.unwrap(), Lookup::Absent { .. }), "half of a batch");
+        assert!(
+            matches!(store.load(xid, known).await.unwrap(), Lookup::Absent { .. }),
+            "half of a batch"
+        );
         assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
-        assert!(matches!(store.load(xid).await.unwrap(), Lookup::Found(_)));
+        assert!(matches!(store.load(xid, known).await.unwrap(), Lookup::Found(_)));
     }
 
     #[tokio::test]

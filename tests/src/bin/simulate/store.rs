@@ -17,8 +17,8 @@ use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use handfast_coordinator::{
     store::{
-        Appended, Batch, DuePage, Error, ListFilter, Lookup, Ownership, Seat, Store, Summary,
-        memory::MemoryStore,
+        Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Seat, Store,
+        Summary, memory::MemoryStore,
     },
     transaction::{Decision, GlobalTransaction, StuckAfter, Timestamp},
 };
@@ -158,10 +158,7 @@ impl Database {
 
     /// What is recorded of one.
     pub(crate) fn recorded(&self, xid: Xid) -> Option<GlobalTransaction> {
-        match at_once(self.tables.load(xid)).expect("memory answers") {
-            Lookup::Found(global) => Some(*global),
-            Lookup::Absent { .. } => None,
-        }
+        self.tables.get(xid)
     }
 
     /// Appends, and looks whether a decision has changed.
@@ -353,7 +350,8 @@ impl Store for Client {
         let wrong = match &appended {
             Err(Error::Corrupt(what)) => Some(what.clone()),
             Ok(Appended::Damaged(damaged)) => Some(format!("{damaged:?}")),
-            Ok(Appended::Durable | Appended::Fenced(_)) | Err(Error::Unavailable(_)) => None,
+            Ok(Appended::Durable | Appended::Fenced(_))
+            | Err(Error::Unavailable(_) | Error::Old(_) | Error::Replaced(_)) => None,
         };
         if let Some(what) = wrong {
             let text = format!("the store was handed a batch that cannot be: {what}");
@@ -362,24 +360,29 @@ impl Store for Client {
         appended
     }
 
-    async fn load(&self, xid: Xid) -> Result<Lookup, Error> {
-        self.call(Kind::Read, move |database| at_once(database.tables.load(xid))).await
+    async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
+        self.call(Kind::Read, move |database| at_once(database.tables.load(xid, known))).await
     }
 
-    async fn find_keys(&self, hashes: &[[u8; 32]]) -> Result<Vec<Option<Xid>>, Error> {
+    async fn find_keys(
+        &self,
+        hashes: &[[u8; 32]],
+        known: Known,
+    ) -> Result<Vec<Option<Xid>>, Error> {
         let hashes = hashes.to_vec();
-        self.call(Kind::Read, move |database| at_once(database.tables.find_keys(&hashes))).await
+        let find = move |database: &Database| at_once(database.tables.find_keys(&hashes, known));
+        self.call(Kind::Read, find).await
     }
 
     async fn due(
         &self,
-        partition: u16,
         until: Timestamp,
         after: Option<(Timestamp, Xid)>,
         limit: usize,
+        known: Known,
     ) -> Result<DuePage, Error> {
         let due =
-            move |database: &Database| at_once(database.tables.due(partition, until, after, limit));
+            move |database: &Database| at_once(database.tables.due(until, after, limit, known));
         self.call(Kind::Read, due).await
     }
 

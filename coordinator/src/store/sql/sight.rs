@@ -1,0 +1,129 @@
+//! Reads that prove that they are new enough. Connections may lead to servers that are behind: a replica, a node of a cluster that
+//! lags, the old primary after a switch-over. What they show looks sound, and with it a confirmed transaction would be cancelled.
+//!
+//! So every query starts at the partition's row, and each of its rows shows epoch, nonce and position beside what was asked for.
+//! Batches move the position in the local transaction that writes their rows: whoever sees batch n sees all rows up to n. It is one
+//! statement, because a proxy may send two statements to two servers.
+
+use std::time::Duration;
+
+use sqlx::{ColumnIndex, FromRow, Row, ValueRef as _};
+use tracing::debug;
+
+use super::{Connection, Connections, Dialect, FromAnyRow, Query};
+use crate::store::{Error, Known, Recorded};
+
+/// Pauses before an old read is repeated over a new connection to where reads go. After the last one a connection that writes is used.
+const REPEAT_AFTER: [Duration; 3] =
+    [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
+
+/// What [`Seen`] reads, at the end of the columns.
+pub(super) const SEEN: &str = ", p.epoch AS seen_epoch, p.nonce AS seen_nonce, p.position AS seen_position FROM `partition` AS p ";
+
+/// What a query has shown of the partition's row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromRow)]
+pub(super) struct Seen {
+    seen_epoch: u32,
+    seen_nonce: u32,
+    seen_position: i64,
+}
+
+/// A row of a query that starts at the partition's row. Without anything beside that one there is still one row.
+#[derive(Debug, FromRow)]
+pub(super) struct Sighted<T> {
+    #[sqlx(flatten)]
+    seen: Seen,
+    #[sqlx(flatten)]
+    found: Beside<T>,
+}
+
+/// What an outer join has found, if anything: it has a column `xid` that is not NULL.
+#[derive(Debug)]
+pub(super) struct Beside<T>(pub(super) Option<T>);
+
+impl<'r, R: Row, T: FromRow<'r, R>> FromRow<'r, R> for Beside<T>
+where
+    &'static str: ColumnIndex<R>,
+{
+    fn from_row(row: &'r R) -> Result<Self, sqlx::Error> {
+        if row.try_get_raw("xid")?.is_null() {
+            return Ok(Self(None));
+        }
+        T::from_row(row).map(Some).map(Self)
+    }
+}
+
+/// Checks the queries of one read: all of them show that they are new enough, and the same moment.
+#[derive(Debug)]
+pub(super) struct Sight {
+    known: Option<Known>,
+    seen: Option<Seen>,
+}
+
+impl Sight {
+    pub(super) fn of(known: Known) -> Self {
+        Self { known: Some(known), seen: None }
+    }
+
+    /// For people, who may see what is old.
+    pub(super) fn of_people() -> Self {
+        Self { known: None, seen: None }
+    }
+
+    /// Ends the query: only the partition's row, and what is joined to it.
+    pub(super) fn push_partition(&self, query: &mut Query) {
+        let partition = self.known.map_or(0, |known| known.ownership.partition);
+        query.push(" WHERE p.`partition` = ").push_bind(partition);
+    }
+
+    /// What a query that starts at the partition's row has found beside it.
+    pub(super) async fn fetch<D: Dialect, T>(
+        &mut self,
+        connection: &mut Connection<D>,
+        query: Query,
+    ) -> Result<Vec<T>, Error>
+    where
+        Sighted<T>: FromAnyRow,
+    {
+        let rows: Vec<Sighted<T>> = D::fetch(connection, query).await?;
+        self.check(rows.first().map(|row| row.seen))?;
+        Ok(rows.into_iter().filter_map(|row| row.found.0).collect())
+    }
+
+    /// Takes in what a query has shown of the partition's row.
+    pub(super) fn check(&mut self, seen: Option<Seen>) -> Result<(), Error> {
+        let Some(known) = self.known else { return Ok(()) };
+        let Some(seen) = seen else {
+            let partition = known.ownership.partition;
+            return Err(Error::Old(format!("there is no row for partition {partition}")));
+        };
+        if self.seen.is_some_and(|earlier| earlier != seen) {
+            return Err(Error::Old(format!(
+                "two queries of one read show {seen:?} and {:?}",
+                self.seen
+            )));
+        }
+        self.seen = Some(seen);
+        let Seen { seen_epoch: epoch, seen_nonce: nonce, seen_position: position } = seen;
+        known.check(Recorded { epoch, nonce, position: position.cast_unsigned() })
+    }
+}
+
+/// Runs a read over one of the `readers`; if it is old, again over new ones, and in the end over the connection that writes.
+pub(in crate::store) async fn reading<D: Dialect, T>(
+    readers: &Connections<D>,
+    writer: &Connections<D>,
+    read: impl AsyncFnOnce(&mut Connection<D>) -> Result<T, Error> + Copy,
+) -> Result<T, Error> {
+    for pause in REPEAT_AFTER {
+        match readers.run(read).await {
+            Err(Error::Old(what)) => {
+                debug!(what, "a read was old; repeating it over a new connection");
+                readers.close_idle();
+                tokio::time::sleep(pause).await;
+            }
+            answer => return answer,
+        }
+    }
+    writer.run(read).await
+}

@@ -64,3 +64,34 @@ fn the_map_is_the_house() {
     let missing: Vec<_> = missing.collect();
     assert!(missing.is_empty(), "ARCHITECTURE.md does not name: {missing:#?}");
 }
+
+/// The steps of a transaction name files and functions that exist: `partition/mod.rs`, `record`.
+#[test]
+fn the_steps_of_a_transaction_can_be_followed() {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let steps = text.split("\n## One transaction, front to back\n").nth(1).unwrap();
+    let steps = steps.split("\n## ").next().unwrap();
+    let sources = super::files("", ".rs");
+    let parts: Vec<_> = steps.split('`').collect();
+    let (mut functions, mut n) = (0, 1);
+    while n < parts.len() {
+        let path = parts[n];
+        n += 2;
+        if !path.ends_with(".rs") {
+            continue;
+        }
+        let whole = format!("/{path}");
+        let found: Vec<_> =
+            sources.iter().filter(|(file, _)| file.to_string_lossy().ends_with(&whole)).collect();
+        let [(_, source)] = found[..] else { panic!("{path}: {} files", found.len()) };
+        // Functions follow their file: a comma, or "and", and the name.
+        while n < parts.len() && matches!(parts[n - 1].trim(), "," | "and") {
+            let name = parts[n];
+            let is_there = [format!("fn {name}("), format!("fn {name}<")];
+            assert!(is_there.iter().any(|text| source.contains(text)), "{path} has no fn {name}");
+            functions += 1;
+            n += 2;
+        }
+    }
+    assert!(functions > 20, "{functions} functions");
+}

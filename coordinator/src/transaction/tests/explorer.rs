@@ -1,10 +1,10 @@
-//! Visits every state that one transaction can reach with two and with three branches, in a small world around it: fenced
-//! participants, a store that may lose what nobody waited for, a coordinator that may crash once, an operator. In each state
-//! the invariants of the life cycle are checked, and at rest that all branches agree. The counts are pinned: a change of the
-//! machine shows here.
+//! Visits every state that one transaction can reach with two and with three branches, in a small world: fenced participants, a store
+//! that may lose changes that nothing waited for, a coordinator that may crash once, and an operator. It checks the invariants of the
+//! life cycle in each state, and in each final world that all branches agree. The number of states is pinned, so that a change of
+//! the state machine shows here.
 //!
-//! Two worlds count as one if they differ only in what no decision rests on: how many attempts failed, how, and when; and
-//! in which of several equal branches something happened.
+//! Two worlds count as one if they differ only in details that no decision depends on: how many attempts failed, how and when, and
+//! which one of several equal branches was concerned.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -17,7 +17,7 @@ const BEFORE: Timestamp = Timestamp(1_000);
 const TIMEOUT: Duration = Duration::from_secs(10);
 const AFTER: Timestamp = Timestamp(11_000);
 
-/// What a fenced participant has recorded for its branch.
+/// The fence row of a participant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Fence {
     Nothing,
@@ -28,7 +28,7 @@ enum Fence {
 }
 
 impl Fence {
-    /// The participant takes in a call: whether it answers OK.
+    /// The participant handles a call. Returns whether it answers OK.
     fn take(&mut self, phase: Phase) -> bool {
         let (next, ok) = match (*self, phase) {
             (Self::Nothing | Self::Tried, Phase::Try) => (Self::Tried, true),
@@ -51,10 +51,10 @@ impl Fence {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct World {
     global: GlobalTransaction,
-    /// What a crash leaves: the last durable change, and of the others what happened to be written with it.
+    /// The state after a crash: the last durable change, and those other changes that were written with it.
     stored: GlobalTransaction,
     fences: Vec<Fence>,
-    /// Initiator-driven: the branches whose Try the initiator knows to be OK.
+    /// Initiator-driven: the branches whose Try answered OK, as far as the initiator knows.
     tried: BTreeSet<usize>,
     now: Timestamp,
     crashes: u32,
@@ -79,7 +79,7 @@ impl World {
         }
     }
 
-    /// The world after `event`; checks what must hold for every event.
+    /// The world after `event`. Checks what must hold for every event.
     fn after(&self, event: &Event) -> Self {
         let mut world = self.clone();
         let before = &self.global;
@@ -146,7 +146,7 @@ impl World {
         // Time.
         next.push(self.after(&Event::Ticked));
         next.push(Self { now: AFTER, ..self.clone() }.after(&Event::Ticked));
-        // Calls leave: what is due is durable here, as the partition sees to it.
+        // Calls leave. In this world every change that they rest on is durable; the partition guarantees that.
         for call in global.plan(self.now).calls {
             next.push(self.after(&Event::CallStarted { branch: call.branch, phase: call.phase }));
             let until = self.now;
@@ -170,7 +170,7 @@ impl World {
             world.resolved = world.global != *global;
             next.push(world);
         }
-        // A crash: memory is gone, calls that were under way may have arrived or not.
+        // A crash: memory is lost. Calls in flight may have arrived or not.
         if self.crashes == 0 {
             let mut world = Self { global: self.stored.clone(), crashes: 1, ..self.clone() };
             world = world.after(&Event::Recovered);
@@ -194,7 +194,7 @@ impl World {
             assert_eq!(world.after(&event).global, world.global, "a repeat changed something");
             next.push(world);
         }
-        // A Try that is sent once its branch is registered may arrive at any time, also after the Cancel.
+        // A Try may be sent once its branch is registered. It may arrive at any time, also after the Cancel.
         for branch in 0..global.branches.len() {
             let mut world = self.clone();
             if world.fences[branch].take(Phase::Try) {
@@ -202,7 +202,7 @@ impl World {
             }
             next.push(world);
         }
-        // It confirms what it knows to be tried; that may be too little.
+        // The initiator confirms the branches that it knows to be tried. Some may be missing.
         let tried =
             self.tried.iter().map(|index| (index + 1).to_string().parse().unwrap()).collect();
         next.push(self.command(DecisionRequest::Confirm { tried }));
@@ -212,14 +212,14 @@ impl World {
         let came_back = |world: &Self, outcome| {
             world.after(&Event::CallReturned { branch, phase, outcome, retry_in: Duration::ZERO })
         };
-        // It arrived, and the answer too.
+        // The call arrived, and so did its answer.
         let mut arrived = self.clone();
         let ok = arrived.fences[branch].take(phase);
         next.push(came_back(
             &arrived,
             if ok { Outcome::Done { reply: None } } else { unknown(false, true, self.now) },
         ));
-        // It arrived, and the answer did not; it never arrived; it made no sense.
+        // The call arrived and its answer was lost; or the call was lost; or the answer made no sense.
         next.push(came_back(&arrived, unknown(true, false, self.now)));
         next.push(came_back(self, unknown(false, false, self.now)));
         next.push(came_back(self, unknown(false, true, self.now)));
@@ -228,7 +228,7 @@ impl World {
         }
     }
 
-    /// What holds in every state.
+    /// Checks the invariants.
     fn check(&self) {
         let global = &self.global;
         for now in [BEFORE, AFTER] {
@@ -253,7 +253,7 @@ impl World {
                     "a branch is called twice at once"
                 );
             }
-            // Nothing is forgotten: what is open is called, under way, or looked at again.
+            // No open branch is forgotten: a call to it is due, or in flight, or a timer is set.
             let in_flight =
                 global.branches.iter().any(|branch| matches!(branch.call, Call::InFlight(_)));
             assert!(
@@ -291,7 +291,7 @@ impl World {
                 }
             }
         }
-        // A branch that nobody has registered was never touched.
+        // A branch that was never registered was never called.
         for fence in &self.fences[global.branches.len()..] {
             assert_eq!(*fence, Fence::Nothing, "tried before it was registered");
         }
@@ -302,7 +302,7 @@ impl World {
     }
 }
 
-/// What of a branch's record decides what can happen next.
+/// The part of a branch that decides what can happen next.
 fn sketch_of_branch(branch: &Branch) -> (u8, Option<Phase>, bool, bool) {
     let state = match branch.state {
         BranchState::Registered => 0,
@@ -318,7 +318,7 @@ fn sketch_of_branch(branch: &Branch) -> (u8, Option<Phase>, bool, bool) {
 }
 
 impl World {
-    /// What of the world decides what can happen next.
+    /// The part of the world that decides what can happen next.
     fn sketch(&self) -> impl Ord + use<> {
         let mut branches: Vec<_> = (0..self.global.branches.len())
             .map(|index| {
@@ -328,14 +328,14 @@ impl World {
             })
             .collect();
         if self.global.drive != (Drive::Coordinator { in_order: true }) {
-            branches.sort(); // equal branches: which is which does not matter
+            branches.sort(); // equal branches can be exchanged
         }
         let (is, was) = (self.global.state, self.stored.state);
         (is, was, branches, self.stored.branches.len(), self.now, self.crashes, self.resolved)
     }
 }
 
-/// Visits everything; returns how many worlds there are, and how many of them in each state.
+/// Visits every world. Returns their number, in all and for each state.
 fn explore(drive: Drive, branches: usize) -> (usize, BTreeMap<State, usize>) {
     let first = World::new(drive, branches);
     let mut seen = BTreeSet::from([first.sketch()]);

@@ -1,4 +1,4 @@
-//! Every reachable state, and the stories that people ask about.
+//! Tests of one transaction: every reachable state (`explorer`), and scripts that people can read (`stories`).
 
 mod explorer;
 mod stories;

@@ -1,20 +1,20 @@
-//! The stories of `stories/`: commands above the line, what happens below it. To add one, write the commands and run
-//! `UPDATE_GOLDENFILES=1 cargo test -p handfast-coordinator stories`, then read what came out.
+//! Runs the scripts in `stories/`: commands above the line, their results below it. To add a story, write its commands, run
+//! `UPDATE_GOLDENFILES=1 cargo test -p handfast-coordinator stories`, and read the results.
 //!
 //! | Command | Meaning |
 //! |---|---|
 //! | `begin [branch…] [timeout=30s] [drive=initiator\|execute\|execute_in_order]` | one transaction, at time 0 |
 //! | `register branch…` | more branches |
-//! | `confirm branch…` | the initiator asks for Confirm and names what it has tried |
+//! | `confirm branch…` | the initiator asks for Confirm and names the branches that it has tried |
 //! | `cancel [reason]` | the initiator asks for Cancel |
 //! | `at 5s` | time passes |
-//! | `reply branch done\|refused\|unknown\|timeout\|hopeless [retry_in=1s]` | a call comes back |
-//! | `hold` | from now on the store does not answer: nothing becomes durable |
-//! | `release` | it answers again |
-//! | `crash` | memory is lost; a new owner loads what is durable |
-//! | `retry` | an operator wants the next attempts now |
-//! | `resolve branch` | an operator answers for a branch |
-//! | `show` | what is known |
+//! | `reply branch done\|refused\|unknown\|timeout\|hopeless [retry_in=1s]` | a call returns |
+//! | `hold` | from now on the store does not answer, and nothing becomes durable |
+//! | `release` | the store answers again |
+//! | `crash` | memory is lost; a new owner loads the durable state |
+//! | `retry` | an operator asks for the next attempts at once |
+//! | `resolve branch` | an operator settles a branch by hand |
+//! | `show` | prints the transaction |
 
 use std::{error::Error, fmt::Write as _, path::Path, time::Duration};
 
@@ -25,7 +25,7 @@ use super::*;
 #[derive(Default)]
 struct Story {
     global: Option<GlobalTransaction>,
-    /// What is durable.
+    /// The durable state.
     stored: Option<GlobalTransaction>,
     held: bool,
     now_ms: i64,
@@ -36,7 +36,7 @@ impl Story {
         Timestamp(self.now_ms)
     }
 
-    /// Takes in an event and tells what changed.
+    /// Applies an event and prints the change.
     fn apply(&mut self, event: Event) -> String {
         let now = self.now();
         let global = self.global.as_mut().expect("begin first");
@@ -88,7 +88,7 @@ impl Story {
         told + &self.settle()
     }
 
-    /// The store takes what is there, then what is due and durable goes out.
+    /// The store records the changes. Then the calls that are due and durable leave.
     fn settle(&mut self) -> String {
         let now = self.now();
         let global = self.global.as_mut().expect("begin first");

@@ -234,6 +234,7 @@ fn settings(config: &Config) -> Settings {
         call_timeout: config.calls.timeout,
         call_timeout_max: config.calls.timeout_max,
         open_max: config.limits.open,
+        open_bytes_max: config.limits.open_megabytes * 1_000_000,
         stuck_after: config.stuck,
     }
 }

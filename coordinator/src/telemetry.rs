@@ -1,7 +1,7 @@
 //! Log lines: text for people, on stderr; JSON for programs, on stdout, one flat object in each line:
 //!
 //! ```json
-//! {"timestamp":"2026-11-21T09:14:03.123456Z","level":"INFO","message":"decided","xid":"3-7-1042-9f3c01d2","name":"checkout","decision":"CONFIRM","target":"handfast_coordinator::partition"}
+//! {"timestamp":"2026-11-21T09:14:03.123456Z","level":"INFO","message":"decided","xid":"3-7-1042-9f3c01d2","name":"checkout","decision":"CONFIRM","target":"handfast_coordinator::partition::log"}
 //! ```
 
 use std::io::{self, IsTerminal as _};

@@ -38,16 +38,16 @@ Examples:
   handfast list --stuck -o json | jq -r '.transactions[].xid'
   handfast list --open --name checkout")]
 pub(super) struct List {
-    /// Only those whose phase two keeps failing
+    /// Only transactions whose phase two keeps failing
     #[arg(long, conflicts_with = "open")]
     stuck: bool,
-    /// Only those that are not finished
+    /// Only transactions that are not finished
     #[arg(long)]
     open: bool,
-    /// Only those of this name
+    /// Only transactions with this name
     #[arg(long)]
     name: Option<String>,
-    /// How many at most
+    /// List at most so many
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     limit: u32,
     #[command(flatten)]
@@ -73,7 +73,7 @@ Examples:
   handfast show 3-7-1042-9f3c01d2 -o json | jq -r .state
   handfast show 3-7-1042-9f3c01d2")]
 pub(super) struct Show {
-    /// The transaction's name, as `handfast list` tells it
+    /// The transaction's xid, as `handfast list` prints it
     xid: Xid,
     #[command(flatten)]
     server: Server,
@@ -85,7 +85,7 @@ pub(super) struct Show {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  handfast retry 3-7-1042-9f3c01d2")]
 pub(super) struct Retry {
-    /// The transaction's name, as `handfast list` tells it
+    /// The transaction's xid, as `handfast list` prints it
     xid: Xid,
     #[command(flatten)]
     server: Server,
@@ -100,15 +100,15 @@ pub(super) struct Retry {
 Example:
   handfast resolve 3-7-1042-9f3c01d2 2 --reason \"points service retired; 40 points given back by hand, ticket 812\"")]
 pub(super) struct Resolve {
-    /// The transaction's name, as `handfast list` tells it
+    /// The transaction's xid, as `handfast list` prints it
     xid: Xid,
-    /// The branch's name, as `handfast show` tells it
+    /// The branch's id, as `handfast show` prints it
     #[arg(value_name = "BRANCH")]
     branch_id: BranchId,
-    /// What was done instead
+    /// What was done in the participant's place
     #[arg(long, value_name = "TEXT")]
     reason: String,
-    /// Who says so
+    /// The name of the operator
     #[arg(long, value_name = "NAME", env = "USER", hide_env_values = true)]
     operator: String,
     #[command(flatten)]
@@ -118,13 +118,13 @@ pub(super) struct Resolve {
 /// Whom to ask, and how to tell the answer.
 #[derive(Debug, Args)]
 struct Server {
-    /// Where the coordinator is
+    /// The address of the coordinator
     #[arg(long = "server", value_name = "URL", env = "HANDFAST_SERVER", hide_env_values = true, default_value = SERVER_DEFAULT, value_parser = server_url)]
     url: String,
-    /// How long to wait for its answer
+    /// How long to wait for the answer
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     timeout: Duration,
-    /// For people, or for programs
+    /// Print for people, or for programs
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }

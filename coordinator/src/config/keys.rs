@@ -157,6 +157,11 @@ pub(super) struct Limits {
     #[config(env = "HANDFAST_LIMITS_OPEN", default = 100_000, deserialize_with = value::count)]
     pub(super) open: usize,
 
+    /// Memory for open transactions with their payloads, in megabytes. Above this, Begin, RegisterBranch and Execute answer
+    /// RESOURCE_EXHAUSTED.
+    #[config(env = "HANDFAST_LIMITS_OPEN_MEGABYTES", default = 1000, deserialize_with = value::count)]
+    pub(super) open_megabytes: usize,
+
     /// Connections from callers. Above this, new connections are closed.
     #[config(env = "HANDFAST_LIMITS_CONNECTIONS", default = 10_000, deserialize_with = value::count)]
     pub(super) connections: usize,
@@ -200,7 +205,11 @@ impl Keys {
                 timeout: self.calls.timeout,
                 timeout_max: self.calls.timeout_max,
             },
-            limits: super::Limits { open: self.limits.open, connections: self.limits.connections },
+            limits: super::Limits {
+                open: self.limits.open,
+                open_megabytes: self.limits.open_megabytes,
+                connections: self.limits.connections,
+            },
             targets: dispatch::Targets {
                 participants: self.participants,
                 allow: self.targets.allow,

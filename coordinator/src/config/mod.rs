@@ -65,6 +65,8 @@ pub struct Calls {
 pub struct Limits {
     /// `limits.open`
     pub open: usize,
+    /// `limits.open_megabytes`
+    pub open_megabytes: usize,
     /// `limits.connections`
     pub connections: usize,
 }

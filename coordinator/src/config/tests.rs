@@ -4,7 +4,7 @@ use super::*;
 
 /// Each key: its section and name, its variable, a value in TOML and as text, and what the configuration says of it, by default
 /// and with that value.
-const KEYS: [(&str, &str, &str, &str, &str, &str); 21] = [
+const KEYS: [(&str, &str, &str, &str, &str, &str); 22] = [
     (
         "listen",
         "HANDFAST_LISTEN",
@@ -52,6 +52,7 @@ const KEYS: [(&str, &str, &str, &str, &str, &str); 21] = [
     ("calls.per_participant", "HANDFAST_CALLS_PER_PARTICIPANT", "1", "1", "64", "1"),
     ("calls.streams", "HANDFAST_CALLS_STREAMS", "false", "false", "true", "false"),
     ("limits.open", "HANDFAST_LIMITS_OPEN", "10_000_000", "10000000", "100000", "10000000"),
+    ("limits.open_megabytes", "HANDFAST_LIMITS_OPEN_MEGABYTES", "20", "20", "1000", "20"),
     ("limits.connections", "HANDFAST_LIMITS_CONNECTIONS", "20", "20", "10000", "20"),
     (
         "targets.allow",
@@ -89,6 +90,7 @@ fn told(config: &Config, path: &str) -> String {
         "calls.per_participant" => targets.calls_max.to_string(),
         "calls.streams" => targets.streams.to_string(),
         "limits.open" => limits.open.to_string(),
+        "limits.open_megabytes" => limits.open_megabytes.to_string(),
         "limits.connections" => limits.connections.to_string(),
         "targets.allow" => targets.allow.to_string(),
         other => panic!("nobody tells {other}"),

@@ -130,9 +130,11 @@ impl Coordinator {
             return Ok(answer);
         }
         let command = |reply| Command::Ask(Ask { xid, what: What::Get, until, reply });
-        let answer = door.send(command).await?;
-        match tokio::time::timeout(patience, answer).await {
-            Ok(answer) => answer.unwrap_or(Err(Error::Stopping)),
+        let waited = door.send(command).await?;
+        match tokio::time::timeout(patience, waited).await {
+            // Refused for load: what was asked for has happened all the same.
+            Ok(Ok(Err(Error::TooManyCalls))) => Ok(answer),
+            Ok(waited) => waited.unwrap_or(Err(Error::Stopping)),
             Err(_) => {
                 let command =
                     |reply| Command::Ask(Ask { xid, what: What::Get, until: Until::Now, reply });

@@ -1,10 +1,7 @@
 //! The tasks behind a coordinator: journals, partitions, and work in the background. Partitions come and go one by one: each is
 //! taken over with an ownership of its own (partition, epoch, nonce), and everything that was made with that ends with it.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, atomic::AtomicUsize},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -18,7 +15,7 @@ use crate::{
     clock::Clock,
     dispatch::Dispatch,
     journal::{Counts, Durable, Ended, Journal},
-    partition::{COMMANDS_MAX, Partition, Parts, Settings},
+    partition::{COMMANDS_MAX, Held, Partition, Parts, Settings},
     store::{self, Ownership, Store, Written},
 };
 
@@ -40,8 +37,8 @@ pub struct Running {
     pub(super) settings: Settings,
     pub(super) doors: Arc<Doors>,
     pub(super) journals: Arc<Journals>,
-    /// Transactions in memory, of all partitions.
-    open: Arc<AtomicUsize>,
+    /// What all partitions hold in memory.
+    held: Arc<Held>,
     partition_tasks: Tasks,
     journal_tasks: Tasks,
     /// Work that may be cut off at any moment.
@@ -80,7 +77,7 @@ impl Running {
             settings,
             doors: Arc::default(),
             journals: journals.clone(),
-            open: Arc::default(),
+            held: Arc::default(),
             partition_tasks: Tasks::default(),
             journal_tasks: Tasks::default(),
             background: CancellationToken::new(),
@@ -124,7 +121,7 @@ impl Running {
             dispatch: self.dispatch.clone(),
             clock: self.clock.clone(),
             health: journal.health().clone(),
-            open: self.open.clone(),
+            held: self.held.clone(),
             tasks: tracker.clone(),
             settings: self.settings,
         };

@@ -29,6 +29,7 @@ fn running(store: &Arc<MemoryStore>) -> Running {
         call_timeout: second,
         call_timeout_max: second,
         open_max: 1000,
+        open_bytes_max: 1_000_000_000,
         stuck_after: StuckAfter { attempts: 3, time: 120 * second },
     };
     let clock = Arc::new(ManualClock::at(Timestamp(1_700_000_000_000)));

@@ -18,6 +18,10 @@ use crate::{
 /// Commands that may wait in a partition's queue. Beyond that, Begin and Register are refused and other commands wait to be queued.
 pub const COMMANDS_MAX: usize = 4096;
 
+/// Callers of one partition that may wait at a time for a read, or for durability. Beyond that, Begin, Register and reads are refused;
+/// Decide is not, since reservations wait for it. While the store is silent, nothing else bounds them.
+pub const WAITING_MAX: usize = 2048;
+
 /// The part of the configuration that a partition needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -29,6 +33,8 @@ pub struct Settings {
     pub call_timeout_max: Duration,
     /// Transactions that all partitions together may hold in memory. Above that, no new one begins.
     pub open_max: usize,
+    /// Bytes that those transactions may have. Above that, no new one begins and no branch joins.
+    pub open_bytes_max: usize,
     /// When a decided transaction counts as stuck.
     pub stuck_after: StuckAfter,
 }
@@ -67,6 +73,17 @@ pub enum Command {
 }
 
 impl Command {
+    /// Whether it may be refused for load. A decision must not be: reservations wait for it.
+    pub(super) fn may_be_refused(&self) -> bool {
+        match self {
+            Self::Begin { .. } | Self::FindKey { .. } => true,
+            Self::Ask(Ask { what, .. }) => match what {
+                What::Get | What::Register(_) | What::BeginAgain(_) => true,
+                What::Decide(_) | What::Retry | What::Resolve { .. } => false,
+            },
+        }
+    }
+
     /// The transaction that it is about, if it names one.
     pub fn xid(&self) -> Option<Xid> {
         match self {
@@ -157,7 +174,13 @@ pub enum Error {
     )]
     #[allow(missing_docs, reason = "the field's name says what it is")]
     TooManyOpen { open_max: usize },
-    /// The partition's queue is full.
+    /// The open transactions are too large.
+    #[error(
+        "the open transactions have as many bytes as this coordinator takes, {open_bytes_max} (limits.open_megabytes)"
+    )]
+    #[allow(missing_docs, reason = "the field's name says what it is")]
+    TooManyBytes { open_bytes_max: usize },
+    /// The partition's queue is full, or too many callers wait for its store.
     #[error("this coordinator has as many calls waiting as it takes")]
     TooManyCalls,
     /// The store does not answer. The command may or may not take effect.

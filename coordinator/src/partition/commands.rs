@@ -1,12 +1,12 @@
 //! Commands: what callers ask of the partition, and when they are answered.
 
-use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use handfast_proto::Xid;
 use tracing::{debug, warn};
 
 use super::{
-    Answer, Ask, Command, Error, Hurry, Partition, Reply, Settings, Until, What,
+    Answer, Ask, Command, Error, Hurry, Partition, Reply, Until, WAITING_MAX, What,
     entry::{Entry, Watcher},
 };
 use crate::{
@@ -16,6 +16,9 @@ use crate::{
         BranchSet, Change, Event, GlobalTransaction, NewTransaction, Resolution, Weight,
     },
 };
+
+/// Pause before callers that gave up are looked for again.
+const FORGET_PAUSE: Duration = Duration::from_millis(100);
 
 impl Partition {
     pub(super) fn take_command(&mut self, command: Command) {
@@ -29,11 +32,31 @@ impl Partition {
                 return Self::answer_now(command.into_reply(), Err(Error::Corrupt));
             }
         }
+        if command.may_be_refused() && !self.has_room_to_wait() {
+            return Self::answer_now(command.into_reply(), Err(Error::TooManyCalls));
+        }
         match command {
             Command::Begin { new, until, reply } => self.begin(new, until, reply),
             Command::FindKey { hash, reply } => self.find_key(hash, reply),
             Command::Ask(ask) => self.ask(ask),
         }
+    }
+
+    /// Whether one more caller may wait for the store. Callers that gave up do not count.
+    fn has_room_to_wait(&mut self) -> bool {
+        let waiting = |partition: &Self| {
+            partition.keys.waiting() + partition.reading.waiting() + partition.effects.waiting()
+        };
+        if waiting(self) < WAITING_MAX {
+            return true;
+        }
+        if self.now() >= self.forgot_at + FORGET_PAUSE {
+            self.forgot_at = self.now();
+            self.keys.forget_gone();
+            self.reading.forget_gone();
+            self.effects.forget_gone();
+        }
+        waiting(self) < WAITING_MAX
     }
 
     fn begin(&mut self, new: NewTransaction, until: Until, reply: Reply) {
@@ -44,9 +67,8 @@ impl Partition {
     }
 
     pub(super) fn begin_new(&mut self, new: NewTransaction, until: Until, reply: Reply) {
-        let Settings { open_max, .. } = self.parts.settings;
-        if self.parts.open.load(Ordering::Relaxed) >= open_max {
-            return Self::answer_now(reply, Err(Error::TooManyOpen { open_max }));
+        if let Err(full) = self.parts.held.room_for_one(&self.parts.settings) {
+            return Self::answer_now(reply, Err(full));
         }
         let Ownership { partition, epoch, nonce } = self.ownership;
         let xid = Xid { partition, epoch, sequence: self.next_sequence, nonce };
@@ -82,7 +104,12 @@ impl Partition {
                 }
                 return self.respond(xid, until, true, reply);
             }
-            What::Register(branches) => Some(Event::Registered(branches)),
+            What::Register(branches) => {
+                if let Err(full) = self.parts.held.room_for_bytes(&self.parts.settings) {
+                    return Self::answer_now(reply, Err(full));
+                }
+                Some(Event::Registered(branches))
+            }
             What::Decide(request) => Some(Event::DecisionRequested(request)),
             What::Retry => Some(Event::RetryRequested),
             What::Resolve { branch_id, operator, reason } => Some(Event::Resolved {

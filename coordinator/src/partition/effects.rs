@@ -31,11 +31,13 @@ pub(super) struct Effects {
     by_number: BTreeMap<u64, Vec<Effect>>,
     /// Changes up to this number are durable.
     durable_upto: u64,
+    /// How many of the effects are answers.
+    answers: usize,
 }
 
 impl Effects {
     pub(super) fn new(durable_upto: u64) -> Self {
-        Self { by_number: BTreeMap::new(), durable_upto }
+        Self { by_number: BTreeMap::new(), durable_upto, answers: 0 }
     }
 
     pub(super) fn is_durable(&self, number: u64) -> bool {
@@ -68,27 +70,49 @@ impl Effects {
         }
         let effects = self.by_number.entry(number).or_default();
         if effects.len() >= EFFECTS_BEFORE_CLEAN_UP && effects.len().is_power_of_two() {
-            effects
-                .retain(|effect| !matches!(effect, Effect::Answer(reply, _) if reply.is_closed()));
+            self.answers -= forget_gone(effects);
         }
         effects.push(Effect::Answer(reply, answer));
+        self.answers += 1;
+    }
+
+    /// How many callers wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.answers
+    }
+
+    /// Forgets callers that gave up.
+    pub(super) fn forget_gone(&mut self) {
+        let gone: usize = self.by_number.values_mut().map(forget_gone).sum();
+        self.answers -= gone;
     }
 
     /// Notes that changes are durable up to `number`, and takes the effects that waited for them, in order.
     fn take_upto(&mut self, number: u64) -> impl Iterator<Item = Effect> + use<> {
         self.durable_upto = number;
         let later = self.by_number.split_off(&(number + 1));
-        std::mem::replace(&mut self.by_number, later).into_values().flatten()
+        let taken = std::mem::replace(&mut self.by_number, later);
+        let is_answer = |effect: &&Effect| matches!(effect, Effect::Answer(..));
+        self.answers -= taken.values().flatten().filter(is_answer).count();
+        taken.into_values().flatten()
     }
 
     /// Nothing more will be durable: every answer that waits is `why`.
     pub(super) fn end(&mut self, why: &Error) {
+        self.answers = 0;
         for effect in std::mem::take(&mut self.by_number).into_values().flatten() {
             if let Effect::Answer(reply, _) = effect {
                 Partition::answer_now(reply, Err(why.clone()));
             }
         }
     }
+}
+
+/// Drops answers whose caller gave up, and says how many.
+fn forget_gone(effects: &mut Vec<Effect>) -> usize {
+    let before = effects.len();
+    effects.retain(|effect| !matches!(effect, Effect::Answer(reply, _) if reply.is_closed()));
+    before - effects.len()
 }
 
 impl Partition {

@@ -1,16 +1,16 @@
-//! One transaction in memory, and what the partition has to know about it beside its state.
+//! One transaction in memory, and what the partition must know about it besides its state.
 
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use super::{Answer, Error, Until};
+use super::{Answer, Error, Until, held::bytes_of};
 use crate::{
     store::{Head, Write},
     transaction::{BranchSet, Change, GlobalTransaction, Timestamp, Weight},
 };
 
-/// Somebody waits until the transaction has come so far.
+/// A caller that waits until the transaction has come so far.
 #[derive(Debug)]
 pub(super) struct Watcher {
     pub(super) until: Until,
@@ -21,31 +21,34 @@ pub(super) struct Watcher {
 /// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Shared with the journal and with answers that wait; changed by copying it only while they hold it.
+    /// Shared with the journal and with answers that wait. While they hold it, a change makes a copy.
     pub(super) global: Arc<GlobalTransaction>,
-    /// Whether it has a row, or one is on its way.
+    /// It has a row, or the journal has been handed one.
     has_row: bool,
-    /// Whether that row tells the decision.
+    /// That row has the decision.
     has_decision: bool,
-    /// So many of its branches have a row, or one is on its way.
+    /// How many of its branches have a row, or the journal has been handed one.
     branch_rows: usize,
-    /// Branches whose change has not been handed to the journal.
+    /// Branches with changes that were not handed to the journal.
     unsaved: BranchSet,
-    /// Number of its latest change that answers and calls wait for; 0: none.
+    /// The number of the latest change that answers and calls wait for; 0: there was none.
     pub(super) awaits: u64,
-    /// Number of its latest change; 0: none.
+    /// The number of its latest change; 0: there was none.
     pub(super) latest: u64,
-    /// It was brought back because it was due.
+    /// It was read because it was due.
     pub(super) was_due: bool,
-    /// When its timer goes off.
+    /// Its bytes, as they were counted last.
+    pub(super) bytes: usize,
+    /// When its timer fires.
     pub(super) timer: Option<Timestamp>,
     pub(super) watchers: Vec<Watcher>,
 }
 
 impl Entry {
-    /// One that was never recorded.
+    /// A new transaction, which has no record.
     pub(super) fn begun(global: GlobalTransaction) -> Self {
         Self {
+            bytes: bytes_of(&global),
             global: Arc::new(global),
             has_row: false,
             has_decision: false,
@@ -59,19 +62,19 @@ impl Entry {
         }
     }
 
-    /// One as it is recorded.
+    /// A transaction that was read.
     pub(super) fn loaded(global: GlobalTransaction) -> Self {
         let branch_rows = global.branches.len();
         let has_decision = global.state.decision().is_some();
         Self { has_row: true, has_decision, branch_rows, ..Self::begun(global) }
     }
 
-    /// The same, because it was due.
+    /// A transaction that was read because it was due.
     pub(super) fn due(global: GlobalTransaction) -> Self {
         Self { was_due: true, ..Self::loaded(global) }
     }
 
-    /// What the journal has to write after `change`, if anything.
+    /// What the journal must write after `change`.
     pub(super) fn write(&mut self, change: Change) -> Option<Write> {
         self.unsaved = self.unsaved.union(change.branches);
         match change.weight {
@@ -80,7 +83,7 @@ impl Entry {
         }
     }
 
-    /// What the journal has to write before the partition lets go of it for good; `None`: nothing.
+    /// What the journal must write before the partition stops.
     pub(super) fn last_write(&mut self) -> Option<Write> {
         (!self.unsaved.is_empty()).then(|| self.unsaved_write(true))
     }
@@ -108,7 +111,7 @@ impl Entry {
         }
     }
 
-    /// Whether its record, once durable, tells everything that is known of it.
+    /// Whether everything that is known of it was handed to the journal.
     pub(super) fn is_saved(&self) -> bool {
         self.has_row && self.unsaved.is_empty()
     }

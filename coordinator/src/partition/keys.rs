@@ -1,6 +1,6 @@
-//! Idempotency keys: the same key gives the same transaction. A key of a transaction in memory is known; for any other one the
-//! store is asked, for all that wait in one look, and for each key once at a time. Whoever comes with the same key meanwhile
-//! waits for that look, so two Begins with one key never make two transactions.
+//! Idempotency keys: the same key gives the same transaction. The keys of transactions in memory are known. Other keys are looked
+//! up in the store: all that wait in one read, and each key in one read at a time. A caller with the same key waits for that
+//! read, so two Begins with one key never make two transactions.
 
 use std::collections::BTreeMap;
 
@@ -12,19 +12,21 @@ use crate::{
     transaction::{GlobalTransaction, Key, NewTransaction},
 };
 
-/// Keys of one look.
+/// Keys of one read.
 const KEYS_MAX: usize = 256;
 
 /// See the module's comment.
 #[derive(Debug, Default)]
 pub(super) struct Keys {
-    /// Of the transactions in memory.
+    /// The keys of transactions in memory.
     known: BTreeMap<[u8; 32], Xid>,
-    /// Those that the store is, or will be, asked for, and who waits.
+    /// The keys that are, or will be, read, and the callers that wait for each.
     wanted: BTreeMap<[u8; 32], Vec<KeyAsk>>,
-    /// Those of `wanted` that it has not been asked for yet.
+    /// The keys of `wanted` that are not being read yet.
     queue: Vec<[u8; 32]>,
-    look_under_way: bool,
+    read_in_flight: bool,
+    /// How many callers wait.
+    waiting: usize,
 }
 
 #[derive(Debug)]
@@ -35,6 +37,13 @@ enum KeyAsk {
 }
 
 impl KeyAsk {
+    /// Whether the caller gave up.
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::Begin { reply, .. } | Self::Find { reply } => reply.is_closed(),
+        }
+    }
+
     fn into_reply(self) -> Reply {
         match self {
             Self::Begin { reply, .. } | Self::Find { reply } => reply,
@@ -46,7 +55,7 @@ impl Keys {
     /// A transaction has entered memory.
     pub(super) fn known(&mut self, global: &GlobalTransaction) {
         if let Some(key) = global.key {
-            // An old one, whose key has been forgotten and used again, may have been read just before.
+            // Not if the key is known already: an old transaction may be read whose key was forgotten and has begun another one.
             self.known.entry(key.hash).or_insert(global.xid);
         }
     }
@@ -60,7 +69,23 @@ impl Keys {
         }
     }
 
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// Forgets callers that gave up, and keys that nobody waits for. The read in flight of such a key is answered to nobody.
+    pub(super) fn forget_gone(&mut self) {
+        self.wanted.retain(|_, asks| {
+            let before = asks.len();
+            asks.retain(|ask| !ask.is_gone());
+            self.waiting -= before - asks.len();
+            !asks.is_empty()
+        });
+        self.queue.retain(|hash| self.wanted.contains_key(hash));
+    }
+
     pub(super) fn end(&mut self, why: &Error) {
+        self.waiting = 0;
         for ask in std::mem::take(&mut self.wanted).into_values().flatten() {
             Partition::answer_now(ask.into_reply(), Err(why.clone()));
         }
@@ -74,6 +99,14 @@ impl Keys {
             self.queue.push(hash);
         }
         asks.push(ask);
+        self.waiting += 1;
+    }
+
+    /// The callers that waited for this key.
+    fn answered(&mut self, hash: &[u8; 32]) -> Vec<KeyAsk> {
+        let asks = self.wanted.remove(hash).unwrap_or_default();
+        self.waiting -= asks.len();
+        asks
     }
 }
 
@@ -100,12 +133,12 @@ impl Partition {
         }
     }
 
-    /// Asks the store for the keys that wait, if it is not being asked already.
+    /// Reads the keys that wait, unless a read is in flight.
     pub(super) fn look_up_keys(&mut self) {
-        if self.keys.look_under_way || self.keys.queue.is_empty() {
+        if self.keys.read_in_flight || self.keys.queue.is_empty() {
             return;
         }
-        self.keys.look_under_way = true;
+        self.keys.read_in_flight = true;
         let hashes: Vec<_> = self.keys.queue.drain(..self.keys.queue.len().min(KEYS_MAX)).collect();
         let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
         let known = self.known();
@@ -120,7 +153,7 @@ impl Partition {
         hashes: Vec<[u8; 32]>,
         found: Result<Vec<Option<Xid>>, store::Error>,
     ) {
-        self.keys.look_under_way = false;
+        self.keys.read_in_flight = false;
         let found: Vec<Result<Option<Xid>, Error>> = match found {
             Ok(found) => found.into_iter().map(Ok).collect(),
             Err(error) => {
@@ -129,8 +162,8 @@ impl Partition {
             }
         };
         for (hash, found) in hashes.into_iter().zip(found) {
-            for ask in self.keys.wanted.remove(&hash).unwrap_or_default() {
-                // The first Begin of a key that is in no record makes it known to those that come after it.
+            for ask in self.keys.answered(&hash) {
+                // If the key is in no record, the first Begin makes it known to the callers after it.
                 let found = found
                     .clone()
                     .map(|found| found.or_else(|| self.keys.known.get(&hash).copied()));
@@ -148,7 +181,7 @@ impl Partition {
                 return self.ask(Ask { xid, what: What::Get, until: Until::Now, reply });
             }
             (Ok(None), KeyAsk::Begin { reply, .. }) if reply.is_closed() => {
-                return; // it has been given up while the store was silent
+                return; // the caller gave up while the store was silent
             }
             (Ok(None), KeyAsk::Begin { new, until, reply, .. }) => {
                 return self.begin_new(new, until, reply);

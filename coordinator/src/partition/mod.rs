@@ -21,6 +21,7 @@ mod calls;
 mod commands;
 mod effects;
 mod entry;
+mod held;
 mod keys;
 mod log;
 mod reading;
@@ -30,10 +31,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -42,7 +40,10 @@ use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::info;
 
-pub use self::ask::{Answer, Ask, COMMANDS_MAX, Command, Error, Reply, Settings, Until, What};
+pub use self::{
+    ask::{Answer, Ask, COMMANDS_MAX, Command, Error, Reply, Settings, Until, WAITING_MAX, What},
+    held::Held,
+};
 use self::{
     effects::{Effect, Effects},
     entry::{Entry, Watcher},
@@ -83,8 +84,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// Tells whether the store is silent.
     pub health: Arc<JournalHealth>,
-    /// How many transactions all partitions together hold in memory.
-    pub open: Arc<AtomicUsize>,
+    /// What all partitions together hold in memory.
+    pub held: Arc<Held>,
     /// Spawns and counts the partition's reads.
     pub tasks: TaskTracker,
     /// The configuration.
@@ -111,6 +112,8 @@ pub struct Partition {
     keys: Keys,
     specs: Specs,
     reading: Reading,
+    /// When callers that gave up were last forgotten.
+    forgot_at: Timestamp,
     returned: (mpsc::Sender<Returned>, mpsc::Receiver<Returned>),
     reads: (mpsc::UnboundedSender<ReadResult>, mpsc::UnboundedReceiver<ReadResult>),
 }
@@ -135,6 +138,7 @@ impl Partition {
             keys: Keys::default(),
             specs: Specs::default(),
             reading: Reading::from_the_start(now),
+            forgot_at: now,
             returned: mpsc::channel(RETURNED_MAX),
             reads: mpsc::unbounded_channel(), // bounded by the reads under way
         }
@@ -217,6 +221,9 @@ impl Partition {
         let known = global.branches.len();
         let change = global.apply(event, now)?;
         self.specs.share(&mut global.branches[known..]);
+        let bytes = held::bytes_of(global);
+        self.parts.held.changes(entry.bytes, bytes);
+        entry.bytes = bytes;
         let decided = before.decision().is_none() && entry.global.state.decision().is_some();
         self.record(xid, change);
         if decided {
@@ -299,8 +306,9 @@ impl Partition {
         let xid = entry.global.xid;
         self.specs.share(&mut Arc::make_mut(&mut entry.global).branches);
         self.keys.known(&entry.global);
+        let bytes = entry.bytes;
         if self.entries.insert(xid, entry).is_none() {
-            self.parts.open.fetch_add(1, Ordering::Relaxed);
+            self.parts.held.enters(bytes);
         }
     }
 
@@ -324,7 +332,7 @@ impl Partition {
             entry.is_saved() && self.effects.is_durable(entry.latest) && entry.watchers.is_empty();
         if nothing_soon && clean {
             let entry = self.entries.remove(&xid).expect("just seen");
-            self.parts.open.fetch_sub(1, Ordering::Relaxed);
+            self.parts.held.leaves(entry.bytes);
             self.keys.left(&entry.global);
             if let Some(at) = entry.timer {
                 self.timers.remove(&(at, xid));
@@ -337,7 +345,7 @@ impl Partition {
     fn end(&mut self, why: &Error) {
         self.effects.end(why);
         for entry in std::mem::take(&mut self.entries).into_values() {
-            self.parts.open.fetch_sub(1, Ordering::Relaxed);
+            self.parts.held.leaves(entry.bytes);
             for Watcher { reply, .. } in entry.watchers {
                 Self::answer_now(reply, Err(why.clone()));
             }

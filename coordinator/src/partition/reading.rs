@@ -1,63 +1,66 @@
-//! How transactions come back into memory: because somebody asks for one, or because one is due and nobody is working on it.
-//! Both happen off the partition's task.
+//! How transactions come back into memory: because a caller asks for one, or because one is due. Both read the store off the
+//! partition's task.
 //!
-//! What is read may be old by the time it arrives. A row enters memory only if this partition has not held its transaction since
-//! the read began: what it held it may have changed, and then the row is the past. (That the read began after the takeover is
-//! a matter of course: a partition exists only since then.) Everything that leaves memory while a read is under way is noted,
-//! and a row of it is dropped.
+//! A row may be old when it arrives. It enters memory only if its transaction was not in memory at any time since the read began:
+//! the partition may have changed what it held, and then the row is the past. Therefore every transaction that leaves memory
+//! while a read is in flight is noted, and a row of it is dropped. (A partition reads only after its takeover, so no row can be
+//! older than that.)
 
 use std::{
-    collections::{BTreeMap, btree_map},
-    sync::{Arc, atomic::Ordering},
+    collections::{BTreeMap, BTreeSet, VecDeque, btree_map},
     time::Duration,
 };
 
 use handfast_proto::{Xid, crash_point, planted::Bug};
-use tokio::sync::Semaphore;
 use tracing::warn;
 
-use super::{Ask, Entry, Error, Partition, Settings};
+use super::{Ask, Entry, Error, Partition};
 use crate::{
     store::{self, DuePage, Known, Lookup},
     transaction::{Event, State, Timestamp},
 };
 
-/// Single reads of one partition at a time.
+/// Reads of single transactions in flight at a time.
 const READS_MAX: usize = 8;
-/// Transactions of one page of what is due.
+/// Transactions in one page of those that are due.
 const PAGE: usize = 128;
-/// A partition with so many transactions in hand that it has brought back because they were due leaves the others in the store for a
-/// while: what they change waits in the same queue as what is new, and that is to be served at once. It also leaves the last third
-/// of what all partitions may hold together to what is new.
+/// Transactions in memory that were read because they were due. Above this, the others stay in the store for a while: their changes
+/// wait in the same queue as those of new transactions, which are to be served at once. For the same reason the last third of
+/// `limits.open` is left to new transactions.
 const IN_HAND_MAX: usize = 256;
-/// How long until it looks whether there is room.
+/// Pause before it looks again whether there is room in memory.
 const NO_ROOM_PAUSE: Duration = Duration::from_millis(100);
-/// Shortest pause between looks for what is due.
+/// Shortest pause between scans for transactions that are due.
 const SCAN_PAUSE: Duration = Duration::from_secs(1);
 
 /// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Reading {
-    /// Single reads under way, and who waits for each.
+    /// Transactions that are being read, and the callers that wait for each.
     asks: BTreeMap<Xid, Vec<Ask>>,
-    permits: Arc<Semaphore>,
-    /// When each read that is under way began, on the scale of `moment`, and how many began then.
+    /// How many callers wait.
+    waiting: usize,
+    /// Those of them whose read has not begun.
+    queue: VecDeque<Xid>,
+    /// Those of them whose read is in flight.
+    in_flight: BTreeSet<Xid>,
+    /// When the reads in flight began, on the scale of `moment`, and how many began at each moment.
     under_way: BTreeMap<u64, usize>,
-    /// What has left memory while a read was under way, and when.
+    /// Transactions that left memory while a read was in flight, and at which moment.
     left: BTreeMap<Xid, u64>,
-    /// Counts what leaves.
+    /// Counts departures from memory.
     moment: u64,
-    /// When to look for what is due; `None`: when something leaves memory that will be due.
+    /// When the next scan for due transactions starts; `None`: when a transaction leaves memory that will be due again.
     scan_at: Option<Timestamp>,
-    /// Where that look starts.
+    /// Where that scan starts: after the last page.
     scan_after: Option<(Timestamp, Xid)>,
-    /// One look is under way, or there will be none any more.
+    /// A page is being read, or the partition has ended.
     scan_blocked: bool,
-    /// So many in memory were brought back because they were due.
+    /// Transactions in memory that were read because they were due.
     in_hand: usize,
-    /// When to look again, once there are fewer of them.
+    /// When to scan once there are fewer of them.
     scan_once_fewer: Option<Timestamp>,
-    /// When the first of those is due that have left memory since this look began: it may have passed them by.
+    /// The earliest due moment of transactions that left memory since this scan began: it may have passed them by.
     left_due: Option<Timestamp>,
 }
 
@@ -73,7 +76,9 @@ impl Reading {
     pub(super) fn from_the_start(now: Timestamp) -> Self {
         Self {
             asks: BTreeMap::new(),
-            permits: Arc::new(Semaphore::new(READS_MAX)),
+            waiting: 0,
+            queue: VecDeque::new(),
+            in_flight: BTreeSet::new(),
             under_way: BTreeMap::new(),
             left: BTreeMap::new(),
             moment: 0,
@@ -86,12 +91,12 @@ impl Reading {
         }
     }
 
-    /// When the next look for what is due starts.
+    /// When the next scan starts.
     pub(super) fn scan_at(&self) -> Option<Timestamp> {
         self.scan_at.filter(|_| !self.scan_blocked)
     }
 
-    /// A transaction has left memory, and is due again then.
+    /// A transaction has left memory.
     pub(super) fn left(&mut self, entry: &Entry) {
         let (xid, due_at) = (entry.global.xid, entry.global.due_at());
         self.in_hand -= usize::from(entry.was_due);
@@ -114,10 +119,35 @@ impl Reading {
         self.scan_at = [self.scan_at, at].into_iter().flatten().min();
     }
 
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// Forgets callers that gave up, and reads that have not begun and that nobody waits for.
+    pub(super) fn forget_gone(&mut self) {
+        let Self { asks, waiting, queue, in_flight, .. } = self;
+        asks.retain(|xid, asks| {
+            let before = asks.len();
+            asks.retain(|ask| !ask.reply.is_closed());
+            *waiting -= before - asks.len();
+            !asks.is_empty() || in_flight.contains(xid)
+        });
+        queue.retain(|xid| asks.contains_key(xid));
+    }
+
+    /// The callers that waited for this transaction.
+    fn answered(&mut self, xid: Xid) -> Vec<Ask> {
+        let asks = self.asks.remove(&xid).unwrap_or_default();
+        self.waiting -= asks.len();
+        asks
+    }
+
     pub(super) fn end(&mut self, why: &Error) {
+        self.waiting = 0;
         for ask in std::mem::take(&mut self.asks).into_values().flatten() {
             Partition::answer_now(ask.reply, Err(why.clone()));
         }
+        self.queue.clear();
         self.scan_blocked = true;
     }
 
@@ -126,7 +156,7 @@ impl Reading {
         self.moment
     }
 
-    /// Ends a read. Call it when its rows have been taken in.
+    /// Ends a read. Called after its rows were taken in.
     fn done(&mut self, began: u64) {
         if let btree_map::Entry::Occupied(mut entry) = self.under_way.entry(began) {
             *entry.get_mut() -= 1;
@@ -140,34 +170,41 @@ impl Reading {
         }
     }
 
-    /// Whether a row that was read since `began` may be the past.
+    /// Whether the row of a read that began then may be old.
     fn is_stale(&self, xid: Xid, began: u64) -> bool {
         self.left.get(&xid).is_some_and(|moment| *moment > began)
     }
 }
 
 impl Partition {
-    /// Somebody asks for a transaction that is not in memory.
+    /// Reads a transaction that a caller asks for.
     pub(super) fn read_for(&mut self, ask: Ask) {
         let xid = ask.xid;
+        self.reading.waiting += 1;
         match self.reading.asks.entry(xid) {
-            btree_map::Entry::Occupied(mut entry) => entry.get_mut().push(ask), // one read for all of them
+            btree_map::Entry::Occupied(mut entry) => entry.get_mut().push(ask), // one read for all callers
             btree_map::Entry::Vacant(entry) => {
                 entry.insert(vec![ask]);
-                self.read_one(xid);
+                self.reading.queue.push_back(xid);
+                self.begin_reads();
             }
         }
     }
 
-    fn read_one(&mut self, xid: Xid) {
-        let began = self.reading.begin();
-        let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
-        let (permits, known) = (self.reading.permits.clone(), self.known());
-        self.parts.tasks.spawn(async move {
-            let _permit = permits.acquire_owned().await.expect("never closed");
-            let found = store.load(xid, known).await;
-            drop(reads.send(ReadResult::One { xid, began, found })); // the partition may be gone
-        });
+    /// Begins the reads of single transactions that wait, as many as may be in flight.
+    fn begin_reads(&mut self) {
+        while self.reading.in_flight.len() < READS_MAX
+            && let Some(xid) = self.reading.queue.pop_front()
+        {
+            self.reading.in_flight.insert(xid);
+            let began = self.reading.begin();
+            let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
+            let known = self.known();
+            self.parts.tasks.spawn(async move {
+                let found = store.load(xid, known).await;
+                drop(reads.send(ReadResult::One { xid, began, found })); // the partition may be gone
+            });
+        }
     }
 
     /// What a read must show to be believed.
@@ -199,12 +236,16 @@ impl Partition {
     fn take_one(&mut self, xid: Xid, began: u64, found: Result<Lookup, store::Error>) {
         let stale = self.reading.is_stale(xid, began);
         self.reading.done(began);
+        self.reading.in_flight.remove(&xid);
         if self.ended.is_some() {
-            return; // whoever waited has been told
+            return; // the callers have been told
         }
+        self.begin_reads();
         if !self.entries.contains_key(&xid) {
             if stale {
-                return self.read_one(xid); // it was here meanwhile, and left again
+                // It was in memory meanwhile, and left.
+                self.reading.queue.push_back(xid);
+                return self.begin_reads();
             }
             let missing = match found {
                 Ok(Lookup::Found(global)) => {
@@ -215,8 +256,8 @@ impl Partition {
                     Some(Error::Lost(xid))
                 }
                 Ok(Lookup::Absent { purged_through, nonce, lost: _ }) => {
-                    // Another nonce: the xid is from a store that was deleted, or restored to before it, and what became of
-                    // its transaction nobody here can say.
+                    // With another nonce the xid is from a store that was deleted, or restored to a moment before it. What
+                    // became of its transaction is not known here.
                     let purged = purged_through.is_some_and(|through| xid <= through);
                     Some(if nonce == Some(xid.nonce) && !purged {
                         Error::NeverRecorded(xid)
@@ -227,27 +268,25 @@ impl Partition {
                 Err(error) => Some(self.read_failed(&error)),
             };
             if let Some(missing) = missing {
-                for ask in self.reading.asks.remove(&xid).unwrap_or_default() {
+                for ask in self.reading.answered(xid) {
                     Self::answer_now(ask.reply, Err(missing.clone()));
                 }
                 return;
             }
         }
-        for ask in self.reading.asks.remove(&xid).unwrap_or_default() {
+        for ask in self.reading.answered(xid) {
             self.ask(ask);
         }
         self.leave_if_idle(xid);
     }
 
-    /// Starts the look for what is due, when it is time.
+    /// Reads the next page of due transactions, when it is time.
     pub(super) fn scan(&mut self) {
         let now = self.now();
         if self.reading.scan_at().is_none_or(|at| at > now) {
             return;
         }
-        let Settings { open_max, .. } = self.parts.settings;
-        let held = self.parts.open.load(Ordering::Relaxed);
-        if held >= open_max - open_max / 3 {
+        if !self.parts.held.has_room_for_due(&self.parts.settings) {
             self.reading.scan_at = Some(now + NO_ROOM_PAUSE);
             return;
         }
@@ -276,7 +315,7 @@ impl Partition {
         match page {
             Err(error) => {
                 drop(self.read_failed(&error));
-                warn!(%error, "cannot read what is due; will look again");
+                warn!(%error, "cannot read due transactions; will retry");
                 self.reading.scan_by(Some(soon));
             }
             Ok(page) => {

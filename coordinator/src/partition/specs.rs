@@ -1,11 +1,11 @@
-//! What branches were registered with, once for all transactions that were begun alike: with a hundred thousand open ones it would be
-//! most of the memory that they take.
+//! What branches were registered with is kept once for all transactions with equal branches. Otherwise it would be most of the
+//! memory of a hundred thousand open transactions.
 
 use std::{collections::BTreeSet, sync::Arc};
 
 use crate::transaction::{Branch, BranchSpec};
 
-/// Different ones that are remembered. More than a shop has; whoever registers every branch differently gains nothing and loses little.
+/// Different specs that are remembered: more than a shop has. If every branch is different, nothing is gained and little is lost.
 const SPECS_MAX: usize = 1024;
 
 /// See the module's comment.
@@ -13,7 +13,7 @@ const SPECS_MAX: usize = 1024;
 pub(super) struct Specs(BTreeSet<Arc<BranchSpec>>);
 
 impl Specs {
-    /// Lets each of these branches share with others that were registered with the same. Payloads are never the same.
+    /// Lets these branches share equal specs with others. Specs with a payload are not shared: payloads are never equal.
     pub(super) fn share(&mut self, branches: &mut [Branch]) {
         for branch in branches.iter_mut().filter(|branch| branch.spec.payload.is_none()) {
             if let Some(known) = self.0.get(&branch.spec) {

@@ -1,6 +1,7 @@
 //! The gRPC services. A method is a few lines: parse, ask, answer. What each guarantees stands in the .proto files.
 
 mod connection;
+mod deadline;
 pub(crate) mod health;
 mod request;
 mod response;
@@ -22,10 +23,14 @@ use handfast_proto::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-pub use self::connection::{Connection, STREAMS_MAX};
 use self::{
     connection::waiting_permit,
+    deadline::bounded,
     request::{NewRequest, invalid},
+};
+pub use self::{
+    connection::{Connection, STREAMS_MAX},
+    deadline::InTime,
 };
 use crate::{
     coordinator::Coordinator,
@@ -64,18 +69,20 @@ impl Services {
 
     /// The service for initiators, with its limits.
     #[must_use]
-    pub fn for_initiators(&self) -> CoordinatorServiceServer<Self> {
-        CoordinatorServiceServer::new(self.clone())
+    pub fn for_initiators(&self) -> InTime<CoordinatorServiceServer<Self>> {
+        let service = CoordinatorServiceServer::new(self.clone())
             .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
-            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX)
+            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX);
+        InTime(service)
     }
 
     /// The service for operators, with its limits.
     #[must_use]
-    pub fn for_operators(&self) -> AdminServiceServer<Self> {
-        AdminServiceServer::new(self.clone())
+    pub fn for_operators(&self) -> InTime<AdminServiceServer<Self>> {
+        let service = AdminServiceServer::new(self.clone())
             .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
-            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX)
+            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX);
+        InTime(service)
     }
 
     fn transaction(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
@@ -129,9 +136,8 @@ impl CoordinatorService for Services {
             },
             Until::Now | Until::Decided => (None, Until::Now),
         };
-        let request = request.into_inner();
-        let wait = request::wait(request.wait)?;
-        let (xid, what) = request::decide(request)?;
+        let wait = bounded(request::wait(request.get_ref().wait)?, request.metadata());
+        let (xid, what) = request::decide(request.into_inner())?;
         let answer = self.coordinator.ask(xid, what, until, wait).await?;
         Ok(Response::new(pb::DecideResponse { transaction: self.head(&answer.global) }))
     }
@@ -141,8 +147,9 @@ impl CoordinatorService for Services {
         request: Request<pb::ExecuteRequest>,
     ) -> Result<Response<pb::ExecuteResponse>, Status> {
         let _permit = waiting_permit(&request)?;
+        let wait = bounded(request::wait(request.get_ref().wait)?, request.metadata());
         let request = request.into_inner();
-        let (until, wait) = (request::until(request.until()), request::wait(request.wait)?);
+        let until = request::until(request.until());
         let new = request::new_transaction(request.into(), &self.targets, self.timeout_default)?;
         let decided = self.coordinator.begin(new, Until::Decided).await?;
         let replies = if decided.existed { Vec::new() } else { response::replies(&decided.global) };
@@ -183,8 +190,9 @@ impl CoordinatorService for Services {
         request: Request<pb::WaitTransactionRequest>,
     ) -> Result<Response<pb::WaitTransactionResponse>, Status> {
         let _permit = waiting_permit(&request)?;
+        let wait = bounded(request::wait(request.get_ref().wait)?, request.metadata());
         let request = request.into_inner();
-        let (until, wait) = (request::until(request.until()), request::wait(request.wait)?);
+        let until = request::until(request.until());
         let answer =
             self.coordinator.ask(request::xid(&request.xid)?, What::Get, until, wait).await?;
         Ok(Response::new(pb::WaitTransactionResponse {

@@ -285,6 +285,10 @@ pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid>
             DecisionRequest::Confirm { tried }
         }
         pb::Decision::Cancel => DecisionRequest::Cancel(match request.refusal {
+            None if !request.unknown_branch_id.is_empty() => CancelCause::TryUnknown {
+                branch_id: branch_id("unknown_branch_id", &request.unknown_branch_id)?,
+                error: words("reason", request.reason, limits::REASON_BYTES_MAX)?,
+            },
             None => CancelCause::Requested {
                 reason: words("reason", request.reason, limits::REASON_BYTES_MAX)?,
             },

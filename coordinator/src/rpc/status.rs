@@ -30,7 +30,7 @@ impl From<Error> for Status {
                 status(Code::AlreadyExists, reason::KEY_TAKEN, text, details)
             }
             Error::Rejected { rejection, global } => rejected(rejection, &global),
-            Error::TooManyOpen { .. } => {
+            Error::TooManyOpen { .. } | Error::TooManyBytes { .. } => {
                 status(Code::ResourceExhausted, reason::TOO_MANY_OPEN, text, no_details)
             }
             Error::TooManyCalls => {

@@ -1,6 +1,6 @@
 //! Calls of initiators that share a stream. Each one goes through the method of the same name.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use handfast_proto::{
     stream::{self, within},
@@ -35,16 +35,14 @@ async fn answer(
     request: CallStreamRequest,
 ) -> CallStreamResponse {
     let CallStreamRequest { number, timeout_millis, call } = request;
-    let answer = within(timeout_millis, ask(&services, allowance, call)).await;
+    let timeout = (timeout_millis > 0).then(|| Duration::from_millis(timeout_millis.into()));
+    let caller = Caller { allowance, timeout };
+    let answer = within(timeout_millis, ask(&services, caller, call)).await;
     let answer = Some(answer.unwrap_or_else(|status| Answer::Failure(status.into())));
     CallStreamResponse { number, answer }
 }
 
-async fn ask(
-    services: &Services,
-    allowance: Option<Allowance>,
-    call: Option<Call>,
-) -> Result<Answer, Status> {
+async fn ask(services: &Services, caller: Caller, call: Option<Call>) -> Result<Answer, Status> {
     let Some(call) = call else {
         return invalid("call", "is missing, or this coordinator does not know it")?;
     };
@@ -53,24 +51,36 @@ async fn ask(
         Call::RegisterBranch(call) => {
             Answer::RegisterBranch(of(services.register_branch(Request::new(call)).await?))
         }
-        Call::Decide(call) => Answer::Decide(of(services.decide(on(allowance, call)).await?)),
-        Call::Execute(call) => Answer::Execute(of(services.execute(on(allowance, call)).await?)),
+        Call::Decide(call) => Answer::Decide(of(services.decide(caller.asks(call)).await?)),
+        Call::Execute(call) => Answer::Execute(of(services.execute(caller.asks(call)).await?)),
         Call::GetTransaction(call) => {
             Answer::GetTransaction(of(services.get_transaction(Request::new(call)).await?))
         }
         Call::WaitTransaction(call) => {
-            Answer::WaitTransaction(of(services.wait_transaction(on(allowance, call)).await?))
+            Answer::WaitTransaction(of(services.wait_transaction(caller.asks(call)).await?))
         }
     })
 }
 
-/// A request that may wait, with the allowance of the connection that it came on.
-fn on<T>(allowance: Option<Allowance>, call: T) -> Request<T> {
-    let mut request = Request::new(call);
-    if let Some(allowance) = allowance {
-        request.extensions_mut().insert(allowance);
+/// What bounds the wait of a call.
+struct Caller {
+    /// How many calls of its connection may wait.
+    allowance: Option<Allowance>,
+    timeout: Option<Duration>,
+}
+
+impl Caller {
+    /// The request of a call that may wait.
+    fn asks<T>(self, call: T) -> Request<T> {
+        let mut request = Request::new(call);
+        if let Some(allowance) = self.allowance {
+            request.extensions_mut().insert(allowance);
+        }
+        if let Some(timeout) = self.timeout {
+            request.set_timeout(timeout);
+        }
+        request
     }
-    request
 }
 
 fn of<T>(response: Response<T>) -> T {

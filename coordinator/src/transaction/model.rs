@@ -127,7 +127,7 @@ pub enum CancelCause {
     },
     /// Phase one took longer than its timeout.
     TimedOut,
-    /// Coordinator-driven: a Try had no clear answer.
+    /// A Try had no clear answer.
     TryUnknown {
         /// The branch whose Try it was.
         branch_id: BranchId,

@@ -147,6 +147,7 @@ impl Coordinator {
                 call_timeout: CALL_TIMEOUT,
                 call_timeout_max: CALL_TIMEOUT,
                 open_max: 100_000,
+                open_bytes_max: 1_000_000_000,
                 stuck_after: StuckAfter { attempts: 8, time: Duration::from_secs(120) },
             };
             let retention = Duration::from_secs(7 * 24 * 3600);

@@ -80,6 +80,7 @@ impl Rig {
             call_timeout: second,
             call_timeout_max: 60 * second,
             open_max: 2000,
+            open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: 120 * second },
         };
         let (clocks, moody) = (Arc::new(clock.clone()), Arc::new(Moody::default()));

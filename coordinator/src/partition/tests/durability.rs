@@ -207,3 +207,24 @@ async fn a_refused_try_decides_without_waiting_for_the_others() {
     two.done().await;
     assert_eq!(rig.call().await.call.branch, 1);
 }
+
+/// Its decision is its completion. A record that only says "finished" would not tell what was decided.
+#[tokio::test]
+async fn a_keyed_transaction_without_branches_is_recorded_with_its_decision() {
+    let rig = Rig::new().await;
+    let begun = rig.begin(NewTransaction { branches: Vec::new(), ..keyed(7, 1) });
+    let xid = begun.answer().await.unwrap().global.xid;
+    let tried = BTreeSet::new();
+    let decide = What::Decide(DecisionRequest::Confirm { tried });
+    let global = rig.ask(xid, decide, Until::Now).answer().await.unwrap().global;
+    assert_eq!(global.state, State::Confirmed);
+    let heads: Vec<_> = rig
+        .store
+        .batches()
+        .iter()
+        .flat_map(|batch| &batch.writes)
+        .map(|write| write.head)
+        .collect();
+    use crate::store::Head::*;
+    assert_eq!(heads, [Insert, Update]);
+}

@@ -40,7 +40,7 @@ async fn a_row_that_was_read_before_memory_changed_it_is_dropped() {
         rig.call().await.done().await;
     }
     let finished = async {
-        while rig.open.load(Ordering::Relaxed) != 0
+        while rig.held.transactions() != 0
             || rig.stored(xid).await.unwrap().state != State::Confirmed
         {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -273,4 +273,64 @@ async fn a_read_that_shows_another_owner_lets_the_journal_find_out() {
         }
     };
     tokio::time::timeout(Duration::from_secs(10), ended).await.unwrap();
+}
+
+/// What left memory while a read was in flight is remembered until that read has ended, also when a later read ends before it.
+#[tokio::test]
+async fn a_read_that_ends_does_not_make_an_older_one_believe_its_old_rows() {
+    let first = Rig::new().await;
+    let xid = first.begun().await;
+    first.confirm(xid).answer().await.unwrap();
+    // The next owner. Its page of due transactions has been read, and says that this one is confirming.
+    first.store.hold_dues(true);
+    let rig = first.restart().await;
+    let seen = rig.store.dues();
+    while rig.store.dues() == seen {
+        settle().await;
+    }
+    // Meanwhile the transaction comes into memory, finishes and leaves.
+    rig.ask(xid, What::Get, Until::Now).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    // A read that began after that ends before the page arrives.
+    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let unknown = Xid { partition, epoch, sequence: 99, nonce };
+    rig.ask(unknown, What::Get, Until::Now).answer().await.unwrap_err();
+    first.store.hold_dues(false);
+    rig.no_call().await;
+    assert_eq!(rig.held.transactions(), 0);
+    assert_eq!(rig.stored(xid).await.unwrap().state, State::Confirmed);
+}
+
+/// Rule 16: a transaction whose latest change is not durable stays in memory. Read again, it would be the one before that change.
+#[tokio::test]
+async fn a_transaction_leaves_memory_only_when_its_latest_change_is_durable() {
+    let far = Duration::from_secs(3600 * 24 * 365);
+    let mut rig = Rig::new().await;
+    rig.settings.retry = RetryPolicy { initial: far, max: far };
+    let rig = rig.restart().await;
+    let xid = rig.begun().await;
+    rig.confirm(xid).answer().await.unwrap();
+    let (one, two) = (rig.call().await, rig.call().await);
+    // One failure is in a batch that is in flight, the other one waits for the next batch, and that does not reach the store.
+    let batches = rig.store.batches().len();
+    rig.store.hold();
+    one.fails().await;
+    while rig.store.batches().len() == batches {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    two.fails().await;
+    settle().await;
+    rig.store.fail([Fault::Nothing].into_iter().chain([Fault::Unreached; 6]));
+    rig.store.release();
+    while rig.store.batches().len() < batches + 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(rig.held.transactions(), 1, "it has left with a change that is not durable");
+    let told = rig.ask(xid, What::Get, Until::Now).answer().await.unwrap().global;
+    assert!(told.branches.iter().all(|branch| branch.attempts == 1), "{:?}", told.branches);
+    assert_eq!(rig.store.loads(), [], "it was read");
+    rig.until_memory_holds(0).await;
 }

@@ -2,6 +2,7 @@
 
 mod durability;
 mod keys;
+mod limits;
 mod memory;
 mod recovery;
 mod time;
@@ -57,7 +58,7 @@ struct Rig {
     settings: Settings,
     ownership: Ownership,
     commands: mpsc::Sender<Command>,
-    open: Arc<AtomicUsize>,
+    held: Arc<Held>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -70,6 +71,7 @@ impl Rig {
             call_timeout: Duration::from_secs(5),
             call_timeout_max: Duration::from_secs(60),
             open_max: 1000,
+            open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: Duration::from_secs(120) },
         })
         .await
@@ -88,14 +90,14 @@ impl Rig {
     async fn start(store: Arc<ScriptedStore>, clock: ManualClock, settings: Settings) -> Self {
         let ownership = store.acquire(&[PARTITION], "test", clock.now()).await.unwrap()[0];
         let journal = Journal::new(store.clone(), Arc::new(clock.clone()));
-        let (script, open, tasks) =
-            (Arc::new(Script::default()), Arc::<AtomicUsize>::default(), TaskTracker::new());
+        let (script, held, tasks) =
+            (Arc::new(Script::default()), Arc::<Held>::default(), TaskTracker::new());
         let parts = Parts {
             store: store.clone(),
             dispatch: script.clone(),
             clock: Arc::new(clock.clone()),
             health: journal.health().clone(),
-            open: open.clone(),
+            held: held.clone(),
             tasks: tasks.clone(),
             settings,
         };
@@ -109,7 +111,7 @@ impl Rig {
             journal_stop.cancel();
             journal.await.unwrap();
         });
-        Self { store, clock, script, settings, ownership, commands, open, stop, tasks }
+        Self { store, clock, script, settings, ownership, commands, held, stop, tasks }
     }
 
     fn send(&self, command: impl FnOnce(Reply) -> Command) -> Waiting {
@@ -172,7 +174,7 @@ impl Rig {
 
     async fn until_memory_holds(&self, count: usize) {
         let holds = async {
-            while self.open.load(Ordering::Relaxed) != count {
+            while self.held.transactions() != count {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };

@@ -84,7 +84,7 @@ async fn what_is_due_comes_back_no_faster_than_it_is_done_and_new_ones_do_not_co
     let rig = first.restart().await;
     rig.until_memory_holds(256).await;
     settle().await;
-    assert_eq!(rig.open.load(Ordering::Relaxed), 256);
+    assert_eq!(rig.held.transactions(), 256);
     for _ in 0..2 * 127 {
         rig.call().await.done().await;
     }
@@ -92,7 +92,7 @@ async fn what_is_due_comes_back_no_faster_than_it_is_done_and_new_ones_do_not_co
     for _ in 0..400 {
         rig.begun().await;
     }
-    assert_eq!(rig.open.load(Ordering::Relaxed), 529);
+    assert_eq!(rig.held.transactions(), 529);
     for _ in 0..2 {
         rig.call().await.done().await;
     }

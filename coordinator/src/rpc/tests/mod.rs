@@ -59,6 +59,7 @@ impl Rig {
             call_timeout: Duration::from_secs(5),
             call_timeout_max: Duration::from_secs(60),
             open_max: 1000,
+            open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: Duration::from_secs(120) },
         };
         let store = Arc::new(MemoryStore::default());

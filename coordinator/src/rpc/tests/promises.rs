@@ -287,3 +287,38 @@ async fn a_decision_is_never_refused_for_load() {
     };
     rig.services.decide(with(decide)).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_try_without_a_clear_answer_is_recorded_as_such() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1", "2"]).await;
+    let request = pb::DecideRequest {
+        xid: xid.clone(),
+        decision: pb::Decision::Cancel.into(),
+        reason: "UNAVAILABLE: connection refused".to_owned(),
+        unknown_branch_id: "2".to_owned(),
+        ..Default::default()
+    };
+    rig.decide(request.clone()).await.unwrap();
+    let cancelled = rig.completed(&xid).await;
+    assert_eq!(cancelled.cancel_cause(), pb::CancelCause::TryUnknown);
+    let reason = &cancelled.cancel_reason;
+    assert!(reason.contains("branch 2") && reason.contains("connection refused"), "{reason}");
+    let bad = pb::DecideRequest { unknown_branch_id: "A B".to_owned(), ..request };
+    invalid(rig.decide(bad).await, "unknown_branch_id", "a-z");
+}
+
+/// tonic answers a call that reaches its deadline with CANCELLED, which reads like an outcome.
+#[tokio::test]
+async fn a_call_with_a_deadline_is_answered_before_it() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1"]).await;
+    // Nothing is decided, so the wait would last ten seconds. The deadline ends it, and the state is told.
+    let until = pb::Until::Decided.into();
+    let mut wait = Request::new(pb::WaitTransactionRequest { xid: xid.clone(), until, wait: None });
+    wait.set_timeout(Duration::from_millis(500));
+    let asked =
+        tokio::time::timeout(Duration::from_millis(500), rig.services.wait_transaction(wait));
+    let told = asked.await.expect("before its deadline").unwrap().into_inner();
+    assert_eq!(told.transaction.unwrap().state(), pb::TransactionState::Trying);
+}

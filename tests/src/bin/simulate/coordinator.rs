@@ -57,6 +57,7 @@ async fn serve(number: usize, world: &Arc<World>) -> String {
         call_timeout: mix.call_timeout,
         call_timeout_max: mix.call_timeout * 4,
         open_max: 10_000,
+        open_bytes_max: 1_000_000_000,
         stuck_after: StuckAfter { attempts: 8, time: Duration::from_secs(120) },
     };
     let started = Coordinator::start(store, dispatch.clone(), clock, settings, mix.retention).await;

@@ -1,0 +1,106 @@
+//! Nothing from outside grows without a limit: callers that wait, and bytes in memory.
+
+use super::*;
+
+fn registered(id: &str, bytes: usize) -> BranchSpec {
+    let payload = Payload { data: Bytes::from(vec![7; bytes]), content_type: String::new() };
+    let mut spec = new(&[id]).branches.remove(0);
+    (spec.payload, spec.carry_payload) = (Some(payload), true);
+    spec
+}
+
+#[tokio::test]
+async fn a_new_transaction_is_refused_when_the_open_ones_have_too_many_bytes() {
+    let mut rig = Rig::new().await;
+    rig.settings.open_bytes_max = 100_000;
+    let rig = rig.restart().await;
+    let large = NewTransaction { branches: vec![registered("1", 60_000)], ..new(&[]) };
+    let one = rig.begin(large.clone()).answer().await.unwrap().global.xid;
+    let two = rig.begin(large.clone()).answer().await.unwrap().global.xid;
+    let refused = rig.begin(new(&[])).answer().await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyBytes { open_bytes_max: 100_000 }), "{refused:?}");
+    let register = rig.ask(one, What::Register(vec![registered("2", 1)]), Until::Now);
+    let refused = register.answer().await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyBytes { .. }), "{refused:?}");
+    // A decision is not refused, and gives the bytes back.
+    rig.cancel(two).answer().await.unwrap();
+    rig.call().await.done().await;
+    rig.until_memory_holds(1).await;
+    rig.begin(new(&[])).answer().await.unwrap();
+}
+
+#[tokio::test]
+async fn bytes_in_memory_are_those_of_the_transactions_in_memory() {
+    let rig = Rig::new().await;
+    let xid = rig.begun().await;
+    let before = rig.held.bytes();
+    rig.ask(xid, What::Register(vec![registered("3", 5_000)]), Until::Now).answer().await.unwrap();
+    let grown = rig.held.bytes() - before;
+    assert!((5_000..6_000).contains(&grown), "{grown}");
+    rig.cancel(xid).answer().await.unwrap();
+    for _ in 0..3 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    assert_eq!(rig.held.bytes(), 0);
+}
+
+/// While the store does not answer reads, callers that ask are refused from a limit on. A decision is taken in all the same.
+#[tokio::test]
+async fn callers_that_wait_for_a_read_are_limited() {
+    let rig = Rig::new().await;
+    rig.store.hold_loads(true);
+    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let unknown = |sequence: usize| {
+        let sequence = u64::try_from(sequence).unwrap();
+        Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce }
+    };
+    let mut waiting = Vec::new();
+    for n in 0..WAITING_MAX {
+        waiting.push(rig.ask(unknown(n), What::Get, Until::Now));
+        if n % 1000 == 0 {
+            settle().await;
+        }
+    }
+    settle().await;
+    let refused = rig.ask(unknown(WAITING_MAX), What::Get, Until::Now).answer().await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
+    let begun = rig.begin(keyed(7, 1)).answer().await.unwrap_err();
+    assert!(matches!(begun, Error::TooManyCalls), "{begun:?}");
+    rig.confirm(unknown(1)).none_yet().await;
+    // Callers that give up make room.
+    waiting.truncate(WAITING_MAX / 2);
+    rig.clock.advance(Duration::from_secs(1));
+    rig.begin(keyed(7, 1)).answer().await.unwrap();
+    rig.ask(unknown(WAITING_MAX), What::Get, Until::Now).none_yet().await;
+    rig.store.hold_loads(false);
+    for waiting in waiting {
+        assert!(matches!(waiting.answer().await, Err(Error::NeverRecorded(_))));
+    }
+}
+
+/// The same while the store does not answer batches.
+#[tokio::test]
+async fn callers_that_wait_for_durability_are_limited() {
+    let mut rig = Rig::new().await;
+    rig.settings.open_max = 10 * WAITING_MAX;
+    let rig = rig.restart().await;
+    let xid = rig.begun().await;
+    rig.store.hold();
+    let mut waiting = vec![rig.confirm(xid)];
+    for n in 1..WAITING_MAX {
+        waiting.push(rig.ask(xid, What::Get, Until::Now));
+        if n % 1000 == 0 {
+            settle().await;
+        }
+    }
+    settle().await;
+    let refused = rig.begin(keyed(7, 1)).answer().await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
+    rig.confirm(xid).none_yet().await;
+    rig.store.release();
+    for waiting in waiting {
+        assert_eq!(waiting.answer().await.unwrap().global.state, State::Confirming);
+    }
+    rig.begin(keyed(7, 1)).answer().await.unwrap();
+}

@@ -300,6 +300,7 @@ impl Asking<'_> {
             reason: self.random.text_of(&["", "changed my mind"]),
             refusal,
             refused_branch_id: self.random.text_of(&["", "1"]),
+            unknown_branch_id: self.random.text_of(&["", "1"]),
             until: self.random.of(&[0, 1, 2, 9]),
             wait: self.random.duration(),
         }

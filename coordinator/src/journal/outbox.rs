@@ -114,7 +114,7 @@ impl Outbox {
             btree_map::Entry::Occupied(mut entry) => {
                 let merged = entry.get_mut();
                 merged.global = write.global;
-                merged.head = merged.head.max(write.head);
+                merged.head = merged.head.max(write.head); // and `before` stays that of the first
                 merged.new_branches = merged.new_branches.min(write.new_branches);
                 merged.changed_branches = merged.changed_branches.union(write.changed_branches);
             }

@@ -56,9 +56,11 @@ impl Rig {
 
     fn put(&self, global: &GlobalTransaction, head: Head, urgency: Urgency) -> u64 {
         let new_branches = if head == Head::Insert { 0 } else { global.branches.len() };
+        let before = (head != Head::Insert).then_some(State::Trying);
         let write = Write {
             global: Arc::new(global.clone()),
             head,
+            before,
             new_branches,
             changed_branches: BranchSet::EMPTY,
         };
@@ -295,7 +297,8 @@ async fn changes_that_wait_together_lose_none_of_their_branches() {
         [(Head::Keep, 4, [0]), (Head::Update, 3, [1]), (Head::Keep, 5, [2])]
     {
         let changed_branches = branches(&changed);
-        let write = Write { global: global.clone(), head, new_branches, changed_branches };
+        let before = (head != Head::Insert).then_some(State::Trying);
+        let write = Write { global: global.clone(), head, before, new_branches, changed_branches };
         rig.outboxes[&1].put(write, Urgency::Awaited);
     }
     rig.store.release();

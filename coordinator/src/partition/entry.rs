@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use super::{Answer, Error, Until, held::bytes_of};
 use crate::{
     store::{Head, Write},
-    transaction::{BranchSet, Change, GlobalTransaction, Timestamp, Weight},
+    transaction::{BranchSet, Change, GlobalTransaction, State, Timestamp, Weight},
 };
 
 /// A caller that waits until the transaction has come so far.
@@ -23,10 +23,8 @@ pub(super) struct Watcher {
 pub(super) struct Entry {
     /// Shared with the journal and with answers that wait. While they hold it, a change makes a copy.
     pub(super) global: Arc<GlobalTransaction>,
-    /// It has a row, or the journal has been handed one.
-    has_row: bool,
-    /// That row has the decision.
-    has_decision: bool,
+    /// The state that its row has, or will have once the journal has written what it was handed; `None`: it has no row.
+    row: Option<State>,
     /// How many of its branches have a row, or the journal has been handed one.
     branch_rows: usize,
     /// Branches with changes that were not handed to the journal.
@@ -50,8 +48,7 @@ impl Entry {
         Self {
             bytes: bytes_of(&global),
             global: Arc::new(global),
-            has_row: false,
-            has_decision: false,
+            row: None,
             branch_rows: 0,
             unsaved: BranchSet::EMPTY,
             awaits: 0,
@@ -65,8 +62,7 @@ impl Entry {
     /// A transaction that was read.
     pub(super) fn loaded(global: GlobalTransaction) -> Self {
         let branch_rows = global.branches.len();
-        let has_decision = global.state.decision().is_some();
-        Self { has_row: true, has_decision, branch_rows, ..Self::begun(global) }
+        Self { row: Some(global.state), branch_rows, ..Self::begun(global) }
     }
 
     /// A transaction that was read because it was due.
@@ -91,17 +87,21 @@ impl Entry {
     fn unsaved_write(&mut self, head: bool) -> Write {
         let new_branches = std::mem::replace(&mut self.branch_rows, self.global.branches.len());
         let unsaved = std::mem::take(&mut self.unsaved);
-        let has_row = std::mem::replace(&mut self.has_row, true);
-        let head = match (has_row, head) {
-            (false, _) => Head::Insert,
-            (true, true) if self.has_decision && self.global.state.is_final() => Head::Finish,
-            (true, true) => Head::Update,
-            (true, false) => Head::Keep,
+        let before = self.row;
+        let is_decided = before.is_some_and(|state| state.decision().is_some());
+        let head = match (before, head) {
+            (None, _) => Head::Insert,
+            (Some(_), true) if is_decided && self.global.state.is_final() => Head::Finish,
+            (Some(_), true) => Head::Update,
+            (Some(_), false) => Head::Keep,
         };
-        self.has_decision |= head >= Head::Update && self.global.state.decision().is_some();
+        if head != Head::Keep {
+            self.row = Some(self.global.state);
+        }
         Write {
             global: self.global.clone(),
             head,
+            before,
             new_branches,
             changed_branches: if self.global.finished_smoothly() {
                 BranchSet::EMPTY
@@ -113,6 +113,6 @@ impl Entry {
 
     /// Whether everything that is known of it was handed to the journal.
     pub(super) fn is_saved(&self) -> bool {
-        self.has_row && self.unsaved.is_empty()
+        self.row.is_some() && self.unsaved.is_empty()
     }
 }

@@ -11,7 +11,7 @@ use handfast_proto::Xid;
 
 use super::{
     Appended, Batch, Damage, DuePage, Error, Guard, Head, Known, ListFilter, Lookup, Ownership,
-    PARTITIONS, Recorded, Seat, Show, Store, Summary, Write, judge, xids_of,
+    PARTITIONS, Recorded, Row, Seat, Show, Store, Summary, Write, judge, xids_of,
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -127,13 +127,25 @@ impl Store for MemoryStore {
             }
             return Ok(appended);
         }
-        for Write { global, head, .. } in &batch.writes {
-            if tables.transactions.contains_key(&global.xid) == (*head == Head::Insert) {
-                return Err(Error::Corrupt(format!(
-                    "{head:?} of {}, which does not fit",
-                    global.xid
-                )));
-            }
+        let misfit = |write: &Write| {
+            let row = |recorded: &GlobalTransaction| Row {
+                state: recorded.state,
+                branches: Some(recorded.branches.len()),
+            };
+            let xid = write.global.xid;
+            let key = write.global.key.filter(|_| write.head == Head::Insert);
+            let misfit = match write.misfit(tables.transactions.get(&xid).map(row)) {
+                Some(misfit) => misfit,
+                None => {
+                    let other = tables.keys.get(&key?.hash)?;
+                    format!("the key of transaction {xid} belongs to {other} in the store")
+                }
+            };
+            Some((xid.partition, misfit))
+        };
+        let misfits: Vec<_> = batch.writes.iter().filter_map(misfit).collect();
+        if !misfits.is_empty() {
+            return Ok(Appended::Damaged(Damage::of_rows(misfits)));
         }
         for guard in &batch.guards {
             let Guard { partition, epoch, nonce, position } = *guard;

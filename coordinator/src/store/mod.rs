@@ -20,11 +20,11 @@ pub(crate) mod scripted;
 mod sql;
 pub mod sqlite;
 
-use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use handfast_proto::{Xid, planted::Bug};
 
-use crate::transaction::{BranchSet, GlobalTransaction, StuckAfter, Timestamp};
+use crate::transaction::{BranchSet, GlobalTransaction, State, StuckAfter, Timestamp};
 
 /// Partitions of a store. Fixed when the store is made: an xid names its partition for ever.
 pub const PARTITIONS: u16 = 16;
@@ -95,7 +95,10 @@ pub struct Write {
     pub global: Arc<GlobalTransaction>,
     /// What to do with its own row.
     pub head: Head,
-    /// Branches from this index on have no row yet.
+    /// The state that its row must be in, or nothing is written; `None`: it must have none. Of several changes that are written as one it
+    /// is the state before the first: no mistake of whoever writes can turn one decision into the other.
+    pub before: Option<State>,
+    /// Branches from this index on have no row yet. Of those before it all must have one, or nothing is written.
     pub new_branches: usize,
     /// Branches before that index whose row is to be changed.
     pub changed_branches: BranchSet,
@@ -104,7 +107,7 @@ pub struct Write {
 /// What to do with a transaction's own row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Head {
-    /// Nothing: only its branches changed.
+    /// Leave it as it is, but for the number of branches.
     Keep,
     /// Its decision is recorded, and now it is finished.
     Finish,
@@ -332,6 +335,50 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error>;
 }
 
+/// What is recorded of a transaction that is to be changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Row {
+    state: State,
+    /// `None`: it is not known.
+    branches: Option<usize>,
+}
+
+impl Write {
+    /// Why this cannot be written over what is recorded; `None`: it can.
+    fn misfit(&self, recorded: Option<Row>) -> Option<String> {
+        let Self { global, before, new_branches, .. } = self;
+        let here = match before {
+            None => "new".to_owned(),
+            Some(state) => format!("{} with {new_branches} branches", word(*state)),
+        };
+        let there = match (before, recorded) {
+            (None, None) => return None,
+            (Some(_), None) => "not recorded".to_owned(),
+            (before, Some(Row { state, branches })) => {
+                let fits = branches.is_none_or(|branches| branches == *new_branches);
+                if *before == Some(state) && fits {
+                    return None;
+                }
+                let branches =
+                    branches.map_or_else(String::new, |count| format!(" with {count} branches"));
+                format!("recorded as {}{branches}", word(state))
+            }
+        };
+        Some(format!("transaction {} is {here} in memory, and {there} in the store", global.xid))
+    }
+}
+
+/// A state, for people.
+fn word(state: State) -> &'static str {
+    match state {
+        State::Trying => "trying",
+        State::Confirming => "confirming",
+        State::Cancelling => "cancelling",
+        State::Confirmed => "confirmed",
+        State::Cancelled => "cancelled",
+    }
+}
+
 /// What the row of a partition says about its owner and that owner's batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Recorded {
@@ -410,6 +457,28 @@ fn judge(
 }
 
 impl Damage {
+    /// That rows do not fit what a batch says of them: their partitions, each with the first few of them.
+    fn of_rows(misfits: impl IntoIterator<Item = (u16, String)>) -> Vec<Self> {
+        /// More of them tell nothing more.
+        const TOLD_MAX: usize = 3;
+        let mut by_partition = BTreeMap::<u16, Vec<String>>::new();
+        for (partition, misfit) in misfits {
+            by_partition.entry(partition).or_default().push(misfit);
+        }
+        let damage = |(partition, misfits): (u16, Vec<String>)| {
+            let more = misfits.len().saturating_sub(TOLD_MAX);
+            let mut what = misfits.into_iter().take(TOLD_MAX).collect::<Vec<_>>().join("; ");
+            if more > 0 {
+                what.push_str(&format!("; and {more} more"));
+            }
+            what.push_str(
+                ". Nothing was changed. Has somebody else written to the store's tables?",
+            );
+            Self { partition, what, lost: 0 }
+        };
+        by_partition.into_iter().map(damage).collect()
+    }
+
     /// Why the batch with this guard can never be applied to what is recorded.
     fn of(guard: Guard, recorded: Option<Recorded>) -> Self {
         let Guard { partition, epoch, nonce, position } = guard;

@@ -96,16 +96,81 @@ pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) 
     assert!(matches!(next.load(unknown).await.unwrap(), Lookup::Absent { lost: false, .. }));
 }
 
-pub(super) async fn an_update_of_what_is_not_there_is_an_alarm(store: &dyn Store) {
+/// A second line behind everything else: whatever an owner believes, it cannot turn one decision into the other.
+pub(super) async fn a_change_of_what_is_not_as_it_is_said_to_be_is_an_alarm(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
-    let (known, mut unknown) = (begun(owner.xid(1), &["1"]), begun(owner.xid(1), &["1"]));
+    let key = |first: u8| Some(Key { hash: [first; 32], digest: [0; 32] });
+    let mut recorded = begun(owner.xid(1), &["1", "2"]);
+    recorded.key = key(1);
+    confirm(&mut recorded);
+    owner.insert(&recorded).await;
+    let trying = GlobalTransaction { key: key(1), ..begun(recorded.xid, &["1", "2"]) };
+    let mut cancelled = trying.clone();
+    cancel(&mut cancelled, CancelCause::TimedOut);
+    let mut registered = trying.clone();
+    registered.apply(Event::Registered(vec![spec("3")]), NOW).unwrap();
+    let mut failed_once = recorded.clone();
+    call(&mut failed_once, 0, failed(false));
+    let with_one =
+        GlobalTransaction { branches: failed_once.branches[..1].to_vec(), ..failed_once.clone() };
+    let mut unknown = begun(owner.xid(1), &["1"]);
     confirm(&mut unknown);
-    let batch = owner.batch(vec![inserted(&known), updated(&unknown, BranchSet::EMPTY)]);
-    assert!(matches!(store.append(&batch).await, Err(Error::Corrupt(_))));
-    assert!(
-        matches!(owner.load(known.xid).await.unwrap(), Lookup::Absent { .. }),
-        "half of it was applied"
-    );
+    let again = GlobalTransaction { key: None, ..trying.clone() };
+    let same_key = GlobalTransaction { key: key(1), ..begun(owner.xid(1), &["1"]) };
+    let before = |state: State, write: Write| Write { before: Some(state), ..write };
+    let keep = |write: Write| Write { head: Head::Keep, new_branches: 2, ..write };
+    let none = BranchSet::EMPTY;
+    let writes = [
+        ("a decision over the other one", before(State::Trying, updated(&cancelled, none))),
+        (
+            "a registration after the decision",
+            before(State::Trying, keep(updated(&registered, none))),
+        ),
+        (
+            "a failed attempt of the other decision",
+            before(State::Cancelling, updated(&failed_once, BranchSet::only(0))),
+        ),
+        (
+            "one with fewer branches",
+            before(State::Confirming, updated(&with_one, BranchSet::only(0))),
+        ),
+        ("one that is not recorded", before(State::Trying, updated(&unknown, none))),
+        ("one that is new, and recorded", inserted(&again)),
+        ("a key that is taken", inserted(&same_key)),
+    ];
+    for (what, write) in writes {
+        let other = begun(owner.xid(2), &["1"]);
+        let batch = owner.batch(vec![inserted(&other), write.clone()]);
+        let Appended::Damaged(damaged) = store.append(&batch).await.unwrap() else {
+            panic!("{what}")
+        };
+        let [Damage { partition: 1, what: told, lost: 0 }] = &damaged[..] else {
+            panic!("{damaged:?}")
+        };
+        assert!(told.contains(&write.global.xid.to_string()), "{what}: {told}");
+        assert_eq!(owner.found(recorded.xid).await, recorded.recorded(), "{what}");
+        // The rest of the batch is not concerned.
+        assert!(matches!(owner.load(other.xid).await.unwrap(), Lookup::Absent { .. }), "{what}");
+        let of_2 = |guard: &&Guard| guard.partition == 2;
+        let guards = batch.guards.iter().filter(of_2).copied().collect();
+        let rest = Batch { guards, writes: vec![inserted(&other)] };
+        assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable, "{what}");
+        owner.give_up(1);
+    }
+}
+
+pub(super) async fn several_changes_that_are_written_as_one_go_by_the_first(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut global = begun(owner.xid(1), &["1"]);
+    owner.insert(&global).await;
+    // Registered, decided and finished, in one write.
+    global.apply(Event::Registered(vec![spec("2")]), NOW).unwrap();
+    confirm(&mut global);
+    call(&mut global, 0, Outcome::Done { reply: None });
+    call(&mut global, 1, Outcome::Done { reply: None });
+    let write = Write { new_branches: 1, ..updated(&global, BranchSet::EMPTY) };
+    owner.append(vec![write]).await;
+    assert_eq!(owner.found(global.xid).await, global.recorded());
 }
 
 /// Polls `call` so many times, and then drops it.

@@ -56,7 +56,8 @@ on_every_store! {
         batches_that_may_come_at_a_time_are_not_in_each_others_way
         a_batch_is_applied_once_however_often_it_is_appended
         a_batch_that_does_not_follow_is_an_alarm
-        an_update_of_what_is_not_there_is_an_alarm
+        a_change_of_what_is_not_as_it_is_said_to_be_is_an_alarm
+        several_changes_that_are_written_as_one_go_by_the_first
         calls_that_are_given_up_leave_the_store_working
     }
     owners {
@@ -85,6 +86,8 @@ pub(super) struct Owner<'a> {
     positions: BTreeMap<u16, u64>,
     /// Of those, the latest one that is known to be durable.
     durable: BTreeMap<u16, u64>,
+    /// What the rows of transactions tell, of those that it has written.
+    states: BTreeMap<Xid, State>,
     sequence: u64,
 }
 
@@ -96,6 +99,7 @@ impl<'a> Owner<'a> {
             ownerships,
             positions: BTreeMap::new(),
             durable: BTreeMap::new(),
+            states: BTreeMap::new(),
             sequence: 0,
         }
     }
@@ -111,7 +115,17 @@ impl<'a> Owner<'a> {
     }
 
     /// The next batch of all partitions that `writes` touches.
-    pub(super) fn batch(&mut self, writes: Vec<Write>) -> Batch {
+    pub(super) fn batch(&mut self, mut writes: Vec<Write>) -> Batch {
+        for write in &mut writes {
+            let xid = write.global.xid;
+            let before = self.states.get(&xid).copied().unwrap_or(State::Trying);
+            if write.head != Head::Insert {
+                write.before.get_or_insert(before);
+            }
+            if write.head != Head::Keep {
+                self.states.insert(xid, write.global.state);
+            }
+        }
         let partitions: std::collections::BTreeSet<_> =
             writes.iter().map(|write| write.global.xid.partition).collect();
         let guards = partitions.into_iter().map(|partition| {
@@ -125,7 +139,11 @@ impl<'a> Owner<'a> {
 
     pub(super) async fn append(&mut self, writes: Vec<Write>) {
         let batch = self.batch(writes);
-        assert_eq!(self.store.append(&batch).await.unwrap(), Appended::Durable);
+        let mut appended = self.store.append(&batch).await;
+        while let Err(Error::Unavailable(_)) = appended {
+            appended = self.store.append(&batch).await; // a machine that is busy may be silent for too long
+        }
+        assert_eq!(appended.unwrap(), Appended::Durable);
         self.durable.extend(batch.guards.iter().map(|guard| (guard.partition, guard.position)));
     }
 
@@ -145,6 +163,11 @@ impl<'a> Owner<'a> {
         }
     }
 
+    /// The latest batch of this partition was not applied.
+    fn give_up(&mut self, partition: u16) {
+        self.positions.entry(partition).and_modify(|position| *position -= 1);
+    }
+
     pub(super) async fn insert(&mut self, global: &GlobalTransaction) {
         self.append(vec![inserted(global)]).await;
     }
@@ -154,6 +177,7 @@ pub(super) fn inserted(global: &GlobalTransaction) -> Write {
     Write {
         global: Arc::new(global.clone()),
         head: Head::Insert,
+        before: None,
         new_branches: 0,
         changed_branches: BranchSet::EMPTY,
     }
@@ -161,7 +185,8 @@ pub(super) fn inserted(global: &GlobalTransaction) -> Write {
 
 pub(super) fn updated(global: &GlobalTransaction, changed_branches: BranchSet) -> Write {
     let new_branches = global.branches.len();
-    Write { global: Arc::new(global.clone()), head: Head::Update, new_branches, changed_branches }
+    let global = Arc::new(global.clone());
+    Write { global, head: Head::Update, before: None, new_branches, changed_branches }
 }
 
 fn spec(branch_id: &str) -> BranchSpec {

@@ -11,8 +11,8 @@ use super::{Connection, Dialect as _, InMySql};
 use crate::store::{
     Batch, Error, Guard,
     sql::{
-        Cell, Counter,
-        record::{self, Rows, all_written},
+        Cell, Counter, Wrote,
+        record::{self, Rows},
     },
 };
 
@@ -27,7 +27,7 @@ pub(super) async fn write(
     connection: &mut Connection,
     Batch { guards, writes }: &Batch,
     counter: &Counter,
-) -> Result<u64, Error> {
+) -> Result<Wrote, Error> {
     let mut statements = begin(guards);
     for rows in &record::by_table(writes) {
         let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
@@ -36,7 +36,6 @@ pub(super) async fn write(
         }
     }
     let all_guards = guards.len() as u64;
-    let mut moved = 0;
     let mut left = &statements[..];
     while !left.is_empty() {
         let mut bytes = 0;
@@ -48,28 +47,28 @@ pub(super) async fn write(
         (message, left) = left.split_at(fit.count().max(1));
         let (counts, ended) = send(connection, message).await;
         let answered = counts.len();
-        let mut unwritten = Ok(());
         for (statement, count) in message.iter().zip(counts) {
-            match statement.purpose {
-                Purpose::Begin | Purpose::Check => {}
-                Purpose::Move => moved = count,
+            let wrote = match statement.purpose {
+                Purpose::Begin | Purpose::Check => Wrote::All,
+                Purpose::Move if count == all_guards => Wrote::All,
+                Purpose::Move => Wrote::Positions(count), // the check has ended the message
                 Purpose::Write { table, rows } => {
                     counter.statement(rows);
-                    unwritten = unwritten.and(all_written(table, rows, count));
+                    Wrote::rows(table, rows, count)
                 }
+            };
+            if wrote != Wrote::All {
+                return Ok(wrote);
             }
         }
-        let has_moved = |statement: &Statement| statement.purpose == Purpose::Move;
-        if message[..answered].iter().any(has_moved) && moved != all_guards {
-            return Ok(moved); // the check has ended the message
+        if let Err(error) = ended {
+            return Wrote::failed(error);
         }
-        ended?;
         if answered != message.len() {
             return Err(Error::unavailable("the server has not answered to every statement"));
         }
-        unwritten?;
     }
-    Ok(moved)
+    Ok(Wrote::All)
 }
 
 /// Sends a message. Returns how many rows each statement has written, up to the one that failed.
@@ -157,7 +156,7 @@ fn insert(shape: &Rows, rows: &[&[Cell]]) -> String {
     sql
 }
 
-/// `UPDATE … SET state = 2, decided_at = CASE xid WHEN … THEN … END WHERE xid IN (…)`. A tenth to a half cheaper for the server than a join
+/// `UPDATE … SET state = 2, decided_at = CASE xid WHEN … THEN … END WHERE xid IN (…) AND (state IS NULL OR state = 1)`. A tenth to a half cheaper for the server than a join
 /// with a list of values (JSON_TABLE, or UNION ALL), and far cheaper than a statement for each row.
 fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
     let key = &shape.columns[..shape.keys];
@@ -165,31 +164,40 @@ fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
         [only] => (format!("CASE {only}"), format!(" WHERE {only} IN ("), ", ", ")"),
         _ => ("CASE".to_owned(), " WHERE ".to_owned(), " OR ", ""),
     };
-    // The server may think of reading a small table from end to end, and would then wait for rows that others write.
-    let mut sql = format!("UPDATE {} FORCE INDEX (PRIMARY) SET ", shape.table);
-    for column in shape.keys..shape.columns.len() {
-        let comma = if column == shape.keys { "" } else { ", " };
-        sql.push_str(comma);
-        sql.push_str(shape.columns[column]);
-        sql.push_str(" = ");
+    // What a column is, or becomes, in each row.
+    let push_values = |sql: &mut String, column: usize| {
         if rows.iter().all(|row| row[column] == rows[0][column]) {
-            push_cell(&mut sql, &rows[0][column]);
-            continue;
+            return push_cell(sql, &rows[0][column]);
         }
         sql.push_str(&case);
         for row in rows {
             sql.push_str(" WHEN ");
-            push_which(&mut sql, key, row);
+            push_which(sql, key, row);
             sql.push_str(" THEN ");
-            push_cell(&mut sql, &row[column]);
+            push_cell(sql, &row[column]);
         }
         sql.push_str(" END");
+    };
+    // The server may think of reading a small table from end to end, and would then wait for rows that others write.
+    let mut sql = format!("UPDATE {} FORCE INDEX (PRIMARY) SET ", shape.table);
+    let changed = shape.keys + shape.expected;
+    for column in changed..shape.columns.len() {
+        sql.push_str(if column == changed { "" } else { ", " });
+        sql.push_str(shape.columns[column]);
+        sql.push_str(" = ");
+        push_values(&mut sql, column);
     }
     for (n, row) in rows.iter().enumerate() {
         sql.push_str(if n == 0 { &first } else { next });
         push_which(&mut sql, key, row);
     }
     sql.push_str(end);
+    for column in shape.keys..changed {
+        let name = shape.columns[column];
+        sql.push_str(&format!(" AND ({name} IS NULL OR {name} = "));
+        push_values(&mut sql, column);
+        sql.push(')');
+    }
     sql
 }
 

@@ -64,6 +64,16 @@ impl Database {
         MySqlStore::open(&self.url(), true).await.unwrap()
     }
 
+    /// The same database, with fewer privileges.
+    pub(super) async fn store_of_a_user_who_may_only_read(&self) -> MySqlStore {
+        let (_, server) = self.server.split_once('@').expect("mysql://user@host:port");
+        let user = &self.name[self.name.len() - 16..];
+        self.execute(&format!("CREATE USER '{user}'@'127.0.0.1' IDENTIFIED BY 'secret'")).await;
+        self.execute(&format!("GRANT SELECT ON {}.* TO '{user}'@'127.0.0.1'", self.name)).await;
+        let url = format!("mysql://{user}:secret@{server}/{}", self.name);
+        MySqlStore::open(&url, true).await.unwrap()
+    }
+
     /// What is in it now, on its own: a replica that is never brought up to date.
     pub(super) async fn copy(&self) -> Self {
         let copy = Self::new(&self.server).await;

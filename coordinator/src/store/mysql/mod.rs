@@ -29,7 +29,8 @@ use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Seat, Store, Summary,
     Written,
     sql::{
-        self, CALL_TIMEOUT, Connections, Counter, Dialect, FromAnyRow, Query, Role, read, write,
+        self, CALL_TIMEOUT, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read,
+        write,
     },
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
@@ -107,7 +108,7 @@ impl Dialect for InMySql {
         connection: &mut Connection,
         batch: &Batch,
         counter: &Counter,
-    ) -> Result<u64, Error> {
+    ) -> Result<Wrote, Error> {
         batch::write(connection, batch, counter).await
     }
 

@@ -284,3 +284,18 @@ async fn a_reader_that_is_behind_is_not_believed() {
         database.drop().await;
     }
 }
+
+#[tokio::test]
+async fn what_the_user_may_not_do_is_told_at_once() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store_of_a_user_who_may_only_read().await;
+        let acquire = store.acquire(&[3], "test", NOW);
+        let at_once = Duration::from_millis(400); // before a second attempt
+        let error =
+            tokio::time::timeout(at_once, acquire).await.expect("it is repeated").unwrap_err();
+        assert!(matches!(error, Error::Corrupt(_)), "{error:?}");
+        assert!(error.to_string().contains("needs SELECT, INSERT, UPDATE and DELETE"), "{error}");
+        database.drop().await;
+    }
+}

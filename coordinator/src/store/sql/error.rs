@@ -1,6 +1,13 @@
 //! Errors of databases, sorted by what the caller can do.
 
+use sqlx::{error::DatabaseError, mysql::MySqlDatabaseError, sqlite::SqliteError};
+
 use crate::store::Error;
+
+/// MySQL's numbers for: this user may not do that (to the database, to log in, to a table, a column, at all, a view or routine).
+const NO_PRIVILEGE: [u16; 7] = [1044, 1045, 1142, 1143, 1227, 1370, 1698];
+/// SQLite's primary codes for a file that is damaged (SQLITE_CORRUPT), or no database at all (SQLITE_NOTADB).
+const DAMAGED_FILE: [i32; 2] = [11, 26];
 
 impl From<sqlx::Error> for Error {
     #[allow(
@@ -13,14 +20,40 @@ impl From<sqlx::Error> for Error {
             sqlx::Error::ColumnDecode { .. }
             | sqlx::Error::Decode(_)
             | sqlx::Error::ColumnNotFound(_) => Self::Corrupt(error.to_string()),
-            // Nor will what breaks a constraint, or does not fit its column (SQLSTATE classes 22 and 23), be taken the next time.
-            sqlx::Error::Database(refused)
-                if refused.kind() != sqlx::error::ErrorKind::Other
-                    || refused.code().is_some_and(|code| code.starts_with("22")) =>
-            {
-                Self::Corrupt(error.to_string())
-            }
+            // sqlx says this of a password that would cross the network for everybody to read.
+            sqlx::Error::Configuration(_) => Self::Corrupt(format!(
+                "the store cannot be logged in to: {error}. A user with caching_sha2_password or sha256_password needs TLS: add \
+                 ?ssl-mode=REQUIRED to its URL"
+            )),
+            sqlx::Error::Database(refused) => match refusal(&**refused) {
+                Some(what) => Self::Corrupt(what),
+                None => Self::unavailable(error),
+            },
             _ => Self::unavailable(error),
         }
     }
+}
+
+/// What the database will say the next time too, in words; `None`: it may go well then.
+fn refusal(refused: &dyn DatabaseError) -> Option<String> {
+    if let Some(mysql) = refused.try_downcast_ref::<MySqlDatabaseError>()
+        && NO_PRIVILEGE.contains(&mysql.number())
+    {
+        return Some(format!(
+            "the store's server refuses it: {mysql}. The store's user needs SELECT, INSERT, UPDATE and DELETE on all of its tables"
+        ));
+    }
+    if let Some(sqlite) = refused.try_downcast_ref::<SqliteError>() {
+        // Extended codes have the primary one in their lowest byte.
+        let code = sqlite.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
+        if code.is_some_and(|code| DAMAGED_FILE.contains(&code)) {
+            return Some(format!(
+                "the store's file is damaged: {sqlite}. Stop this coordinator, keep the file, and restore a copy of it"
+            ));
+        }
+    }
+    // What breaks a constraint, or does not fit its column (SQLSTATE classes 22 and 23).
+    let breaks = refused.kind() != sqlx::error::ErrorKind::Other;
+    let does_not_fit = refused.code().is_some_and(|code| code.starts_with("22"));
+    (breaks || does_not_fit).then(|| refused.to_string())
 }

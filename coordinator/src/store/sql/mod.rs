@@ -48,12 +48,12 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
     ) -> impl Future<Output = Result<(Connection<Self>, u64), Error>> + Send;
 
     /// Begins a local transaction, moves the partitions' positions by one where the guards fit, and if those are all of them, writes
-    /// the rows and checks that each one counted. Returns how many positions it has moved. Does not end the local transaction.
+    /// the rows and checks that each one counted. Does not end the local transaction.
     fn write(
         connection: &mut Connection<Self>,
         batch: &Batch,
         counter: &Counter,
-    ) -> impl Future<Output = Result<u64, Error>> + Send;
+    ) -> impl Future<Output = Result<Wrote, Error>> + Send;
 
     /// Deletes these transactions, with all that belongs to them.
     fn delete(
@@ -78,6 +78,37 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
         connection: &mut Connection<Self>,
         sql: &'static str,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+}
+
+/// What [`Dialect::write`] has written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::store) enum Wrote {
+    /// All of it.
+    All,
+    /// So many of the positions, which are not all, and nothing else.
+    Positions(u64),
+    /// Not all of the rows: this is what was noticed first.
+    NotAllRows(String),
+}
+
+impl Wrote {
+    /// What a statement has written that was to write `rows`.
+    pub(in crate::store) fn rows(table: &str, rows: usize, written: u64) -> Self {
+        if written == rows as u64 {
+            return Self::All;
+        }
+        Self::NotAllRows(format!("{written} of {rows} rows of `{table}` were as they must be"))
+    }
+
+    /// What an error says about the rows that were to be written, if it is about them: one that must be new is there.
+    pub(in crate::store) fn failed(error: sqlx::Error) -> Result<Self, Error> {
+        if let sqlx::Error::Database(refused) = &error
+            && refused.is_unique_violation()
+        {
+            return Ok(Self::NotAllRows(refused.to_string()));
+        }
+        Err(error.into())
+    }
 }
 
 /// Counts what becomes [`Written`].

@@ -25,6 +25,8 @@ pub(in crate::store) struct Rows {
     pub(in crate::store) columns: &'static [&'static str],
     /// So many columns at the beginning say which row changes; 0: the rows are new.
     pub(in crate::store) keys: usize,
+    /// So many columns after those say what must stand there, or the row does not count; NULL counts too.
+    pub(in crate::store) expected: usize,
     /// Row after row.
     pub(in crate::store) cells: Vec<Cell>,
 }
@@ -36,7 +38,23 @@ macro_rules! columns {
             table: $table,
             columns: &[$(stringify!($column)),*],
             keys: $keys,
+            expected: 0,
             cells: $records.flat_map(|record| [$(Cell::from(record.$column)),*]).collect(),
+        }
+    };
+}
+
+/// The same of transactions that have a row: only where state and number of branches are what they were.
+macro_rules! changed_columns {
+    ($records:expr => $($column:ident)*) => {
+        Rows {
+            table: "global_transaction",
+            columns: &["xid", "state", "branches", $(stringify!($column)),*],
+            keys: 1,
+            expected: 2,
+            cells: $records.flat_map(|HeadChange { row, was_state, was_branches }| [
+                Cell::from(row.xid), Cell::from(was_state), Cell::from(was_branches), $(Cell::from(row.$column)),*
+            ]).collect(),
         }
     };
 }
@@ -46,12 +64,11 @@ fn new_of(write: &Write) -> &[Branch] {
 }
 
 /// What `writes` do to the tables, in the order in which it is to be done.
-pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 7] {
-    let heads = |head| {
-        let written = writes.iter().filter(move |write| write.head == head);
-        written.map(|write| TransactionRow::of(&write.global))
-    };
-    let keys = heads(Head::Insert).filter(|row| row.key_hash.is_some());
+pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 8] {
+    let of = |head: Head| writes.iter().filter(move |write| write.head == head);
+    let keys = of(Head::Insert)
+        .map(|write| TransactionRow::of(&write.global))
+        .filter(|row| row.key_hash.is_some());
     let new_branches = writes.iter().flat_map(|write| {
         let positions = write.new_branches..write.global.branches.len();
         positions.map(|position| BranchRow::of(&write.global, position))
@@ -68,18 +85,19 @@ pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 7] {
     // and need not be sent.
     let decided = |write: &Write| write.head == Head::Insert && write.global.decided_at.is_some();
     let has_more = |branch: &Branch| branch.spec.carry_payload || branch.last_error.is_some();
-    let new = heads(Head::Insert);
+    let new = of(Head::Insert).map(|write| TransactionRow::of(&write.global));
     [
         if writes.iter().any(decided) {
-            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash decided_at
+            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash branches decided_at
                 finished_at cancel_cause cancel_branch_id cancel_reason refusal)
         } else {
-            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash)
+            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash branches)
         },
         columns!("idempotency", 0, keys => key_hash xid key_digest),
-        columns!("global_transaction", 1, alike(heads(Head::Update)) => xid state decided_at finished_at due_at cancel_cause
+        changed_columns!(alike(of(Head::Update)) => state branches decided_at finished_at due_at cancel_cause
             cancel_branch_id cancel_reason refusal),
-        columns!("global_transaction", 1, alike(heads(Head::Finish)) => xid state finished_at due_at),
+        changed_columns!(alike(of(Head::Finish)) => state finished_at due_at),
+        changed_columns!(alike(of(Head::Keep)) => branches),
         if writes.iter().flat_map(new_of).any(has_more) {
             columns!("branch", 0, new_branches => xid position branch_id action participant target state attempts
                 needs_attention payload payload_type due_at error_code error_message error_at)
@@ -92,20 +110,49 @@ pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 7] {
     ]
 }
 
-/// Puts those beside each other that changed in the same way: most stores can write them together.
-fn alike(rows: impl Iterator<Item = TransactionRow>) -> impl Iterator<Item = TransactionRow> {
-    let mut rows: Vec<_> = rows.collect();
-    let how = |row: &TransactionRow| (row.state, row.cancel_cause, row.cancel_reason.clone());
-    rows.sort_by_cached_key(how);
-    rows.into_iter()
+/// How a transaction's row changes.
+struct HeadChange {
+    row: TransactionRow,
+    was_state: i64,
+    was_branches: i64,
 }
 
-/// Checks that a statement has written all rows that it was to write.
-pub(in crate::store) fn all_written(table: &str, rows: usize, written: u64) -> Result<(), Error> {
-    if written == rows as u64 {
-        return Ok(());
+impl HeadChange {
+    fn of(write: &Write) -> Self {
+        Self {
+            row: TransactionRow::of(&write.global),
+            was_state: write.before.map_or(0, state_number), // 0: it has no row, so none will fit
+            was_branches: i64::try_from(write.new_branches).unwrap_or(i64::MAX),
+        }
     }
-    Err(Error::Corrupt(format!("{written} of {rows} rows of `{table}` were there to be changed")))
+}
+
+/// Puts those beside each other that changed in the same way: most stores can write them together.
+fn alike<'a>(writes: impl Iterator<Item = &'a Write>) -> impl Iterator<Item = HeadChange> {
+    let mut changes: Vec<_> = writes.map(HeadChange::of).collect();
+    changes.sort_by_cached_key(|HeadChange { row, was_state, was_branches }| {
+        let how = (row.state, row.cancel_cause, row.cancel_reason.clone());
+        (how, *was_state, *was_branches, row.branches)
+    });
+    changes.into_iter()
+}
+
+/// What stands in the column `state`.
+fn state_number(state: State) -> i64 {
+    match state {
+        State::Trying => 1,
+        State::Confirming => 2,
+        State::Cancelling => 3,
+        State::Confirmed => 4,
+        State::Cancelled => 5,
+    }
+}
+
+/// What the column `state` says.
+pub(in crate::store) fn state(column: i64) -> Option<State> {
+    [State::Trying, State::Confirming, State::Cancelling, State::Confirmed, State::Cancelled]
+        .into_iter()
+        .find(|state| state_number(*state) == column)
 }
 
 /// A row of `resolution`: what an operator has answered for a branch.
@@ -159,6 +206,7 @@ pub(in crate::store) struct TransactionRow {
     pub(in crate::store) refusal: Option<String>,
     pub(in crate::store) key_hash: Option<Vec<u8>>,
     pub(in crate::store) key_digest: Option<Vec<u8>>,
+    pub(in crate::store) branches: Option<i64>,
 }
 
 /// A row of `branch`, with its row of `resolution` if there is one.
@@ -205,13 +253,7 @@ impl TransactionRow {
                 Drive::Coordinator { in_order: false } => 2,
                 Drive::Coordinator { in_order: true } => 3,
             },
-            state: match global.state {
-                State::Trying => 1,
-                State::Confirming => 2,
-                State::Cancelling => 3,
-                State::Confirmed => 4,
-                State::Cancelled => 5,
-            },
+            state: state_number(global.state),
             labels: json(&global.labels),
             begun_at: global.begun_at.0,
             expires_at: global.expires_at.0,
@@ -224,6 +266,7 @@ impl TransactionRow {
             refusal,
             key_hash: global.key.map(|key| key.hash.to_vec()),
             key_digest: global.key.map(|key| key.digest.to_vec()),
+            branches: Some(i64::try_from(global.branches.len()).unwrap_or(i64::MAX)),
         }
     }
 
@@ -236,14 +279,11 @@ impl TransactionRow {
         let damaged = |column: &str| {
             Error::Corrupt(format!("transaction {xid} has an impossible `{column}`"))
         };
-        let state = match self.state {
-            1 => State::Trying,
-            2 => State::Confirming,
-            3 => State::Cancelling,
-            4 => State::Confirmed,
-            5 => State::Cancelled,
-            _ => return Err(damaged("state")),
-        };
+        let state = state(self.state).ok_or_else(|| damaged("state"))?;
+        let rows = i64::try_from(branches.len()).unwrap_or(i64::MAX);
+        if self.branches.is_some_and(|recorded| recorded != rows) {
+            return Err(damaged("branches"));
+        }
         let begun_at = Timestamp(self.begun_at);
         let global = GlobalTransaction {
             xid,

@@ -6,12 +6,14 @@ use std::{collections::BTreeMap, time::Duration};
 use handfast_proto::{Xid, crash_point};
 use tracing::warn;
 
-use super::{Cell, Connection, Connections, Counter, Dialect, Query};
+use super::{Cell, Connection, Connections, Counter, Dialect, Query, Wrote, record};
 use crate::{
-    store::{Appended, Batch, Damage, Error, Ownership, Recorded, Seat, judge},
+    store::{Appended, Batch, Damage, Error, Head, Ownership, Recorded, Row, Seat, Write, judge},
     transaction::Timestamp,
 };
 
+/// Transactions that are looked at by one query, when some do not fit.
+const MISFITS_AT_A_TIME: usize = 256;
 /// Pause before what does not fit is looked at again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
@@ -110,14 +112,30 @@ async fn append_once<D: Dialect>(
         return Err(Error::Corrupt("a batch without a guard".to_owned()));
     }
     // First the UPDATE: it waits for an earlier attempt whose COMMIT is still under way.
-    let moved = D::write(connection, batch, counter).await?;
     counter.statement(0); // that UPDATE: the rows of partitions are not counted
-    if moved == guards.len() as u64 {
-        crash_point!("batch.before_commit");
-        D::run(connection, "COMMIT").await?;
-        crash_point!("batch.after_commit");
-        return Ok(Appended::Durable);
-    }
+    let moved = match D::write(connection, batch, counter).await? {
+        Wrote::All => {
+            crash_point!("batch.before_commit");
+            D::run(connection, "COMMIT").await?;
+            crash_point!("batch.after_commit");
+            return Ok(Appended::Durable);
+        }
+        Wrote::Positions(moved) => moved,
+        Wrote::NotAllRows(noticed) => {
+            // Some of the batch's own rows are there by now. Without them, and with the positions moved again so that nobody else writes,
+            // what is read is what was there before.
+            D::run(connection, "ROLLBACK").await?;
+            let no_rows = Batch { guards: guards.clone(), writes: Vec::new() };
+            match D::write(connection, &no_rows, counter).await? {
+                Wrote::Positions(moved) => moved, // somebody has taken over meanwhile
+                Wrote::All | Wrote::NotAllRows(_) => {
+                    let misfits = misfits::<D>(connection, batch, &noticed).await?;
+                    D::run(connection, "ROLLBACK").await?;
+                    return Ok(Appended::Damaged(Damage::of_rows(misfits)));
+                }
+            }
+        }
+    };
     // Inside the same local transaction: what others have recorded there stays.
     let recorded = recorded::<D>(connection).await?;
     D::run(connection, "ROLLBACK").await?;
@@ -128,6 +146,54 @@ async fn append_once<D: Dialect>(
         Some(appended) => Ok(appended),
         None => Err(Error::Corrupt(format!("a batch fits, and is not taken: {guards:?}"))),
     }
+}
+
+/// Which transactions of a batch are not recorded as it says, by partition, in words. If all are, it is all partitions, with what was
+/// `noticed`.
+async fn misfits<D: Dialect>(
+    connection: &mut Connection<D>,
+    batch: &Batch,
+    noticed: &str,
+) -> Result<Vec<(u16, String)>, Error> {
+    let mut misfits = Vec::new();
+    for writes in batch.writes.chunks(MISFITS_AT_A_TIME) {
+        let mut query =
+            Query::new("SELECT xid, state, branches FROM global_transaction WHERE xid IN (");
+        query.push_list(writes.iter().map(|write| write.global.xid));
+        query.persistent = false;
+        let rows: Vec<(Vec<u8>, i64, Option<i64>)> = D::fetch(connection, query).await?;
+        let mut recorded = BTreeMap::new();
+        for (xid, state, branches) in rows {
+            let xid = record::xid(&xid)?;
+            let damaged = || Error::Corrupt(format!("transaction {xid} has an impossible `state`"));
+            let state = record::state(state).ok_or_else(damaged)?;
+            let branches = branches.and_then(|count| usize::try_from(count).ok());
+            recorded.insert(xid, Row { state, branches });
+        }
+        for write in writes {
+            let xid = write.global.xid;
+            let misfit = write.misfit(recorded.get(&xid).copied());
+            misfits.extend(misfit.map(|misfit| (xid.partition, misfit)));
+        }
+        let key =
+            |write: &Write| (write.head == Head::Insert).then_some(write.global.key).flatten();
+        for (write, key) in writes.iter().filter_map(|write| Some((write, key(write)?))) {
+            let query = Query::new("SELECT xid FROM idempotency WHERE key_hash = ?");
+            let query = query.bind(key.hash.to_vec());
+            let taken: Option<(Vec<u8>,)> = D::fetch(connection, query).await?.pop();
+            if let Some((other,)) = taken {
+                let (xid, other) = (write.global.xid, record::xid(&other)?);
+                let misfit =
+                    format!("the key of transaction {xid} belongs to {other} in the store");
+                misfits.push((xid.partition, misfit));
+            }
+        }
+    }
+    if misfits.is_empty() {
+        let all = batch.guards.iter().map(|guard| (guard.partition, noticed.to_owned()));
+        misfits.extend(all);
+    }
+    Ok(misfits)
 }
 
 /// Marks the epochs that have lost batches: what is missing of them may have been told.

@@ -7,8 +7,8 @@ use super::{Connection, Db, Dialect as _, InSqlite};
 use crate::store::{
     Batch, Error, Guard,
     sql::{
-        Cell, Counter,
-        record::{self, Rows, all_written},
+        Cell, Counter, Wrote,
+        record::{self, Rows},
     },
 };
 
@@ -26,11 +26,11 @@ pub(super) async fn write(
     connection: &mut Connection,
     Batch { guards, writes }: &Batch,
     counter: &Counter,
-) -> Result<u64, Error> {
+) -> Result<Wrote, Error> {
     sqlx::query(InSqlite::BEGIN_WRITING).execute(&mut *connection).await?;
     let moved = move_positions(connection, guards).await?;
     if moved != guards.len() as u64 {
-        return Ok(moved);
+        return Ok(Wrote::Positions(moved));
     }
     for rows in record::by_table(writes) {
         let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
@@ -46,12 +46,17 @@ pub(super) async fn write(
             } else {
                 push_update(&mut query, &rows, chunk);
             }
-            let written = query.build().execute(&mut *connection).await?.rows_affected();
+            let wrote = match query.build().execute(&mut *connection).await {
+                Ok(done) => Wrote::rows(rows.table, count, done.rows_affected()),
+                Err(error) => Wrote::failed(error)?,
+            };
             counter.statement(count);
-            all_written(rows.table, count, written)?;
+            if wrote != Wrote::All {
+                return Ok(wrote);
+            }
         }
     }
-    Ok(moved)
+    Ok(Wrote::All)
 }
 
 async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
@@ -81,13 +86,16 @@ fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
     push_values(query, rows);
 }
 
-/// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`
+/// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`: the keys, and what is expected.
 fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
     let equal = |(n, column): (usize, &&str)| format!("{column} = v.column{}", n + 1);
-    let (keys, values): (Vec<_>, Vec<_>) =
-        shape.columns.iter().enumerate().partition(|(n, _)| *n < shape.keys);
-    let values: Vec<_> = values.into_iter().map(equal).collect();
-    let keys: Vec<_> = keys.into_iter().map(equal).collect();
+    let as_expected =
+        |(n, column): (usize, &&str)| format!("({column} IS NULL OR {column} = v.column{})", n + 1);
+    let changed = shape.keys + shape.expected;
+    let columns = || shape.columns.iter().enumerate();
+    let values: Vec<_> = columns().skip(changed).map(equal).collect();
+    let expected = columns().take(changed).skip(shape.keys).map(as_expected);
+    let keys: Vec<_> = columns().take(shape.keys).map(equal).chain(expected).collect();
     query
         .push("UPDATE ")
         .push(shape.table)

@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Store, Summary, Written,
-    sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, read, write},
+    sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read, write},
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -69,7 +69,7 @@ impl Dialect for InSqlite {
         connection: &mut Connection,
         batch: &Batch,
         counter: &Counter,
-    ) -> Result<u64, Error> {
+    ) -> Result<Wrote, Error> {
         batch::write(connection, batch, counter).await
     }
 
@@ -261,6 +261,7 @@ mod tests {
             Write {
                 global,
                 head: Head::Insert,
+                before: None,
                 new_branches: 0,
                 changed_branches: BranchSet::EMPTY,
             }
@@ -284,6 +285,27 @@ mod tests {
         );
         assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
         assert!(matches!(store.load(xid, known).await.unwrap(), Lookup::Found(_)));
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_is_not_taken_for_one_that_does_not_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let store = SqliteStore::open(&path).await.unwrap();
+        let ownership = store.acquire(&[3], "test", Timestamp(0)).await.unwrap()[0];
+        let known = Known { ownership, position: 0 };
+        let into_file = store.writer.run(async |connection| {
+            Ok(InSqlite::run(connection, "PRAGMA wal_checkpoint(TRUNCATE)").await?)
+        });
+        into_file.await.unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[4096..].fill(0xff); // all but the first page
+        std::fs::write(&path, bytes).unwrap();
+        let Ownership { partition, epoch, nonce } = ownership;
+        let error =
+            store.load(Xid { partition, epoch, sequence: 1, nonce }, known).await.unwrap_err();
+        assert!(matches!(error, Error::Corrupt(_)), "{error:?}");
+        assert!(error.to_string().contains("damaged"), "{error}");
     }
 
     #[tokio::test]
@@ -319,6 +341,7 @@ mod tests {
         let write = Write {
             global,
             head: Head::Insert,
+            before: None,
             new_branches: 0,
             changed_branches: BranchSet::EMPTY,
         };
@@ -383,6 +406,7 @@ mod tests {
             let write = Write {
                 global,
                 head: Head::Insert,
+                before: None,
                 new_branches: 0,
                 changed_branches: BranchSet::EMPTY,
             };
@@ -392,7 +416,7 @@ mod tests {
             };
             let answer = store.append(&batch).await;
             if n == 2 {
-                assert!(matches!(answer, Err(Error::Corrupt(_))), "{answer:?}");
+                assert!(matches!(answer, Ok(Appended::Damaged(_))), "{answer:?}");
             }
         }
     }

@@ -1,5 +1,4 @@
-//! `handfast list`, `show`, `retry`, `resolve`: they ask a coordinator over gRPC, and use nothing of it but AdminService and
-//! GetTransaction.
+//! `handfast list`, `show`, `retry`, `resolve`. They call a coordinator over gRPC, and use only AdminService and GetTransaction.
 
 use std::time::Duration;
 
@@ -31,8 +30,8 @@ pub(super) const SERVER_DEFAULT: &str = "http://127.0.0.1:7420";
 /// Lists the newest transactions, newest first.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-With -o json: {\"transactions\": [...], \"more\": false}. Each is as `handfast show -o json` tells it; more says that \
-there are older ones.
+With -o json: {\"transactions\": [...], \"more\": false}. Each transaction has the keys of `handfast show -o json`. If more \
+is true, there are older ones.
 
 Examples:
   handfast list --stuck -o json | jq -r '.transactions[].xid'
@@ -47,17 +46,17 @@ pub(super) struct List {
     /// Only transactions with this name
     #[arg(long)]
     name: Option<String>,
-    /// List at most so many
+    /// List at most this many
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     limit: u32,
     #[command(flatten)]
     server: Server,
 }
 
-/// Tells what is known of a transaction: its state, the decision and why, and how far each branch has come.
+/// Prints a transaction: its state, the decision and the reason, and the progress of each branch.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-With -o json: one object. No key is ever missing, it is null; times are RFC 3339 in UTC:
+With -o json: one object. An absent value is null, no key is left out; times are RFC 3339 in UTC:
   xid, name, drive (initiator, coordinator), labels {}, timeout_ms, stuck (true, false)
   state        trying, confirming, cancelling, confirmed, cancelled
   decision     confirm, cancel, null
@@ -79,9 +78,9 @@ pub(super) struct Show {
     server: Server,
 }
 
-/// Makes every attempt of a transaction that waits for its pause to end due now.
+/// Retries every open branch of a transaction now, without waiting for its backoff.
 ///
-/// Changes nothing for one that is not decided, or finished.
+/// Changes nothing if the transaction is not decided, or is finished.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  handfast retry 3-7-1042-9f3c01d2")]
 pub(super) struct Retry {
@@ -91,10 +90,10 @@ pub(super) struct Retry {
     server: Server,
 }
 
-/// Answers for a branch whose participant never will.
+/// Settles a branch by hand, if its participant will never answer.
 ///
-/// No more calls go to it, and it counts as done. Recorded for ever, with who and why; it cannot be taken back. Use it when the
-/// participant is gone and its data was mended by other means.
+/// No more calls go to the branch, and it counts as done. This is recorded for ever, with the operator and the reason, and cannot be
+/// undone. Use it when the participant is gone and its data was corrected by other means.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -115,7 +114,7 @@ pub(super) struct Resolve {
     server: Server,
 }
 
-/// Whom to ask, and how to tell the answer.
+/// The coordinator to ask, and the form of the output.
 #[derive(Debug, Args)]
 struct Server {
     /// The address of the coordinator
@@ -149,12 +148,12 @@ fn server_url(text: &str) -> Result<String, String> {
 }
 
 impl Server {
-    /// What a command that is printed needs to reach the same coordinator.
+    /// The flag that a printed command needs to reach the same coordinator.
     fn flag(&self) -> String {
         if self.url == SERVER_DEFAULT { String::new() } else { format!(" --server {}", self.url) }
     }
 
-    /// Connects and asks. `what` could not be done if that fails.
+    /// Connects and asks. `what` names the failure if that does not work.
     async fn ask<T>(
         &self,
         what: &str,
@@ -189,7 +188,7 @@ impl Server {
         self.ask(what, async |channel| ask(client(channel)).await).await
     }
 
-    /// Tells about a transaction.
+    /// Prints a transaction.
     fn tell(
         &self,
         answer: Option<pb::Transaction>,

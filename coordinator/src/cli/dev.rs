@@ -18,15 +18,15 @@ use super::{
 };
 
 const HELP: &str = "\
-Reads neither a file nor HANDFAST_ variables: it is the same everywhere, and touches no store that a variable names.
+It reads neither a file nor HANDFAST_ variables. So it is the same everywhere, and touches no store that a variable names.
 
 Examples:
   handfast dev
   handfast dev --listen 127.0.0.1:0 --store sqlite:try.db";
 
-/// Runs a coordinator to try things out with; needs nothing.
+/// Runs a coordinator to try things with. It needs no set-up.
 ///
-/// Its store is a file in a temporary folder, removed at the end, unless --store names one.
+/// Its store is a file in a temporary folder, which is removed at the end, unless --store names one.
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub(super) struct Dev {

@@ -1,4 +1,4 @@
-//! What went wrong, for people in three lines and for scripts as an exit code.
+//! Failures: three lines for people, and an exit code for scripts.
 
 use std::{error::Error, fmt, io, process::ExitCode, time::Duration};
 
@@ -27,14 +27,14 @@ impl From<Code> for ExitCode {
     }
 }
 
-/// What, why, and what to do.
+/// What failed, why, and what to do.
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) code: Code,
     pub(super) what: String,
-    /// Empty: `what` says it.
+    /// Empty if `what` says it all.
     pub(super) cause: String,
-    /// Empty: nothing can be done.
+    /// Empty if there is nothing to suggest.
     pub(super) hint: String,
 }
 
@@ -79,11 +79,11 @@ impl Failure {
             Code::TimedOut,
             what,
             format!("no answer from {server} within {}", humantime::format_duration(timeout)),
-            "it may have happened all the same; asking again does no harm. --timeout gives it longer",
+            "it may have taken effect; a retry does no harm. --timeout waits longer",
         )
     }
 
-    /// `what` could not be done, because the coordinator at `server` answered with this.
+    /// The coordinator at `server` answered `what` with this status.
     pub(super) fn refused(what: &str, server: &str, status: &Status) -> Self {
         // A status with a source was made on this side: the connection broke, or what answers is no coordinator.
         if let Some(error) = status.source() {
@@ -179,7 +179,7 @@ impl From<server::Error> for Failure {
     }
 }
 
-/// tonic says "transport error"; what a person needs is at the end of the chain.
+/// The last error of the chain. tonic says "transport error"; the cause that helps a person is at the end.
 fn root_cause(error: &(dyn Error + 'static)) -> String {
     let mut root = error;
     while let Some(source) = root.source() {

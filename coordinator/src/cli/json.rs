@@ -1,4 +1,4 @@
-//! What `-o json` prints: documented in `handfast show --help`, and stable: keys are only ever added.
+//! The output of `-o json`. `handfast show --help` documents it. It is stable: keys may be added, and nothing else changes.
 
 use std::collections::BTreeMap;
 
@@ -6,9 +6,9 @@ use handfast_proto::{time, v1 as pb};
 use jiff::Timestamp;
 use serde::Serialize;
 
-/// One document, on lines of its own.
+/// One JSON document, with a line break at the end.
 pub(super) fn line(document: &impl Serialize) -> String {
-    // Texts and numbers always can be written.
+    // Texts and numbers can always be serialised.
     let mut text = serde_json::to_string_pretty(document).unwrap_or_default();
     text.push('\n');
     text
@@ -164,7 +164,7 @@ fn moment(at: Option<prost_types::Timestamp>) -> Option<String> {
 mod tests {
     use super::{super::text::tests::samples, *};
 
-    /// The shape that scripts rest on. Adding a key is fine; anything else breaks them.
+    /// Scripts depend on this shape. A new key is fine; any other change breaks them.
     #[test]
     fn the_shape_stays() {
         let [stuck, cancelled, ..] = samples();

@@ -13,17 +13,17 @@ use tracing::{error, warn};
 use super::{Failure, failure::Code, tell};
 
 const HELP: &str = "\
-Every key of the configuration has a variable too, HANDFAST_ and its name: HANDFAST_LISTEN, HANDFAST_CALLS_TIMEOUT. \
-A flag wins over a variable, that over the file. `handfast config` prints all keys.
+Every setting is also an environment variable: HANDFAST_ and its name, such as HANDFAST_LISTEN or HANDFAST_CALLS_TIMEOUT. \
+A flag overrides a variable, and a variable overrides the file. `handfast config` prints all settings.
 
 Logs go to stdout as JSON, one object in each line; or as text to stderr, if stdout is a terminal. --log-format says \
 which. SIGTERM or Ctrl-C stops in order within --shutdown-grace; a second one at once.
 
-On MySQL, `handfast migrate` makes the tables. A second coordinator on the same store is a standby: it waits until the \
-first one stops, or shows no life for ten seconds. --take-over does not wait; the first one stops by itself then, with \
-exit code 8. A supervisor may start both of them again and again, with --take-over too: it waits like without after the \
-store was taken over six times within ten minutes, so that they do not take it from each other for ever. \
---take-over=always does not look at that: it is for whoever knows that the one before is dead.
+On MySQL and MariaDB, `handfast migrate` creates the tables. A second coordinator on the same store is a standby: it \
+waits until the first one stops or shows no life for ten seconds. With --take-over it does not wait, and the first one \
+stops with exit code 8. A supervisor may restart both with --take-over: after six takeovers within ten minutes, \
+--take-over waits like a standby, so that they do not take the store from each other without end. --take-over=always \
+ignores that limit. Use it if you know that the other coordinator is dead.
 
 Examples:
   handfast serve --store sqlite:handfast.db
@@ -34,20 +34,20 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub(super) struct Serve {
-    /// Read this file; a variable wins over it, and a flag over both
+    /// Read this file; a variable overrides it, and a flag overrides both
     #[arg(long, value_name = "FILE", env = "HANDFAST_CONFIG", hide_env_values = true)]
     config: Option<PathBuf>,
-    /// Only check the configuration
+    /// Only check the configuration, and exit
     #[arg(long)]
     check: bool,
-    /// Take a MySQL store over at once from the coordinator that has it, which then stops
+    /// Take over a MySQL or MariaDB store at once; the coordinator that owns it stops
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "seldom")]
     take_over: Option<AtOnce>,
     #[command(flatten)]
     flags: Flags,
 }
 
-/// How often a store is taken over at once.
+/// Whether to limit how often a store is taken over at once.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum AtOnce {
     /// Unless it was taken over six times within the last ten minutes [without =WHEN]
@@ -56,25 +56,25 @@ enum AtOnce {
     Always,
 }
 
-/// Keys that are flags too. Their texts are checked with everything else of the configuration.
+/// Settings that are also flags. Their values are checked with the rest of the configuration.
 #[derive(Debug, Default, Args)]
 pub(super) struct Flags {
-    /// Where callers connect [default: 127.0.0.1:7420]
+    /// Address to listen on [default: 127.0.0.1:7420]
     #[arg(long, value_name = "IP:PORT")]
     pub(super) listen: Option<String>,
     /// Listen beyond this machine although there is no authentication yet
     #[arg(long)]
     insecure: bool,
-    /// Where transactions are recorded
+    /// Where to record transactions
     #[arg(long, value_name = "sqlite:PATH|mysql://…")]
     pub(super) store: Option<String>,
-    /// What is logged: a level, and others for parts of the program [default: info]
+    /// Log level, and other levels for parts of the program [default: info]
     #[arg(long, value_name = "LEVEL,PART=LEVEL")]
     log: Option<String>,
-    /// How it is logged [default: auto: text if stdout is a terminal, else json]
+    /// Log format [default: auto: text if stdout is a terminal, else json]
     #[arg(long, value_name = "auto|text|json")]
     log_format: Option<String>,
-    /// How long an orderly end may take [default: 20s]
+    /// Longest time for an orderly shutdown [default: 20s]
     #[arg(long, value_name = "TIME")]
     shutdown_grace: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! What people read: a table of many transactions, and what there is to know of one. Pure functions of an answer and the time.
+//! Output for people: a table of transactions, and the details of one. Pure functions of an answer and the time.
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -15,10 +15,10 @@ use jiff::tz::TimeZone;
 
 use super::json::word;
 
-/// Characters of an error or a reason in the list; `show` has all of it.
+/// Characters of an error or a reason in the list. `show` prints all of it.
 const NOTE_CHARS_MAX: usize = 72;
 
-/// One line for each transaction.
+/// A table with one line for each transaction.
 pub(super) fn list(transactions: &[pb::Transaction], now: Timestamp) -> String {
     let mut table = table(["XID", "NAME", "STATE", "BEGUN", "DONE", "NOTE"]);
     for transaction in transactions {
@@ -36,7 +36,7 @@ pub(super) fn list(transactions: &[pb::Transaction], now: Timestamp) -> String {
     print(&table)
 }
 
-/// Everything that a person wants to know of one transaction.
+/// The details of one transaction.
 pub(super) fn show(
     transaction: &pb::Transaction,
     now: Timestamp,
@@ -113,27 +113,27 @@ pub(super) fn show(
     )
 }
 
-/// What `retry` has done.
+/// The result of `retry`.
 pub(super) fn retried(transaction: &pb::Transaction, server: &str) -> String {
     let done = match transaction.state() {
         State::Confirming | State::Cancelling => {
             let open: Vec<_> =
                 transaction.branches.iter().filter(|branch| is_open(branch)).map(name).collect();
             format!(
-                "Trying again now: {}.\nHow it went:  handfast show{server} {}",
+                "Retrying now: {}.\nSee the result:  handfast show{server} {}",
                 open.join(", "),
                 transaction.xid
             )
         }
-        State::Trying => "There was nothing to try again: it is not decided.".to_owned(),
+        State::Trying => "There is nothing to retry: it is not decided.".to_owned(),
         State::Confirmed | State::Cancelled | State::Unspecified => {
-            "There was nothing to try again.".to_owned()
+            "There is nothing to retry.".to_owned()
         }
     };
     format!("{}\n{done}\n", headline(transaction))
 }
 
-/// What `resolve` has done. The first answer for a branch stands, which may be another one.
+/// The result of `resolve`. If the branch was resolved before, that first resolution stands, and is printed.
 pub(super) fn resolved(transaction: &pb::Transaction, branch_id: &str) -> String {
     let branch = transaction.branches.iter().find(|branch| branch.branch_id == branch_id);
     let resolution = branch.and_then(|branch| branch.resolution.as_ref());
@@ -157,7 +157,8 @@ fn headline(transaction: &pb::Transaction) -> String {
     format!("{name} {xid} {stands}")
 }
 
-/// Who is waited for, and how to hurry it, if somebody fails. `server` is what the commands need to reach this coordinator.
+/// The participants that the transaction waits for and, if a call failed, the commands that help. `server` is the flag that makes
+/// those commands reach this coordinator.
 fn waits_for(transaction: &pb::Transaction, server: &str) -> String {
     let word = match transaction.state() {
         State::Confirming => "confirm",
@@ -172,11 +173,11 @@ fn waits_for(transaction: &pb::Transaction, server: &str) -> String {
         .map(|branch| format!("{} to {word} {}", branch.participant, name(branch)))
         .collect();
     let stuck = if transaction.stuck { "It is stuck: it" } else { "It" };
-    let mut text = format!("\n{stuck} waits for {}, and keeps asking.\n", who.join(", "));
+    let mut text = format!("\n{stuck} waits for {}, and retries.\n", who.join(", "));
     if let Some(branch) = open.iter().find(|branch| branch.last_error.is_some()) {
         let (xid, id) = (&transaction.xid, &branch.branch_id);
         let _always_fits =
-            writeln!(text, "  to ask again now:        handfast retry{server} {xid}");
+            writeln!(text, "  to retry now:            handfast retry{server} {xid}");
         if transaction.stuck {
             let _always_fits = writeln!(
                 text,
@@ -196,7 +197,7 @@ fn because(transaction: &pb::Transaction) -> String {
     }
 }
 
-/// The most interesting thing about a transaction, in a few words.
+/// The last error of the branch that fails most, or why the transaction was cancelled.
 fn note(transaction: &pb::Transaction) -> String {
     let failing = transaction.branches.iter().filter(|branch| is_open(branch));
     let failing = failing.filter_map(|branch| Some((branch, branch.last_error.as_ref()?)));
@@ -227,7 +228,7 @@ fn state_word(transaction: &pb::Transaction) -> String {
     word(transaction.state().as_str_name(), "TRANSACTION_STATE_")
 }
 
-/// Its state; of an open one in phase two, what it has to do.
+/// The state of a branch. For an open branch in phase two: what it has to do.
 fn branch_word(branch: &pb::Branch, transaction: &pb::Transaction) -> String {
     match (is_open(branch), transaction.state()) {
         (true, State::Confirming) => "to confirm".to_owned(),

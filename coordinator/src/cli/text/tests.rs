@@ -137,8 +137,8 @@ BRANCH  ACTION        PARTICIPANT                     STATE       ATTEMPTS  NEXT
 
 Branch 3 was resolved by ann, 2026-11-21 10:16:03.123 +01:00 (1m ago): mail is gone
 
-It is stuck: it waits for points to confirm branch 2 (points.spend), and keeps asking.
-  to ask again now:        handfast retry --server http://b:1 3-7-1042-9f3c01d2
+It is stuck: it waits for points to confirm branch 2 (points.spend), and retries.
+  to retry now:            handfast retry --server http://b:1 3-7-1042-9f3c01d2
   if it can never answer:  handfast resolve --server http://b:1 3-7-1042-9f3c01d2 2 --operator NAME --reason \"what was done instead\"
 "
     );
@@ -203,11 +203,11 @@ fn what_was_done_is_said() {
     assert_eq!(
         retried(&stuck, ""),
         "checkout 3-7-1042-9f3c01d2 is CONFIRMING. It will be confirmed; nothing can change that.\n\
-         Trying again now: branch 2 (points.spend).\n\
-         How it went:  handfast show 3-7-1042-9f3c01d2\n"
+         Retrying now: branch 2 (points.spend).\n\
+         See the result:  handfast show 3-7-1042-9f3c01d2\n"
     );
-    assert!(retried(&trying, "").ends_with("There was nothing to try again: it is not decided.\n"));
-    assert!(retried(&confirmed, "").ends_with("There was nothing to try again.\n"));
+    assert!(retried(&trying, "").ends_with("There is nothing to retry: it is not decided.\n"));
+    assert!(retried(&confirmed, "").ends_with("There is nothing to retry.\n"));
     assert_eq!(
         resolved(&stuck, "3"),
         "Branch 3 is resolved, by ann: mail is gone\n\

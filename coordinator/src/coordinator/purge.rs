@@ -1,8 +1,10 @@
-//! Deletes transactions when their retention is over.
+//! Deletes transactions when their retention is over. What is deleted cannot be told any more, and its key begins another transaction:
+//! so nothing is deleted on the word of a clock that may be ahead.
 
 use std::time::Duration;
 
-use tracing::warn;
+use tokio::time::Instant;
+use tracing::{info, warn};
 
 use super::Coordinator;
 use crate::transaction::Timestamp;
@@ -13,28 +15,119 @@ const STEP: usize = 256;
 const STEP_PAUSE: Duration = Duration::from_millis(20);
 /// Pause between rounds through all partitions.
 const ROUND_PAUSE: Duration = Duration::from_secs(5);
+/// The store's clock and ours agree if they are no further apart than this.
+const APART_MAX: Duration = Duration::from_secs(2);
+/// Where the store has no clock of its own, ours must have run evenly for this long, or for the retention if that is shorter. A clock
+/// that was set wrong is usually set right within minutes.
+const EVEN_FOR: Duration = Duration::from_secs(600);
+/// How far the clock may be from the time that has passed, from one look to the next, and still run evenly.
+const UNEVEN_MIN: Duration = Duration::from_millis(50);
+/// The same as a share of the time that has passed: one part in so many.
+const UNEVEN_SHARE: u32 = 33;
 
 impl Coordinator {
     /// Deletes transactions that finished longer than `retention` ago, a few at a time, for ever.
     pub(super) async fn purge(&self, retention: Duration) {
-        let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
+        let mut clock = ClockWatch::new(retention.min(EVEN_FOR));
         loop {
-            for ownership in self.doors.ownerships() {
-                let mut after = None;
-                loop {
-                    let before = Timestamp(self.clock.now().0 - retention);
-                    match self.store.purge(ownership, before, after, STEP).await {
-                        Ok((_, None)) => break,
-                        Ok((_, next)) => after = next,
-                        Err(error) => {
-                            warn!(%error, "cannot delete old transactions; will retry");
-                            break;
-                        }
-                    }
-                    tokio::time::sleep(STEP_PAUSE).await;
-                }
+            if let Some(now) = self.believed_time(&mut clock).await {
+                self.purge_round(retention, now).await;
             }
             tokio::time::sleep(ROUND_PAUSE).await;
         }
+    }
+
+    async fn purge_round(&self, retention: Duration, now: Timestamp) {
+        let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
+        let before = Timestamp(now.0.saturating_sub(retention));
+        for ownership in self.doors.ownerships() {
+            let mut after = None;
+            loop {
+                match self.store.purge(ownership, before, now, after, STEP).await {
+                    Ok((_, None)) => break,
+                    Ok((_, next)) => after = next,
+                    Err(error) => {
+                        warn!(%error, "cannot delete old transactions; will retry");
+                        break;
+                    }
+                }
+                tokio::time::sleep(STEP_PAUSE).await;
+            }
+        }
+    }
+
+    /// The time, if it may be believed.
+    async fn believed_time(&self, watch: &mut ClockWatch) -> Option<Timestamp> {
+        let asked_at = self.clock.now();
+        match self.store.clock().await {
+            Ok(Some(theirs)) => {
+                let now = self.clock.now();
+                let agrees = theirs + APART_MAX >= asked_at && now + APART_MAX >= theirs;
+                watch.tell(agrees, || {
+                    let apart_ms = theirs.0 - now.0;
+                    warn!(apart_ms, "the store's clock and this machine's differ; old transactions are kept until they agree");
+                });
+                agrees.then_some(now)
+            }
+            Ok(None) => {
+                let now = self.clock.now();
+                let even = watch.runs_evenly(Instant::now(), now);
+                let (off, wait_seconds) = (watch.uneven_by, watch.even_for.as_secs());
+                watch.tell(off.is_zero(), || {
+                    let off_ms = u64::try_from(off.as_millis()).unwrap_or(u64::MAX);
+                    warn!(off_ms, wait_seconds, "the clock jumped; old transactions are kept until it has run evenly for a while");
+                });
+                even.then_some(now)
+            }
+            Err(error) => {
+                warn!(%error, "cannot ask the store for its time; old transactions are kept");
+                None
+            }
+        }
+    }
+}
+
+/// Watches whether the clock goes as fast as time passes, and notes what has been logged.
+#[derive(Debug)]
+struct ClockWatch {
+    even_for: Duration,
+    /// The latest look: when it was, and what the clock said.
+    looked: Option<(Instant, Timestamp)>,
+    even_since: Option<Instant>,
+    /// By how much the clock was off when it last was not even.
+    uneven_by: Duration,
+    told: bool,
+}
+
+impl ClockWatch {
+    fn new(even_for: Duration) -> Self {
+        Self { even_for, looked: None, even_since: None, uneven_by: Duration::ZERO, told: false }
+    }
+
+    /// Whether the clock, which says `at` now, has run evenly for long enough.
+    fn runs_evenly(&mut self, now: Instant, at: Timestamp) -> bool {
+        if let Some((looked, then)) = self.looked.replace((now, at)) {
+            let (passed, told) = (now - looked, at - then);
+            let off = passed.abs_diff(told);
+            if off > UNEVEN_MIN + passed / UNEVEN_SHARE {
+                (self.even_since, self.uneven_by) = (None, off);
+            }
+        }
+        let even_for = now - *self.even_since.get_or_insert(now);
+        let even = even_for >= self.even_for;
+        if even {
+            self.uneven_by = Duration::ZERO;
+        }
+        even
+    }
+
+    /// Logs once that the clock is not believed, and once that it is again.
+    fn tell(&mut self, believed: bool, warning: impl FnOnce()) {
+        match (believed, self.told) {
+            (false, false) => warning(),
+            (true, true) => info!("the clock is believed again; old transactions are deleted"),
+            (false, true) | (true, false) => {}
+        }
+        self.told = !believed;
     }
 }

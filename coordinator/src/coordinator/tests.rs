@@ -5,11 +5,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{running::ended_by_itself, *};
 use crate::{
-    clock::ManualClock,
+    clock::{Clock as _, ManualClock},
     dispatch::{CallRequest, Later, Returned},
     journal::Ended,
-    store::memory::MemoryStore,
-    transaction::{Drive, Key, Timestamp, retry::RetryPolicy},
+    store::{Store as _, memory::MemoryStore, scripted::ScriptedStore},
+    transaction::{DecisionRequest, Drive, Key, Timestamp, retry::RetryPolicy},
 };
 
 /// No participant is ever called.
@@ -22,7 +22,15 @@ impl Dispatch for Nobody {
     }
 }
 
+fn at_start() -> ManualClock {
+    ManualClock::at(Timestamp(1_700_000_000_000))
+}
+
 fn running(store: &Arc<MemoryStore>) -> Running {
+    running_on(store.clone(), at_start())
+}
+
+fn running_on(store: Arc<dyn Store>, clock: ManualClock) -> Running {
     let second = Duration::from_secs(1);
     let settings = Settings {
         retry: RetryPolicy { initial: second, max: second },
@@ -32,8 +40,7 @@ fn running(store: &Arc<MemoryStore>) -> Running {
         open_bytes_max: 1_000_000_000,
         stuck_after: StuckAfter { attempts: 3, time: 120 * second },
     };
-    let clock = Arc::new(ManualClock::at(Timestamp(1_700_000_000_000)));
-    Running::new(store.clone(), Arc::new(Nobody), clock, settings)
+    Running::new(store, Arc::new(Nobody), Arc::new(clock), settings)
 }
 
 fn new(key: Option<u16>) -> NewTransaction {
@@ -124,4 +131,59 @@ async fn a_task_that_ends_without_order_is_told() {
     // In order, nothing is told.
     let ended = tokio::time::timeout(Duration::from_millis(50), running.ended()).await;
     assert!(ended.is_err(), "{ended:?}");
+}
+
+/// A coordinator of partition 3 whose purge is at work, with a finished transaction.
+async fn purging(store: Arc<ScriptedStore>, clock: &ManualClock) -> (Arc<Coordinator>, Xid) {
+    let running = running_on(store, clock.clone());
+    running.take_over(&[3]).await.unwrap();
+    let coordinator = Coordinator::of(&running);
+    let xid = coordinator.begin(new(Some(3)), Until::Now).await.unwrap().global.xid;
+    let confirm = What::Decide(DecisionRequest::Confirm { tried: [].into() });
+    coordinator.ask(xid, confirm, Until::Now, Duration::ZERO).await.unwrap();
+    let purging = coordinator.clone();
+    tokio::spawn(async move { purging.purge(RETENTION).await });
+    (coordinator, xid)
+}
+
+const RETENTION: Duration = Duration::from_secs(24 * 3600);
+
+/// Time passes, for the clock too.
+async fn pass(clock: &ManualClock, time: Duration) {
+    let step = Duration::from_millis(100);
+    for _ in 0..time.as_millis() / step.as_millis() {
+        clock.advance(step);
+        tokio::time::sleep(step).await;
+    }
+}
+
+fn is_there(store: &ScriptedStore, xid: Xid) -> bool {
+    store.inner.get(xid).is_some()
+}
+
+/// Otherwise a clock that is ahead for a minute would delete keys, and the same key would begin a second transaction.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_deleted_on_the_word_of_a_clock_that_has_jumped() {
+    let (store, clock) = (Arc::new(ScriptedStore::default()), at_start());
+    let (_coordinator, xid) = purging(store.clone(), &clock).await;
+    pass(&clock, Duration::from_secs(660)).await;
+    clock.advance(2 * RETENTION);
+    pass(&clock, Duration::from_secs(300)).await;
+    assert!(is_there(&store, xid), "it was deleted as soon as the clock had jumped");
+    pass(&clock, Duration::from_secs(330)).await;
+    assert!(!is_there(&store, xid), "it is never deleted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_deleted_while_the_store_says_another_time() {
+    let (store, clock) = (Arc::new(ScriptedStore::default()), at_start());
+    let started = clock.now();
+    *store.clock.lock().unwrap() = Some(started);
+    let (_coordinator, xid) = purging(store.clone(), &clock).await;
+    clock.advance(2 * RETENTION);
+    pass(&clock, Duration::from_secs(1200)).await;
+    assert!(is_there(&store, xid), "the store's clock says that it is young");
+    *store.clock.lock().unwrap() = Some(clock.now() + Duration::from_secs(1));
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert!(!is_there(&store, xid), "both say that it is old");
 }

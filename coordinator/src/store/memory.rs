@@ -250,6 +250,7 @@ impl Store for MemoryStore {
         &self,
         Ownership { partition, epoch, nonce }: Ownership,
         finished_before: Timestamp,
+        now: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
@@ -276,7 +277,9 @@ impl Store for MemoryStore {
             *through = (*through).max(*xid);
             deleted += 1;
         }
-        let more = |begun_at: &Timestamp| seen.len() == limit && *begun_at < finished_before;
+        let more = |begun_at: &Timestamp| {
+            seen.len() == limit && (*begun_at < finished_before || *begun_at > now)
+        };
         Ok((deleted, seen.last().filter(|(_, begun_at, _)| more(begun_at)).map(|(xid, ..)| *xid)))
     }
 

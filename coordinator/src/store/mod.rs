@@ -267,6 +267,11 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         Ok(Vec::new())
     }
 
+    /// The time by the store's own clock; `None`: it has no other clock than this machine's.
+    async fn clock(&self) -> Result<Option<Timestamp>, Error> {
+        Ok(None)
+    }
+
     /// How often the partition that changed hands most often was taken over from then until now, by the clocks of those who took
     /// it. None, where nobody can take a partition from a coordinator that runs.
     async fn takeovers(&self, _from: Timestamp, _until: Timestamp) -> Result<u64, Error> {
@@ -320,12 +325,14 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Deletes transactions that finished before that moment, with their branches and keys: looks at up to `limit` of one
     /// partition after `after`, in order of their xids, and says how many it deleted and where it stopped (`None`: at the end
-    /// of the partition, or where all that follow are younger). Remembers the largest xid that it deleted. What operators
-    /// resolved stays for ever. Only the owner deletes: for one that was replaced, nothing is deleted and nothing more is to do.
+    /// of the partition, or where all that follow are younger). A transaction that began after `now` tells nothing about those
+    /// that follow: the clock was ahead when it began. Remembers the largest xid that it deleted. What operators resolved stays
+    /// for ever. Only the owner deletes: for one that was replaced, nothing is deleted and nothing more is to do.
     async fn purge(
         &self,
         ownership: Ownership,
         finished_before: Timestamp,
+        now: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error>;

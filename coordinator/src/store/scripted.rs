@@ -44,6 +44,8 @@ pub(crate) struct ScriptedStore {
     dues: AtomicUsize,
     /// What reads see, if it is behind.
     replica: Mutex<Option<Arc<MemoryStore>>>,
+    /// What its own clock says; `None`: it has none.
+    pub(crate) clock: Mutex<Option<Timestamp>>,
     loads: Mutex<Vec<Xid>>,
     key_looks: Mutex<Vec<usize>>,
 }
@@ -135,6 +137,10 @@ impl Store for ScriptedStore {
         self.inner.seats().await
     }
 
+    async fn clock(&self) -> Result<Option<Timestamp>, Error> {
+        Ok(*lock(&self.clock))
+    }
+
     async fn acquire(
         &self,
         partitions: &[u16],
@@ -206,10 +212,11 @@ impl Store for ScriptedStore {
         &self,
         ownership: Ownership,
         finished_before: Timestamp,
+        now: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
-        self.inner.purge(ownership, finished_before, after, limit).await
+        self.inner.purge(ownership, finished_before, now, after, limit).await
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {

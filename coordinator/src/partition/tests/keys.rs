@@ -82,7 +82,10 @@ async fn an_old_row_does_not_take_its_key_back() {
     while rig.store.loads().is_empty() {
         settle().await;
     }
-    rig.store.purge(rig.ownership, Timestamp(i64::MAX), None, 100).await.unwrap();
+    rig.store
+        .purge(rig.ownership, Timestamp(i64::MAX), Timestamp(i64::MAX), None, 100)
+        .await
+        .unwrap();
     rig.store.hold();
     let first = rig.begin(keyed(7, 1));
     settle().await;

@@ -121,8 +121,11 @@ async fn unknown_xids_are_told_apart() {
         rig.call().await.done().await;
     }
     rig.until_memory_holds(0).await;
-    let (deleted, _) =
-        rig.store.purge(rig.ownership, Timestamp(i64::MAX), None, 100).await.unwrap();
+    let (deleted, _) = rig
+        .store
+        .purge(rig.ownership, Timestamp(i64::MAX), Timestamp(i64::MAX), None, 100)
+        .await
+        .unwrap();
     assert_eq!(deleted, 1);
     assert!(matches!(ask(&rig, xid).await, Error::Forgotten(_)));
     // An older epoch is ordinary.

@@ -197,7 +197,7 @@ pub(super) async fn calls_that_are_given_up_leave_the_store_working(store: &dyn 
         given_up_after(polls, owner.load(global.xid)).await;
         given_up_after(polls, store.list(&all, 10)).await;
         given_up_after(polls, store.find_keys(&[[0; 32], [1; 32]], owner.known(1))).await;
-        given_up_after(polls, store.purge(owner.ownership(1), NOW, None, 10)).await;
+        given_up_after(polls, store.purge(owner.ownership(1), NOW, NOW, None, 10)).await;
         globals.push(global);
     }
     let reads = globals.iter().map(|global| owner.found(global.xid));

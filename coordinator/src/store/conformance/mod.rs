@@ -76,6 +76,7 @@ on_every_store! {
     purge {
         the_purge_takes_what_finished_and_remembers_how_far_it_went
         only_the_owner_purges
+        what_began_in_the_future_does_not_stop_the_purge
     }
 }
 

@@ -20,7 +20,8 @@ pub(super) async fn the_purge_takes_what_finished_and_remembers_how_far_it_went(
     let before = NOW + Duration::from_secs(4);
     let (mut deleted, mut after) = (0, None);
     loop {
-        let (count, next) = store.purge(owner.ownership(2), before, after, 2).await.unwrap();
+        let (count, next) =
+            store.purge(owner.ownership(2), before, before, after, 2).await.unwrap();
         deleted += count;
         after = next;
         if after.is_none() {
@@ -42,13 +43,19 @@ pub(super) async fn the_purge_takes_what_finished_and_remembers_how_far_it_went(
         store.find_keys(&keys, owner.known(2)).await.unwrap(),
         [None, Some(xids[1]), None, None, Some(xids[4])]
     );
-    assert_eq!(store.purge(owner.ownership(2), before, None, 100).await.unwrap(), (0, None));
+    assert_eq!(
+        store.purge(owner.ownership(2), before, before, None, 100).await.unwrap(),
+        (0, None)
+    );
     // The mark never goes back.
     let mut old = begun(Xid { sequence: 0, ..xids[0] }, &[]);
     confirm(&mut old);
     old.finished_at = Some(NOW);
     owner.insert(&old).await;
-    assert_eq!(store.purge(owner.ownership(2), before, None, 100).await.unwrap(), (1, None));
+    assert_eq!(
+        store.purge(owner.ownership(2), before, before, None, 100).await.unwrap(),
+        (1, None)
+    );
     let Lookup::Absent { purged_through, .. } = owner.load(old.xid).await.unwrap() else {
         panic!("it is there")
     };
@@ -62,7 +69,34 @@ pub(super) async fn only_the_owner_purges(store: &dyn Store) {
     owner.insert(&global).await;
     let later = NOW + Duration::from_secs(60);
     let next = Owner::of(store).await;
-    assert_eq!(store.purge(owner.ownership(2), later, None, 100).await.unwrap(), (0, None));
+    assert_eq!(store.purge(owner.ownership(2), later, later, None, 100).await.unwrap(), (0, None));
     assert_eq!(next.found(global.xid).await, global.recorded());
-    assert_eq!(store.purge(next.ownership(2), later, None, 100).await.unwrap(), (1, None));
+    assert_eq!(store.purge(next.ownership(2), later, later, None, 100).await.unwrap(), (1, None));
+}
+
+/// The clock was ahead once. What began then has moments in the future, and hides nothing that is old.
+pub(super) async fn what_began_in_the_future_does_not_stop_the_purge(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let year = Duration::from_secs(365 * 24 * 3600);
+    for _ in 0..5 {
+        let mut ahead = begun(owner.xid(2), &[]);
+        confirm(&mut ahead);
+        (ahead.begun_at, ahead.finished_at) = (NOW + year, Some(NOW + year));
+        owner.insert(&ahead).await;
+    }
+    let mut old = begun(owner.xid(2), &[]);
+    confirm(&mut old);
+    old.finished_at = Some(NOW);
+    owner.insert(&old).await;
+    let (before, now) = (NOW + Duration::from_secs(1), NOW + Duration::from_secs(3600));
+    let (mut deleted, mut after, mut steps) = (0, None, 0);
+    loop {
+        let (count, next) = store.purge(owner.ownership(2), before, now, after, 2).await.unwrap();
+        (deleted, after, steps) = (deleted + count, next, steps + 1);
+        if after.is_none() || steps == 10 {
+            break;
+        }
+    }
+    assert_eq!(deleted, 1);
+    assert!(matches!(owner.load(old.xid).await.unwrap(), Lookup::Absent { .. }));
 }

@@ -51,6 +51,9 @@ const READERS: usize = 4;
 /// How often a takeover is tried again that has waited too long for the batch of the owner before.
 const ACQUIRE_ATTEMPTS: usize = 6;
 
+/// The server's time in milliseconds.
+const CLOCK: &str = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
+
 /// Takeovers of the partition that was taken over most often. Bind: from, until.
 const TAKEOVERS: &str = "SELECT CAST(COALESCE(MAX(times), 0) AS SIGNED) FROM (SELECT COUNT(*) AS times FROM epoch \
                          WHERE taken_at BETWEEN ? AND ? GROUP BY `partition`) AS of_each";
@@ -260,6 +263,12 @@ impl Store for MySqlStore {
         self.readers.run(list).await
     }
 
+    async fn clock(&self) -> Result<Option<Timestamp>, Error> {
+        let clock =
+            async |connection: &mut Connection| read::clock::<InMySql>(connection, CLOCK).await;
+        self.readers.run(clock).await.map(Some)
+    }
+
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
         let summary = async |connection: &mut Connection| {
             read::summary::<InMySql>(connection, now, stuck).await
@@ -271,12 +280,14 @@ impl Store for MySqlStore {
         &self,
         ownership: Ownership,
         finished_before: Timestamp,
+        now: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let partition = ownership.partition;
         let find = async |connection: &mut Connection| {
-            read::finished::<InMySql>(connection, partition, finished_before, after, limit).await
+            read::finished::<InMySql>(connection, partition, finished_before, now, after, limit)
+                .await
         };
         let (finished, next) = self.cleaner.run(find).await?;
         if finished.is_empty() {

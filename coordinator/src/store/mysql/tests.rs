@@ -121,8 +121,15 @@ async fn a_purge_waits_only_for_what_it_deletes() {
         for count in [1, 20, 300] {
             let old = old(&mut owner, count);
             owner.append(old.iter().map(inserted).collect()).await;
-            let purge =
-                store.purge(owner.ownership(2), NOW + Duration::from_secs(60), None, 1000).await;
+            let purge = store
+                .purge(
+                    owner.ownership(2),
+                    NOW + Duration::from_secs(60),
+                    NOW + Duration::from_secs(60),
+                    None,
+                    1000,
+                )
+                .await;
             assert_eq!(purge.unwrap().0, count as u64);
         }
         hold.rollback().await.unwrap();
@@ -151,7 +158,15 @@ async fn a_purge_that_waits_holds_nobody_up() {
         let purging = store.clone();
         let (ownership, limit) = (owner.ownership(2), 100);
         let purge = tokio::spawn(async move {
-            purging.purge(ownership, NOW + Duration::from_secs(60), None, limit).await
+            purging
+                .purge(
+                    ownership,
+                    NOW + Duration::from_secs(60),
+                    NOW + Duration::from_secs(60),
+                    None,
+                    limit,
+                )
+                .await
         });
         let mut looking = database.connect().await;
         let branches = "SELECT position FROM branch WHERE xid = ? FOR UPDATE SKIP LOCKED";
@@ -184,7 +199,7 @@ async fn a_read_after_a_purge_of_nothing_sees_one_moment() {
         let store = database.store().await;
         let mut other = database.connect().await;
         let owner = Owner::of(&store).await;
-        let purges = (0..READERS).map(|_| store.purge(owner.ownership(2), NOW, None, 10));
+        let purges = (0..READERS).map(|_| store.purge(owner.ownership(2), NOW, NOW, None, 10));
         for purged in futures_util::future::join_all(purges).await {
             assert_eq!(purged.unwrap(), (0, None));
         }

@@ -224,13 +224,24 @@ pub(in crate::store) async fn summary<D: Dialect>(
     })
 }
 
+/// The time that the server tells, in milliseconds.
+pub(in crate::store) async fn clock<D: Dialect>(
+    connection: &mut Connection<D>,
+    query: &'static str,
+) -> Result<Timestamp, Error> {
+    let row: Option<(i64,)> = D::fetch(connection, Query::new(query)).await?.pop();
+    let (millis,) = row.ok_or(sqlx::Error::RowNotFound)?;
+    Ok(Timestamp(millis))
+}
+
 /// Of the next `limit` transactions of a partition after `after`: those that finished before that moment; and the last one
 /// looked at, if there may be more. (Xids of a partition are sorted by age: what follows one that began later did not finish
-/// before.)
+/// before. A transaction that began after `now` is no evidence of that.)
 pub(in crate::store) async fn finished<D: Dialect>(
     connection: &mut Connection<D>,
     partition: u16,
     before: Timestamp,
+    now: Timestamp,
     after: Option<Xid>,
     limit: usize,
 ) -> Result<(Vec<Xid>, Option<Xid>), Error> {
@@ -244,7 +255,7 @@ pub(in crate::store) async fn finished<D: Dialect>(
     let full = found.len() == limit;
     for (xid, begun_at, finished_at) in found {
         let xid = record::xid(&xid)?;
-        next = (full && begun_at < before.0).then_some(xid);
+        next = (full && (begun_at < before.0 || begun_at > now.0)).then_some(xid);
         if finished_at.is_some_and(|at| at < before.0) {
             finished.push(xid);
         }

@@ -203,12 +203,14 @@ impl Store for SqliteStore {
         &self,
         ownership: Ownership,
         finished_before: Timestamp,
+        now: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let partition = ownership.partition;
         let find = async |connection: &mut Connection| {
-            read::finished::<InSqlite>(connection, partition, finished_before, after, limit).await
+            read::finished::<InSqlite>(connection, partition, finished_before, now, after, limit)
+                .await
         };
         let (finished, next) = self.readers.run(find).await?;
         if finished.is_empty() {

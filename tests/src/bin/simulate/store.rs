@@ -403,11 +403,12 @@ impl Store for Client {
         &self,
         ownership: Ownership,
         finished_before: Timestamp,
+        now: Timestamp,
         after: Option<Xid>,
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let purge = move |database: &Database| {
-            at_once(database.tables.purge(ownership, finished_before, after, limit))
+            at_once(database.tables.purge(ownership, finished_before, now, after, limit))
         };
         self.call(Kind::Write, purge).await
     }

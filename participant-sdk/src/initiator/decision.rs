@@ -67,19 +67,53 @@ impl Ask {
                 let error = TransactionError::TimedOut { xid };
                 Self::Cancel(Box::new(Cancel { request, error }))
             }
+            // What came instead of an answer says more than the error that the closure made of it.
+            (
+                Some(Failure::Work(error)),
+                Calls::Failed(CallError::Unknown { branch_id, action, cause }),
+            ) => Self::Cancel(Cancel::unclear(xid, &branch_id, &action, &cause, error)),
+            (None, Calls::Failed(error)) => Self::Cancel(match &error {
+                CallError::Unknown { branch_id, action, cause } => {
+                    Cancel::unclear(xid, branch_id, action, cause, error.clone().into())
+                }
+                CallError::Refused { .. }
+                | CallError::NotRegistered { .. }
+                | CallError::Payload { .. } => Cancel::because(xid, error.into()),
+            }),
             (Some(Failure::Work(cause)), _) => Self::Cancel(Cancel::because(xid, cause)),
-            (None, Calls::Failed(error)) => Self::Cancel(Cancel::because(xid, error.into())),
         }
     }
 }
 
 impl Cancel {
     pub(super) fn because(xid: Xid, cause: BoxError) -> Box<Self> {
-        let reason = cut(cause.to_string(), limits::REASON_BYTES_MAX);
-        let reason = reason.replace(char::is_control, " ");
-        let request = pb::DecideRequest { reason, ..pb::DecideRequest::default() };
+        let request = pb::DecideRequest {
+            reason: reason(&cause.to_string()),
+            ..pb::DecideRequest::default()
+        };
         Box::new(Self { request, error: TransactionError::Cancelled { xid, cause } })
     }
+
+    /// A call had no clear answer. Recorded are the branch and what came instead; the caller gets `error`.
+    fn unclear(
+        xid: Xid,
+        branch_id: &BranchId,
+        action: &str,
+        cause: &str,
+        error: BoxError,
+    ) -> Box<Self> {
+        let request = pb::DecideRequest {
+            reason: reason(&format!("{action}: {cause}")),
+            unknown_branch_id: branch_id.to_string(),
+            ..pb::DecideRequest::default()
+        };
+        Box::new(Self { request, error: TransactionError::Cancelled { xid, cause: error } })
+    }
+}
+
+/// A reason as the coordinator takes it: on one line, and not too long.
+fn reason(text: &str) -> String {
+    cut(text.to_owned(), limits::REASON_BYTES_MAX).replace(char::is_control, " ")
 }
 
 /// Asks the coordinator for the decision about one transaction.
@@ -216,5 +250,28 @@ impl Decider {
         let decided = self.handfast.decide(request, self.wait, from_now(self.patience)).await;
         crash_point!("initiator.after_decide");
         decided
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_without_a_clear_answer_is_recorded_with_its_branch() {
+        let xid = "3-7-1042-9f3c01d2".parse().unwrap();
+        let unknown = || CallError::Unknown {
+            branch_id: "2".parse().unwrap(),
+            action: "points.book".to_owned(),
+            cause: "UNAVAILABLE: connection refused".to_owned(),
+        };
+        let debug = format!("{:?}", unknown()); // what a closure may make of it
+        for failure in [None, Some(Failure::Work(debug.into()))] {
+            let Ask::Cancel(cancel) = Ask::of(xid, failure, Calls::Failed(unknown())) else {
+                panic!("it is confirmed")
+            };
+            assert_eq!(cancel.request.unknown_branch_id, "2");
+            assert_eq!(cancel.request.reason, "points.book: UNAVAILABLE: connection refused");
+        }
     }
 }

@@ -210,10 +210,26 @@ impl List {
             (false, false) => Which::All,
         };
         let name = self.name.unwrap_or_default();
-        let request = pb::ListTransactionsRequest { show: show.into(), name, limit: self.limit };
-        let ask =
-            async |mut client: AdminServiceClient<Channel>| client.list_transactions(request).await;
-        let answer = self.server.ask_admin("cannot list transactions", ask).await?;
+        let mut answer = pb::ListTransactionsResponse::default();
+        // Large transactions come in several pages.
+        loop {
+            let listed = u32::try_from(answer.transactions.len()).unwrap_or(u32::MAX);
+            let request = pb::ListTransactionsRequest {
+                show: show.into(),
+                name: name.clone(),
+                limit: self.limit.saturating_sub(listed),
+                page: answer.next_page,
+            };
+            let ask = async |mut client: AdminServiceClient<Channel>| {
+                client.list_transactions(request).await
+            };
+            let page = self.server.ask_admin("cannot list transactions", ask).await?;
+            (answer.more, answer.next_page) = (page.more, page.next_page);
+            answer.transactions.extend(page.transactions);
+            if answer.next_page.is_empty() || answer.transactions.len() >= self.limit as usize {
+                break;
+            }
+        }
         if self.server.output == Output::Json {
             return tell(&json::line(&json::Transactions::from(answer)));
         }

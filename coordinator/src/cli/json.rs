@@ -83,7 +83,7 @@ struct Resolution {
 
 impl From<pb::ListTransactionsResponse> for Transactions {
     fn from(message: pb::ListTransactionsResponse) -> Self {
-        let pb::ListTransactionsResponse { transactions, more } = message;
+        let pb::ListTransactionsResponse { transactions, more, next_page: _ } = message;
         Self { transactions: transactions.into_iter().map(Transaction::from).collect(), more }
     }
 }

@@ -28,7 +28,7 @@ use crate::{
     clock::Clock,
     dispatch::Dispatch,
     partition::{Answer, Ask, Command, Error, Settings, Until, What},
-    store::{self, ALL_PARTITIONS, ListFilter, PARTITIONS, Show, Store},
+    store::{self, ALL_PARTITIONS, ListFilter, Listed, PARTITIONS, Show, Store},
     transaction::{GlobalTransaction, NewTransaction, StuckAfter},
 };
 
@@ -154,24 +154,21 @@ impl Coordinator {
         Self::answered(answer, ANSWER_TIMEOUT).await
     }
 
-    /// For operators: the newest transactions that fit, newest first, and whether there are more.
+    /// For operators: the newest transactions that fit, newest first, and where the next page starts if there is one.
     ///
     /// # Errors
     ///
     /// When the store does not answer.
     pub async fn list(
         &self,
-        show: Show,
-        name: Option<String>,
+        filter: &ListFilter,
         limit: usize,
-    ) -> Result<(Vec<Arc<GlobalTransaction>>, bool), Error> {
-        let mut recorded = self
-            .store
-            .list(&ListFilter { show, name }, limit + 1)
-            .await
-            .map_err(|error| Error::from(&error))?;
+    ) -> Result<(Vec<Arc<GlobalTransaction>>, Option<Listed>), Error> {
+        let mut recorded =
+            self.store.list(filter, limit + 1).await.map_err(|error| Error::from(&error))?;
         let more = recorded.len() > limit;
         recorded.truncate(limit);
+        let next = recorded.last().filter(|_| more).map(|last| (last.begun_at, last.xid));
         let mut found = Vec::with_capacity(recorded.len());
         for global in recorded {
             // What is open may have come further in memory than in its record.
@@ -183,7 +180,7 @@ impl Coordinator {
                     Err(_) => Arc::new(global),
                 }
             };
-            let fits = match show {
+            let fits = match filter.show {
                 Show::All => true,
                 Show::Open => !now.state.is_final(),
                 Show::Stuck(at, after) => now.is_stuck(at, after),
@@ -192,7 +189,7 @@ impl Coordinator {
                 found.push(now);
             }
         }
-        Ok((found, more))
+        Ok((found, next))
     }
 
     /// What is stuck at this moment.

@@ -216,11 +216,12 @@ impl AdminService for Services {
         &self,
         request: Request<pb::ListTransactionsRequest>,
     ) -> Result<Response<pb::ListTransactionsResponse>, Status> {
-        let (show, name, limit) =
-            request::list(request.into_inner(), self.coordinator.stuck_now())?;
-        let (found, more) = self.coordinator.list(show, name, limit).await?;
-        let transactions = found.iter().filter_map(|global| self.transaction(global)).collect();
-        Ok(Response::new(pb::ListTransactionsResponse { transactions, more }))
+        let (filter, limit) = request::list(request.into_inner(), self.coordinator.stuck_now())?;
+        let (found, next) = self.coordinator.list(&filter, limit).await?;
+        let message = |global: Arc<GlobalTransaction>| {
+            Some(((global.begun_at, global.xid), self.transaction(&global)?))
+        };
+        Ok(Response::new(response::page(found.into_iter().filter_map(message).collect(), next)))
     }
 
     async fn retry_transaction(

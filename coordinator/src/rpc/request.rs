@@ -12,9 +12,10 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     dispatch::{Targets, one_line},
     partition::{Until, What},
-    store::Show,
+    store::{ListFilter, Listed, Show},
     transaction::{
         BranchSpec, CancelCause, DecisionRequest, Drive, Key, NewTransaction, Payload, Refusal,
+        Timestamp,
     },
 };
 
@@ -349,11 +350,11 @@ pub(super) fn resolve(request: pb::ResolveBranchRequest) -> Result<(Xid, What), 
     Ok((xid(&request.xid)?, what))
 }
 
-/// What to list: in which state, of which name, and how many at most.
+/// Which transactions to list, and how many at most.
 pub(super) fn list(
     request: pb::ListTransactionsRequest,
     stuck_now: Show,
-) -> Result<(Show, Option<String>, usize), Invalid> {
+) -> Result<(ListFilter, usize), Invalid> {
     let show = match request.show() {
         pb::list_transactions_request::Show::Unspecified
         | pb::list_transactions_request::Show::All => Show::All,
@@ -366,5 +367,19 @@ pub(super) fn list(
         limit => return invalid("limit", format!("is {limit}, and may be {}", limits::LIST_MAX)),
     };
     let name = words("name", request.name, limits::NAME_BYTES_MAX)?;
-    Ok((show, Some(name).filter(|name| !name.is_empty()), limit))
+    let after = match request.page.as_str() {
+        "" => None,
+        page => Some(listed(page)?),
+    };
+    Ok((ListFilter { show, name: Some(name).filter(|name| !name.is_empty()), after }, limit))
+}
+
+/// Reads what [`super::response::page`] writes.
+fn listed(page: &str) -> Result<Listed, Invalid> {
+    let parts = page.split_once('/');
+    let place = parts.and_then(|(begun_at, xid)| Some((begun_at.parse().ok()?, xid.parse().ok()?)));
+    match place {
+        Some((begun_at, xid)) => Ok((Timestamp(begun_at), xid)),
+        None => invalid("page", "must be next_page of an earlier answer"),
+    }
 }

@@ -3,15 +3,22 @@
 use std::collections::BTreeMap;
 
 use handfast_proto::{
-    BranchId,
+    BranchId, limits,
     time::{timestamp, wire_duration},
     v1 as pb,
 };
+use prost::Message as _;
 
-use crate::transaction::{
-    Branch, BranchState, Call, CancelCause, Decision, Drive, GlobalTransaction, Refusal, State,
-    Timestamp,
+use crate::{
+    store::Listed,
+    transaction::{
+        Branch, BranchState, Call, CancelCause, Decision, Drive, GlobalTransaction, Refusal, State,
+        Timestamp,
+    },
 };
+
+/// Bytes of the transactions in one page of a list, half of what a response may have.
+const PAGE_BYTES_MAX: usize = limits::RESPONSE_BYTES_MAX / 2;
 
 /// All that is known of a transaction.
 pub(super) fn transaction(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
@@ -141,4 +148,23 @@ pub(super) fn cancel_cause(cause: &CancelCause) -> pb::CancelCause {
         CancelCause::TryUnknown { .. } => pb::CancelCause::TryUnknown,
         CancelCause::CoordinatorRestarted => pb::CancelCause::CoordinatorRestarted,
     }
+}
+
+/// A page of a list: as many transactions as fit into a response, and where the next page starts.
+pub(super) fn page(
+    found: Vec<(Listed, pb::Transaction)>,
+    next: Option<Listed>,
+) -> pb::ListTransactionsResponse {
+    let (mut transactions, mut bytes, mut last, mut next) = (Vec::new(), 0, None, next);
+    for (place, transaction) in found {
+        bytes += transaction.encoded_len();
+        if bytes > PAGE_BYTES_MAX && !transactions.is_empty() {
+            next = last;
+            break;
+        }
+        last = Some(place);
+        transactions.push(transaction);
+    }
+    let next_page = next.map(|(begun_at, xid)| format!("{}/{xid}", begun_at.0)).unwrap_or_default();
+    pb::ListTransactionsResponse { transactions, more: !next_page.is_empty(), next_page }
 }

@@ -229,6 +229,7 @@ impl Store for MemoryStore {
                 Show::Stuck(now, after) => global.is_stuck(now, after),
             })
             .filter(|global| filter.name.as_ref().is_none_or(|name| global.name == *name))
+            .filter(|global| filter.after.is_none_or(|after| (global.begun_at, global.xid) < after))
             .collect();
         fitting.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
         Ok(fitting.into_iter().take(limit).cloned().collect())

@@ -183,7 +183,12 @@ pub struct ListFilter {
     pub show: Show,
     /// Only those of this name.
     pub name: Option<String>,
+    /// Only those that come after this one in the list: older, or of the same moment with a smaller xid.
+    pub after: Option<Listed>,
 }
+
+/// The place of a transaction in a list: when it began, and its xid.
+pub type Listed = (Timestamp, Xid);
 
 /// In what state the listed transactions are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

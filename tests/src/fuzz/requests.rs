@@ -343,6 +343,7 @@ impl Asking<'_> {
             show: self.random.of(&[0, 1, 2, 3, 4, -1]),
             name: self.random.text_of(&["", "checkout"]),
             limit: self.random.of(&[0, 1, 50, 1000, 1001, u32::MAX]),
+            page: self.random.text_of(&["", "0/3-7-1042-9f3c01d2", "-1/x"]),
         }
     }
 }

@@ -322,3 +322,42 @@ async fn a_call_with_a_deadline_is_answered_before_it() {
     let told = asked.await.expect("before its deadline").unwrap().into_inner();
     assert_eq!(told.transaction.unwrap().state(), pb::TransactionState::Trying);
 }
+
+/// A list of large transactions would not fit into one response.
+#[tokio::test]
+async fn a_list_of_large_transactions_comes_in_pages() {
+    use prost::Message as _;
+    let rig = Rig::new().await;
+    let labels: BTreeMap<_, _> = (0..16)
+        .map(|n| (format!("label {n}"), "x".repeat(limits::LABEL_VALUE_BYTES_MAX)))
+        .collect();
+    let branches: Vec<_> = (0..64)
+        .map(|n| pb::BranchSpec {
+            action: "x".repeat(limits::ACTION_BYTES_MAX),
+            ..spec(&n.to_string())
+        })
+        .collect();
+    let count = 700;
+    for _ in 0..count {
+        let request =
+            pb::BeginRequest { labels: labels.clone(), branches: branches.clone(), ..begin(&[]) };
+        rig.begin(request).await.unwrap();
+    }
+    let (mut seen, mut pages, mut page) = (std::collections::BTreeSet::new(), 0, String::new());
+    loop {
+        let request = pb::ListTransactionsRequest { limit: 1000, page, ..Default::default() };
+        let answer =
+            rig.services.list_transactions(Request::new(request)).await.unwrap().into_inner();
+        assert!(answer.encoded_len() <= limits::RESPONSE_BYTES_MAX);
+        assert_eq!(answer.more, !answer.next_page.is_empty());
+        seen.extend(answer.transactions.into_iter().map(|global| global.xid));
+        pages += 1;
+        page = answer.next_page;
+        if page.is_empty() {
+            break;
+        }
+    }
+    assert_eq!((seen.len(), pages > 1), (count, true), "{pages} pages");
+    let bad = pb::ListTransactionsRequest { page: "2".to_owned(), ..Default::default() };
+    invalid(rig.services.list_transactions(Request::new(bad)).await, "page", "next_page");
+}

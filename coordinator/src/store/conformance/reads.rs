@@ -77,7 +77,7 @@ pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
         written.push(global);
     }
     let list = async |show, name: Option<&str>, limit| -> Vec<usize> {
-        let filter = ListFilter { show, name: name.map(str::to_owned) };
+        let filter = ListFilter { show, name: name.map(str::to_owned), after: None };
         let found = store.list(&filter, limit).await.unwrap();
         found
             .iter()
@@ -92,6 +92,17 @@ pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
     assert_eq!(list(Show::All, None, 2).await, [5, 4]);
     assert_eq!(list(Show::All, Some("refund"), 2).await, [4, 2]);
     assert_eq!(list(Show::Open, None, 10).await, [5, 4, 3, 1, 0]);
+    // Page by page.
+    for (show, all) in [(Show::All, vec![5, 4, 3, 2, 1, 0]), (Show::Open, vec![5, 4, 3, 1, 0])] {
+        let (mut seen, mut after) = (Vec::new(), None);
+        loop {
+            let filter = ListFilter { show, name: None, after };
+            let Some(global) = store.list(&filter, 1).await.unwrap().pop() else { break };
+            after = Some((global.begun_at, global.xid));
+            seen.push(written.iter().position(|written| written.xid == global.xid).unwrap());
+        }
+        assert_eq!(seen, all);
+    }
     assert_eq!(list(Show::Open, Some("checkout"), 10).await, [5, 3, 1]);
     assert_eq!(list(Show::Stuck(NOW, STUCK_AFTER), None, 10).await, [1]);
     let later = NOW + Duration::from_secs(200);

@@ -223,7 +223,7 @@ async fn a_read_whose_caller_goes_away_costs_no_connection() {
     for server in servers() {
         let database = Database::new(&server).await;
         let store = database.store_with_slow_answers().await;
-        let all = ListFilter { show: Show::All, name: None };
+        let all = ListFilter { show: Show::All, name: None, after: None };
         for millis in 0..60 {
             let list = store.list(&all, 10);
             drop(tokio::time::timeout(Duration::from_millis(millis), list).await);

@@ -178,7 +178,7 @@ pub(in crate::store) async fn list<D: Dialect>(
             if let Show::Stuck(now, after) = filter.show {
                 push_stuck(query.push(" AND "), now, after);
             }
-            push_name(&mut query, filter);
+            push_filter(&mut query, filter);
             query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ");
             query.push_bind(sql_limit(limit));
             query.push(TRANSACTION[1]).push("ORDER BY g.begun_at DESC, g.xid DESC");
@@ -190,7 +190,7 @@ pub(in crate::store) async fn list<D: Dialect>(
                 let (first, last) = xids_of(partition);
                 let mut query = Query::new(TRANSACTION[0]);
                 query.push("WHERE g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
-                push_name(&mut query, filter);
+                push_filter(&mut query, filter);
                 query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(sql_limit(limit));
                 query.push(TRANSACTION[1]);
                 found.append(&mut transactions::<D>(connection, query).await?);
@@ -326,9 +326,14 @@ fn push_stuck(query: &mut Query, now: Timestamp, after: StuckAfter) {
     query.push(parts.next().unwrap_or_default());
 }
 
-fn push_name(query: &mut Query, filter: &ListFilter) {
+fn push_filter(query: &mut Query, filter: &ListFilter) {
     if let Some(name) = &filter.name {
         query.push(" AND g.name = ").push_bind(name.clone());
+    }
+    if let Some((begun_at, xid)) = filter.after {
+        query.push(" AND (g.begun_at < ").push_bind(begun_at.0);
+        query.push(" OR g.begun_at = ").push_bind(begun_at.0);
+        query.push(" AND g.xid < ").push_bind(xid).push(")");
     }
 }
 

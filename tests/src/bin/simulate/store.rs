@@ -152,7 +152,8 @@ impl Database {
 
     /// What is recorded and not final.
     pub(crate) fn open(&self) -> Vec<GlobalTransaction> {
-        let filter = ListFilter { show: handfast_coordinator::store::Show::Open, name: None };
+        let filter =
+            ListFilter { show: handfast_coordinator::store::Show::Open, name: None, after: None };
         at_once(self.tables.list(&filter, usize::MAX)).expect("memory answers")
     }
 

@@ -78,8 +78,9 @@ pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn St
     first.insert(&kept).await;
     assert_eq!(first.found(kept.xid).await, kept.recorded());
 
-    // So does handing back: it hands back what it names, and only from the epoch that it names.
-    store.release(&[taken[0], first.ownership(1)]).await.unwrap();
+    // So does handing back: it hands back what it names, and only from the epoch and nonce that it names.
+    let other_history = Ownership { nonce: taken[1].nonce.wrapping_add(1), ..taken[1] };
+    store.release(&[taken[0], first.ownership(1), other_history]).await.unwrap();
     for seat in store.seats().await.unwrap() {
         let owner = match seat.partition {
             3 => None,

@@ -64,13 +64,15 @@ where
             let response = self.inner.call(request);
             return Box::pin(async move { response.await.map_err(Into::into) });
         };
+        // Taken now: the order of the calls decides, and not which of them is woken first.
+        let branch_id = global.next_branch_id();
         // The service that has been polled ready makes the call; its clone has not been polled.
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
         Box::pin(async move {
+            let branch_id = branch_id.map_err(|error| global.call_not_made(error))?;
             // The call is made only once the coordinator knows the transaction.
             let xid = global.xid().await.map_err(|error| global.call_not_made(error))?;
-            let branch_id = global.next_branch_id().map_err(|error| global.call_not_made(error))?;
             let ascii = |text: &str| {
                 HeaderValue::from_str(text).expect("xids and branch ids are plain ASCII")
             };

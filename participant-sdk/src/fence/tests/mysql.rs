@@ -18,7 +18,14 @@ mod suite;
 
 use server::{Home, Place, places};
 
-use crate::fence::fixture::Level;
+use crate::{
+    branch::Phase,
+    error::TryError,
+    fence::{
+        Tx,
+        fixture::{Level, branch, payload, word},
+    },
+};
 
 /// Where the servers are.
 const SERVERS: &str = "TEST_MYSQL_SERVERS";
@@ -45,4 +52,22 @@ fn drop_database(name: &str) -> String {
 /// A statement with a question mark for each value.
 fn sql(text: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(text.to_owned())
+}
+
+/// DDL commits, and lets go of the fence's row in the middle of the work. What another call does with the branch then stands.
+#[tokio::test]
+async fn work_that_commits_does_not_overwrite_what_others_have_done_meanwhile() {
+    for place in places().await {
+        let shop = place.open(4).await;
+        let commits = async |tx: &mut Tx<Db>| {
+            sqlx::raw_sql("DROP TABLE IF EXISTS nothing").execute(&mut **tx).await?;
+            let nothing = async |_: &mut Tx<Db>| Ok::<(), TryError>(());
+            let cancel = shop.fence.run(&branch(1, Phase::Cancel), b"", nothing).await;
+            assert_eq!(word(&cancel), "Done", "{cancel:?}");
+            Ok::<(), TryError>(())
+        };
+        let answer = shop.fence.run(&branch(1, Phase::Try), &payload(2), commits).await;
+        assert_eq!(word(&answer), "Unknown", "{answer:?}");
+        assert_eq!(shop.state(1).await.as_deref(), Some("cancelled"));
+    }
 }

@@ -20,7 +20,10 @@ use handfast_proto::{
         participant_service_server::{ParticipantService, ParticipantServiceServer},
     },
 };
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::{
+    sync::{Notify, oneshot},
+    task::JoinHandle,
+};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::super::network::Network;
@@ -35,11 +38,13 @@ struct Odd {
     no_streams: Option<Code>,
     /// So many streams end with the first call on them.
     broken: Arc<AtomicUsize>,
+    /// Ends the stream that is open.
+    end_stream: Arc<Notify>,
 }
 
 impl Odd {
     fn sound() -> Self {
-        Self { no_streams: None, broken: Arc::default() }
+        Self { no_streams: None, broken: Arc::default(), end_stream: Arc::default() }
     }
 }
 
@@ -92,7 +97,10 @@ impl ParticipantService for Odd {
             let breaks = request.into_inner().map(|_| Err(Status::failed_precondition("not you")));
             return Ok(Response::new(Box::pin(breaks)));
         }
-        Ok(serve_branches(Arc::new(self.clone()), request))
+        let end = self.end_stream.clone();
+        let answers = serve_branches(Arc::new(self.clone()), request).into_inner();
+        let answers = answers.take_until(Box::pin(async move { end.notified().await }));
+        Ok(Response::new(Box::pin(answers)))
     }
 }
 
@@ -163,6 +171,24 @@ async fn a_stream_that_breaks_leaves_its_calls_without_an_answer() {
     // A line whose streams bring no answers does without, for a while.
     try_it(&line, "fast").await.unwrap();
     assert_eq!(format!("{line:?}"), "Line(unary)");
+}
+
+#[tokio::test]
+async fn after_a_stream_that_broke_calls_go_over_another() {
+    let network = Network::default();
+    let odd = Odd::sound();
+    let _serving = serve(&network, odd.clone());
+    let line = Line::new(network.connect("odd"));
+    try_it(&line, "fast").await.unwrap();
+    odd.end_stream.notify_one();
+    // Until the line hears of it, calls are sent on the stream that has ended.
+    let mut lost = 0;
+    while let Err(status) = try_it(&line, "fast").await {
+        lost += 1;
+        assert!(is_broken(&status) && lost < 100, "{status:?}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(format!("{line:?}"), "Line(a stream)");
 }
 
 #[tokio::test]

@@ -13,9 +13,11 @@ use handfast_proto::{
     },
 };
 use tonic::{Request, Response, Status, Streaming};
+use tower_layer::Layer as _;
+use tower_service::Service as _;
 
 use super::{super::network::Network, *};
-use crate::{Handfast, Remote};
+use crate::{Handfast, PropagateLayer, Remote};
 
 /// Takes notes, and says yes to everything.
 #[derive(Clone, Default)]
@@ -182,4 +184,31 @@ async fn branch_ids_follow_the_order_of_the_calls_not_of_their_polls() {
     });
     run.await.unwrap();
     assert_eq!(notes.calls(), ["begin 2", "register 1", "Confirm 1,2"]);
+}
+
+/// An ordinary call has its branch id from the moment it is made. Else two calls that wait for the same Begin could change their ids in a
+/// repeat, and the branches below them with it.
+#[tokio::test]
+async fn ordinary_calls_have_branch_ids_in_the_order_of_the_calls() {
+    let (notes, handfast, _) = rig().await;
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let noted = seen.clone();
+    let inner = tower::service_fn(move |request: http::Request<String>| {
+        let id = request.headers()["handfast-branch-id"].to_str().unwrap().to_owned();
+        noted.lock().unwrap().push(format!("{} {id}", request.body()));
+        std::future::ready(Ok::<_, std::io::Error>(http::Response::new(())))
+    });
+    let run = handfast.transaction("order").run(async |_| {
+        let call = |name: &str| {
+            let mut client = PropagateLayer.layer(inner.clone());
+            client.call(http::Request::new(name.to_owned()))
+        };
+        let (first, second) = (call("first"), call("second"));
+        second.await.unwrap();
+        first.await.unwrap();
+        Ok(())
+    });
+    run.await.unwrap();
+    assert_eq!(*seen.lock().unwrap(), ["second 2", "first 1"]);
+    assert_eq!(notes.calls()[0], "begin ");
 }

@@ -95,3 +95,19 @@ fn the_steps_of_a_transaction_can_be_followed() {
     }
     assert!(functions > 20, "{functions} functions");
 }
+
+/// Operators search for log lines by the words on their page.
+#[test]
+fn the_log_lines_on_the_operators_page_exist() {
+    let text = fs::read_to_string(root().join("docs/operators.md")).unwrap();
+    let table = text.split("\n## What common log lines mean\n").nth(1).unwrap();
+    let table = table.split("\n## ").next().unwrap();
+    let sources = super::files("coordinator/src", ".rs");
+    let lines: Vec<_> =
+        table.lines().filter_map(|row| row.strip_prefix("| `")?.split('`').next()).collect();
+    assert!(lines.len() > 5, "{lines:?}");
+    for line in lines {
+        let is_logged = sources.iter().any(|(_, source)| source.contains(&format!("{line}\"")));
+        assert!(is_logged, "no log line {line:?}");
+    }
+}

@@ -1,8 +1,23 @@
 //! How both sides connect: the coordinator to participants, and the SDK to both.
 
-use std::time::Duration;
+use std::{
+    error::Error,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
-use tonic::transport::Endpoint;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+use tonic::{
+    ConnectError, Status,
+    transport::{Channel, Endpoint, Uri},
+};
 
 use crate::address::Address;
 
@@ -25,4 +40,122 @@ pub fn endpoint(address: &Address) -> Endpoint {
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+}
+
+/// A channel to the server at `address`. It connects when it is first used, and again when the connection is lost. `at` is what the
+/// name was looked up as; without it, each connection looks the name up and begins with the first IP address. Call it within a
+/// tokio runtime.
+#[must_use]
+pub fn channel(address: &Address, at: Option<SocketAddr>) -> Channel {
+    let endpoint = endpoint(address);
+    let Some(at) = at else { return endpoint.connect_lazy() };
+    endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| async move {
+        let stream = TcpStream::connect(at).await?;
+        stream.set_nodelay(true)?;
+        Ok::<_, io::Error>(TokioIo::new(Http2 { stream, is_sure: false }))
+    }))
+}
+
+/// Whether there was no connection to make a call on, so that it cannot have arrived.
+#[must_use]
+pub fn is_not_connected(status: &Status) -> bool {
+    causes(status).any(|cause| cause.is::<ConnectError>())
+}
+
+/// The words for what becomes of connections.
+const IO_WORDS: [(io::ErrorKind, &str); 8] = [
+    (io::ErrorKind::ConnectionRefused, "connection refused"),
+    (io::ErrorKind::ConnectionReset, "connection reset"),
+    (io::ErrorKind::ConnectionAborted, "connection reset"),
+    (io::ErrorKind::BrokenPipe, "connection reset"),
+    (io::ErrorKind::UnexpectedEof, "connection reset"),
+    (io::ErrorKind::TimedOut, "connecting timed out"),
+    (io::ErrorKind::HostUnreachable, "host unreachable"),
+    (io::ErrorKind::NetworkUnreachable, "network unreachable"),
+];
+
+/// Why a call has no answer, in a few words for people: `connection refused`. The errors of the libraries below say "transport
+/// error", and what is wrong stands at the end of their chain.
+#[must_use]
+pub fn in_words(error: &(dyn Error + 'static)) -> String {
+    let io = causes(error).filter_map(|cause| cause.downcast_ref::<io::Error>()).last();
+    if let Some(io) = io {
+        let words = IO_WORDS.iter().find(|(kind, _)| *kind == io.kind());
+        return words.map_or_else(|| io.to_string(), |(_, words)| (*words).to_owned());
+    }
+    let Some(deepest) = causes(error).last() else { return error.to_string() };
+    match deepest.downcast_ref::<Status>() {
+        Some(status) => status.message().to_owned(),
+        None => deepest.to_string(),
+    }
+}
+
+/// An error and what caused it, one after the other.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    let mut next = Some(error);
+    std::iter::from_fn(move || {
+        let error = next?;
+        next = error.source();
+        Some(error)
+    })
+}
+
+/// A connection that says what the other end speaks, if that is not HTTP/2. The first bytes tell.
+struct Http2 {
+    stream: TcpStream,
+    is_sure: bool,
+}
+
+impl AsyncRead for Http2 {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        if let (false, Some(first)) = (self.is_sure, buf.filled().get(before)) {
+            let speaks = match first {
+                0 => None, // the length of a SETTINGS frame
+                0x15 => Some("the server speaks TLS, and this connection does not"),
+                b'H' => Some("the server speaks HTTP/1, not HTTP/2"),
+                _ => Some("the server does not speak HTTP/2"),
+            };
+            if let Some(what) = speaks {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, what)));
+            }
+            self.is_sure = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Http2 {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
 }

@@ -30,7 +30,7 @@ use tokio::{
 };
 use tonic::{Code, Status, Streaming, transport::Channel};
 
-use crate::{limits, v1::Failure};
+use crate::{connection, limits, v1::Failure};
 
 /// Calls of one stream that are being answered at a time; further ones wait in the connection.
 pub const CALLS_MAX: usize = 1024;
@@ -155,18 +155,29 @@ impl<S: Streamed> Line<S> {
         // A call that is too large would break the stream for the others.
         let fits = S::bytes(&call) <= limits::REQUEST_BYTES_MAX - NUMBER_BYTES_MAX;
         let Some(open) = fits.then(|| self.open()).flatten() else {
-            return S::unary(self.channel.clone(), call, timeout).await;
+            return self.unary(call, timeout).await;
         };
         // Until the stream is accepted, this call may have to be made again as a unary one.
         let spare = (!open.accepted.load(Ordering::Relaxed)).then(|| call.clone());
         match (open.call(call, timeout).await, spare) {
             (Ok(answer), _) => answer,
-            (Err(NoAnswer::MakeUnary), Some(call)) => {
-                S::unary(self.channel.clone(), call, timeout).await
-            }
+            (Err(NoAnswer::MakeUnary), Some(call)) => self.unary(call, timeout).await,
             (Err(NoAnswer::MakeUnary), None) => Err(broken("a stream that was accepted was not")),
             (Err(NoAnswer::Broken(status)), _) => Err(status),
         }
+    }
+
+    async fn unary(&self, call: S::Call, timeout: Duration) -> Result<S::Answer, Status> {
+        let answer = S::unary(self.channel.clone(), call, timeout).await;
+        answer.map_err(|status| match status.source() {
+            None => status,
+            Some(why) => {
+                // tonic's own words are "transport error".
+                let mut worded = Status::new(status.code(), connection::in_words(why));
+                worded.set_source(Arc::new(status));
+                worded
+            }
+        })
     }
 
     /// The stream for the next call, if there is to be one.
@@ -363,7 +374,7 @@ impl From<Failure> for Status {
 /// The status of a call without an answer.
 fn broken(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Status {
     let why: Arc<dyn std::error::Error + Send + Sync> = why.into().into();
-    let mut status = Status::unavailable(format!("no answer: {why}"));
+    let mut status = Status::unavailable(connection::in_words(&*why));
     status.set_source(why);
     status
 }

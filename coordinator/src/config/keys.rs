@@ -10,7 +10,7 @@ use super::{Config, LogFilter, LogFormat, StoreUrl, value};
 use crate::{
     dispatch::{
         self,
-        address::{Address, AllowList},
+        address::{Addresses, AllowList},
     },
     transaction::{StuckAfter, retry::RetryPolicy},
 };
@@ -72,9 +72,11 @@ pub(super) struct Keys {
     /// Addresses of participants, by name. They override the address that was registered with a branch, at every call, so that
     /// a service can move. Best as a table `[participants]` at the end of this file, with lines such as:
     /// inventory = "http://127.0.0.1:7001"
+    /// Separate several addresses of one participant with spaces. All of them, and all IP addresses of a name, are called in turn. A
+    /// server that does not answer is skipped while another one does.
     /// In the environment: inventory=http://127.0.0.1:7001,points=http://127.0.0.1:7002
     #[config(env = "HANDFAST_PARTICIPANTS", default = {}, deserialize_with = value::participants)]
-    pub(super) participants: BTreeMap<String, Address>,
+    pub(super) participants: BTreeMap<String, Addresses>,
 
     /// Global transactions.
     #[config(nested)]
@@ -141,12 +143,13 @@ pub(super) struct Calls {
     #[config(env = "HANDFAST_CALLS_TIMEOUT_MAX", default = "60s", deserialize_with = value::length)]
     pub(super) timeout_max: Duration,
 
-    /// Calls in flight to one address. Further calls wait.
+    /// Calls in flight to one participant. Further calls wait. One action uses three quarters of them at most, so that an action that
+    /// hangs does not hold up the others; and each action may always have one call in flight.
     #[config(env = "HANDFAST_CALLS_PER_PARTICIPANT", default = 64, deserialize_with = value::count)]
     pub(super) per_participant: usize,
 
-    /// Send all calls to one address on one stream, if the participant supports streams. A call then costs a fraction. Set it to
-    /// false if a load balancer is to spread the calls over several instances.
+    /// Send all calls to one server on one stream, if it supports streams. A call then costs a fraction. Set it to false if a load
+    /// balancer is to spread the calls over several instances.
     #[config(env = "HANDFAST_CALLS_STREAMS", default = true, deserialize_with = value::yes_or_no)]
     pub(super) streams: bool,
 }

@@ -10,7 +10,7 @@ use toml::Value;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use crate::{
-    dispatch::address::{Address, AllowList},
+    dispatch::address::{Addresses, AllowList},
     store::mysql,
 };
 
@@ -213,7 +213,7 @@ pub(super) fn allow_list<'de, D: Deserializer<'de>>(
 
 pub(super) fn participants<'de, D: Deserializer<'de>>(
     deserializer: D,
-) -> Result<BTreeMap<String, Address>, D::Error> {
+) -> Result<BTreeMap<String, Addresses>, D::Error> {
     let value = Value::deserialize(deserializer)?;
     let Value::Table(table) = value else {
         return Err(D::Error::custom(format!("{value} is no table of names and addresses")));
@@ -225,7 +225,7 @@ pub(super) fn participants<'de, D: Deserializer<'de>>(
             ));
         }
         let text = value.as_str().ok_or_else(|| format!("{value} is no text in quotes"))?;
-        Ok((name, text.parse::<Address>().map_err(|error| error.to_string())?))
+        Ok((name, text.parse::<Addresses>().map_err(|error| error.to_string())?))
     });
     participants.collect::<Result<_, _>>().map_err(D::Error::custom)
 }

@@ -1,10 +1,48 @@
 //! Which addresses may be dialled. The coordinator calls addresses that callers name, with its own reach into the network, and
 //! repeats for ever; so only what the operator allowed is dialled.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 pub use handfast_proto::address::{Address, InvalidAddress};
 use handfast_proto::address::{Host, port};
+
+/// Where a participant is: one address, or several of the same service. Cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Addresses(Arc<[Address]>);
+
+impl Addresses {
+    /// One after the other. There is at least one.
+    pub fn iter(&self) -> impl Iterator<Item = &Address> {
+        self.0.iter()
+    }
+}
+
+impl From<Address> for Addresses {
+    fn from(address: Address) -> Self {
+        Self(Arc::new([address]))
+    }
+}
+
+impl FromStr for Addresses {
+    type Err = InvalidAddress;
+
+    /// Reads addresses with spaces between them.
+    fn from_str(text: &str) -> Result<Self, InvalidAddress> {
+        let mut addresses: Vec<Address> =
+            text.split_ascii_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        if addresses.is_empty() {
+            addresses.push(text.parse()?); // which says what is wrong
+        }
+        Ok(Self(addresses.into()))
+    }
+}
+
+impl fmt::Display for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let addresses: Vec<_> = self.iter().map(Address::to_string).collect();
+        f.write_str(&addresses.join(" "))
+    }
+}
 
 /// One rule of the allow-list.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -23,15 +23,14 @@ pub(super) fn outcome(
         return Outcome::Refused(on_one_line(refusal));
     }
     let (timed_out, hopeless) = match status.code() {
-        // A Try that came too late was not made, and will not be. Phase two is never given up; these only say that time
-        // alone will not mend it.
-        Code::Aborted => (false, is_try),
+        // A Try that came too late was not made, and will not be; one that makes no sense to its participant never will. Phase
+        // two is never given up: there, hopeless only says that time alone will not mend it.
+        Code::Aborted | Code::InvalidArgument => (false, is_try),
         Code::FailedPrecondition | Code::Unimplemented => (false, true),
         // CANCELLED is what some servers say when they notice first that the time is over.
         Code::DeadlineExceeded | Code::Cancelled => (true, false),
         Code::Ok
         | Code::Unknown
-        | Code::InvalidArgument
         | Code::NotFound
         | Code::AlreadyExists
         | Code::PermissionDenied
@@ -109,6 +108,7 @@ mod tests {
                 code,
                 Code::FailedPrecondition
                     | Code::Aborted
+                    | Code::InvalidArgument
                     | Code::Unimplemented
                     | Code::DeadlineExceeded
                     | Code::Cancelled
@@ -120,11 +120,13 @@ mod tests {
         }
         assert_eq!(unknown(Phase::Try, Code::Unimplemented), (false, true));
         assert_eq!(unknown(Phase::Try, Code::Aborted), (false, true));
+        assert_eq!(unknown(Phase::Try, Code::InvalidArgument), (false, true));
         assert_eq!(unknown(Phase::Try, Code::DeadlineExceeded), (true, false));
         for phase in [Phase::Confirm, Phase::Cancel] {
             assert_eq!(unknown(phase, Code::FailedPrecondition), (false, true), "stuck at once");
             assert_eq!(unknown(phase, Code::Unimplemented), (false, true), "stuck at once");
             assert_eq!(unknown(phase, Code::Aborted), (false, false));
+            assert_eq!(unknown(phase, Code::InvalidArgument), (false, false));
             assert_eq!(unknown(phase, Code::DeadlineExceeded), (true, false));
             assert_eq!(unknown(phase, Code::Cancelled), (true, false));
         }

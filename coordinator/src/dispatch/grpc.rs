@@ -1,8 +1,7 @@
-//! Calls over gRPC: those to one address share a stream, if it has streams.
+//! Calls over gRPC: those to one server share a stream, if it has streams.
 
 use std::{
     collections::BTreeMap,
-    fmt,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -15,52 +14,45 @@ use handfast_proto::{
     time::timestamp,
     v1 as pb,
 };
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
 use super::{
     CallRequest, Dispatch, Later, Returned,
-    address::{Address, AllowList},
+    address::{Address, Addresses, AllowList},
     answer::outcome,
-    lane::{Lane, Place},
+    peer::{Peer, Place},
+    servers::{Dialler, Servers},
 };
 use crate::{
     clock::Clock,
     transaction::{Outcome, Payload, Phase, Timestamp},
 };
 
-/// Addresses with a connection at a time. Idle ones make room for new ones.
-const LANES_MAX: usize = 4096;
+/// Participants, by their addresses, that are known at a time.
+const PEERS_MAX: usize = 4096;
 /// How much later, when all of them are busy.
-const LANES_FULL_PAUSE: Duration = Duration::from_secs(1);
-/// Makes connections. The one place to put another network: none at all, or a simulated one.
-pub trait Dialler: fmt::Debug + Send + Sync + 'static {
-    /// A channel that connects when it is first used, and again when the connection is lost.
-    fn channel(&self, address: &Address) -> Channel;
-}
-
-/// Connects over TCP.
-#[derive(Debug, Clone, Copy)]
-pub struct Tcp;
-
-impl Dialler for Tcp {
-    fn channel(&self, address: &Address) -> Channel {
-        connection::endpoint(address).connect_lazy()
-    }
-}
+const PEERS_FULL_PAUSE: Duration = Duration::from_secs(1);
+/// A participant that nobody has called for so long is forgotten, and its connections are closed.
+const IDLE_MAX: Duration = Duration::from_secs(300);
+/// How often those are looked for.
+const IDLE_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// What dispatch needs to know of the configuration.
 #[derive(Debug, Clone)]
 pub struct Targets {
     /// Where participants are, by name. Wins over what a branch brought, at each call: a service that moved can be pointed at
     /// again.
-    pub participants: BTreeMap<String, Address>,
+    pub participants: BTreeMap<String, Addresses>,
     /// Which of the addresses that branches bring may be dialled.
     pub allow: AllowList,
-    /// Calls to one address at a time.
+    /// Calls to one participant at a time, beside one for each of its actions.
     pub calls_max: usize,
-    /// Calls to one address share a stream, if it has streams.
+    /// Calls to one server share a stream, if it has streams.
     pub streams: bool,
 }
 
@@ -86,21 +78,21 @@ pub enum Unreachable {
 }
 
 impl Targets {
-    /// Where a branch is to be called.
+    /// Where a branch is called: what the configuration says of its participant, else the target that it brought.
     ///
     /// # Errors
     ///
     /// When nobody says, or it must not be called there.
-    pub fn address(&self, participant: &str, target: &str) -> Result<Address, Unreachable> {
-        if let Some(address) = self.participants.get(participant) {
-            return Ok(address.clone());
+    pub fn addresses(&self, participant: &str, target: &str) -> Result<Addresses, Unreachable> {
+        if let Some(addresses) = self.participants.get(participant) {
+            return Ok(addresses.clone());
         }
         if target.is_empty() {
             return Err(Unreachable::NoAddress(participant.to_owned()));
         }
         let address: Address = target.parse()?;
         if self.allow.allows(&address) {
-            Ok(address)
+            Ok(address.into())
         } else {
             Err(Unreachable::NotAllowed { address, allowed: self.allow.to_string() })
         }
@@ -113,7 +105,7 @@ pub struct GrpcDispatch {
     targets: Arc<Targets>,
     dialler: Arc<dyn Dialler>,
     clock: Arc<dyn Clock>,
-    lanes: Mutex<BTreeMap<Address, Arc<Lane>>>,
+    peers: Mutex<Peers>,
     /// Every call that waits or is under way.
     calls: TaskTracker,
     /// No further ones are taken.
@@ -124,9 +116,9 @@ impl GrpcDispatch {
     /// One with no connections yet.
     #[must_use]
     pub fn new(targets: Arc<Targets>, dialler: Arc<dyn Dialler>, clock: Arc<dyn Clock>) -> Self {
-        let (lanes, calls, closing) =
+        let (peers, calls, closing) =
             (Mutex::default(), TaskTracker::new(), CancellationToken::new());
-        Self { targets, dialler, clock, lanes, calls, closing }
+        Self { targets, dialler, clock, peers, calls, closing }
     }
 
     /// Takes no further calls, and returns when those under way have come back.
@@ -136,34 +128,73 @@ impl GrpcDispatch {
         self.calls.wait().await;
     }
 
-    fn lane(&self, address: &Address) -> Result<Arc<Lane>, Later> {
-        let mut lanes = self.lanes.lock().expect("nothing panics while it is locked");
-        if let Some(lane) = lanes.get(address) {
-            return Ok(lane.clone());
+    pub(super) fn peer(&self, addresses: Addresses, now: Timestamp) -> Result<Arc<Peer>, Later> {
+        let mut forgotten = Vec::new();
+        let mut peers = self.peers.lock().expect("nothing panics while it is locked");
+        if now - peers.checked_at >= IDLE_CHECK_INTERVAL {
+            peers.checked_at = now;
+            forgotten = peers.forget(now, IDLE_MAX);
         }
-        if lanes.len() >= LANES_MAX {
-            let idle =
-                lanes.iter().find(|(_, lane)| lane.is_idle()).map(|(address, _)| address.clone());
-            lanes.remove(&idle.ok_or(Later(LANES_FULL_PAUSE))?);
-        }
-        let channel = self.dialler.channel(address);
-        let line =
-            if self.targets.streams { Line::new(channel) } else { Line::without_streams(channel) };
-        let lane = Arc::new(Lane::new(line, self.targets.calls_max));
-        lanes.insert(address.clone(), lane.clone());
-        Ok(lane)
+        let found = match peers.by_addresses.get(&addresses) {
+            Some(peer) => Ok(peer.clone()),
+            None => {
+                if peers.by_addresses.len() >= PEERS_MAX {
+                    forgotten.extend(peers.forget(now, Duration::ZERO));
+                }
+                if peers.by_addresses.len() < PEERS_MAX {
+                    // Its channels are built by the first call, off this lock and off the partition's task.
+                    let servers =
+                        Servers::new(addresses.clone(), self.dialler.clone(), self.targets.streams);
+                    let peer = Arc::new(Peer::new(servers, self.targets.calls_max));
+                    peers.by_addresses.insert(addresses, peer.clone());
+                    Ok(peer)
+                } else {
+                    Err(Later(PEERS_FULL_PAUSE))
+                }
+            }
+        };
+        drop(peers);
+        drop(forgotten); // closes connections
+        found
+    }
+
+    #[cfg(test)]
+    pub(super) fn known(&self) -> usize {
+        self.peers.lock().expect("nothing panics while it is locked").by_addresses.len()
+    }
+}
+
+/// Participants that were called of late.
+#[derive(Debug)]
+struct Peers {
+    by_addresses: BTreeMap<Addresses, Arc<Peer>>,
+    /// When idle ones were last looked for.
+    checked_at: Timestamp,
+}
+
+impl Default for Peers {
+    fn default() -> Self {
+        Self { by_addresses: BTreeMap::new(), checked_at: Timestamp(i64::MIN) }
+    }
+}
+
+impl Peers {
+    fn forget(&mut self, now: Timestamp, idle_for: Duration) -> Vec<Arc<Peer>> {
+        let idle = self.by_addresses.extract_if(.., |_, peer| peer.is_idle(now, idle_for));
+        idle.map(|(_, peer)| peer).collect()
     }
 }
 
 impl Dispatch for GrpcDispatch {
     fn submit(&self, call: CallRequest, returned: &mpsc::Sender<Returned>) -> Result<(), Later> {
         if self.closing.is_cancelled() {
-            return Err(Later(LANES_FULL_PAUSE)); // the next owner makes it
+            return Err(Later(PEERS_FULL_PAUSE)); // the next owner makes it
         }
         let (clock, closing) = (self.clock.clone(), self.closing.clone());
         let returned = returned.clone();
-        let address = match self.targets.address(&call.spec.participant, &call.spec.target) {
-            Ok(address) => address,
+        let spec = &call.spec;
+        let addresses = match self.targets.addresses(&spec.participant, &spec.target) {
+            Ok(addresses) => addresses,
             Err(unreachable) => {
                 // The configuration may have changed since the door was passed.
                 let status = Status::unimplemented(unreachable.to_string());
@@ -174,7 +205,8 @@ impl Dispatch for GrpcDispatch {
                 return Ok(());
             }
         };
-        let place = self.lane(&address)?.enter(self.clock.now(), call.hurried)?;
+        let now = self.clock.now();
+        let place = self.peer(addresses, now)?.enter(&spec.action, now, call.hurried)?;
         self.calls.spawn(async move {
             let waiting = place.turn();
             let turn = tokio::select! {
@@ -209,40 +241,66 @@ fn not_made(call: &CallRequest, now: Timestamp) -> Outcome {
 }
 
 async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
-    let lane = place.lane();
     match call.phase {
         Phase::Try => crash_point!("phase_one.before_call"),
         Phase::Confirm | Phase::Cancel => crash_point!("phase_two.before_call"),
     }
-    let answer = tokio::time::timeout(call.deadline, send(&lane.line, call)).await;
+    let answer = ask(place.peer(), call, clock).await;
     match call.phase {
         Phase::Try => crash_point!("phase_one.after_call"),
         Phase::Confirm | Phase::Cancel => crash_point!("phase_two.after_call"),
     }
-    let (answer, answered) = match answer {
-        Ok(Ok(reply)) => (Ok(reply), true),
-        // A status with a source was made on this side: no connection, or one that broke.
-        Ok(Err(status)) => {
-            let answered = std::error::Error::source(&status).is_none();
-            (Err(named(status)), answered)
-        }
-        Err(_) => {
-            (Err(Status::deadline_exceeded(format!("no answer within {:?}", call.deadline))), false)
-        }
-    };
-    let now = clock.now();
-    lane.returned(answered, now);
-    outcome(call.phase, answer, now)
+    outcome(call.phase, answer, clock.now())
 }
 
-/// tonic says "transport error"; what a person needs is at the end of the chain: "connection refused".
-fn named(status: Status) -> Status {
-    let mut cause = std::error::Error::source(&status);
-    while let Some(deeper) = cause.and_then(std::error::Error::source) {
-        cause = Some(deeper);
+/// Asks one of the participant's servers; the next one only where the one before was not reached.
+async fn ask(
+    peer: &Peer,
+    call: &CallRequest,
+    clock: &dyn Clock,
+) -> Result<Option<Payload>, Status> {
+    let deadline = Instant::now() + call.deadline;
+    let timed_out = || {
+        peer.timed_out();
+        Err(Status::deadline_exceeded(format!("no answer within {:?}", call.deadline)))
+    };
+    let servers = match timeout_at(deadline, peer.servers.in_turn(clock)).await {
+        Ok(Ok(servers)) => servers,
+        Ok(Err(status)) => {
+            peer.not_reached(clock.now());
+            return Err(status);
+        }
+        Err(_) => return timed_out(),
+    };
+    let mut failed = Status::unavailable("the participant has no servers");
+    for server in servers {
+        let begun = clock.now();
+        let answer = match timeout_at(deadline, send(&server.line, call)).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                server.did_not_answer(begun, clock.now());
+                return timed_out();
+            }
+        };
+        match answer {
+            // A status with a source was made on this side: no connection, or one that broke.
+            Err(status) if std::error::Error::source(&status).is_some() => {
+                server.did_not_answer(begun, clock.now());
+                let may_have_arrived = !connection::is_not_connected(&status);
+                failed = status;
+                if may_have_arrived {
+                    break;
+                }
+            }
+            answer => {
+                server.answered();
+                peer.answered();
+                return answer;
+            }
+        }
     }
-    let named = cause.map(|cause| Status::new(status.code(), cause.to_string()));
-    named.unwrap_or(status)
+    peer.not_reached(clock.now());
+    Err(failed)
 }
 
 async fn send(line: &Line<ToParticipant>, call: &CallRequest) -> Result<Option<Payload>, Status> {

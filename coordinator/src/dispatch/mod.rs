@@ -1,12 +1,18 @@
 //! Calls to participants. The partitions hand over what is due and go on; what became of a call comes back on a channel.
 //!
-//! A participant that is slow or dead delays nobody else: each address has a [`lane`] of its own, with a bounded queue, a limit
-//! of calls at a time, and a breaker. Nothing is repeated here: the repeat is the partition's, after its backoff.
+//! A participant that is slow or dead delays nobody else: each is a [`peer`] of its own, with a limit of calls at a time and a
+//! breaker. An action that hangs delays no other: each has a [`lane`] of its own, with a bounded queue. A participant may have several
+//! [`servers`]. Nothing is repeated here: the repeat is the partition's, after its backoff.
 
 pub mod address;
 mod answer;
+mod breaker;
 mod grpc;
 mod lane;
+mod peer;
+mod servers;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -14,7 +20,8 @@ use handfast_proto::Xid;
 use tokio::sync::mpsc;
 
 pub(crate) use answer::one_line;
-pub use grpc::{Dialler, GrpcDispatch, Targets, Tcp, Unreachable};
+pub use grpc::{GrpcDispatch, Targets, Unreachable};
+pub use servers::{Destination, Dialler, Tcp};
 
 use crate::transaction::{BranchSpec, Outcome, Phase, Timestamp};
 

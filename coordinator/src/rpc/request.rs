@@ -204,7 +204,7 @@ fn branch(
             .transpose()?,
         carry_payload,
     };
-    if let Err(unreachable) = targets.address(&spec.participant, &spec.target) {
+    if let Err(unreachable) = targets.addresses(&spec.participant, &spec.target) {
         return invalid(format!("{field}.target"), unreachable.to_string());
     }
     match (drive, carry_payload, &spec.payload) {

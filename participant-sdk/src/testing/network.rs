@@ -7,7 +7,7 @@ use std::{
 };
 
 use handfast_coordinator::{
-    dispatch::{Dialler, address::Address},
+    dispatch::{Destination, Dialler},
     rpc::Connection,
 };
 use hyper_util::rt::TokioIo;
@@ -63,10 +63,8 @@ impl Network {
 
 /// For the coordinator's calls.
 impl Dialler for Network {
-    fn channel(&self, address: &Address) -> Channel {
-        let text = address.to_string();
-        let host = text.trim_start_matches("http://").split(':').next().unwrap_or_default();
-        self.connect(host)
+    fn channel(&self, destination: &Destination) -> Channel {
+        self.connect(destination.address.uri().host().unwrap_or_default())
     }
 }
 

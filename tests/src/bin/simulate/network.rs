@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures_util::{Stream, stream};
-use handfast_coordinator::dispatch::{Dialler, address::Address};
+use handfast_coordinator::dispatch::{Destination, Dialler};
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -124,8 +124,9 @@ pub(crate) fn url(host: &str) -> String {
 pub(crate) struct Dials(pub(crate) Arc<Network>);
 
 impl Dialler for Dials {
-    fn channel(&self, address: &Address) -> Channel {
-        handfast::testing::endpoint(address).connect_with_connector_lazy(self.0.connector())
+    fn channel(&self, destination: &Destination) -> Channel {
+        handfast::testing::endpoint(&destination.address)
+            .connect_with_connector_lazy(self.0.connector())
     }
 }
 

@@ -1,0 +1,127 @@
+//! Keeps calls away from a participant that is dead: there is no connection, or it is lost again and again. Being slow does not
+//! count, so that an action that hangs does not keep calls away from the others.
+
+use std::time::Duration;
+
+use super::{Later, lane::spread};
+use crate::transaction::Timestamp;
+
+/// So many calls in a row without a connection open the breaker.
+const BREAKER_FAILURES: u32 = 5;
+/// How long the breaker stays open the first time; doubles up to the longest.
+const BREAKER_PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
+
+/// Lets one call at a time try whether the participant lives again.
+#[derive(Debug, Default)]
+pub(super) struct Breaker {
+    /// Calls in a row without a connection.
+    failures: u32,
+    /// While open: until when nobody is let through.
+    open_until: Option<Timestamp>,
+    /// Since it opened somebody was let through, and is not back.
+    probing: bool,
+}
+
+impl Breaker {
+    pub(super) fn admit(&mut self, now: Timestamp) -> Result<(), Later> {
+        let Some(until) = self.open_until else { return Ok(()) };
+        if now < until {
+            return Err(spread(until - now));
+        }
+        // This one is the probe; the others stay away until it is back, or was lost.
+        self.open_until = Some(now + self.pause());
+        self.probing = true;
+        Ok(())
+    }
+
+    /// A call came back with an answer, whatever it said.
+    pub(super) fn answered(&mut self) {
+        *self = Self::default();
+    }
+
+    /// There was no connection for a call, or it was lost.
+    pub(super) fn not_reached(&mut self, now: Timestamp) {
+        if self.open_until.is_some() && !std::mem::take(&mut self.probing) {
+            return; // it was under way when the breaker opened, and says nothing new
+        }
+        self.failures = self.failures.saturating_add(1);
+        if self.failures >= BREAKER_FAILURES {
+            self.open_until = Some(now + self.pause());
+        }
+    }
+
+    /// The deadline of a call passed: whether there was a connection is not known.
+    pub(super) fn timed_out(&mut self) {
+        self.probing = false;
+    }
+
+    fn pause(&self) -> Duration {
+        let doublings = self.failures.saturating_sub(BREAKER_FAILURES).min(16);
+        BREAKER_PAUSES[0].saturating_mul(1 << doublings).min(BREAKER_PAUSES[1])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_breaker_opens_after_failures_in_a_row_and_closes_with_the_first_answer() {
+        let mut breaker = Breaker::default();
+        let mut now = Timestamp(0);
+        for _ in 0..BREAKER_FAILURES {
+            breaker.admit(now).unwrap();
+            breaker.not_reached(now);
+        }
+        let Later(wait) = breaker.admit(now).unwrap_err();
+        assert!((BREAKER_PAUSES[0]..=BREAKER_PAUSES[0] * 2).contains(&wait), "{wait:?}");
+        // One probe at a time.
+        now = now + BREAKER_PAUSES[0];
+        breaker.admit(now).unwrap();
+        breaker.admit(now).unwrap_err();
+        // It fails: twice as long.
+        breaker.not_reached(now);
+        breaker.admit(now + BREAKER_PAUSES[0]).unwrap_err();
+        now = now + BREAKER_PAUSES[0] * 2;
+        breaker.admit(now).unwrap();
+        breaker.answered();
+        for _ in 0..100 {
+            breaker.admit(now).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_answer_in_between_starts_the_count_again() {
+        let mut breaker = Breaker::default();
+        for n in 0..100 {
+            breaker.admit(Timestamp(0)).unwrap();
+            match n % (BREAKER_FAILURES - 1) {
+                0 => breaker.answered(),
+                _ => breaker.not_reached(Timestamp(0)),
+            }
+        }
+        breaker.admit(Timestamp(0)).unwrap();
+    }
+
+    #[test]
+    fn calls_that_fail_together_keep_it_open_no_longer_than_one_does() {
+        let mut breaker = Breaker::default();
+        for _ in 0..64 {
+            breaker.admit(Timestamp(0)).unwrap();
+        }
+        for _ in 0..64 {
+            breaker.not_reached(Timestamp(0)); // one connection broke
+        }
+        let Later(wait) = breaker.admit(Timestamp(0)).unwrap_err();
+        assert!(wait <= BREAKER_PAUSES[0] * 2, "{wait:?}");
+    }
+
+    #[test]
+    fn deadlines_that_pass_do_not_open_it() {
+        let mut breaker = Breaker::default();
+        for _ in 0..100 {
+            breaker.admit(Timestamp(0)).unwrap();
+            breaker.timed_out();
+        }
+    }
+}

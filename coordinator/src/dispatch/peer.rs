@@ -1,0 +1,209 @@
+//! One participant, by its addresses: how many calls go to it at a time, and whether it answers at all.
+//!
+//! Each action has a [`Lane`] of its own, so that one that hangs holds up itself. All lanes share the slots of the participant. One
+//! lane may hold most of them, not all, and each has a slot that no other can take.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicI64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{Later, breaker::Breaker, lane::Lane, servers::Servers};
+use crate::transaction::Timestamp;
+
+/// Actions of one participant that have a lane of their own. The others share one.
+const LANES_MAX: usize = 32;
+/// The lane of the others. No action is called that.
+const OTHERS: &str = "";
+
+/// See the module's comment.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) servers: Arc<Servers>,
+    /// Slots that all lanes share.
+    slots: Arc<Semaphore>,
+    calls_max: usize,
+    lanes: Mutex<BTreeMap<String, Arc<Lane>>>,
+    breaker: Mutex<Breaker>,
+    /// Calls that wait or are under way.
+    held: AtomicUsize,
+    /// When the latest call came, in milliseconds since 1970.
+    used_at: AtomicI64,
+}
+
+/// A call's place in the queue. Gives it back when dropped.
+#[derive(Debug)]
+pub(super) struct Place {
+    peer: Arc<Peer>,
+    lane: Arc<Lane>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.lane.leave();
+        self.peer.held.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The right to be under way. Gives it back when dropped.
+#[derive(Debug)]
+pub(super) struct Turn {
+    _of_lane: OwnedSemaphorePermit,
+    _slot: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// Waits for its turn.
+    pub(super) async fn turn(&self) -> Turn {
+        let of_lane = self.lane.turn().await;
+        let slot = tokio::select! {
+            biased;
+            own = self.lane.own_slot() => own,
+            shared = self.peer.slots.clone().acquire_owned() => shared.expect("never closed"),
+        };
+        Turn { _of_lane: of_lane, _slot: slot }
+    }
+
+    pub(super) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+}
+
+impl Peer {
+    /// `calls_max`: calls at a time, beside one for each action.
+    pub(super) fn new(servers: Servers, calls_max: usize) -> Self {
+        Self {
+            servers: Arc::new(servers),
+            slots: Arc::new(Semaphore::new(calls_max)),
+            calls_max,
+            lanes: Mutex::default(),
+            breaker: Mutex::default(),
+            held: AtomicUsize::new(0),
+            used_at: AtomicI64::new(0),
+        }
+    }
+
+    /// Whether nobody has used it for so long.
+    pub(super) fn is_idle(&self, now: Timestamp, length: Duration) -> bool {
+        let used_at = Timestamp(self.used_at.load(Ordering::Relaxed));
+        self.held.load(Ordering::Relaxed) == 0 && now - used_at >= length
+    }
+
+    /// Takes a place in the queue of an action. Whoever is `hurried` passes the breaker.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        action: &str,
+        now: Timestamp,
+        hurried: bool,
+    ) -> Result<Place, Later> {
+        let lane = self.lane(action);
+        lane.enter(|| {
+            let mut breaker = self.breaker.lock().expect("nothing panics while it is locked");
+            if hurried { Ok(()) } else { breaker.admit(now) }
+        })?;
+        self.held.fetch_add(1, Ordering::Relaxed);
+        self.used_at.fetch_max(now.0, Ordering::Relaxed);
+        Ok(Place { peer: self.clone(), lane })
+    }
+
+    fn lane(&self, action: &str) -> Arc<Lane> {
+        let mut lanes = self.lanes.lock().expect("nothing panics while it is locked");
+        if let Some(lane) = lanes.get(action) {
+            return lane.clone();
+        }
+        if lanes.len() >= LANES_MAX {
+            lanes.retain(|_, lane| !lane.is_idle());
+        }
+        let action = if lanes.len() < LANES_MAX { action } else { OTHERS };
+        let new = || Arc::new(Lane::new(self.calls_max));
+        lanes.entry(action.to_owned()).or_insert_with(new).clone()
+    }
+
+    /// A call came back with an answer, whatever it said.
+    pub(super) fn answered(&self) {
+        self.breaker.lock().expect("nothing panics while it is locked").answered();
+    }
+
+    /// There was no connection for a call, or it was lost.
+    pub(super) fn not_reached(&self, now: Timestamp) {
+        self.breaker.lock().expect("nothing panics while it is locked").not_reached(now);
+    }
+
+    /// The deadline of a call passed. That says that the action is slow, and nothing of the participant.
+    pub(super) fn timed_out(&self) {
+        self.breaker.lock().expect("nothing panics while it is locked").timed_out();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::{address::Addresses, servers::Tcp};
+
+    fn peer(calls_max: usize) -> Arc<Peer> {
+        let addresses: Addresses = "http://127.0.0.1:1".parse().unwrap();
+        Arc::new(Peer::new(Servers::new(addresses, Arc::new(Tcp), true), calls_max))
+    }
+
+    async fn is_turned_away(place: &Place) -> bool {
+        tokio::time::timeout(Duration::from_millis(10), place.turn()).await.is_err()
+    }
+
+    #[tokio::test]
+    async fn actions_that_hang_leave_slots_to_the_others() {
+        let peer = peer(8);
+        let enter = |action: &str| peer.enter(action, Timestamp(0), false).unwrap();
+        let mut hanging = Vec::new();
+        for action in ["a", "b", "c", "d", "e"] {
+            let places: Vec<_> = (0..20).map(|_| enter(action)).collect();
+            for place in &places {
+                match tokio::time::timeout(Duration::from_millis(1), place.turn()).await {
+                    Ok(turn) => hanging.push(turn),
+                    Err(_) => break,
+                }
+            }
+            // One that comes later has its turn all the same, and then the next.
+            for _ in 0..3 {
+                let place = enter("quick");
+                assert!(!is_turned_away(&place).await, "{action} hangs");
+            }
+            std::mem::forget(places);
+        }
+        assert!(hanging.len() <= 8 + 5, "{} at a time", hanging.len());
+    }
+
+    #[tokio::test]
+    async fn one_action_uses_most_of_the_slots_and_no_more() {
+        let peer = peer(8);
+        let places: Vec<_> =
+            (0..20).map(|_| peer.enter("a", Timestamp(0), false).unwrap()).collect();
+        let mut turns = Vec::new();
+        for place in &places[..6] {
+            turns.push(place.turn().await);
+        }
+        assert!(is_turned_away(&places[6]).await, "six of eight");
+        turns.pop();
+        assert!(!is_turned_away(&places[6]).await);
+    }
+
+    #[test]
+    fn actions_without_number_share_a_lane() {
+        let peer = peer(8);
+        let places: Vec<_> = (0..1000)
+            .map(|n| peer.enter(&format!("action {n}"), Timestamp(0), false).unwrap())
+            .collect();
+        assert_eq!(peer.lanes.lock().unwrap().len(), LANES_MAX + 1);
+        assert!(!peer.is_idle(Timestamp(10_000), Duration::from_secs(1)));
+        drop(places);
+        assert!(peer.is_idle(Timestamp(10_000), Duration::from_secs(1)));
+        assert!(!peer.is_idle(Timestamp(10_000), Duration::from_secs(11)));
+        drop(peer.enter("one more", Timestamp(0), false).unwrap());
+        assert_eq!(peer.lanes.lock().unwrap().len(), 1, "those that nobody uses are gone");
+    }
+}

@@ -1,0 +1,267 @@
+//! The servers behind a participant's addresses. A name may stand for several servers, and the configuration may name several
+//! addresses: all of them are called in turn. A server that does not answer is passed over while another one does.
+//!
+//! Names are looked up here and not by the connection, which would always begin with the first IP address. Channels are built by
+//! the task of the call that needs one first, and never while a lock is held.
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use handfast_proto::{
+    address::{Address, Host},
+    calls::ToParticipant,
+    connection,
+    stream::Line,
+};
+use tonic::{Status, transport::Channel};
+
+use super::address::Addresses;
+use crate::{clock::Clock, transaction::Timestamp};
+
+/// How long the answer to a look-up of a name is used.
+const LOOK_UP_AGAIN: Duration = Duration::from_secs(5);
+/// How long a look-up may take.
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(2);
+/// Servers of one participant. More than these are left out.
+const SERVERS_MAX: usize = 64;
+/// How long a server that did not answer is passed over, the first time and at most. Doubles each time in between.
+const PASSED_OVER: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+
+/// One server to connect to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Destination {
+    /// As it was configured, or registered with a branch.
+    pub address: Address,
+    /// What its name stands for; `None`: the network connects by the name.
+    pub at: Option<SocketAddr>,
+}
+
+/// Makes connections. The one place to put another network: none at all, or a simulated one.
+#[async_trait::async_trait]
+pub trait Dialler: fmt::Debug + Send + Sync + 'static {
+    /// The servers that listen at an address now. One, found by its name, unless a network can tell several apart.
+    async fn destinations(&self, address: &Address) -> io::Result<Vec<Destination>> {
+        Ok(vec![Destination { address: address.clone(), at: None }])
+    }
+
+    /// A channel that connects when it is first used, and again when the connection is lost.
+    fn channel(&self, destination: &Destination) -> Channel;
+}
+
+/// Connects over TCP.
+#[derive(Debug, Clone, Copy)]
+pub struct Tcp;
+
+#[async_trait::async_trait]
+impl Dialler for Tcp {
+    async fn destinations(&self, address: &Address) -> io::Result<Vec<Destination>> {
+        let port = address.port();
+        let at: Vec<SocketAddr> = match address.host() {
+            Host::V4(ip) => vec![((*ip), port).into()],
+            Host::V6(ip) => vec![((*ip), port).into()],
+            Host::Name(name) => {
+                let found = tokio::net::lookup_host((name.as_str(), port));
+                match tokio::time::timeout(LOOK_UP_TIMEOUT, found).await {
+                    Ok(Ok(found)) => found.collect(),
+                    Ok(Err(_)) => return Err(not_found(name, "was not found")),
+                    Err(_) => return Err(not_found(name, "could not be looked up in time")),
+                }
+            }
+        };
+        Ok(at
+            .into_iter()
+            .map(|at| Destination { address: address.clone(), at: Some(at) })
+            .collect())
+    }
+
+    fn channel(&self, destination: &Destination) -> Channel {
+        connection::channel(&destination.address, destination.at)
+    }
+}
+
+fn not_found(name: &str, what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("the name {name} {what}"))
+}
+
+/// See the module's comment.
+#[derive(Debug)]
+pub(super) struct Servers {
+    addresses: Addresses,
+    dialler: Arc<dyn Dialler>,
+    streams: bool,
+    known: Mutex<Known>,
+    /// Held while names are looked up: one look-up at a time.
+    looking_up: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    servers: Vec<Arc<Server>>,
+    /// `None`: never yet.
+    looked_up_at: Option<Timestamp>,
+    /// Index of the server whose turn it is.
+    turn: usize,
+}
+
+/// One of the servers.
+#[derive(Debug)]
+pub(super) struct Server {
+    destination: Destination,
+    pub(super) line: Line<ToParticipant>,
+    /// Only while it does not answer.
+    passed_over: Mutex<Option<PassedOver>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct PassedOver {
+    /// When the latest failure was noticed.
+    since: Timestamp,
+    until: Timestamp,
+    pause: Duration,
+}
+
+impl Servers {
+    pub(super) fn new(addresses: Addresses, dialler: Arc<dyn Dialler>, streams: bool) -> Self {
+        Self { addresses, dialler, streams, known: Mutex::default(), looking_up: Arc::default() }
+    }
+
+    /// The servers to try for one call, in this order: the second only if there is no connection to the first, and so on.
+    ///
+    /// # Errors
+    ///
+    /// When there are none: a name does not exist, or cannot be looked up.
+    pub(super) async fn in_turn(
+        self: &Arc<Self>,
+        clock: &dyn Clock,
+    ) -> Result<Vec<Arc<Server>>, Status> {
+        match self.looked_up_at() {
+            None => {
+                let _looking_up = self.looking_up.lock().await;
+                if self.looked_up_at().is_none() {
+                    self.look_up(clock.now()).await?;
+                }
+            }
+            Some(at) if self.changes() && clock.now() - at >= LOOK_UP_AGAIN => {
+                // What is known serves meanwhile.
+                if let Ok(looking_up) = self.looking_up.clone().try_lock_owned() {
+                    let (servers, now) = (self.clone(), clock.now());
+                    tokio::spawn(async move {
+                        let _looking_up = looking_up;
+                        // If it fails, what is known goes on serving.
+                        drop(servers.look_up(now).await);
+                    });
+                }
+            }
+            Some(_) => {}
+        }
+        Ok(lock(&self.known).in_turn(clock.now()))
+    }
+
+    fn looked_up_at(&self) -> Option<Timestamp> {
+        lock(&self.known).looked_up_at
+    }
+
+    /// Whether other servers may be found at another time.
+    fn changes(&self) -> bool {
+        self.addresses.iter().any(|address| matches!(address.host(), Host::Name(_)))
+    }
+
+    async fn look_up(&self, now: Timestamp) -> Result<(), Status> {
+        let known = lock(&self.known).servers.clone();
+        let (mut found, mut failed) = (Vec::new(), None);
+        for address in self.addresses.iter() {
+            match self.dialler.destinations(address).await {
+                Ok(destinations) => found.extend(destinations),
+                Err(error) => {
+                    failed = Some(error);
+                    let known = known.iter().map(|server| &server.destination);
+                    found.extend(known.filter(|it| it.address == *address).cloned());
+                }
+            }
+        }
+        found.sort();
+        found.dedup();
+        found.truncate(SERVERS_MAX);
+        if found.is_empty() {
+            let error = failed.unwrap_or_else(|| io::Error::other("its name stands for nothing"));
+            let mut status = Status::unavailable(error.to_string());
+            status.set_source(Arc::new(error));
+            return Err(status);
+        }
+        let servers = found.into_iter().map(|destination| {
+            let same = known.iter().find(|server| server.destination == destination);
+            same.cloned().unwrap_or_else(|| Arc::new(self.server(destination)))
+        });
+        let servers = servers.collect();
+        let mut known = lock(&self.known);
+        let before = std::mem::replace(&mut known.servers, servers);
+        known.looked_up_at = Some(now);
+        drop(known);
+        drop(before); // closes connections
+        Ok(())
+    }
+
+    fn server(&self, destination: Destination) -> Server {
+        let channel = self.dialler.channel(&destination);
+        let line = if self.streams { Line::new(channel) } else { Line::without_streams(channel) };
+        Server { destination, line, passed_over: Mutex::default() }
+    }
+}
+
+impl Known {
+    fn in_turn(&mut self, now: Timestamp) -> Vec<Arc<Server>> {
+        let mut servers = self.servers.clone();
+        if servers.len() > 1 {
+            self.turn = (self.turn + 1) % servers.len();
+            servers.rotate_left(self.turn);
+            // If none is welcome, the one whose turn it is will do.
+            let first = servers.iter().position(|server| server.is_welcome(now)).unwrap_or(0);
+            servers[..=first].rotate_right(1);
+            servers[1..].sort_by_key(|server| server.is_passed_over(now));
+        }
+        servers
+    }
+}
+
+impl Server {
+    fn is_passed_over(&self, now: Timestamp) -> bool {
+        lock(&self.passed_over).is_some_and(|it| now < it.until)
+    }
+
+    /// Whether a call may begin with it. One that was passed over is tried by one call, and passed over by the others until that
+    /// call has its answer.
+    fn is_welcome(&self, now: Timestamp) -> bool {
+        match &mut *lock(&self.passed_over) {
+            None => true,
+            Some(it) if now < it.until => false,
+            Some(it) => {
+                it.until = now + it.pause;
+                true
+            }
+        }
+    }
+
+    pub(super) fn answered(&self) {
+        *lock(&self.passed_over) = None;
+    }
+
+    /// A call that was begun then failed: there was no connection, it was lost, or the deadline passed.
+    pub(super) fn did_not_answer(&self, begun: Timestamp, now: Timestamp) {
+        let mut passed_over = lock(&self.passed_over);
+        let pause = match *passed_over {
+            None => PASSED_OVER[0],
+            // It was under way when another one failed, and says nothing new.
+            Some(it) if begun < it.since => return,
+            Some(it) => (it.pause * 2).min(PASSED_OVER[1]),
+        };
+        *passed_over = Some(PassedOver { since: now, until: now + pause, pause });
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it is locked")
+}

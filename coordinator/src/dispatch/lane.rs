@@ -12,8 +12,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Later;
 
-/// Calls that wait for one action. What comes on top is due later.
-const QUEUE_MAX: usize = 1024;
+/// Calls that wait for one action at most. What comes on top is due later.
+pub(super) const QUEUE_MAX: usize = 1024;
 /// How much later, when the queue is full: so long for each queue of calls that were turned away before. They come back spread over
 /// that time, about as fast as calls are made; all at once and again and again they would keep the processor from everything else.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(50);
@@ -52,9 +52,13 @@ impl Lane {
         self.held.load(Ordering::Relaxed) == 0
     }
 
-    /// Takes a place in the queue, if there is room and the call is admitted.
-    pub(super) fn enter(&self, admit: impl FnOnce() -> Result<(), Later>) -> Result<(), Later> {
-        if self.held.load(Ordering::Relaxed) >= self.turns_max + QUEUE_MAX {
+    /// Takes a place in the queue, if fewer than `room` calls wait and the call is admitted.
+    pub(super) fn enter(
+        &self,
+        room: usize,
+        admit: impl FnOnce() -> Result<(), Later>,
+    ) -> Result<(), Later> {
+        if self.held.load(Ordering::Relaxed) >= self.turns_max + room {
             let queues = 1 + self.turned_away.fetch_add(1, Ordering::Relaxed) / QUEUE_MAX;
             let pause = QUEUE_FULL_PAUSE.saturating_mul(u32::try_from(queues).unwrap_or(u32::MAX));
             return Err(spread(pause.min(QUEUE_FULL_PAUSE_MAX / 2)));
@@ -103,7 +107,7 @@ mod tests {
     }
 
     fn enter(lane: &Lane) -> Result<Held<'_>, Later> {
-        lane.enter(|| Ok(()))?;
+        lane.enter(QUEUE_MAX, || Ok(()))?;
         Ok(Held(lane))
     }
 

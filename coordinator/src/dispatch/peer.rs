@@ -14,11 +14,20 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Later, breaker::Breaker, lane::Lane, servers::Servers};
+use super::{
+    Later,
+    breaker::Breaker,
+    lane::{Lane, QUEUE_MAX},
+    servers::Servers,
+};
 use crate::transaction::Timestamp;
 
 /// Actions of one participant that have a lane of their own. The others share one.
 const LANES_MAX: usize = 32;
+/// Calls that wait for one participant. Each of its actions may have as many as are left of these, and a few in any case.
+const QUEUES_MAX: usize = 2 * QUEUE_MAX;
+/// Those few.
+const QUEUE_MIN: usize = 16;
 /// The lane of the others. No action is called that.
 const OTHERS: &str = "";
 
@@ -103,7 +112,8 @@ impl Peer {
         hurried: bool,
     ) -> Result<Place, Later> {
         let lane = self.lane(action);
-        lane.enter(|| {
+        let left = QUEUES_MAX.saturating_sub(self.held.load(Ordering::Relaxed));
+        lane.enter(left.clamp(QUEUE_MIN, QUEUE_MAX), || {
             let mut breaker = self.breaker.lock().expect("nothing panics while it is locked");
             if hurried { Ok(()) } else { breaker.admit(now) }
         })?;
@@ -190,6 +200,20 @@ mod tests {
         assert!(is_turned_away(&places[6]).await, "six of eight");
         turns.pop();
         assert!(!is_turned_away(&places[6]).await);
+    }
+
+    #[test]
+    fn actions_that_hang_leave_room_in_the_queue_to_the_others() {
+        let peer = peer(8);
+        let mut places = Vec::new();
+        for n in 0..LANES_MAX {
+            let before = places.len();
+            while let Ok(place) = peer.enter(&n.to_string(), Timestamp(0), false) {
+                places.push(place);
+            }
+            assert!(places.len() - before >= QUEUE_MIN, "{n}");
+        }
+        assert!(places.len() <= QUEUES_MAX + LANES_MAX * (8 + QUEUE_MIN), "{}", places.len());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use handfast_proto::Xid;
 
-use super::{Hurry, PARK_AFTER, Partition, Settings};
+use super::{Hurry, Partition, Settings};
 use crate::{
     dispatch::{CallRequest, Later, Returned},
     transaction::{BranchSet, Change, DueCall, Event, Phase, Timestamp, Weight, retry},
@@ -33,14 +33,18 @@ impl Partition {
             deadline,
             hurried: hurry == Hurry::Yes,
         };
-        let event = match self.parts.dispatch.submit(call, &self.returned.0) {
-            Ok(()) => Event::CallStarted { branch, phase },
-            Err(Later(wait)) => Event::CallPostponed { branch, until: now + wait },
+        let (event, postponed) = match self.parts.dispatch.submit(call, &self.returned.0) {
+            Ok(()) => (Event::CallStarted { branch, phase }, None),
+            Err(Later(wait)) => {
+                let until = now + wait;
+                (Event::CallPostponed { branch, until }, Some(until))
+            }
         };
-        let parks = matches!(event, Event::CallPostponed { until, .. } if until > now + PARK_AFTER);
         if let Err(rejection) = global.apply(event, now) {
             debug_assert!(false, "only commands are rejected: {rejection}");
         }
+        let was_due = entry.was_due;
+        let parks = postponed.is_some_and(|until| until > now + self.park_after(was_due));
         if parks && phase != Phase::Try {
             // Its record must say when it is due. Otherwise it could not leave memory, or would be found due at once.
             let branches = BranchSet::only(branch);

@@ -53,6 +53,12 @@ impl Held {
             && self.bytes() < open_bytes_max - open_bytes_max / 3
     }
 
+    /// Whether those that can wait in the store should.
+    pub(super) fn is_half_full(&self, settings: &Settings) -> bool {
+        let Settings { open_max, open_bytes_max, .. } = settings;
+        self.transactions() >= open_max / 2 || self.bytes() >= open_bytes_max / 2
+    }
+
     pub(super) fn enters(&self, bytes: usize) {
         self.transactions.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);

@@ -315,7 +315,9 @@ impl Partition {
     /// Removes a transaction from memory if its record is complete and durable, and nothing is due soon.
     fn leave_if_idle(&mut self, xid: Xid) {
         let now = self.now();
-        let Some(entry) = self.entries.get_mut(&xid) else { return };
+        let Some(was_due) = self.entries.get(&xid).map(|entry| entry.was_due) else { return };
+        let park_after = self.park_after(was_due);
+        let entry = self.entries.get_mut(&xid).expect("just seen");
         entry.watchers.retain(|watcher| !watcher.reply.is_closed()); // callers that gave up do not hold it
         let global = &entry.global;
         let nothing_soon = match global.state.decision() {
@@ -324,7 +326,7 @@ impl Partition {
                 let plan = global.plan(now);
                 let in_flight =
                     global.branches.iter().any(|branch| matches!(branch.call, Call::InFlight(_)));
-                let soon = plan.wake_at.is_some_and(|at| at <= now + PARK_AFTER);
+                let soon = plan.wake_at.is_some_and(|at| at <= now + park_after);
                 plan.calls.is_empty() && !soon && (!in_flight || global.state.is_final())
             }
         };

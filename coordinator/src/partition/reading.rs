@@ -14,7 +14,7 @@ use std::{
 use handfast_proto::{Xid, crash_point, planted::Bug};
 use tracing::warn;
 
-use super::{Ask, Entry, Error, Partition};
+use super::{Ask, Entry, Error, PARK_AFTER, Partition};
 use crate::{
     store::{self, DuePage, Known, Lookup},
     transaction::{Event, State, Timestamp},
@@ -278,6 +278,14 @@ impl Partition {
             self.ask(ask);
         }
         self.leave_if_idle(xid);
+    }
+
+    /// How far away the next attempt of a transaction must be for it to leave memory. While others want its place, no attempt is too
+    /// near: the retries of a dead participant would keep the transactions of all others in the store, or new ones away.
+    pub(super) fn park_after(&self, was_due: bool) -> Duration {
+        let others_wait_in_the_store = was_due && self.reading.scan_once_fewer.is_some();
+        let is_half_full = self.parts.held.is_half_full(&self.parts.settings);
+        if others_wait_in_the_store || is_half_full { Duration::ZERO } else { PARK_AFTER }
     }
 
     /// Reads the next page of due transactions, when it is time.

@@ -165,3 +165,42 @@ async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
     settle().await;
     assert_eq!(rig.call().await.call.xid, xids[0], "nobody looks at it any more");
 }
+
+/// The retries of a dead participant are never far away here, so that its transactions would stay in memory for ever.
+#[tokio::test]
+async fn a_dead_participant_does_not_keep_the_others_out_of_memory() {
+    let first = Rig::new().await;
+    let mut healthy = BTreeSet::new();
+    for n in 0..640 {
+        let xid = first.begun().await;
+        first.confirm(xid).answer().await.unwrap();
+        if n >= 600 {
+            healthy.insert(xid);
+        }
+    }
+    let rig = first.restart().await;
+    let mut dead_calls = 0;
+    for _ in 0..200 {
+        settle().await;
+        let calls: Vec<_> = rig.script.calls.lock().unwrap().drain(..).collect();
+        for (call, returned) in calls {
+            let made = MadeCall { call, returned };
+            if healthy.contains(&made.call.xid) {
+                if made.call.branch == 1 {
+                    healthy.remove(&made.call.xid);
+                }
+                made.done().await;
+            } else {
+                dead_calls += 1;
+                made.fails().await;
+            }
+        }
+        if healthy.is_empty() {
+            break;
+        }
+        rig.clock.advance(Duration::from_millis(200));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(healthy.is_empty(), "{dead_calls} calls to the dead one; {} left", healthy.len());
+    assert!(rig.held.transactions() <= 256);
+}

@@ -64,8 +64,10 @@ With -o json: one object. An absent value is null, no key is left out; times are
   cancel       null, or why: {cause, reason, branch_id,
                  refusal {reason, domain, message, metadata {}}}
                  cause: requested, refused, timed_out, try_unknown, coordinator_restarted
-  branches     [{branch_id, action, participant, target, state, attempts, next_attempt_at,
-                 last_error {code, message, at}, resolution {operator, reason, at}}]
+  branches     [{branch_id, action, participant, target, address, state, attempts,
+                 next_attempt_at, last_error {code, message, at},
+                 resolution {operator, reason, at}}]
+                 target: as it was registered; address: where it is called
                  state: registered, tried, confirmed, cancelled, resolved
 
 Examples:

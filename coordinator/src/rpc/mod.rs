@@ -86,7 +86,7 @@ impl Services {
     }
 
     fn transaction(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
-        Some(response::transaction(global, self.coordinator.is_stuck(global)))
+        Some(response::transaction(global, self.coordinator.is_stuck(global), &self.targets))
     }
 
     /// For the calls that every transaction makes.

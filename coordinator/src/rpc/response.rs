@@ -10,6 +10,7 @@ use handfast_proto::{
 use prost::Message as _;
 
 use crate::{
+    dispatch::Targets,
     store::Listed,
     transaction::{
         Branch, BranchState, Call, CancelCause, Decision, Drive, GlobalTransaction, Refusal, State,
@@ -21,10 +22,16 @@ use crate::{
 const PAGE_BYTES_MAX: usize = limits::RESPONSE_BYTES_MAX / 2;
 
 /// All that is known of a transaction.
-pub(super) fn transaction(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
+pub(super) fn transaction(
+    global: &GlobalTransaction,
+    stuck: bool,
+    targets: &Targets,
+) -> pb::Transaction {
     pb::Transaction {
         labels: global.labels.clone(),
-        branches: (0..global.branches.len()).map(|index| branch_message(global, index)).collect(),
+        branches: (0..global.branches.len())
+            .map(|index| branch_message(global, index, targets))
+            .collect(),
         ..head(global, stuck)
     }
 }
@@ -70,8 +77,9 @@ pub(super) fn head(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
     }
 }
 
-fn branch_message(global: &GlobalTransaction, index: usize) -> pb::Branch {
+fn branch_message(global: &GlobalTransaction, index: usize, targets: &Targets) -> pb::Branch {
     let branch = &global.branches[index];
+    let addresses = targets.addresses(&branch.spec.participant, &branch.spec.target);
     let state = match (&branch.state, global.state.decision()) {
         (BranchState::Registered, _) => pb::BranchState::Registered,
         (BranchState::Tried, _) => pb::BranchState::Tried,
@@ -106,6 +114,7 @@ fn branch_message(global: &GlobalTransaction, index: usize) -> pb::Branch {
             }),
             BranchState::Registered | BranchState::Tried | BranchState::Acknowledged => None,
         },
+        address: addresses.map(|addresses| addresses.to_string()).unwrap_or_default(),
     }
 }
 

@@ -80,9 +80,10 @@ pub(super) fn show(
         let mut table =
             table(["BRANCH", "ACTION", "PARTICIPANT", "STATE", "ATTEMPTS", "NEXT", "LAST ERROR"]);
         for branch in &transaction.branches {
-            let participant = match branch.target.as_str() {
-                "" => branch.participant.clone(),
-                target => format!("{} ({target})", branch.participant),
+            let participant = match (branch.address.as_str(), branch.target.as_str()) {
+                ("", "") => branch.participant.clone(),
+                ("", target) => format!("{} ({target}: is not called)", branch.participant),
+                (address, _) => format!("{} ({address})", branch.participant),
             };
             table.add_row([
                 branch.branch_id.clone(),

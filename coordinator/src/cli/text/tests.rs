@@ -38,7 +38,9 @@ pub(in super::super) fn samples() -> [pb::Transaction; 4] {
         branches: vec![
             branch("1", "order.create", "orders", BranchState::Confirmed),
             pb::Branch {
-                target: "http://127.0.0.1:7703".to_owned(),
+                // Where it was registered, and where the configuration says that it is now.
+                target: "http://127.0.0.1:7701".to_owned(),
+                address: "http://127.0.0.1:7703".to_owned(),
                 attempts: 9,
                 next_attempt_at: at(192_000),
                 last_error: Some(pb::AttemptError {

@@ -1,6 +1,7 @@
 //! The services over a coordinator whose store is in memory and whose participants always say yes: what the calls promise, and
 //! that bad input gets one clear error that names the field and the limit, and leaves nothing behind.
 
+mod addresses;
 mod bad_input;
 mod promises;
 

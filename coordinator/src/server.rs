@@ -253,6 +253,8 @@ pub fn router(services: &Services) -> (Router, HealthReporter) {
     let router = tonic::transport::Server::builder()
         .max_concurrent_streams(STREAMS_MAX)
         .concurrency_limit_per_connection(STREAMS_MAX as usize)
+        // After a pause of this process there may be as many calls that their callers have given up. That is no attack.
+        .http2_max_pending_accept_reset_streams(Some(STREAMS_MAX as usize))
         .http2_max_header_list_size(HEADERS_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEP_ALIVE[0]))
         .http2_keepalive_timeout(Some(KEEP_ALIVE[1]))

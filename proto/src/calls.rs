@@ -175,7 +175,13 @@ pub fn serve_branches<P: ParticipantService>(
     service: Arc<P>,
     request: Request<Streaming<pb::BranchStreamRequest>>,
 ) -> Response<BranchAnswers> {
-    let answers = stream::serve(request.into_inner(), std::future::pending(), move |request| {
+    let failed = |number, status: Status| {
+        let answer = Some(branch_stream_response::Answer::Failure(status.into()));
+        pb::BranchStreamResponse { number, answer, nested_branch_ids: Vec::new() }
+    };
+    let refuse =
+        move |request: pb::BranchStreamRequest| failed(request.number, stream::too_many_calls());
+    let answer = move |request: pb::BranchStreamRequest| {
         let (service, number) = (service.clone(), request.number);
         // A task for each call, so that one that computes long or panics does not disturb the others. The task ends with its stream,
         // as a unary call ends with its connection.
@@ -183,12 +189,11 @@ pub fn serve_branches<P: ParticipantService>(
         let answer = AbortOnDropHandle::new(answer);
         async move {
             answer.await.unwrap_or_else(|_| {
-                let panicked = Status::internal("the participant's code panicked");
-                let answer = Some(branch_stream_response::Answer::Failure(panicked.into()));
-                pb::BranchStreamResponse { number, answer, nested_branch_ids: Vec::new() }
+                failed(number, Status::internal("the participant's code panicked"))
             })
         }
-    });
+    };
+    let answers = stream::serve(request.into_inner(), std::future::pending(), answer, refuse);
     Response::new(answers)
 }
 

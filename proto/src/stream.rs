@@ -7,6 +7,11 @@
 //! A stream that breaks leaves its calls without an answer, as a connection that breaks does: UNAVAILABLE, with a source. No
 //! status of a stream is ever taken for the answer to a call.
 //!
+//! A stream has at most [`CALLS_MAX`] calls without an answer, counting those whose caller has given up; a further one waits here
+//! until there is room, and [`serve`] refuses it. This keeps the connection alive: HTTP/2 servers close one on which small frames
+//! pile up unread. Rust's h2 lets unread frames below 256 bytes waste half of the connection's window, 512 KiB by default, which
+//! about 2,500 of our smallest calls do, and ends the connection with `too_many_data_frames`.
+//!
 //! Streams are short-lived ([`AGE`]) and idle ones are closed. A server that stops in good order waits until its streams have ended,
 //! and the next stream goes to a server that is running then.
 
@@ -23,16 +28,16 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{Stream, StreamExt as _, stream::poll_fn};
+use futures_util::{Stream, StreamExt as _, future::Either, stream::poll_fn};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::Instant,
 };
 use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::{connection, limits, v1::Failure};
 
-/// Calls of one stream that are being answered at a time; further ones wait in the connection.
+/// Calls of one stream that may be without an answer at a time. See the module's comment.
 pub const CALLS_MAX: usize = 1024;
 /// A stream takes calls for this long; then a new one is opened.
 pub const AGE: Duration = Duration::from_secs(5);
@@ -85,6 +90,8 @@ pub trait Streamed: Send + Sync + 'static {
 pub struct Line<S: Streamed> {
     channel: Channel,
     slot: Arc<Mutex<Slot<S>>>,
+    /// A permit for each call on a stream that has no answer. Old streams count too: they share a connection.
+    unanswered: Arc<Semaphore>,
 }
 
 /// How the next call is made.
@@ -108,9 +115,15 @@ struct Open<S: Streamed> {
 
 /// The callers that wait for an answer, by the number of their call.
 struct Pending<S: Streamed> {
-    callers: BTreeMap<u64, oneshot::Sender<Told<S>>>,
+    callers: BTreeMap<u64, Caller<S>>,
     /// Why there will be no further answer.
     ended: Option<NoAnswer>,
+}
+
+/// A call without an answer. It stays when its caller gives up, because the other end is still busy with it.
+struct Caller<S: Streamed> {
+    told: oneshot::Sender<Told<S>>,
+    _unanswered: OwnedSemaphorePermit,
 }
 
 /// What the other end answered, or that it will not.
@@ -127,13 +140,18 @@ impl<S: Streamed> Line<S> {
     /// Calls over `channel`. Call it, and make the calls, within a tokio runtime.
     #[must_use]
     pub fn new(channel: Channel) -> Self {
-        Self { channel, slot: Arc::new(Mutex::new(Slot::Closed)) }
+        Self::over(channel, Slot::Closed)
     }
 
     /// The same, but every call is unary.
     #[must_use]
     pub fn without_streams(channel: Channel) -> Self {
-        Self { channel, slot: Arc::new(Mutex::new(Slot::AlwaysUnary)) }
+        Self::over(channel, Slot::AlwaysUnary)
+    }
+
+    fn over(channel: Channel, slot: Slot<S>) -> Self {
+        let (slot, unanswered) = (Arc::new(Mutex::new(slot)), Arc::new(Semaphore::new(CALLS_MAX)));
+        Self { channel, slot, unanswered }
     }
 
     /// The channel that it makes calls over.
@@ -154,12 +172,14 @@ impl<S: Streamed> Line<S> {
     pub async fn call(&self, call: S::Call, timeout: Duration) -> Result<S::Answer, Status> {
         // A call that is too large would break the stream for the others.
         let fits = S::bytes(&call) <= limits::REQUEST_BYTES_MAX - NUMBER_BYTES_MAX;
+        let unanswered = self.unanswered.clone().acquire_owned().await.expect("never closed");
         let Some(open) = fits.then(|| self.open()).flatten() else {
+            drop(unanswered);
             return self.unary(call, timeout).await;
         };
         // Until the stream is accepted, this call may have to be made again as a unary one.
         let spare = (!open.accepted.load(Ordering::Relaxed)).then(|| call.clone());
-        match (open.call(call, timeout).await, spare) {
+        match (open.call(call, timeout, unanswered).await, spare) {
             (Ok(answer), _) => answer,
             (Err(NoAnswer::MakeUnary), Some(call)) => self.unary(call, timeout).await,
             (Err(NoAnswer::MakeUnary), None) => Err(broken("a stream that was accepted was not")),
@@ -205,33 +225,25 @@ impl<S: Streamed> Line<S> {
 }
 
 impl<S: Streamed> Open<S> {
-    async fn call(&self, call: S::Call, timeout: Duration) -> Told<S> {
+    async fn call(
+        &self,
+        call: S::Call,
+        timeout: Duration,
+        unanswered: OwnedSemaphorePermit,
+    ) -> Told<S> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let (caller, answer) = oneshot::channel();
+        let (told, answer) = oneshot::channel();
         {
             let mut pending = lock(&self.pending);
             if let Some(why) = &pending.ended {
                 return Err(why.clone());
             }
-            pending.callers.insert(number, caller);
+            pending.callers.insert(number, Caller { told, _unanswered: unanswered });
         }
-        let _forget = Forget { pending: &self.pending, number };
         let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
-        // If it cannot be sent, the driver tells every waiting caller why.
-        drop(self.requests.send(S::request(number, millis, call)).await);
+        // There is room for all calls without an answer. If the stream has ended, the driver tells every waiting caller why.
+        drop(self.requests.try_send(S::request(number, millis, call)));
         answer.await.unwrap_or_else(|_| Err(NoAnswer::Broken(broken("the program is stopping"))))
-    }
-}
-
-/// Removes a caller that has its answer or was dropped.
-struct Forget<'a, S: Streamed> {
-    pending: &'a Mutex<Pending<S>>,
-    number: u64,
-}
-
-impl<S: Streamed> Drop for Forget<'_, S> {
-    fn drop(&mut self) {
-        lock(self.pending).callers.remove(&self.number);
     }
 }
 
@@ -268,7 +280,7 @@ impl<S: Streamed> Driver<S> {
         let mut pending = lock(&self.pending);
         pending.ended = Some(why.clone());
         for (_, caller) in std::mem::take(&mut pending.callers) {
-            drop(caller.send(Err(why.clone()))); // the caller may have been dropped
+            drop(caller.told.send(Err(why.clone()))); // the caller may have been dropped
         }
     }
 
@@ -286,7 +298,7 @@ impl<S: Streamed> Driver<S> {
                         let (number, answer) = S::answer(response);
                         let caller = lock(&self.pending).callers.remove(&number);
                         if let Some(caller) = caller {
-                            drop(caller.send(Ok(answer))); // the caller may have been dropped
+                            drop(caller.told.send(Ok(answer))); // the caller may have been dropped
                         }
                     }
                     Ok(None) => return (answers, broken("the stream has ended")),
@@ -295,7 +307,7 @@ impl<S: Streamed> Driver<S> {
                 () = &mut old_at => {
                     // No further call is sent on it. The other end sees our side closed, and ends the stream after its last answer.
                     self.set_slot(Slot::Closed);
-                    if old && lock(&self.pending).callers.is_empty() {
+                    if old && lock(&self.pending).callers.values().all(|it| it.told.is_closed()) {
                         return (answers, broken("the stream was closed"));
                     }
                     old = true;
@@ -316,12 +328,14 @@ impl<S: Streamed> Driver<S> {
     }
 }
 
-/// Answers the calls of a stream, up to [`CALLS_MAX`] at a time, each as soon as it has its answer. When the caller closes its side, or
-/// `closing` completes, the stream ends after the last answer.
+/// Answers the calls of a stream, up to [`CALLS_MAX`] at a time, each as soon as it has its answer. A further one is answered by
+/// `refuse`, with the status [`too_many_calls`]. When the caller closes its side, or `closing` completes, the stream ends after the last
+/// answer.
 pub fn serve<Q, R, F>(
     requests: Streaming<Q>,
     closing: impl Future<Output = ()> + Send + 'static,
-    answer: impl FnMut(Q) -> F + Send + 'static,
+    mut answer: impl FnMut(Q) -> F + Send + 'static,
+    refuse: impl Fn(Q) -> R + Send + 'static,
 ) -> Answers<R>
 where
     Q: Send + 'static,
@@ -333,7 +347,27 @@ where
         .take_until(Box::pin(closing))
         .take_while(|request| ready(request.is_ok()))
         .filter_map(|request| ready(request.ok()));
-    Box::pin(requests.map(answer).buffer_unordered(CALLS_MAX).map(Ok))
+    let places = Arc::new(Semaphore::new(CALLS_MAX));
+    let answers = requests.map(move |request| match places.clone().try_acquire_owned() {
+        Ok(place) => {
+            let answer = answer(request);
+            Either::Left(async move {
+                let _place = place;
+                answer.await
+            })
+        }
+        Err(_) => Either::Right(ready(refuse(request))),
+    });
+    // Those that are refused do not wait behind those that are being answered.
+    Box::pin(answers.buffer_unordered(2 * CALLS_MAX).map(Ok))
+}
+
+/// What a call is answered that comes while [`CALLS_MAX`] others of its stream have no answer.
+#[must_use]
+pub fn too_many_calls() -> Status {
+    Status::resource_exhausted(format!(
+        "{CALLS_MAX} calls of this stream have no answer yet, which is as many as may be"
+    ))
 }
 
 /// The answers of [`serve`].
@@ -385,7 +419,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<S: Streamed> Clone for Line<S> {
     fn clone(&self) -> Self {
-        Self { channel: self.channel.clone(), slot: self.slot.clone() }
+        Self {
+            channel: self.channel.clone(),
+            slot: self.slot.clone(),
+            unanswered: self.unanswered.clone(),
+        }
     }
 }
 

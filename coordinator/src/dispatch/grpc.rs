@@ -275,12 +275,9 @@ async fn ask(
     let mut failed = Status::unavailable("the participant has no servers");
     for server in servers {
         let begun = clock.now();
-        let answer = match timeout_at(deadline, send(&server.line, call)).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                server.did_not_answer(begun, clock.now());
-                return timed_out();
-            }
+        let Ok(answer) = timeout_at(deadline, send(&server.line, call)).await else {
+            server.did_not_answer(begun, clock.now());
+            return timed_out();
         };
         match answer {
             // A status with a source was made on this side: no connection, or one that broke.

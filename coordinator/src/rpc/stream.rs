@@ -24,9 +24,12 @@ pub(super) fn serve(
     let services = Arc::new(services.clone());
     let allowance = request.extensions().get::<Allowance>().cloned();
     let closing = services.closing.clone().cancelled_owned();
-    stream::serve(request.into_inner(), closing, move |request| {
-        answer(services.clone(), allowance.clone(), request)
-    })
+    let refuse = |CallStreamRequest { number, .. }| {
+        let answer = Some(Answer::Failure(stream::too_many_calls().into()));
+        CallStreamResponse { number, answer }
+    };
+    let answer = move |request| answer(services.clone(), allowance.clone(), request);
+    stream::serve(request.into_inner(), closing, answer, refuse)
 }
 
 async fn answer(

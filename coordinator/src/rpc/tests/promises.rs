@@ -1,6 +1,10 @@
 //! What the calls promise.
 
+use handfast_proto::v1::coordinator_service_client::CoordinatorServiceClient;
+use tonic::transport::server::TcpIncoming;
+
 use super::*;
+use crate::server;
 
 #[tokio::test]
 async fn a_transaction_from_begin_to_end() {
@@ -360,4 +364,48 @@ async fn a_list_of_large_transactions_comes_in_pages() {
     assert_eq!((seen.len(), pages > 1), (count, true), "{pages} pages");
     let bad = pb::ListTransactionsRequest { page: "2".to_owned(), ..Default::default() };
     invalid(rig.services.list_transactions(Request::new(bad)).await, "page", "next_page");
+}
+
+/// A process that was stopped for a moment finds calls that their callers have given up meanwhile.
+#[tokio::test]
+async fn calls_that_were_given_up_do_not_end_the_connection() {
+    let rig = Rig::new().await;
+    let xid = rig.begun(&["1"]).await;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    listener.set_nonblocking(true).unwrap();
+    let (router, _health) = server::router(&rig.services);
+    let (stop, stopped) = tokio::sync::oneshot::channel();
+    let (go_on, stays_stopped) = std::sync::mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            tokio::spawn(router.serve_with_incoming(TcpIncoming::from(listener)));
+            let told: Result<(), _> = stopped.await;
+            told.unwrap();
+            stays_stopped.recv().unwrap(); // the one thread stands still
+            std::future::pending::<()>().await;
+        });
+    });
+    let channel = tonic::transport::Endpoint::from_shared(url).unwrap().connect_lazy();
+    let mut client = CoordinatorServiceClient::new(channel);
+    let by = Some(pb::get_transaction_request::By::Xid(xid.clone()));
+    client.get_transaction(pb::GetTransactionRequest { by: by.clone() }).await.unwrap();
+
+    stop.send(()).unwrap();
+    let until = pb::Until::Decided.into();
+    let waits = pb::WaitTransactionRequest { xid: xid.clone(), until, wait: None };
+    let waiting = tokio::spawn({
+        let mut client = client.clone();
+        async move { client.wait_transaction(waits).await }
+    });
+    for _ in 0..200 {
+        let asked = client.get_transaction(pb::GetTransactionRequest { by: by.clone() });
+        tokio::time::timeout(Duration::from_millis(1), asked).await.unwrap_err();
+    }
+    go_on.send(()).unwrap();
+    rig.confirm(&xid, &["1"]).await.unwrap();
+    let answer = waiting.await.unwrap().unwrap().into_inner().transaction.unwrap();
+    assert_eq!(answer.decision(), pb::Decision::Confirm);
 }

@@ -14,7 +14,7 @@ use handfast_proto::{
         BranchAnswer, BranchAnswers, BranchCall, BranchRequest, ToParticipant, serve_branches,
     },
     limits,
-    stream::{AGE, Line},
+    stream::{AGE, Line, Streamed as _},
     v1::{
         self as pb,
         participant_service_server::{ParticipantService, ParticipantServiceServer},
@@ -22,8 +22,9 @@ use handfast_proto::{
 };
 use tokio::{
     sync::{Notify, oneshot},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
+use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::super::network::Network;
@@ -56,6 +57,10 @@ impl ParticipantService for Odd {
     ) -> Result<Response<pb::TryBranchResponse>, Status> {
         match request.into_inner().context.unwrap_or_default().action.as_str() {
             "never" => std::future::pending().await,
+            "slow" => {
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                Ok(Response::new(pb::TryBranchResponse { reply: None }))
+            }
             "panic" => panic!("the action says so"),
             "refuse" => Err(Status::failed_precondition("no")),
             _ => Ok(Response::new(pb::TryBranchResponse { reply: None })),
@@ -243,4 +248,68 @@ async fn an_old_stream_answers_what_it_took_while_a_new_one_takes_further_calls(
         try_it(&line, "fast").await.unwrap();
     }
     assert_eq!(slow.await.unwrap_err().code(), Code::DeadlineExceeded);
+}
+
+/// HTTP/2 ends a connection on which small frames pile up unread.
+#[tokio::test(start_paused = true)]
+async fn many_small_calls_that_wait_do_not_end_the_connection() {
+    let network = Network::default();
+    let _serving = serve(&network, Odd::sound());
+    let line = Line::new(network.connect("odd"));
+    let mut calls = JoinSet::new();
+    for _ in 0..6_000 {
+        let line = line.clone();
+        calls.spawn(async move { with_payload(&line, "never", 0, Duration::from_secs(1)).await });
+        tokio::task::yield_now().await; // each in a frame of its own
+    }
+    while let Some(answer) = calls.join_next().await {
+        let status = answer.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn small_calls_whose_callers_give_up_do_not_end_the_connection() {
+    let network = Network::default();
+    let _serving = serve(&network, Odd::sound());
+    let line = Line::new(network.connect("odd"));
+    let slow = tokio::spawn({
+        let line = line.clone();
+        async move { try_it(&line, "slow").await }
+    });
+    for _ in 0..100 {
+        let mut calls: Vec<_> = (0..100).map(|_| Box::pin(try_it(&line, "never"))).collect();
+        for call in &mut calls {
+            assert!(futures_util::poll!(call).is_pending());
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    slow.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_call_too_many_on_a_stream_is_refused_and_the_others_are_answered() {
+    let network = Network::default();
+    let _serving = serve(&network, Odd::sound());
+    // A caller that does not keep to the limit.
+    let (requests, receiver) = tokio::sync::mpsc::unbounded_channel();
+    let channel = network.connect("odd");
+    let responses = ToParticipant::open(channel, UnboundedReceiverStream::new(receiver));
+    for number in 0..1_030 {
+        let action = if number == 0 { "slow" } else { "never" }.to_owned();
+        let context = Some(pb::BranchContext { action, ..pb::BranchContext::default() });
+        let call = BranchRequest::TryBranch(pb::TryBranchRequest { context, payload: None });
+        let call = BranchCall { call, may_join: false };
+        requests.send(ToParticipant::request(number, 0, call)).unwrap();
+    }
+    let mut responses = responses.await.unwrap();
+    for _ in 0..6 {
+        let (number, answer) = ToParticipant::answer(responses.message().await.unwrap().unwrap());
+        assert!(number >= 1_024);
+        assert_eq!(answer.unwrap_err().code(), Code::ResourceExhausted);
+    }
+    let (number, answer) = ToParticipant::answer(responses.message().await.unwrap().unwrap());
+    answer.unwrap();
+    assert_eq!(number, 0);
 }

@@ -1,4 +1,4 @@
-//! Whether every promise was kept, when all is over: from the participants' own counters, and from what was told.
+//! Checks the promises after a run: by the participants' own counters, and by what callers were told.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,11 +7,11 @@ use handfast_coordinator::transaction::Decision;
 
 use crate::{participant::Effects, world::World};
 
-/// What is not resolved, in words; empty: all is.
+/// What is not resolved, in words. Empty if everything is.
 pub(crate) fn unresolved(world: &World) -> Vec<String> {
     let mut left = Vec::new();
     if world.is_busy() {
-        left.push("somebody still waits for an answer".to_owned());
+        left.push("an initiator still waits for a reply".to_owned());
     }
     for global in world.database.open() {
         left.push(format!("{} is {:?}", global.xid, global.state));
@@ -27,7 +27,7 @@ pub(crate) fn unresolved(world: &World) -> Vec<String> {
     left
 }
 
-/// Checks everything that can be checked at rest.
+/// Checks every promise that can be checked at rest.
 pub(crate) fn audit(world: &World) {
     let by_xid = effects(world);
     branches(world, &by_xid);
@@ -71,7 +71,7 @@ fn effects(world: &World) -> ByXid {
     by_xid
 }
 
-/// All or nothing, as it was decided.
+/// The branches of a transaction are all confirmed or all released, as decided.
 fn branches(world: &World, by_xid: &ByXid) {
     for (xid, branches) in by_xid {
         let confirmed = branches.iter().filter(|(_, effects)| effects.confirmed > 0).count();
@@ -90,7 +90,7 @@ fn branches(world: &World, by_xid: &ByXid) {
                 .chronicle
                 .violation("I6", format!("{xid} is confirmed, and was released: {branches:?}"));
         }
-        // Each branch that is recorded was confirmed, by somebody who counts.
+        // Every recorded branch was confirmed at a participant.
         if let Some(global) = world.database.recorded(*xid)
             && decision == Some(Decision::Confirm)
             && global.branches.len() != confirmed
@@ -132,7 +132,7 @@ fn what_was_told(world: &World, by_xid: &ByXid) {
     }
 }
 
-/// One key, one transaction. (Where what is finished is deleted within the run, a key may be used again.)
+/// One key has one transaction. (Where transactions are deleted within the run, a key may be used again.)
 fn keys(world: &World, by_xid: &ByXid) {
     if world.mix.retention < world.mix.active {
         return;

@@ -1,58 +1,59 @@
-//! What one seed meets. Each seed has a mix of its own: some faults often, some never, in some seeds none at all. If all of them
-//! came all the time, most transactions would be cancelled early, and what needs a quiet moment would never happen.
+//! The settings of one seed. Each seed has its own mix of faults: some often, some never, and a few seeds have none. If all faults came
+//! all the time, most transactions would be cancelled early, and states that need a quiet moment would never be reached.
 
 use std::time::Duration;
 
-/// What a seed decides before it begins.
+/// The settings of one seed.
 #[derive(Debug, Clone)]
 pub(crate) struct Mix {
     pub(crate) coordinators: usize,
     pub(crate) participants: usize,
     pub(crate) initiators: usize,
-    /// Workers on each initiator: each runs one order after another.
+    /// Workers on each initiator. Each places one order after another.
     pub(crate) workers: usize,
     /// How long load and faults last.
     pub(crate) active: Duration,
-    /// The step of the simulation: nothing crosses the network faster.
+    /// The step of the simulation. No message crosses the network faster.
     pub(crate) tick: Duration,
     pub(crate) latency_max: Duration,
-    /// Calls share streams; else each is made by itself.
+    /// Calls share streams; otherwise every call is unary.
     pub(crate) streams: bool,
     pub(crate) retry_initial: Duration,
     pub(crate) retry_max: Duration,
     pub(crate) call_timeout: Duration,
-    /// How long the coordinators keep what is finished.
+    /// How long the coordinators keep finished transactions.
     pub(crate) retention: Duration,
     /// Shortest and longest pause of a worker between two orders.
     pub(crate) pauses: [u64; 2],
-    /// Of a hundred orders, how many end badly by themselves: refused, failed, cancelled, given up.
+    /// How many of a hundred orders are refused, fail, are cancelled or given up without any fault.
     pub(crate) mishaps: u32,
-    /// Of a hundred calls of phase two, how many fail at the participant.
+    /// How many of a hundred calls of phase two fail at the participant.
     pub(crate) phase_two_failures: u32,
-    /// Faults from outside, with the mean time between two of them; empty in quiet seeds.
+    /// Faults that the nemesis injects; empty in quiet seeds.
     pub(crate) faults: Vec<Fault>,
+    /// The mean time between two faults.
     pub(crate) between_faults: Duration,
     pub(crate) store: StoreMix,
 }
 
-/// How the store behaves. Numbers are parts of ten thousand of its calls.
+/// How the store behaves. Frequencies are per ten thousand calls.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct StoreMix {
-    /// Milliseconds of a batch, about.
+    /// About how many milliseconds a batch takes.
     pub(crate) millis: u64,
-    /// MySQL's 1213: chosen as the victim of a deadlock, nothing done.
+    /// MySQL's 1213: the batch was the victim of a deadlock, and nothing was done.
     pub(crate) deadlocks: u32,
-    /// 1205: waited too long for a lock, nothing done.
+    /// MySQL's 1205: the batch waited too long for a lock, and nothing was done.
     pub(crate) lock_waits: u32,
-    /// Done, and the answer is lost.
+    /// The batch was done, and the reply is lost.
     pub(crate) answers_lost: u32,
-    /// The answer is lost first, and it is done some time later.
+    /// The connection breaks, and the batch is done some time later.
     pub(crate) lands_late: u32,
     /// Reads that fail.
     pub(crate) reads_fail: u32,
 }
 
-/// What happens from outside.
+/// A fault that the nemesis injects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     CrashCoordinator,
@@ -60,13 +61,13 @@ pub(crate) enum Fault {
     TakeOver,
     CrashParticipant,
     CrashInitiator,
-    /// A link carries nothing for a while, then everything that was held up.
+    /// A link delivers nothing for a while, and then everything that it held back.
     Hold,
-    /// A link loses everything for a while; connections over it break.
+    /// A link loses every message for a while, and its connections break.
     Partition,
     /// The same in one direction.
     PartitionOneWay,
-    /// A coordinator cannot reach the store, and goes on.
+    /// A coordinator cannot reach the store for a while.
     CutFromStore,
     CrashStore,
     SlowStore,

@@ -1,4 +1,4 @@
-//! What happens to the hosts from outside, and that it ends.
+//! Injects faults into hosts, links, clocks and the store, and ends them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,17 +15,17 @@ use crate::{
 
 /// How far coordinators' clocks may be wrong.
 const COORDINATOR_WRONG_MAX: i64 = 20_000;
-/// Forward by more than it takes until a reservation counts as overdue; and back, by as much as is harmless.
+/// Forward by more than it takes until a reservation is overdue, and later back, by as much as is harmless.
 const OVERDUE_JUMP: [i64; 2] = [61 * 60 * 1000, -60 * 60 * 1000];
 
 pub(crate) struct Nemesis {
     world: Arc<World>,
     rng: fastrand::Rng,
     next_at: Duration,
-    /// What gets well again, and when.
+    /// The faults that are active, by the time when they end.
     heals: BTreeMap<(Duration, u64), Heal>,
     serial: u64,
-    /// Links with something wrong: one thing at a time.
+    /// Links with a fault. A link has one fault at a time.
     ill: BTreeSet<(String, String)>,
 }
 
@@ -52,7 +52,7 @@ impl Nemesis {
         }
     }
 
-    /// Does what is due by now.
+    /// Ends and begins the faults that are due.
     pub(crate) fn step(&mut self, sim: &mut Sim<'_>) {
         let now = sim.elapsed();
         self.bury(sim);
@@ -80,7 +80,7 @@ impl Nemesis {
         self.next_at = Duration::MAX;
     }
 
-    /// Coordinators that have ended by themselves start again after a while.
+    /// Restarts the coordinators that ended by themselves, after a pause.
     fn bury(&mut self, sim: &mut Sim<'_>) {
         for number in self.world.take_exits() {
             sim.crash(coordinator(number));
@@ -185,7 +185,7 @@ impl Nemesis {
         true
     }
 
-    /// Something is wrong with one link.
+    /// Injects a fault into one link.
     fn part(&mut self, sim: &mut Sim<'_>, fault: Fault) -> bool {
         let mix = &self.world.mix;
         let c = coordinator(self.rng.usize(..mix.coordinators));

@@ -1,10 +1,9 @@
 //! The database of the coordinators: one server, in memory, that fails as databases do.
 //!
-//! What it has acknowledged it keeps; that is the one thing that is promised of it. All else may happen: a batch takes its time,
-//! is refused (1213, 1205), is done and its answer is lost, is given up and lands seconds later; a reader is told what was true a
-//! while ago; the server dies, and of the batches under way then some are kept and some are not.
+//! It keeps acknowledged batches, and promises nothing else. A batch may be slow, or fail (1213, 1205), or be done with its reply lost,
+//! or land seconds after its caller has given up. The server may die; of the batches in flight some are kept then and some are lost.
 //!
-//! It runs beside the hosts, not on one of them: what a coordinator has sent takes effect whether or not that coordinator lives.
+//! It runs beside the hosts, not on one of them: a batch takes effect whether or not the coordinator that sent it is alive.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,11 +26,11 @@ use tokio::sync::oneshot;
 
 use crate::{chronicle::Chronicle, mix::StoreMix};
 
-/// How often an owner shows that it is there.
+/// How often an owner sends a heartbeat.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Longest wait of somebody who cannot reach the server: every call has an end.
+/// The longest wait, in milliseconds, of a caller that cannot reach the server. Every call ends.
 const GIVE_UP: u64 = 3000;
-/// How long after its caller has given up a batch may land, at most.
+/// The longest time, in milliseconds, between the end of a call and the moment when its batch lands.
 const LATE: u64 = 8000;
 
 /// The server.
@@ -45,7 +44,7 @@ struct State {
     now: Duration,
     rng: fastrand::Rng,
     mix: StoreMix,
-    /// Batches take so many times longer.
+    /// How many times longer a batch takes than usual.
     slowness: u64,
     jobs: BTreeMap<(Duration, u64), Job>,
     serial: u64,
@@ -58,7 +57,7 @@ struct State {
 }
 
 struct Job {
-    /// Its effect may be lost, or kept, when the server dies.
+    /// When the server dies, its effect may be kept or lost.
     writes: bool,
     run: Box<dyn FnOnce(&Database) + Send>,
 }
@@ -89,7 +88,7 @@ impl Database {
         self.state.lock().expect("nothing panics while it is locked")
     }
 
-    /// Does what is due by now.
+    /// Runs the jobs that are due.
     pub(crate) fn advance(&self, now: Duration) {
         self.state().now = now;
         loop {
@@ -104,7 +103,7 @@ impl Database {
         }
     }
 
-    /// The server dies. Of what is under way some is kept; nobody gets an answer.
+    /// The server dies. Some of the batches in flight are kept. There are no replies.
     pub(crate) fn crash(&self, down_for: Duration) {
         let jobs = std::mem::take(&mut self.state().jobs);
         for job in jobs.into_values() {
@@ -113,7 +112,7 @@ impl Database {
             }
         }
         let mut state = self.state();
-        state.jobs.clear(); // the answers
+        state.jobs.clear(); // the replies
         state.down_until = state.now + down_for;
     }
 
@@ -129,7 +128,7 @@ impl Database {
         self.state().slowness = times;
     }
 
-    /// From now on it fails no more.
+    /// Ends all failures.
     pub(crate) fn behave(&self) {
         let mut state = self.state();
         state.mix = StoreMix { millis: state.mix.millis, ..StoreMix::default() };
@@ -137,12 +136,12 @@ impl Database {
         state.cut.clear();
     }
 
-    /// The decision that is durable.
+    /// The durable decision.
     pub(crate) fn decision(&self, xid: Xid) -> Option<Decision> {
         self.state().decisions.get(&xid).copied()
     }
 
-    /// How many were confirmed, and how many cancelled.
+    /// How many transactions were confirmed, and how many cancelled.
     pub(crate) fn decided(&self) -> (u64, u64) {
         let state = self.state();
         let confirmed = state.decisions.values().filter(|decision| **decision == Decision::Confirm);
@@ -150,19 +149,19 @@ impl Database {
         (confirmed, state.decisions.len() as u64 - confirmed)
     }
 
-    /// What is recorded and not final.
+    /// The recorded transactions that are not final.
     pub(crate) fn open(&self) -> Vec<GlobalTransaction> {
         let filter =
             ListFilter { show: handfast_coordinator::store::Show::Open, name: None, after: None };
         at_once(self.tables.list(&filter, usize::MAX)).expect("memory answers")
     }
 
-    /// What is recorded of one.
+    /// The record of a transaction.
     pub(crate) fn recorded(&self, xid: Xid) -> Option<GlobalTransaction> {
         self.tables.get(xid)
     }
 
-    /// Appends, and looks whether a decision has changed.
+    /// Appends the batch, and checks that no decision has changed.
     fn append(&self, batch: &Batch) -> Result<Appended, Error> {
         let appended = at_once(self.tables.append(batch));
         match &appended {
@@ -173,7 +172,7 @@ impl Database {
             }
             Ok(Appended::Damaged(_)) => {} // see `Client::append`
             Ok(Appended::Fenced(_)) => self.chronicle.count("store: batch of a replaced owner"),
-            Err(_) => {} // one that lands late may not follow any more; else its owner hears it
+            Err(_) => {} // a batch that lands late may not fit any more; otherwise its owner gets the error
         }
         appended
     }
@@ -196,7 +195,7 @@ impl Database {
         }
     }
 
-    /// A call that arrives now, from this coordinator.
+    /// A call from this coordinator arrives now.
     fn call<T: Send + 'static>(
         &self,
         coordinator: usize,
@@ -233,7 +232,7 @@ impl Database {
                 state.fail(takes, reply, "the connection broke");
                 return answer;
             }
-            // Read now or a while later, and told later still.
+            // The read happens after a while, and its reply takes a while too.
             let answer_takes = state.rng.u64(0..=takes);
             state.push(takes, false, move |database| {
                 let found = work(database);
@@ -301,7 +300,7 @@ fn at_once<T>(future: impl Future<Output = T>) -> T {
     future.now_or_never().expect("memory answers at once")
 }
 
-/// The way of one coordinator to the server.
+/// The connections of one coordinator to the server.
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) database: Arc<Database>,

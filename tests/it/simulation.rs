@@ -48,12 +48,14 @@ fn no_promise_is_broken_in_a_few_seeds() {
 
 /// A first seed and a number of seeds that find each bug quickly.
 #[cfg(feature = "planted-bugs")]
-const FOUND: [(&str, &str, &str); 5] = [
+const FOUND: [(&str, &str, &str); 7] = [
     ("decide-before-durable", "0", "30"),
     ("skip-epoch-check", "1", "30"),
     ("forget-trying", "1", "30"),
     ("drop-empty-rollback", "3", "30"),
     ("unknown-is-refused", "5", "30"),
+    ("believe-old-read", "2", "30"),
+    ("forget-loss", "30", "30"),
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -14,12 +14,16 @@ pub(crate) fn unresolved(world: &World) -> Vec<String> {
         left.push("an initiator still waits for a reply".to_owned());
     }
     for global in world.database.open() {
+        if world.database.is_lost(global.xid) {
+            continue;
+        }
         left.push(format!("{} is {:?}", global.xid, global.state));
     }
     for account in &world.accounts {
         let books = account.books();
         for ((xid, branch), effects) in &books.effects {
-            if effects.reserved > effects.confirmed + effects.released {
+            let lost = world.database.is_lost(*xid);
+            if effects.reserved > effects.confirmed + effects.released && !lost {
                 left.push(format!("{xid} {branch} is reserved at {}", account.name));
             }
         }
@@ -35,7 +39,8 @@ pub(crate) fn audit(world: &World) {
     keys(world, &by_xid);
     for account in &world.accounts {
         let books = account.books();
-        if !books.is_conserved() || books.held != 0 {
+        let settled = books.held == 0 || world.database.has_lost();
+        if !books.is_conserved() || !settled {
             world.chronicle.violation(
                 "I10",
                 format!(
@@ -55,7 +60,8 @@ fn effects(world: &World) -> ByXid {
         for ((xid, branch), effects) in &account.books().effects {
             let place = format!("{branch} at {}", account.name);
             by_xid.entry(*xid).or_default().push((place, *effects));
-            if effects.reserved != effects.confirmed + effects.released {
+            let lost = world.database.is_lost(*xid);
+            if effects.reserved != effects.confirmed + effects.released && !lost {
                 world
                     .chronicle
                     .violation("I5", format!("{xid} {branch} at {}: {effects:?}", account.name));
@@ -93,6 +99,7 @@ fn branches(world: &World, by_xid: &ByXid) {
         // Every recorded branch was confirmed at a participant.
         if let Some(global) = world.database.recorded(*xid)
             && decision == Some(Decision::Confirm)
+            && !world.database.is_lost(*xid)
             && global.branches.len() != confirmed
         {
             let text = format!(
@@ -132,7 +139,7 @@ fn what_was_told(world: &World, by_xid: &ByXid) {
     }
 }
 
-/// One key has one transaction. (Where transactions are deleted within the run, a key may be used again.)
+/// One key has one transaction. (Where transactions are deleted within the run or were lost, a key may be used again.)
 fn keys(world: &World, by_xid: &ByXid) {
     if world.mix.retention < world.mix.active {
         return;
@@ -145,7 +152,8 @@ fn keys(world: &World, by_xid: &ByXid) {
     }
     let keyed = world.keyed();
     for (order, xids) in of_order.into_iter().filter(|(order, _)| keyed.contains(order)) {
-        if xids.len() > 1 {
+        let lost = xids.iter().any(|xid| world.database.is_lost(*xid));
+        if xids.len() > 1 && !lost {
             world.chronicle.violation("I3", format!("order {order} with one key is {xids:?}"));
         }
     }

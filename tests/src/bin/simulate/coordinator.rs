@@ -35,8 +35,7 @@ pub(crate) async fn run(number: usize, world: Arc<World>) -> turmoil::Result {
 }
 
 async fn serve(number: usize, world: &Arc<World>) -> String {
-    let store: Arc<dyn Store> =
-        Arc::new(Client { database: world.database.clone(), coordinator: number });
+    let store: Arc<dyn Store> = Arc::new(Client::new(world.database.clone(), number));
     let seat = &world.coordinators[number];
     if !seat.take_over.swap(false, Ordering::Relaxed) {
         standby::until_free(&*store).await;

@@ -51,6 +51,10 @@ pub(crate) struct StoreMix {
     pub(crate) lands_late: u32,
     /// Reads that fail.
     pub(crate) reads_fail: u32,
+    /// Reads that a replica answers.
+    pub(crate) reads_of_replica: u32,
+    /// How many milliseconds the replica lags, at most; 0: there is none.
+    pub(crate) replica_lag: u64,
 }
 
 /// A fault that the nemesis injects.
@@ -71,13 +75,16 @@ pub(crate) enum Fault {
     CutFromStore,
     CrashStore,
     SlowStore,
+    /// A replica takes the place of the store's server, and lacks its last changes.
+    FailOver,
     JumpCoordinatorClock,
     JumpParticipantClock,
     Slow,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 14] = [
+    /// All but `FailOver`, which `Mix::of` gives to some seeds.
+    const ORDINARY: [Self; 14] = [
         Self::CrashCoordinator,
         Self::StopCoordinator,
         Self::TakeOver,
@@ -107,6 +114,7 @@ impl Fault {
             Self::CutFromStore => "coordinator cut from store",
             Self::CrashStore => "store killed",
             Self::SlowStore => "store slow",
+            Self::FailOver => "store failed over",
             Self::JumpCoordinatorClock => "coordinator's clock jumped",
             Self::JumpParticipantClock => "participant's clock jumped",
             Self::Slow => "network slow",
@@ -120,8 +128,8 @@ impl Mix {
         let rng = &mut rng;
         let quiet = rng.u32(..10) == 0;
         let often = rng.u32(1..4);
-        let faults = Fault::ALL.into_iter().filter(|_| rng.u32(..4) < often);
-        let faults: Vec<_> = if quiet { Vec::new() } else { faults.collect() };
+        let faults = Fault::ORDINARY.into_iter().filter(|_| rng.u32(..4) < often);
+        let mut faults: Vec<_> = if quiet { Vec::new() } else { faults.collect() };
         let store = StoreMix { millis: pick(rng, &[0, 3, 10, 40, 150]), ..StoreMix::default() };
         let store = if quiet {
             store
@@ -135,6 +143,20 @@ impl Mix {
                 ..store
             }
         };
+        // These have numbers of their own, so that the seeds are otherwise what they were before.
+        let replica = &mut fastrand::Rng::with_seed(seed ^ 0x7265_706c);
+        let store = if quiet {
+            store
+        } else {
+            StoreMix {
+                reads_of_replica: pick(replica, &[0, 0, 1000, 5000]),
+                replica_lag: pick(replica, &[200, 2000, 10_000]),
+                ..store
+            }
+        };
+        if !quiet && replica.u32(..4) == 0 {
+            faults.push(Fault::FailOver);
+        }
         Self {
             coordinators: pick(rng, &[1, 2, 2]),
             participants: rng.usize(2..=3),

@@ -13,8 +13,8 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-pub use schema::{SchemaError, migrate, pending};
-pub use server::{OpenError, options};
+pub use schema::{migrate, pending};
+pub use server::{OpenError, SchemaError, options};
 
 use std::time::Duration;
 

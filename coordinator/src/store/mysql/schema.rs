@@ -3,7 +3,10 @@
 
 use sqlx::{AssertSqlSafe, Connection as _};
 
-use super::{Connection, OpenError, server};
+use super::{
+    Connection,
+    server::{self, OpenError, SchemaError},
+};
 
 /// Each step from one version to the next, oldest first; never changed once it was released. A step that was killed half way is run
 /// again, so it must be repeatable: it makes only what is not there yet.
@@ -20,42 +23,14 @@ const VERSIONS: &str = "CREATE TABLE IF NOT EXISTS handfast_schema (
     program    VARCHAR(64) NOT NULL COMMENT 'which version of the program has done it'
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin COMMENT = 'steps of handfast migrate'";
 
-/// The tables are not what this program needs.
-#[derive(Debug, thiserror::Error)]
-pub enum SchemaError {
-    /// There are none, or older ones.
-    #[error(
-        "the store has {}, and this program needs version {VERSION}: run `handfast migrate --store URL` first \
-         (with --dry-run it only prints what it would do)",
-        match found { 0 => "no tables yet".to_owned(), version => format!("schema version {version}") }
-    )]
-    Older {
-        /// What is there; 0: nothing.
-        found: usize,
-    },
-    /// Somebody else is making them.
-    #[error(
-        "another `handfast migrate` has been at work on this store for {MIGRATION_WAIT_SECONDS} seconds; run this again when it is done"
-    )]
-    Busy,
-    /// A newer program was here.
-    #[error(
-        "the store has schema version {found}, and this program knows versions up to {VERSION}; a newer Handfast has been here: use that one"
-    )]
-    Newer {
-        /// What is there.
-        found: usize,
-    },
-}
-
 /// Passes if the tables are of this program's version.
 pub(super) async fn check(connection: &mut Connection) -> Result<(), OpenError> {
     let found = found(connection).await?;
     if found > VERSION {
-        return Err(SchemaError::Newer { found }.into());
+        return Err(SchemaError::Newer { found, known: VERSION }.into());
     }
     if found < VERSION {
-        return Err(SchemaError::Older { found }.into());
+        return Err(SchemaError::Older { found, needed: VERSION }.into());
     }
     Ok(())
 }
@@ -86,7 +61,7 @@ pub async fn pending(url: &str) -> Result<Vec<&'static str>, OpenError> {
     let found = found(&mut connection).await?;
     drop(connection.close().await);
     if found > VERSION {
-        return Err(SchemaError::Newer { found }.into());
+        return Err(SchemaError::Newer { found, known: VERSION }.into());
     }
     Ok(MIGRATIONS[found..].to_vec())
 }
@@ -111,11 +86,11 @@ pub(super) async fn migrate_to(url: &str, version: usize) -> Result<(usize, usiz
     .fetch_one(&mut connection)
     .await?;
     if locked != Some(1) {
-        return Err(SchemaError::Busy.into());
+        return Err(SchemaError::Busy { waited_seconds: MIGRATION_WAIT_SECONDS }.into());
     }
     let from = found(&mut connection).await?;
     if from > VERSION {
-        return Err(SchemaError::Newer { found: from }.into());
+        return Err(SchemaError::Newer { found: from, known: VERSION }.into());
     }
     sqlx::raw_sql(VERSIONS).execute(&mut connection).await?;
     for (n, sql) in MIGRATIONS.iter().enumerate().take(version).skip(from) {

@@ -7,7 +7,7 @@ use sqlx::{
 };
 use tracing::warn;
 
-use super::{Connection, SchemaError};
+use super::Connection;
 use crate::store::sql::CALL_TIMEOUT;
 
 /// Bytes that `max_allowed_packet` must have. A batch stays below a quarter of it.
@@ -38,6 +38,41 @@ pub enum OpenError {
     /// It refuses to say.
     #[error("cannot ask the store's server how it is set up: {0}")]
     Ask(#[from] sqlx::Error),
+}
+
+/// The tables are not what this program needs.
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaError {
+    /// There are none, or older ones.
+    #[error(
+        "the store has {}, and this program needs version {needed}: run `handfast migrate --store URL` first \
+         (with --dry-run it only prints what it would do)",
+        match found { 0 => "no tables yet".to_owned(), version => format!("schema version {version}") }
+    )]
+    Older {
+        /// What is there; 0: nothing.
+        found: usize,
+        /// What this program needs.
+        needed: usize,
+    },
+    /// Somebody else is making them.
+    #[error(
+        "another `handfast migrate` has been at work on this store for {waited_seconds} seconds; run this again when it is done"
+    )]
+    Busy {
+        /// How long this one has waited.
+        waited_seconds: u32,
+    },
+    /// A newer program was here.
+    #[error(
+        "the store has schema version {found}, and this program knows versions up to {known}; a newer Handfast has been here: use that one"
+    )]
+    Newer {
+        /// What is there.
+        found: usize,
+        /// The newest version that this program knows.
+        known: usize,
+    },
 }
 
 /// Reads a store's URL.

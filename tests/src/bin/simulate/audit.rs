@@ -1,4 +1,4 @@
-//! Checks the promises after a run: by the participants' own counters, and by what callers were told.
+//! Whether every promise was kept, when all is over: from the participants' own counters, and from what was told.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,23 +7,19 @@ use handfast_coordinator::transaction::Decision;
 
 use crate::{participant::Effects, world::World};
 
-/// What is not resolved, in words. Empty if everything is.
+/// What is not resolved, in words; empty: all is.
 pub(crate) fn unresolved(world: &World) -> Vec<String> {
     let mut left = Vec::new();
     if world.is_busy() {
-        left.push("an initiator still waits for a reply".to_owned());
+        left.push("somebody still waits for an answer".to_owned());
     }
     for global in world.database.open() {
-        if world.database.is_lost(global.xid) {
-            continue;
-        }
         left.push(format!("{} is {:?}", global.xid, global.state));
     }
     for account in &world.accounts {
         let books = account.books();
         for ((xid, branch), effects) in &books.effects {
-            let lost = world.database.is_lost(*xid);
-            if effects.reserved > effects.confirmed + effects.released && !lost {
+            if effects.reserved > effects.confirmed + effects.released {
                 left.push(format!("{xid} {branch} is reserved at {}", account.name));
             }
         }
@@ -31,7 +27,7 @@ pub(crate) fn unresolved(world: &World) -> Vec<String> {
     left
 }
 
-/// Checks every promise that can be checked at rest.
+/// Checks everything that can be checked at rest.
 pub(crate) fn audit(world: &World) {
     let by_xid = effects(world);
     branches(world, &by_xid);
@@ -39,8 +35,7 @@ pub(crate) fn audit(world: &World) {
     keys(world, &by_xid);
     for account in &world.accounts {
         let books = account.books();
-        let settled = books.held == 0 || world.database.has_lost();
-        if !books.is_conserved() || !settled {
+        if !books.is_conserved() || books.held != 0 {
             world.chronicle.violation(
                 "I10",
                 format!(
@@ -60,8 +55,7 @@ fn effects(world: &World) -> ByXid {
         for ((xid, branch), effects) in &account.books().effects {
             let place = format!("{branch} at {}", account.name);
             by_xid.entry(*xid).or_default().push((place, *effects));
-            let lost = world.database.is_lost(*xid);
-            if effects.reserved != effects.confirmed + effects.released && !lost {
+            if effects.reserved != effects.confirmed + effects.released {
                 world
                     .chronicle
                     .violation("I5", format!("{xid} {branch} at {}: {effects:?}", account.name));
@@ -77,7 +71,7 @@ fn effects(world: &World) -> ByXid {
     by_xid
 }
 
-/// The branches of a transaction are all confirmed or all released, as decided.
+/// All or nothing, as it was decided.
 fn branches(world: &World, by_xid: &ByXid) {
     for (xid, branches) in by_xid {
         let confirmed = branches.iter().filter(|(_, effects)| effects.confirmed > 0).count();
@@ -96,10 +90,9 @@ fn branches(world: &World, by_xid: &ByXid) {
                 .chronicle
                 .violation("I6", format!("{xid} is confirmed, and was released: {branches:?}"));
         }
-        // Every recorded branch was confirmed at a participant.
+        // Each branch that is recorded was confirmed, by somebody who counts.
         if let Some(global) = world.database.recorded(*xid)
             && decision == Some(Decision::Confirm)
-            && !world.database.is_lost(*xid)
             && global.branches.len() != confirmed
         {
             let text = format!(
@@ -139,7 +132,7 @@ fn what_was_told(world: &World, by_xid: &ByXid) {
     }
 }
 
-/// One key has one transaction. (Where transactions are deleted within the run or were lost, a key may be used again.)
+/// One key, one transaction. (Where what is finished is deleted within the run, a key may be used again.)
 fn keys(world: &World, by_xid: &ByXid) {
     if world.mix.retention < world.mix.active {
         return;
@@ -152,8 +145,7 @@ fn keys(world: &World, by_xid: &ByXid) {
     }
     let keyed = world.keyed();
     for (order, xids) in of_order.into_iter().filter(|(order, _)| keyed.contains(order)) {
-        let lost = xids.iter().any(|xid| world.database.is_lost(*xid));
-        if xids.len() > 1 && !lost {
+        if xids.len() > 1 {
             world.chronicle.violation("I3", format!("order {order} with one key is {xids:?}"));
         }
     }

@@ -1,4 +1,5 @@
-//! What happened in one simulation: a trace that is the same whenever the seed runs, counts for people, and every broken promise.
+//! What happened in one simulation: a trace that must be the same whenever its seed is run, counts for people, and every promise
+//! that was broken.
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// How many violations of a seed are kept. The first ones are enough.
+/// Of one seed, so many are kept: the first ones say it.
 const VIOLATIONS_MAX: usize = 20;
 
 /// A promise that was broken.
@@ -23,17 +24,18 @@ pub(crate) struct Violation {
     pub(crate) what: String,
 }
 
+/// See the module's comment.
 #[derive(Default)]
 pub(crate) struct Chronicle {
     inner: Mutex<Inner>,
-    /// Whether the trace is printed.
+    /// Every line of the trace is printed.
     loud: bool,
 }
 
 #[derive(Default)]
 struct Inner {
     now: Duration,
-    /// It has no random key, so it is the same in every process.
+    /// Keyless, so the same in every process.
     hash: DefaultHasher,
     counts: BTreeMap<String, u64>,
     violations: Vec<Violation>,
@@ -48,13 +50,13 @@ impl Chronicle {
         self.inner.lock().expect("nothing panics while it is locked")
     }
 
-    /// Sets the simulated time.
+    /// The simulation has come so far.
     pub(crate) fn now(&self, now: Duration) {
         self.inner().now = now;
     }
 
-    /// Adds a line to the trace.
-    #[expect(clippy::print_stdout, reason = "a person who replays a seed reads it")]
+    /// A line of the trace.
+    #[expect(clippy::print_stdout, reason = "for whoever replays a seed")]
     pub(crate) fn note(&self, what: fmt::Arguments<'_>) {
         let mut inner = self.inner();
         let line = format!("{:>9.3} {what}", inner.now.as_secs_f64());
@@ -83,7 +85,7 @@ impl Chronicle {
         !self.inner().violations.is_empty()
     }
 
-    /// Returns the counts, the violations, and the hash of the trace.
+    /// The counts, the violations, and the hash of the trace.
     pub(crate) fn close(&self) -> (BTreeMap<String, u64>, Vec<Violation>, String) {
         let inner = self.inner();
         let hash = format!("{:016x}", inner.hash.finish());

@@ -1,4 +1,4 @@
-//! The load: orders over several participants, in every way that the SDK offers, with and without keys and mishaps.
+//! The load: orders over several participants, in every way that the SDK offers, with and without keys, that go well or do not.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     world::{self, World},
 };
 
-/// An order. It is the same whenever it is repeated.
+/// What an order is like: the same whenever it is repeated.
 #[derive(Debug, Clone)]
 struct Plan {
     order: u64,
@@ -34,15 +34,15 @@ struct Plan {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Drive {
-    /// The Try calls run in parallel.
+    /// Trys side by side.
     Parallel,
-    /// The Try calls run one after another.
+    /// One after another.
     InTurn,
-    /// The last branch is registered by a nested service.
+    /// The last one through a service that takes part by itself.
     Nested,
-    /// Begin, the Try calls and Confirm are separate calls of the SDK.
+    /// Begun, tried and confirmed by three different calls.
     ByHand,
-    /// The coordinator makes the Try calls.
+    /// By the coordinator.
     Execute,
     ExecuteInOrder,
 }
@@ -52,7 +52,7 @@ enum End {
     Well,
     /// The closure fails after its calls.
     WorkFails,
-    /// The initiator gives up after this time.
+    /// The initiator loses interest after so long.
     GivenUp(Duration),
 }
 
@@ -102,7 +102,7 @@ impl Plan {
     }
 }
 
-/// The clients of a worker.
+/// What a worker has.
 #[derive(Clone)]
 struct Tools {
     world: Arc<World>,
@@ -159,7 +159,7 @@ async fn worker(tools: Tools, mut rng: fastrand::Rng, _work: world::Work) {
 }
 
 impl Tools {
-    /// Runs an order and notes the outcome that it is told.
+    /// Runs an order, and notes what is told of it.
     async fn place(&self, order: u64, rng: &mut fastrand::Rng) {
         let plan = Plan::of(order, &self.world);
         if plan.keyed {
@@ -243,7 +243,9 @@ impl Tools {
                     .run(async |global| {
                         self.calls(plan, global).await?;
                         match plan.end {
-                            End::WorkFails => Err(WorkError::from("the closure fails on purpose")),
+                            End::WorkFails => {
+                                Err(WorkError::from("it does not please us any more"))
+                            }
                             End::Well | End::GivenUp(_) => Ok(()),
                         }
                     })
@@ -291,7 +293,7 @@ impl Tools {
         if let Ok(xid) = open.xid().await {
             self.world.knows(xid);
         }
-        // A call that fails cancels the transaction, whatever is asked for afterwards.
+        // A call that fails cancels it all, whatever is asked for then.
         drop(self.calls(plan, &open).await);
         let done = open.confirm().await?;
         Ok((done.xid, done.completed))

@@ -1,4 +1,5 @@
-//! The participants: accounts with reservations, and counters of every effect. The audit trusts these counters and nothing else.
+//! The participants: accounts that are reserved from, with counters of every effect. The audit believes these counters and
+//! nothing else.
 
 use std::{
     collections::BTreeMap,
@@ -22,12 +23,12 @@ use tonic::{Request, Response, Status};
 
 use crate::{clock::Wall, network::url, world::World};
 
-/// The amount in each account at the start. A run cannot use it up.
+/// What is in each account at the start: more than a run can use.
 const FUNDS: i64 = 1_000_000;
-/// How often a participant inquires about overdue reservations and cleans up its fence.
+/// How often a participant asks about reservations that nobody comes for, and clears its fence.
 const INQUIRY: Duration = Duration::from_secs(3);
 
-/// The action that reserves an amount.
+/// Reserves an amount.
 pub(crate) struct Reserve;
 
 impl Contract for Reserve {
@@ -38,13 +39,13 @@ impl Contract for Reserve {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Wish {
-    /// The order that it is for.
+    /// Which order it is for.
     pub(crate) order: u64,
     pub(crate) amount: i64,
     pub(crate) how: How,
 }
 
-/// The result of Try.
+/// What Try does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum How {
     Well,
@@ -52,7 +53,7 @@ pub(crate) enum How {
     Fail,
 }
 
-/// The effects of one branch. Each must happen at most once, and never both Confirm and Cancel.
+/// What was done for one branch: each at most once, and never both of the last two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Effects {
     pub(crate) order: u64,
@@ -98,14 +99,14 @@ impl Books {
     }
 }
 
-/// The action on an account.
+/// The action, on an account.
 pub(crate) struct Reserving {
     account: Arc<Account>,
     world: Arc<World>,
 }
 
 impl Reserving {
-    /// Counts an effect on a branch and checks the counts.
+    /// An effect on a branch.
     fn change(&self, branch: &Branch, wish: &Wish, change: impl FnOnce(&mut Effects)) {
         let mut books = self.account.books();
         let effects = books.effects.entry((branch.xid, branch.branch_id.clone())).or_default();
@@ -130,7 +131,7 @@ impl Reserving {
         self.world.chronicle.violation(invariant, text);
     }
 
-    /// Makes some calls of phase two fail.
+    /// Now and then phase two does not succeed.
     fn stumble(&self) -> Result<(), Failed> {
         let failures = self.world.failures_of_phase_two();
         match self.account.books().rng.u32(..100) < failures {
@@ -177,7 +178,7 @@ impl MemoryAction for Reserving {
     }
 }
 
-/// An ordinary service beside the account. It registers a branch in the transaction of its caller.
+/// An ordinary service beside the account: it takes part in whatever transaction its calls come with.
 struct Nested {
     handfast: Handfast,
     here: Remote,

@@ -1,11 +1,10 @@
 //! The database of the coordinators: one server, in memory, that fails as databases do.
 //!
-//! It keeps acknowledged batches, and promises nothing else. A batch may be slow, or fail (1213, 1205), or be done with its reply lost,
-//! or land seconds after its caller has given up. The server may die; of the batches in flight some are kept then and some are lost.
+//! What it has acknowledged it keeps; that is the one thing that is promised of it. All else may happen: a batch takes its time,
+//! is refused (1213, 1205), is done and its answer is lost, is given up and lands seconds later; a reader is told what was true a
+//! while ago; the server dies, and of the batches under way then some are kept and some are not.
 //!
-//! It runs beside the hosts, not on one of them: a batch takes effect whether or not the coordinator that sent it is alive.
-
-mod replica;
+//! It runs beside the hosts, not on one of them: what a coordinator has sent takes effect whether or not that coordinator lives.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,19 +25,18 @@ use handfast_coordinator::{
 use handfast_proto::Xid;
 use tokio::sync::oneshot;
 
-use self::replica::{Failovers, Replica};
 use crate::{chronicle::Chronicle, mix::StoreMix};
 
-/// How often an owner sends a heartbeat.
+/// How often an owner shows that it is there.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// The longest wait, in milliseconds, of a caller that cannot reach the server. Every call ends.
+/// Longest wait of somebody who cannot reach the server: every call has an end.
 const GIVE_UP: u64 = 3000;
-/// The longest time, in milliseconds, between the end of a call and the moment when its batch lands.
+/// How long after its caller has given up a batch may land, at most.
 const LATE: u64 = 8000;
 
 /// The server.
 pub(crate) struct Database {
-    tables: Mutex<Arc<MemoryStore>>,
+    tables: MemoryStore,
     chronicle: Arc<Chronicle>,
     state: Mutex<State>,
 }
@@ -47,7 +45,7 @@ struct State {
     now: Duration,
     rng: fastrand::Rng,
     mix: StoreMix,
-    /// How many times longer a batch takes than usual.
+    /// Batches take so many times longer.
     slowness: u64,
     jobs: BTreeMap<(Duration, u64), Job>,
     serial: u64,
@@ -55,15 +53,12 @@ struct State {
     down_until: Duration,
     /// Coordinators that cannot reach it.
     cut: BTreeSet<usize>,
-    /// A server that answers some of the reads, and lags.
-    replica: Option<Replica>,
-    failovers: Failovers,
     /// Every decision that was ever durable.
     decisions: BTreeMap<Xid, Decision>,
 }
 
 struct Job {
-    /// When the server dies, its effect may be kept or lost.
+    /// Its effect may be lost, or kept, when the server dies.
     writes: bool,
     run: Box<dyn FnOnce(&Database) + Send>,
 }
@@ -85,29 +80,18 @@ impl Database {
             serial: 0,
             down_until: Duration::ZERO,
             cut: BTreeSet::new(),
-            replica: None,
-            failovers: Failovers::default(),
             decisions: BTreeMap::new(),
         };
-        Arc::new(Self { tables: Mutex::default(), chronicle, state: Mutex::new(state) })
-    }
-
-    fn tables(&self) -> Arc<MemoryStore> {
-        self.tables.lock().expect("nothing panics while it is locked").clone()
-    }
-
-    fn set_tables(&self, tables: Arc<MemoryStore>) {
-        *self.tables.lock().expect("nothing panics while it is locked") = tables;
+        Arc::new(Self { tables: MemoryStore::default(), chronicle, state: Mutex::new(state) })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nothing panics while it is locked")
     }
 
-    /// Runs the jobs that are due.
+    /// Does what is due by now.
     pub(crate) fn advance(&self, now: Duration) {
         self.state().now = now;
-        self.replicate();
         loop {
             let job = {
                 let mut state = self.state();
@@ -120,7 +104,7 @@ impl Database {
         }
     }
 
-    /// The server dies. Some of the batches in flight are kept. There are no replies.
+    /// The server dies. Of what is under way some is kept; nobody gets an answer.
     pub(crate) fn crash(&self, down_for: Duration) {
         let jobs = std::mem::take(&mut self.state().jobs);
         for job in jobs.into_values() {
@@ -129,7 +113,7 @@ impl Database {
             }
         }
         let mut state = self.state();
-        state.jobs.clear(); // the replies
+        state.jobs.clear(); // the answers
         state.down_until = state.now + down_for;
     }
 
@@ -145,21 +129,20 @@ impl Database {
         self.state().slowness = times;
     }
 
-    /// Ends all failures.
+    /// From now on it fails no more.
     pub(crate) fn behave(&self) {
         let mut state = self.state();
         state.mix = StoreMix { millis: state.mix.millis, ..StoreMix::default() };
         (state.slowness, state.down_until) = (1, Duration::ZERO);
-        state.replica = None;
         state.cut.clear();
     }
 
-    /// The durable decision.
+    /// The decision that is durable.
     pub(crate) fn decision(&self, xid: Xid) -> Option<Decision> {
         self.state().decisions.get(&xid).copied()
     }
 
-    /// How many transactions were confirmed, and how many cancelled.
+    /// How many were confirmed, and how many cancelled.
     pub(crate) fn decided(&self) -> (u64, u64) {
         let state = self.state();
         let confirmed = state.decisions.values().filter(|decision| **decision == Decision::Confirm);
@@ -167,21 +150,21 @@ impl Database {
         (confirmed, state.decisions.len() as u64 - confirmed)
     }
 
-    /// The recorded transactions that are not final.
+    /// What is recorded and not final.
     pub(crate) fn open(&self) -> Vec<GlobalTransaction> {
         let filter =
             ListFilter { show: handfast_coordinator::store::Show::Open, name: None, after: None };
-        at_once(self.tables().list(&filter, usize::MAX)).expect("memory answers")
+        at_once(self.tables.list(&filter, usize::MAX)).expect("memory answers")
     }
 
-    /// The record of a transaction.
+    /// What is recorded of one.
     pub(crate) fn recorded(&self, xid: Xid) -> Option<GlobalTransaction> {
-        self.tables().get(xid)
+        self.tables.get(xid)
     }
 
-    /// Appends the batch, and checks that no decision has changed.
+    /// Appends, and looks whether a decision has changed.
     fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        let appended = at_once(self.tables().append(batch));
+        let appended = at_once(self.tables.append(batch));
         match &appended {
             Ok(Appended::Durable) => {
                 for write in &batch.writes {
@@ -190,7 +173,7 @@ impl Database {
             }
             Ok(Appended::Damaged(_)) => {} // see `Client::append`
             Ok(Appended::Fenced(_)) => self.chronicle.count("store: batch of a replaced owner"),
-            Err(_) => {} // a batch that lands late may not fit any more; otherwise its owner gets the error
+            Err(_) => {} // one that lands late may not follow any more; else its owner hears it
         }
         appended
     }
@@ -213,7 +196,7 @@ impl Database {
         }
     }
 
-    /// A call from this coordinator arrives now.
+    /// A call that arrives now, from this coordinator.
     fn call<T: Send + 'static>(
         &self,
         coordinator: usize,
@@ -250,7 +233,7 @@ impl Database {
                 state.fail(takes, reply, "the connection broke");
                 return answer;
             }
-            // The read happens after a while, and its reply takes a while too.
+            // Read now or a while later, and told later still.
             let answer_takes = state.rng.u64(0..=takes);
             state.push(takes, false, move |database| {
                 let found = work(database);
@@ -318,44 +301,14 @@ fn at_once<T>(future: impl Future<Output = T>) -> T {
     future.now_or_never().expect("memory answers at once")
 }
 
-/// The connections of one coordinator to the server.
+/// The way of one coordinator to the server.
 #[derive(Debug)]
 pub(crate) struct Client {
-    database: Arc<Database>,
-    coordinator: usize,
-    /// Of the process that uses it.
-    process: u64,
+    pub(crate) database: Arc<Database>,
+    pub(crate) coordinator: usize,
 }
 
 impl Client {
-    pub(crate) fn new(database: Arc<Database>, coordinator: usize) -> Self {
-        let process = database.begins();
-        Self { database, coordinator, process }
-    }
-
-    /// Reads on the replica or on the server. A read that is too old is made again on the server, as the real stores do.
-    async fn read<T: Send + 'static>(
-        &self,
-        work: impl Fn(&MemoryStore) -> Result<T, Error> + Clone + Send + 'static,
-    ) -> Result<T, Error> {
-        if let Some(replica) = self.database.reader() {
-            let work = work.clone();
-            let found = self.call(Kind::Read, move |_| work(&replica)).await;
-            if !matches!(found, Err(Error::Old(_) | Error::Replaced(_))) {
-                return found;
-            }
-            self.database.chronicle.count("store: read too old");
-        }
-        self.call(Kind::Read, move |database| work(&database.tables())).await
-    }
-
-    async fn write<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Database) -> Result<T, Error> + Send + 'static,
-    ) -> Result<T, Error> {
-        self.call(Kind::Write, work).await
-    }
-
     async fn call<T: Send + 'static>(
         &self,
         kind: Kind,
@@ -363,12 +316,6 @@ impl Client {
     ) -> Result<T, Error> {
         let answer = self.database.call(self.coordinator, kind, work);
         answer.await.unwrap_or_else(|_| Err(Error::unavailable("the server is gone")))
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        self.database.ends(self.process);
     }
 }
 
@@ -383,7 +330,7 @@ impl Store for Client {
     }
 
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
-        self.call(Kind::Read, |database| at_once(database.tables().seats())).await
+        self.call(Kind::Read, |database| at_once(database.tables.seats())).await
     }
 
     async fn acquire(
@@ -392,29 +339,17 @@ impl Store for Client {
         owner: &str,
         now: Timestamp,
     ) -> Result<Vec<Ownership>, Error> {
-        let (partitions, owner, process) = (partitions.to_vec(), owner.to_owned(), self.process);
-        self.database.takes_over(process);
-        let acquire = move |database: &Database| {
-            let acquired = at_once(database.tables().acquire(&partitions, &owner, now));
-            database.owns(process, &partitions);
-            acquired
-        };
-        let acquired = self.write(acquire).await;
-        if acquired.is_ok() {
-            self.database.has_taken_over(process);
-        }
-        acquired
+        let (partitions, owner) = (partitions.to_vec(), owner.to_owned());
+        let acquire =
+            move |database: &Database| at_once(database.tables.acquire(&partitions, &owner, now));
+        self.call(Kind::Write, acquire).await
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
         let batch = batch.clone();
-        let appended = self.write(move |database| database.append(&batch)).await;
+        let appended = self.call(Kind::Write, move |database| database.append(&batch)).await;
         let wrong = match &appended {
             Err(Error::Corrupt(what)) => Some(what.clone()),
-            Ok(Appended::Damaged(_)) if self.database.has_lost() => {
-                self.database.chronicle.count("store: loss noticed");
-                None
-            }
             Ok(Appended::Damaged(damaged)) => Some(format!("{damaged:?}")),
             Ok(Appended::Durable | Appended::Fenced(_))
             | Err(Error::Unavailable(_) | Error::Old(_) | Error::Replaced(_)) => None,
@@ -427,7 +362,7 @@ impl Store for Client {
     }
 
     async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
-        self.read(move |tables| at_once(tables.load(xid, known))).await
+        self.call(Kind::Read, move |database| at_once(database.tables.load(xid, known))).await
     }
 
     async fn find_keys(
@@ -436,7 +371,8 @@ impl Store for Client {
         known: Known,
     ) -> Result<Vec<Option<Xid>>, Error> {
         let hashes = hashes.to_vec();
-        self.read(move |tables| at_once(tables.find_keys(&hashes, known))).await
+        let find = move |database: &Database| at_once(database.tables.find_keys(&hashes, known));
+        self.call(Kind::Read, find).await
     }
 
     async fn due(
@@ -446,7 +382,9 @@ impl Store for Client {
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error> {
-        self.read(move |tables| at_once(tables.due(until, after, limit, known))).await
+        let due =
+            move |database: &Database| at_once(database.tables.due(until, after, limit, known));
+        self.call(Kind::Read, due).await
     }
 
     async fn list(
@@ -455,11 +393,11 @@ impl Store for Client {
         limit: usize,
     ) -> Result<Vec<GlobalTransaction>, Error> {
         let filter = filter.clone();
-        self.read(move |tables| at_once(tables.list(&filter, limit))).await
+        self.call(Kind::Read, move |database| at_once(database.tables.list(&filter, limit))).await
     }
 
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
-        self.read(move |tables| at_once(tables.summary(now, stuck))).await
+        self.call(Kind::Read, move |database| at_once(database.tables.summary(now, stuck))).await
     }
 
     async fn purge(
@@ -471,13 +409,13 @@ impl Store for Client {
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let purge = move |database: &Database| {
-            at_once(database.tables().purge(ownership, finished_before, now, after, limit))
+            at_once(database.tables.purge(ownership, finished_before, now, after, limit))
         };
-        self.write(purge).await
+        self.call(Kind::Write, purge).await
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
         let ownerships = ownerships.to_vec();
-        self.write(move |database| at_once(database.tables().release(&ownerships))).await
+        self.call(Kind::Write, move |database| at_once(database.tables.release(&ownerships))).await
     }
 }

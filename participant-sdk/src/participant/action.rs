@@ -81,7 +81,7 @@ pub trait Action: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// A [`Refusal`] is a decided no. Any other error is unknown. Both roll back, and the global transaction will be cancelled.
+    /// A [`Refusal`](crate::Refusal) is a decided no. Any other error is unknown. Both roll back, and the global transaction will be cancelled.
     fn on_try(
         &self,
         tx: &mut Tx<Self::Db>,

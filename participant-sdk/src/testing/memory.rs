@@ -125,13 +125,13 @@ impl MemoryFence {
         }
     }
 
-    /// As [`Fence::retention`](super::Fence::retention).
+    /// As [`Fence::retention`](crate::Fence::retention).
     #[must_use]
     pub fn retention(self, retention: Duration) -> Self {
         Self { retention, ..self }
     }
 
-    /// Deletes all rows that are old enough, as [`Fence::clean_up`](super::Fence::clean_up) does, and tells how many they were.
+    /// Deletes all rows that are old enough, as [`Fence::clean_up`](crate::Fence::clean_up) does, and tells how many they were.
     #[must_use]
     pub fn clean_up(&self) -> u64 {
         let now = self.clock.now().0;

@@ -1,4 +1,4 @@
-//! Bugs on purpose. A machine that is to find bugs must be seen to find some, so five can be planted here, one at a time, in a
+//! Bugs on purpose. A machine that is to find bugs must be seen to find some, so seven can be planted here, one at a time, in a
 //! program that was built for it: with the cargo feature `planted-bugs`, which no release has, and told to at run time. Without
 //! the feature nothing of this is compiled: every question is a constant no.
 
@@ -15,16 +15,22 @@ pub enum Bug {
     DropEmptyRollback = 4,
     /// An initiator that has no answer to its Confirm says cancelled.
     UnknownIsRefused = 5,
+    /// A read is believed although it does not show what is known to be durable.
+    BelieveOldRead = 6,
+    /// A store that has lost batches is believed in what it says, and in what it does not say, about the time before.
+    ForgetLoss = 7,
 }
 
 impl Bug {
     /// All of them, by the names that people type.
-    pub const ALL: [(&'static str, Self); 5] = [
+    pub const ALL: [(&'static str, Self); 7] = [
         ("decide-before-durable", Self::DecideBeforeDurable),
         ("skip-epoch-check", Self::SkipEpochCheck),
         ("forget-trying", Self::ForgetTrying),
         ("drop-empty-rollback", Self::DropEmptyRollback),
         ("unknown-is-refused", Self::UnknownIsRefused),
+        ("believe-old-read", Self::BelieveOldRead),
+        ("forget-loss", Self::ForgetLoss),
     ];
 
     /// Whether it was planted in this process.

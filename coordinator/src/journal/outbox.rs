@@ -182,7 +182,7 @@ impl Outbox {
     pub(super) fn next_guard(&self) -> Guard {
         let mut waiting = self.waiting();
         waiting.position += 1;
-        let Ownership { partition, epoch, nonce } = self.ownership;
+        let Ownership { partition, epoch, nonce, .. } = self.ownership;
         Guard { partition, epoch, nonce, position: waiting.position }
     }
 

@@ -70,7 +70,7 @@ impl Partition {
         if let Err(full) = self.parts.held.room_for_one(&self.parts.settings) {
             return Self::answer_now(reply, Err(full));
         }
-        let Ownership { partition, epoch, nonce } = self.ownership;
+        let Ownership { partition, epoch, nonce, .. } = self.ownership;
         let xid = Xid { partition, epoch, sequence: self.next_sequence, nonce };
         self.next_sequence += 1;
         // A transaction with neither branches nor key may be lost: nothing was tried, and nobody can ask for it again.

@@ -17,7 +17,7 @@ use tracing::warn;
 use super::{Ask, Entry, Error, PARK_AFTER, Partition};
 use crate::{
     store::{self, DuePage, Known, Lookup},
-    transaction::{Event, State, Timestamp},
+    transaction::{Event, GlobalTransaction, State, Timestamp},
 };
 
 /// Reads of single transactions in flight at a time.
@@ -248,11 +248,16 @@ impl Partition {
                 return self.begin_reads();
             }
             let missing = match found {
+                Ok(Lookup::Found(global)) if self.may_have_lost_its_decision(&global) => {
+                    Some(Error::Lost(xid))
+                }
                 Ok(Lookup::Found(global)) => {
                     self.take_in(Entry::loaded(*global));
                     None
                 }
-                Ok(Lookup::Absent { lost: true, nonce, .. }) if nonce == Some(xid.nonce) => {
+                Ok(Lookup::Absent { lost: true, nonce, .. })
+                    if nonce == Some(xid.nonce) && !Bug::ForgetLoss.is_planted() =>
+                {
                     Some(Error::Lost(xid))
                 }
                 Ok(Lookup::Absent { purged_through, nonce, lost: _ }) => {
@@ -334,6 +339,11 @@ impl Partition {
                     if global.state == State::Trying && Bug::ForgetTrying.is_planted() {
                         continue;
                     }
+                    if self.may_have_lost_its_decision(&global) {
+                        warn!(xid = %global.xid, "the store has lost batches, and this transaction's decision may have been in one; \
+                               it stays undecided, and a person must look");
+                        continue;
+                    }
                     if !self.entries.contains_key(&global.xid)
                         && !self.reading.is_stale(global.xid, began)
                     {
@@ -354,6 +364,13 @@ impl Partition {
             }
         }
         self.reading.done(began);
+    }
+
+    /// Whether the row is from before a loss, and undecided. It may have had a decision that callers were told, and no other one may be
+    /// made.
+    fn may_have_lost_its_decision(&self, global: &GlobalTransaction) -> bool {
+        let lost_through = self.ownership.lost_through.filter(|_| !Bug::ForgetLoss.is_planted());
+        global.state == State::Trying && lost_through.is_some_and(|epoch| global.xid.epoch <= epoch)
     }
 
     /// Takes a recorded transaction into memory.

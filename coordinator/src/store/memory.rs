@@ -104,7 +104,9 @@ impl Store for MemoryStore {
                 *recorded = Recorded { epoch, nonce, position: 0 };
                 tables.nonces.insert((partition, epoch), nonce);
                 tables.owners.insert(partition, owner.to_owned());
-                Ownership { partition, epoch, nonce }
+                let lossy = tables.lost.range((partition, 0)..=(partition, u32::MAX));
+                let lost_through = lossy.last().map(|(_, epoch)| *epoch);
+                Ownership { partition, epoch, nonce, lost_through }
             })
             .collect())
     }
@@ -119,10 +121,10 @@ impl Store for MemoryStore {
             judge(batch, |partition| tables.partitions.get(&partition).copied())?
         {
             if let Appended::Damaged(damaged) = &appended {
+                // The epoch that is recorded: a later one was lost together with its takeover.
                 for Damage { partition, .. } in damaged.iter().filter(|damage| damage.lost > 0) {
-                    let mut guards = batch.guards.iter();
-                    let guard = guards.find(|guard| guard.partition == *partition);
-                    tables.lost.extend(guard.map(|guard| (guard.partition, guard.epoch)));
+                    let recorded = tables.partitions.get(partition).map(|it| it.epoch);
+                    tables.lost.extend(recorded.map(|epoch| (*partition, epoch)));
                 }
             }
             return Ok(appended);
@@ -249,7 +251,7 @@ impl Store for MemoryStore {
 
     async fn purge(
         &self,
-        Ownership { partition, epoch, nonce }: Ownership,
+        Ownership { partition, epoch, nonce, .. }: Ownership,
         finished_before: Timestamp,
         now: Timestamp,
         after: Option<Xid>,
@@ -286,7 +288,7 @@ impl Store for MemoryStore {
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
         let mut tables = self.tables();
-        for Ownership { partition, epoch, nonce } in ownerships {
+        for Ownership { partition, epoch, nonce, .. } in ownerships {
             let owner = tables.partitions.get(partition);
             if owner.is_some_and(|owner| (owner.epoch, owner.nonce) == (*epoch, *nonce)) {
                 tables.owners.remove(partition);

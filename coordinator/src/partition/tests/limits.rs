@@ -50,7 +50,7 @@ async fn bytes_in_memory_are_those_of_the_transactions_in_memory() {
 async fn callers_that_wait_for_a_read_are_limited() {
     let rig = Rig::new().await;
     rig.store.hold_loads(true);
-    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
     let unknown = |sequence: usize| {
         let sequence = u64::try_from(sequence).unwrap();
         Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce }

@@ -98,7 +98,7 @@ async fn an_operator_hurries_a_transaction_that_has_left_memory() {
 #[tokio::test]
 async fn unknown_xids_are_told_apart() {
     let rig = Rig::new().await;
-    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
     let ask =
         async |rig: &Rig, xid| rig.ask(xid, What::Get, Until::Now).answer().await.unwrap_err();
     let never = Xid { partition, epoch, sequence: 99, nonce };
@@ -298,7 +298,7 @@ async fn a_read_that_ends_does_not_make_an_older_one_believe_its_old_rows() {
     }
     rig.until_memory_holds(0).await;
     // A read that began after that ends before the page arrives.
-    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
     let unknown = Xid { partition, epoch, sequence: 99, nonce };
     rig.ask(unknown, What::Get, Until::Now).answer().await.unwrap_err();
     first.store.hold_dues(false);

@@ -1,6 +1,7 @@
 //! Recovery is the ordinary path: a new owner reads what is due and goes on.
 
 use super::*;
+use crate::store::{Appended, Batch, Guard};
 
 #[tokio::test]
 async fn the_next_owner_carries_on_what_was_decided_and_waits_for_what_was_not() {
@@ -50,6 +51,36 @@ async fn what_times_out_while_nobody_owns_it_is_cancelled_by_the_next_owner() {
         made.done().await;
     }
     assert_eq!(rig.stored(xid).await.unwrap().cancel, Some(CancelCause::TimedOut));
+}
+
+/// The store has lost batches. What it still shows as undecided may have been decided, and somebody may have been told.
+#[tokio::test]
+async fn what_may_have_lost_its_decision_is_not_decided_again() {
+    let first = Rig::new().await;
+    let (lost, confirming) = (first.begun().await, first.begun().await);
+    first.confirm(confirming).answer().await.unwrap();
+    let Ownership { partition, epoch, nonce, .. } = first.ownership;
+    // As if ten more batches had been acknowledged, and were gone.
+    let guards = vec![Guard { partition, epoch, nonce, position: 20 }];
+    let appended = first.store.append(&Batch { guards, writes: Vec::new() }).await.unwrap();
+    assert!(matches!(appended, Appended::Damaged(_)), "{appended:?}");
+
+    let rig = first.restart().await;
+    for _ in 0..2 {
+        let made = rig.call().await;
+        assert_eq!((made.call.xid, made.call.phase), (confirming, Phase::Confirm));
+        made.done().await;
+    }
+    for asked in [rig.confirm(lost), rig.cancel(lost), rig.ask(lost, What::Get, Until::Now)] {
+        let answer = asked.answer().await.unwrap_err();
+        assert!(matches!(answer, Error::Lost(xid) if xid == lost), "{answer:?}");
+    }
+    rig.clock.advance(TIMEOUT);
+    rig.no_call().await;
+    assert_eq!(rig.stored(lost).await.unwrap().state, State::Trying);
+    // What begins now is not concerned.
+    let new = rig.begun().await;
+    assert_eq!(rig.confirm(new).answer().await.unwrap().global.state, State::Confirming);
 }
 
 #[tokio::test]
@@ -126,7 +157,7 @@ async fn what_comes_with_the_end_begins_at_the_end_and_not_when_somebody_was_las
     rig.stop.cancel(); // both are there when the partition looks
     rig.tasks.close();
     rig.tasks.wait().await;
-    let Ownership { partition, epoch, nonce } = rig.ownership;
+    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
     let stored = rig.stored(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
     assert_eq!(stored.begun_at, rig.clock.now());
 }

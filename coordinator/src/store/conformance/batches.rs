@@ -94,6 +94,22 @@ pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) 
     assert!(matches!(next.load(global.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
     let unknown = next.xid(1);
     assert!(matches!(next.load(unknown).await.unwrap(), Lookup::Absent { lost: false, .. }));
+    // The next owner also knows that decisions of that epoch may be missing.
+    assert_eq!(next.ownership(1).lost_through, Some(owner.ownership(1).epoch));
+    assert_eq!(next.ownership(2).lost_through, None);
+}
+
+pub(super) async fn a_takeover_that_is_missing_is_a_loss_too(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let global = begun(owner.xid(1), &["1"]);
+    let mut batch = owner.batch(vec![inserted(&global)]);
+    // A later owner has recorded two batches on a server that is gone, and this one has never heard of its takeover.
+    let Guard { epoch, nonce, .. } = batch.guards[0];
+    batch.guards[0] = Guard { partition: 1, epoch: epoch + 1, nonce: !nonce, position: 3 };
+    assert!(matches!(store.append(&batch).await.unwrap(), Appended::Damaged(_)));
+    let next = Owner::of(store).await;
+    assert_eq!(next.ownership(1).lost_through, Some(epoch));
+    assert!(matches!(next.load(global.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
 }
 
 /// A second line behind everything else: whatever an owner believes, it cannot turn one decision into the other.

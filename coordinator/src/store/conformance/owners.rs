@@ -49,7 +49,7 @@ pub(super) async fn every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own(sto
     assert!(nonces.len() > 30, "32 random numbers, {} of them different", nonces.len());
     // The nonces of both epochs are known, so that an xid of a store that was deleted can be told from ours.
     for owner in [&first, &second] {
-        let Ownership { partition, epoch, nonce } = owner.ownership(7);
+        let Ownership { partition, epoch, nonce, .. } = owner.ownership(7);
         let absent = second.load(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
         assert_eq!(
             absent,

@@ -39,10 +39,18 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     query.push(" END WHERE `partition` IN (").push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
     let recorded = recorded::<D>(connection).await?;
+    let query = Query::new(
+        "SELECT `partition`, MAX(epoch) FROM epoch WHERE lost IS NOT NULL GROUP BY `partition`",
+    );
+    let lossy: Vec<(u16, u32)> = D::fetch(connection, query).await?;
+    let lossy: BTreeMap<u16, u32> = lossy.into_iter().collect();
     let ownership = |partition: &u16| match recorded.get(partition) {
-        Some(Recorded { epoch, nonce, .. }) => {
-            Ok(Ownership { partition: *partition, epoch: *epoch, nonce: *nonce })
-        }
+        Some(Recorded { epoch, nonce, .. }) => Ok(Ownership {
+            partition: *partition,
+            epoch: *epoch,
+            nonce: *nonce,
+            lost_through: lossy.get(partition).copied(),
+        }),
         None => Err(Error::Corrupt(format!("the store has no row for partition {partition}"))),
     };
     let ownerships = partitions.iter().map(ownership).collect::<Result<Vec<_>, _>>()?;
@@ -54,7 +62,7 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     D::execute(connection, query).await?;
     let mut query =
         Query::new("INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) VALUES ");
-    for (n, Ownership { partition, epoch, nonce }) in ownerships.iter().enumerate() {
+    for (n, Ownership { partition, epoch, nonce, .. }) in ownerships.iter().enumerate() {
         query.push(if n == 0 { "(" } else { ", (" });
         query.push_list([
             Cell::from(*partition),
@@ -196,7 +204,8 @@ async fn misfits<D: Dialect>(
     Ok(misfits)
 }
 
-/// Marks the epochs that have lost batches: what is missing of them may have been told.
+/// Marks the epochs that have lost batches: what is missing of them may have been told. It is the epoch that is recorded: a later one
+/// was lost together with its takeover.
 async fn burn<D: Dialect>(
     connection: &mut Connection<D>,
     batch: &Batch,
@@ -205,11 +214,11 @@ async fn burn<D: Dialect>(
     D::run(connection, D::BEGIN_WRITING).await?;
     for Damage { partition, lost, .. } in damaged.iter().filter(|damage| damage.lost > 0) {
         for guard in batch.guards.iter().filter(|guard| guard.partition == *partition) {
-            let query = Query::new(
-                "UPDATE epoch SET lost = ? WHERE `partition` = ? AND epoch = ? AND nonce = ?",
-            );
             let lost = i64::try_from(*lost).unwrap_or(i64::MAX);
-            let query = query.bind(lost).bind(*partition).bind(guard.epoch).bind(guard.nonce);
+            let mut query = Query::new("UPDATE epoch SET lost = ? WHERE `partition` = ?");
+            query = query.bind(lost).bind(*partition);
+            query.push(" AND epoch = (SELECT p.epoch FROM `partition` AS p WHERE p.`partition` = ");
+            query.push_bind(*partition).push(") AND epoch <= ").push_bind(guard.epoch);
             D::execute(connection, query).await?;
         }
     }
@@ -247,7 +256,7 @@ async fn recorded<D: Dialect>(
 /// partition has another owner.
 pub(in crate::store) async fn purge<D: Dialect>(
     connection: &mut Connection<D>,
-    Ownership { partition, epoch, nonce }: Ownership,
+    Ownership { partition, epoch, nonce, .. }: Ownership,
     finished: &[Xid],
 ) -> Result<u64, Error> {
     let Some(through) = finished.iter().max().copied() else { return Ok(0) };
@@ -273,7 +282,7 @@ pub(in crate::store) async fn release<D: Dialect>(
     ownerships: &[Ownership],
 ) -> Result<(), Error> {
     D::run(connection, D::BEGIN_WRITING).await?;
-    for Ownership { partition, epoch, nonce } in ownerships {
+    for Ownership { partition, epoch, nonce, .. } in ownerships {
         let query = Query::new(
             "UPDATE `partition` SET owner = NULL WHERE `partition` = ? AND epoch = ? AND nonce = ?",
         );

@@ -248,7 +248,10 @@ mod tests {
         let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
         let Ownership { epoch, nonce, .. } =
             store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[0];
-        let known = Known { ownership: Ownership { partition: 0, epoch, nonce }, position: 0 };
+        let known = Known {
+            ownership: Ownership { partition: 0, epoch, nonce, lost_through: None },
+            position: 0,
+        };
         let writes = (1..=1000).map(|sequence| {
             let new = NewTransaction {
                 name: "x".repeat(100),
@@ -303,7 +306,7 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[4096..].fill(0xff); // all but the first page
         std::fs::write(&path, bytes).unwrap();
-        let Ownership { partition, epoch, nonce } = ownership;
+        let Ownership { partition, epoch, nonce, .. } = ownership;
         let error =
             store.load(Xid { partition, epoch, sequence: 1, nonce }, known).await.unwrap_err();
         assert!(matches!(error, Error::Corrupt(_)), "{error:?}");

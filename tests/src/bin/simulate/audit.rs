@@ -1,4 +1,4 @@
-//! Whether every promise was kept, when all is over: from the participants' own counters, and from what was told.
+//! Checks the promises after a run: by the participants' own counters, and by what callers were told.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,19 +7,23 @@ use handfast_coordinator::transaction::Decision;
 
 use crate::{participant::Effects, world::World};
 
-/// What is not resolved, in words; empty: all is.
+/// What is not resolved, in words. Empty if everything is.
 pub(crate) fn unresolved(world: &World) -> Vec<String> {
     let mut left = Vec::new();
     if world.is_busy() {
-        left.push("somebody still waits for an answer".to_owned());
+        left.push("an initiator still waits for a reply".to_owned());
     }
     for global in world.database.open() {
+        if world.database.is_lost(global.xid) {
+            continue;
+        }
         left.push(format!("{} is {:?}", global.xid, global.state));
     }
     for account in &world.accounts {
         let books = account.books();
         for ((xid, branch), effects) in &books.effects {
-            if effects.reserved > effects.confirmed + effects.released {
+            let lost = world.database.is_lost(*xid);
+            if effects.reserved > effects.confirmed + effects.released && !lost {
                 left.push(format!("{xid} {branch} is reserved at {}", account.name));
             }
         }
@@ -27,7 +31,7 @@ pub(crate) fn unresolved(world: &World) -> Vec<String> {
     left
 }
 
-/// Checks everything that can be checked at rest.
+/// Checks every promise that can be checked at rest.
 pub(crate) fn audit(world: &World) {
     let by_xid = effects(world);
     branches(world, &by_xid);
@@ -35,7 +39,8 @@ pub(crate) fn audit(world: &World) {
     keys(world, &by_xid);
     for account in &world.accounts {
         let books = account.books();
-        if !books.is_conserved() || books.held != 0 {
+        let settled = books.held == 0 || world.database.has_lost();
+        if !books.is_conserved() || !settled {
             world.chronicle.violation(
                 "I10",
                 format!(
@@ -55,7 +60,8 @@ fn effects(world: &World) -> ByXid {
         for ((xid, branch), effects) in &account.books().effects {
             let place = format!("{branch} at {}", account.name);
             by_xid.entry(*xid).or_default().push((place, *effects));
-            if effects.reserved != effects.confirmed + effects.released {
+            let lost = world.database.is_lost(*xid);
+            if effects.reserved != effects.confirmed + effects.released && !lost {
                 world
                     .chronicle
                     .violation("I5", format!("{xid} {branch} at {}: {effects:?}", account.name));
@@ -71,7 +77,7 @@ fn effects(world: &World) -> ByXid {
     by_xid
 }
 
-/// All or nothing, as it was decided.
+/// The branches of a transaction are all confirmed or all released, as decided.
 fn branches(world: &World, by_xid: &ByXid) {
     for (xid, branches) in by_xid {
         let confirmed = branches.iter().filter(|(_, effects)| effects.confirmed > 0).count();
@@ -90,9 +96,10 @@ fn branches(world: &World, by_xid: &ByXid) {
                 .chronicle
                 .violation("I6", format!("{xid} is confirmed, and was released: {branches:?}"));
         }
-        // Each branch that is recorded was confirmed, by somebody who counts.
+        // Every recorded branch was confirmed at a participant.
         if let Some(global) = world.database.recorded(*xid)
             && decision == Some(Decision::Confirm)
+            && !world.database.is_lost(*xid)
             && global.branches.len() != confirmed
         {
             let text = format!(
@@ -132,7 +139,7 @@ fn what_was_told(world: &World, by_xid: &ByXid) {
     }
 }
 
-/// One key, one transaction. (Where what is finished is deleted within the run, a key may be used again.)
+/// One key has one transaction. (Where transactions are deleted within the run or were lost, a key may be used again.)
 fn keys(world: &World, by_xid: &ByXid) {
     if world.mix.retention < world.mix.active {
         return;
@@ -145,7 +152,8 @@ fn keys(world: &World, by_xid: &ByXid) {
     }
     let keyed = world.keyed();
     for (order, xids) in of_order.into_iter().filter(|(order, _)| keyed.contains(order)) {
-        if xids.len() > 1 {
+        let lost = xids.iter().any(|xid| world.database.is_lost(*xid));
+        if xids.len() > 1 && !lost {
             world.chronicle.violation("I3", format!("order {order} with one key is {xids:?}"));
         }
     }

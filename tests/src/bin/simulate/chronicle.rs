@@ -1,5 +1,4 @@
-//! What happened in one simulation: a trace that must be the same whenever its seed is run, counts for people, and every promise
-//! that was broken.
+//! What happened in one simulation: a trace that is the same whenever the seed runs, counts for people, and every broken promise.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +10,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// Of one seed, so many are kept: the first ones say it.
+/// How many violations of a seed are kept. The first ones are enough.
 const VIOLATIONS_MAX: usize = 20;
 
 /// A promise that was broken.
@@ -24,18 +23,17 @@ pub(crate) struct Violation {
     pub(crate) what: String,
 }
 
-/// See the module's comment.
 #[derive(Default)]
 pub(crate) struct Chronicle {
     inner: Mutex<Inner>,
-    /// Every line of the trace is printed.
+    /// Whether the trace is printed.
     loud: bool,
 }
 
 #[derive(Default)]
 struct Inner {
     now: Duration,
-    /// Keyless, so the same in every process.
+    /// It has no random key, so it is the same in every process.
     hash: DefaultHasher,
     counts: BTreeMap<String, u64>,
     violations: Vec<Violation>,
@@ -50,13 +48,13 @@ impl Chronicle {
         self.inner.lock().expect("nothing panics while it is locked")
     }
 
-    /// The simulation has come so far.
+    /// Sets the simulated time.
     pub(crate) fn now(&self, now: Duration) {
         self.inner().now = now;
     }
 
-    /// A line of the trace.
-    #[expect(clippy::print_stdout, reason = "for whoever replays a seed")]
+    /// Adds a line to the trace.
+    #[expect(clippy::print_stdout, reason = "a person who replays a seed reads it")]
     pub(crate) fn note(&self, what: fmt::Arguments<'_>) {
         let mut inner = self.inner();
         let line = format!("{:>9.3} {what}", inner.now.as_secs_f64());
@@ -85,7 +83,7 @@ impl Chronicle {
         !self.inner().violations.is_empty()
     }
 
-    /// The counts, the violations, and the hash of the trace.
+    /// Returns the counts, the violations, and the hash of the trace.
     pub(crate) fn close(&self) -> (BTreeMap<String, u64>, Vec<Violation>, String) {
         let inner = self.inner();
         let hash = format!("{:016x}", inner.hash.finish());

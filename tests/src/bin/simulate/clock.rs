@@ -1,4 +1,4 @@
-//! Clocks of simulated machines: simulated time, and however far it was set wrong.
+//! The clocks of simulated machines: simulated time plus an error.
 
 use std::{
     pin::Pin,
@@ -14,15 +14,15 @@ use handfast_coordinator::{clock::Clock, transaction::Timestamp};
 /// When every simulation begins.
 const START: Timestamp = Timestamp(1_700_000_000_000);
 
-/// The clock on one machine's wall. It goes back when it is set back.
+/// The wall clock of one machine. It goes back when it is set back.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Wall {
-    /// Milliseconds.
+    /// How far the clock is ahead, in milliseconds.
     wrong_by: Arc<AtomicI64>,
 }
 
 impl Wall {
-    /// Sets it forward, or back.
+    /// Sets the clock forward or back.
     pub(crate) fn jump(&self, millis: i64) {
         self.wrong_by.fetch_add(millis, Ordering::Relaxed);
     }
@@ -34,7 +34,7 @@ impl Wall {
 
 impl Clock for Wall {
     fn now(&self) -> Timestamp {
-        // Outside of a host, when all is torn down, nobody looks.
+        // Outside of a host, at the end of a simulation, the time does not matter.
         let elapsed = turmoil::sim_elapsed().unwrap_or_default();
         Timestamp((START + elapsed).0 + self.wrong_by())
     }

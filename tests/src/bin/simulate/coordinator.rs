@@ -21,12 +21,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{network::Dials, store::Client, world::World};
 
-/// Phase one, if the initiator does not say.
+/// The default time for phase one.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an orderly stop may take.
 const GRACE: Duration = Duration::from_secs(4);
 
-/// Runs until it was replaced, or was told to stop; then tells the world, which ends all that is left of it.
+/// Runs until it is replaced or told to stop. Then it tells the world, which kills the rest of the host.
 pub(crate) async fn run(number: usize, world: Arc<World>) -> turmoil::Result {
     let why = serve(number, &world).await;
     world.chronicle.note(format_args!("coordinator {number} ends: {why}"));
@@ -35,8 +35,7 @@ pub(crate) async fn run(number: usize, world: Arc<World>) -> turmoil::Result {
 }
 
 async fn serve(number: usize, world: &Arc<World>) -> String {
-    let store: Arc<dyn Store> =
-        Arc::new(Client { database: world.database.clone(), coordinator: number });
+    let store: Arc<dyn Store> = Arc::new(Client::new(world.database.clone(), number));
     let seat = &world.coordinators[number];
     if !seat.take_over.swap(false, Ordering::Relaxed) {
         standby::until_free(&*store).await;
@@ -76,18 +75,18 @@ async fn serve(number: usize, world: &Arc<World>) -> String {
     let incoming = incoming
         .map(|connection| Ok::<_, std::io::Error>(rpc::Connection::new(connection?, None)))
         .take_until(closing.clone().cancelled_owned());
-    // Not `serve_with_incoming_shutdown`: with that, each connection chooses at random whether it first takes what has come or first
-    // says that it is closing, and a seed would not be the same run twice.
+    // Not `serve_with_incoming_shutdown`: with it, each connection chooses at random whether it first reads what has arrived or first
+    // closes, and a seed would not be the same run twice.
     let serving = tokio::spawn(router.serve_with_incoming(incoming.boxed()));
     let why = tokio::select! {
         biased;
         ended = running.ended() => format!("{ended:?}"),
         () = seat.stop.notified() => "stopped".to_owned(),
     };
-    // In order, as the server does it.
+    // In the same order as the server.
     closing.cancel();
     let in_order = async {
-        drop(serving.await); // takes no connection any more
+        drop(serving.await); // accepts no more connections
         tokio::time::sleep(GRACE / 8).await;
         drop(tokio::time::timeout(GRACE / 4, dispatch.close()).await);
         running.stop().await;

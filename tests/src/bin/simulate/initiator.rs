@@ -1,4 +1,4 @@
-//! The load: orders over several participants, in every way that the SDK offers, with and without keys, that go well or do not.
+//! The load: orders over several participants, in every way that the SDK offers, with and without keys and mishaps.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     world::{self, World},
 };
 
-/// What an order is like: the same whenever it is repeated.
+/// An order. It is the same whenever it is repeated.
 #[derive(Debug, Clone)]
 struct Plan {
     order: u64,
@@ -34,15 +34,15 @@ struct Plan {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Drive {
-    /// Trys side by side.
+    /// The Try calls run in parallel.
     Parallel,
-    /// One after another.
+    /// The Try calls run one after another.
     InTurn,
-    /// The last one through a service that takes part by itself.
+    /// The last branch is registered by a nested service.
     Nested,
-    /// Begun, tried and confirmed by three different calls.
+    /// Begin, the Try calls and Confirm are separate calls of the SDK.
     ByHand,
-    /// By the coordinator.
+    /// The coordinator makes the Try calls.
     Execute,
     ExecuteInOrder,
 }
@@ -52,7 +52,7 @@ enum End {
     Well,
     /// The closure fails after its calls.
     WorkFails,
-    /// The initiator loses interest after so long.
+    /// The initiator gives up after this time.
     GivenUp(Duration),
 }
 
@@ -102,7 +102,7 @@ impl Plan {
     }
 }
 
-/// What a worker has.
+/// The clients of a worker.
 #[derive(Clone)]
 struct Tools {
     world: Arc<World>,
@@ -159,7 +159,7 @@ async fn worker(tools: Tools, mut rng: fastrand::Rng, _work: world::Work) {
 }
 
 impl Tools {
-    /// Runs an order, and notes what is told of it.
+    /// Runs an order and notes the outcome that it is told.
     async fn place(&self, order: u64, rng: &mut fastrand::Rng) {
         let plan = Plan::of(order, &self.world);
         if plan.keyed {
@@ -243,9 +243,7 @@ impl Tools {
                     .run(async |global| {
                         self.calls(plan, global).await?;
                         match plan.end {
-                            End::WorkFails => {
-                                Err(WorkError::from("it does not please us any more"))
-                            }
+                            End::WorkFails => Err(WorkError::from("the closure fails on purpose")),
                             End::Well | End::GivenUp(_) => Ok(()),
                         }
                     })
@@ -293,7 +291,7 @@ impl Tools {
         if let Ok(xid) = open.xid().await {
             self.world.knows(xid);
         }
-        // A call that fails cancels it all, whatever is asked for then.
+        // A call that fails cancels the transaction, whatever is asked for afterwards.
         drop(self.calls(plan, &open).await);
         let done = open.confirm().await?;
         Ok((done.xid, done.completed))

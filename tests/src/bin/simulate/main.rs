@@ -1,24 +1,24 @@
-//! The whole in one thread: coordinators, participants and initiators, the real ones, over a simulated network, clock and store,
-//! while everything fails that can. The same seed gives the same run, to the last message.
+//! The real coordinators, participants and initiators in one thread, over a simulated network, clock and store, while everything fails
+//! that can fail. The same seed gives the same run, to the last message.
 //!
-//! `simulate --seeds 200` runs seeds 0 to 199. What is checked is in `audit.rs`, `participant.rs` and `store.rs`, by the names
-//! I1 to I14:
+//! `simulate --seeds 200` runs seeds 0 to 199. The checks are in `audit.rs`, `participant.rs`, `store.rs` and `world.rs`. They name the
+//! invariants I1 to I14:
 //!
 //! | | |
 //! |---|---|
 //! | I1, I2 | no branch, and no transaction, is both confirmed and cancelled |
 //! | I3 | each effect at most once; one key, one transaction |
-//! | I4 | what was told confirmed or cancelled is so, for ever, and never both were told |
-//! | I5 | what was reserved is confirmed or released |
-//! | I6 | at rest the branches are what was decided |
+//! | I4 | an outcome that a caller was told stays true for ever |
+//! | I5 | every reservation is confirmed or released |
+//! | I6 | at rest every branch has the decided state |
 //! | I7 | a durable decision never changes |
 //! | I8 | no Confirm before the decision is durable |
 //! | I9 | no effect of a Try after its Cancel |
-//! | I10 | the participants' sums come out |
-//! | I11 | what was acknowledged is there |
-//! | I13, I14 | everything is resolved in time once all is well again |
+//! | I10 | the participants' sums add up |
+//! | I11 | acknowledged changes are there |
+//! | I13, I14 | everything is resolved in time after the last fault |
 //!
-//! (I12, bounds of memory and queues, is not looked at here.)
+//! (I12, the bounds of memory and queues, is not checked here.)
 
 mod run;
 mod world;
@@ -48,34 +48,34 @@ use handfast_proto::planted::Bug;
 
 use crate::{report::Report, run::Outcome};
 
-/// Seeds until a planted bug must have been found.
+/// A planted bug must be found within this many seeds.
 const BUG_SEEDS: u64 = 200;
 
-/// Runs the whole of Handfast in a simulation, and looks whether it keeps its promises.
+/// Runs all of Handfast in a simulation and checks its promises.
 #[derive(Debug, Parser)]
 pub(crate) struct Args {
-    /// How many seeds.
+    /// How many seeds to run.
     #[arg(long, default_value_t = 100)]
     seeds: u64,
-    /// The first one.
+    /// The first seed.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Plants this bug, and runs until it is found (needs `--features planted-bugs`).
+    /// Plant this bug and run until it is found (needs `--features planted-bugs`).
     #[arg(long, value_name = "NAME")]
     bug: Option<String>,
-    /// Plants one bug after another, and says how many seeds each took.
+    /// Plant one bug after another and print how many seeds it took to find each.
     #[arg(long, conflicts_with = "bug")]
     bugs: bool,
-    /// Seeds at a time, each in a process of its own.
+    /// How many seeds to run at a time, each in its own process.
     #[arg(long, default_value_t = 2)]
     jobs: u64,
-    /// Prints figures as JSON.
+    /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
-    /// Prints everything that happens, of one seed.
+    /// Run one seed and print everything that happens in it.
     #[arg(long)]
     trace: bool,
-    /// Runs every so manieth seed, here, and prints one line of JSON for each.
+    /// Run every STEPth seed in this process and print one line of JSON for each.
     #[arg(long, hide = true, value_name = "STEP")]
     worker: Option<u64>,
 }
@@ -96,16 +96,16 @@ fn main() -> Result<ExitCode> {
     if args.bugs {
         return bugs(&args);
     }
-    plant(args.bug.as_deref())?; // is there such a bug?
+    plant(args.bug.as_deref())?; // fails if there is no such bug
     let outcomes = workers::run(args.seed, args.seeds, args.jobs, args.bug.as_deref())?;
     let report = Report::of(outcomes);
     report.print(&args)?;
-    // A planted bug is to be found, and no other.
+    // A planted bug must be found; without one there must be no violation.
     let found = report.violating().next().is_some();
     Ok(if found == args.bug.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Each planted bug, one after another.
+/// Plants each bug, one after another.
 #[expect(clippy::print_stdout, reason = "this is its answer")]
 fn bugs(args: &Args) -> Result<ExitCode> {
     let mut took = BTreeMap::new();
@@ -114,7 +114,7 @@ fn bugs(args: &Args) -> Result<ExitCode> {
         let report = Report::of(outcomes);
         let found = report.violating().next();
         if let Some(Outcome { seed, .. }) = found.filter(|found| found.has_died()) {
-            bail!("{name}: seed {seed} did not come to its end, which is no promise broken");
+            bail!("{name}: seed {seed} did not finish, which is not a broken promise");
         }
         let seeds = found.map(|found| found.seed - args.seed + 1);
         took.insert(name, seeds);
@@ -140,7 +140,7 @@ fn plant(bug: Option<&str>) -> Result<()> {
     let Some(name) = bug else { return Ok(()) };
     let Some((_, bug)) = Bug::ALL.into_iter().find(|(known, _)| *known == name) else {
         let known: Vec<_> = Bug::ALL.iter().map(|(name, _)| *name).collect();
-        bail!("there is no bug of this name; there are {}", known.join(", "));
+        bail!("there is no such bug; the bugs are {}", known.join(", "));
     };
     #[cfg(feature = "planted-bugs")]
     bug.plant();

@@ -1,58 +1,63 @@
-//! What one seed meets. Each seed has a mix of its own: some faults often, some never, in some seeds none at all. If all of them
-//! came all the time, most transactions would be cancelled early, and what needs a quiet moment would never happen.
+//! The settings of one seed. Each seed has its own mix of faults: some often, some never, and a few seeds have none. If all faults came
+//! all the time, most transactions would be cancelled early, and states that need a quiet moment would never be reached.
 
 use std::time::Duration;
 
-/// What a seed decides before it begins.
+/// The settings of one seed.
 #[derive(Debug, Clone)]
 pub(crate) struct Mix {
     pub(crate) coordinators: usize,
     pub(crate) participants: usize,
     pub(crate) initiators: usize,
-    /// Workers on each initiator: each runs one order after another.
+    /// Workers on each initiator. Each places one order after another.
     pub(crate) workers: usize,
     /// How long load and faults last.
     pub(crate) active: Duration,
-    /// The step of the simulation: nothing crosses the network faster.
+    /// The step of the simulation. No message crosses the network faster.
     pub(crate) tick: Duration,
     pub(crate) latency_max: Duration,
-    /// Calls share streams; else each is made by itself.
+    /// Calls share streams; otherwise every call is unary.
     pub(crate) streams: bool,
     pub(crate) retry_initial: Duration,
     pub(crate) retry_max: Duration,
     pub(crate) call_timeout: Duration,
-    /// How long the coordinators keep what is finished.
+    /// How long the coordinators keep finished transactions.
     pub(crate) retention: Duration,
     /// Shortest and longest pause of a worker between two orders.
     pub(crate) pauses: [u64; 2],
-    /// Of a hundred orders, how many end badly by themselves: refused, failed, cancelled, given up.
+    /// How many of a hundred orders are refused, fail, are cancelled or given up without any fault.
     pub(crate) mishaps: u32,
-    /// Of a hundred calls of phase two, how many fail at the participant.
+    /// How many of a hundred calls of phase two fail at the participant.
     pub(crate) phase_two_failures: u32,
-    /// Faults from outside, with the mean time between two of them; empty in quiet seeds.
+    /// Faults that the nemesis injects; empty in quiet seeds.
     pub(crate) faults: Vec<Fault>,
+    /// The mean time between two faults.
     pub(crate) between_faults: Duration,
     pub(crate) store: StoreMix,
 }
 
-/// How the store behaves. Numbers are parts of ten thousand of its calls.
+/// How the store behaves. Frequencies are per ten thousand calls.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct StoreMix {
-    /// Milliseconds of a batch, about.
+    /// About how many milliseconds a batch takes.
     pub(crate) millis: u64,
-    /// MySQL's 1213: chosen as the victim of a deadlock, nothing done.
+    /// MySQL's 1213: the batch was the victim of a deadlock, and nothing was done.
     pub(crate) deadlocks: u32,
-    /// 1205: waited too long for a lock, nothing done.
+    /// MySQL's 1205: the batch waited too long for a lock, and nothing was done.
     pub(crate) lock_waits: u32,
-    /// Done, and the answer is lost.
+    /// The batch was done, and the reply is lost.
     pub(crate) answers_lost: u32,
-    /// The answer is lost first, and it is done some time later.
+    /// The connection breaks, and the batch is done some time later.
     pub(crate) lands_late: u32,
     /// Reads that fail.
     pub(crate) reads_fail: u32,
+    /// Reads that a replica answers.
+    pub(crate) reads_of_replica: u32,
+    /// How many milliseconds the replica lags, at most; 0: there is none.
+    pub(crate) replica_lag: u64,
 }
 
-/// What happens from outside.
+/// A fault that the nemesis injects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     CrashCoordinator,
@@ -60,23 +65,26 @@ pub(crate) enum Fault {
     TakeOver,
     CrashParticipant,
     CrashInitiator,
-    /// A link carries nothing for a while, then everything that was held up.
+    /// A link delivers nothing for a while, and then everything that it held back.
     Hold,
-    /// A link loses everything for a while; connections over it break.
+    /// A link loses every message for a while, and its connections break.
     Partition,
     /// The same in one direction.
     PartitionOneWay,
-    /// A coordinator cannot reach the store, and goes on.
+    /// A coordinator cannot reach the store for a while.
     CutFromStore,
     CrashStore,
     SlowStore,
+    /// A replica takes the place of the store's server, and lacks its last changes.
+    FailOver,
     JumpCoordinatorClock,
     JumpParticipantClock,
     Slow,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 14] = [
+    /// All but `FailOver`, which `Mix::of` gives to some seeds.
+    const ORDINARY: [Self; 14] = [
         Self::CrashCoordinator,
         Self::StopCoordinator,
         Self::TakeOver,
@@ -106,6 +114,7 @@ impl Fault {
             Self::CutFromStore => "coordinator cut from store",
             Self::CrashStore => "store killed",
             Self::SlowStore => "store slow",
+            Self::FailOver => "store failed over",
             Self::JumpCoordinatorClock => "coordinator's clock jumped",
             Self::JumpParticipantClock => "participant's clock jumped",
             Self::Slow => "network slow",
@@ -119,8 +128,8 @@ impl Mix {
         let rng = &mut rng;
         let quiet = rng.u32(..10) == 0;
         let often = rng.u32(1..4);
-        let faults = Fault::ALL.into_iter().filter(|_| rng.u32(..4) < often);
-        let faults: Vec<_> = if quiet { Vec::new() } else { faults.collect() };
+        let faults = Fault::ORDINARY.into_iter().filter(|_| rng.u32(..4) < often);
+        let mut faults: Vec<_> = if quiet { Vec::new() } else { faults.collect() };
         let store = StoreMix { millis: pick(rng, &[0, 3, 10, 40, 150]), ..StoreMix::default() };
         let store = if quiet {
             store
@@ -134,6 +143,20 @@ impl Mix {
                 ..store
             }
         };
+        // These have numbers of their own, so that the seeds are otherwise what they were before.
+        let replica = &mut fastrand::Rng::with_seed(seed ^ 0x7265_706c);
+        let store = if quiet {
+            store
+        } else {
+            StoreMix {
+                reads_of_replica: pick(replica, &[0, 0, 1000, 5000]),
+                replica_lag: pick(replica, &[200, 2000, 10_000]),
+                ..store
+            }
+        };
+        if !quiet && replica.u32(..4) == 0 {
+            faults.push(Fault::FailOver);
+        }
         Self {
             coordinators: pick(rng, &[1, 2, 2]),
             participants: rng.usize(2..=3),

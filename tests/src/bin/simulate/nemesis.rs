@@ -1,4 +1,4 @@
-//! What happens to the hosts from outside, and that it ends.
+//! Injects faults into hosts, links, clocks and the store, and ends them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,17 +15,22 @@ use crate::{
 
 /// How far coordinators' clocks may be wrong.
 const COORDINATOR_WRONG_MAX: i64 = 20_000;
-/// Forward by more than it takes until a reservation counts as overdue; and back, by as much as is harmless.
+/// Forward by more than it takes until a reservation is overdue, and later back, by as much as is harmless.
 const OVERDUE_JUMP: [i64; 2] = [61 * 60 * 1000, -60 * 60 * 1000];
+
+/// A heartbeat every 2 s finds a loss. Failures of the store, which go on, may hold it up.
+const NOTICED_WITHIN: Duration = Duration::from_secs(20);
 
 pub(crate) struct Nemesis {
     world: Arc<World>,
     rng: fastrand::Rng,
     next_at: Duration,
-    /// What gets well again, and when.
+    /// The faults that are active, by the time when they end.
     heals: BTreeMap<(Duration, u64), Heal>,
     serial: u64,
-    /// Links with something wrong: one thing at a time.
+    /// Changes were lost, and their owner is to notice it by then: until it does there are no other faults.
+    unnoticed_until: Option<Duration>,
+    /// Links with a fault. A link has one fault at a time.
     ill: BTreeSet<(String, String)>,
 }
 
@@ -46,19 +51,23 @@ impl Nemesis {
             next_at: Duration::from_millis(500),
             heals: BTreeMap::new(),
             serial: 0,
+            unnoticed_until: None,
             ill: BTreeSet::new(),
             world,
             rng,
         }
     }
 
-    /// Does what is due by now.
+    /// Ends and begins the faults that are due.
     pub(crate) fn step(&mut self, sim: &mut Sim<'_>) {
         let now = sim.elapsed();
         self.bury(sim);
         while let Some(first) = self.heals.first_entry().filter(|first| first.key().0 <= now) {
             let heal = first.remove();
             self.heal(sim, heal);
+        }
+        if self.is_unnoticed(now) {
+            return;
         }
         if now >= self.next_at && !self.world.mix.faults.is_empty() {
             let mean = u64::try_from(self.world.mix.between_faults.as_millis()).unwrap_or(1000);
@@ -68,6 +77,15 @@ impl Nemesis {
                 self.world.chronicle.count(fault.name());
             }
         }
+    }
+
+    /// Whether the owners have not yet noticed that changes are lost. They end when they do.
+    fn is_unnoticed(&mut self, now: Duration) -> bool {
+        let unnoticed = self.unnoticed_until.is_some_and(|until| now < until);
+        if !unnoticed || !self.world.database.has_living_owners() {
+            self.unnoticed_until = None;
+        }
+        self.unnoticed_until.is_some()
     }
 
     /// Ends all faults.
@@ -80,7 +98,7 @@ impl Nemesis {
         self.next_at = Duration::MAX;
     }
 
-    /// Coordinators that have ended by themselves start again after a while.
+    /// Restarts the coordinators that ended by themselves, after a pause.
     fn bury(&mut self, sim: &mut Sim<'_>) {
         for number in self.world.take_exits() {
             sim.crash(coordinator(number));
@@ -142,6 +160,16 @@ impl Nemesis {
                 self.later(sim, lasts, Heal::StoreSpeed);
                 true
             }
+            Fault::FailOver => match world.database.fail_over() {
+                None => false,
+                Some(lossy) => {
+                    if lossy {
+                        world.chronicle.count("store: batches lost");
+                        self.unnoticed_until = Some(sim.elapsed() + NOTICED_WITHIN);
+                    }
+                    true
+                }
+            },
             Fault::JumpCoordinatorClock => {
                 let far = [100, 2000, COORDINATOR_WRONG_MAX][self.rng.usize(..3)];
                 let wall = &world.coordinators[a_coordinator].wall;
@@ -185,7 +213,7 @@ impl Nemesis {
         true
     }
 
-    /// Something is wrong with one link.
+    /// Injects a fault into one link.
     fn part(&mut self, sim: &mut Sim<'_>, fault: Fault) -> bool {
         let mix = &self.world.mix;
         let c = coordinator(self.rng.usize(..mix.coordinators));

@@ -1,8 +1,7 @@
-//! Real connections of gRPC over the simulated network.
+//! Real gRPC connections over the simulated network.
 //!
-//! The simulated TCP does not send again what was lost. A link that is *held up* delivers everything later, as TCP does after a
-//! short outage; one that was *cut* has lost bytes, so its connections must break when it comes back, as TCP's do after a long
-//! one: both ends see a reset.
+//! The simulated TCP does not retransmit. A link that is *held up* delivers everything later, as TCP does after a short outage. A link
+//! that was *cut* has lost bytes, so its connections break when it comes back, as with TCP after a long outage: both ends see a reset.
 
 use std::{
     collections::BTreeMap,
@@ -25,18 +24,19 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::{Channel, server::Connected};
 use turmoil::net::{TcpListener, TcpStream};
 
-/// Everybody listens here.
+/// Every host listens on this port.
 pub(crate) const PORT: u16 = 7420;
-/// Any one of the coordinators, as behind a load balancer.
+/// A name for all coordinators, as of a load balancer.
 pub(crate) const COORDINATORS: &str = "coordinators.test";
 
-/// Breaks connections. One for each simulation.
+/// The network of one simulation. It can break connections.
 #[derive(Debug)]
 pub(crate) struct Network {
-    /// By link, the smaller address first: is cancelled when its connections break.
+    /// For each link, smaller address first, a token that is cancelled when its connections break.
     links: Mutex<BTreeMap<[IpAddr; 2], CancellationToken>>,
-    /// Names of the coordinators, and whose turn it is.
+    /// The names of the coordinators.
     coordinators: Vec<String>,
+    /// Which of them is tried first for the next connection.
     turn: AtomicUsize,
 }
 
@@ -50,7 +50,7 @@ impl Network {
         links.entry([one.min(other), one.max(other)]).or_default().clone()
     }
 
-    /// All connections between these two break.
+    /// Breaks all connections between two hosts.
     pub(crate) fn reset(&self, one: IpAddr, other: IpAddr) {
         let mut links = self.links.lock().expect("nothing panics while it is locked");
         if let Some(link) = links.remove(&[one.min(other), one.max(other)]) {
@@ -75,7 +75,7 @@ impl Network {
         }))
     }
 
-    /// A channel with the settings that the SDK gives its own.
+    /// A channel with the settings that the SDK gives its own channels.
     pub(crate) fn channel(self: &Arc<Self>, host: &str) -> Channel {
         let address = url(host).parse().expect("a host's name");
         handfast::testing::endpoint(&address).connect_with_connector_lazy(self.connector())
@@ -101,7 +101,7 @@ impl Network {
         })
     }
 
-    /// The first that answers, each time beginning with another one.
+    /// Connects to the first coordinator that answers. Each call begins with another one.
     async fn any_coordinator(&self) -> io::Result<TcpStream> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let mut refused = io::Error::from(io::ErrorKind::ConnectionRefused);
@@ -120,7 +120,7 @@ pub(crate) fn url(host: &str) -> String {
     format!("http://{host}:{PORT}")
 }
 
-/// The coordinators' own connections.
+/// Connections from coordinators to participants.
 pub(crate) struct Dials(pub(crate) Arc<Network>);
 
 impl Dialler for Dials {
@@ -136,7 +136,7 @@ impl fmt::Debug for Dials {
     }
 }
 
-/// A connection that breaks when its link says so.
+/// A connection that breaks with its link.
 pub(crate) struct Connection {
     stream: TcpStream,
     broken: Pin<Box<WaitForCancellationFutureOwned>>,

@@ -1,5 +1,4 @@
-//! The participants: accounts that are reserved from, with counters of every effect. The audit believes these counters and
-//! nothing else.
+//! The participants: accounts with reservations, and counters of every effect. The audit trusts these counters and nothing else.
 
 use std::{
     collections::BTreeMap,
@@ -23,12 +22,12 @@ use tonic::{Request, Response, Status};
 
 use crate::{clock::Wall, network::url, world::World};
 
-/// What is in each account at the start: more than a run can use.
+/// The amount in each account at the start. A run cannot use it up.
 const FUNDS: i64 = 1_000_000;
-/// How often a participant asks about reservations that nobody comes for, and clears its fence.
+/// How often a participant inquires about overdue reservations and cleans up its fence.
 const INQUIRY: Duration = Duration::from_secs(3);
 
-/// Reserves an amount.
+/// The action that reserves an amount.
 pub(crate) struct Reserve;
 
 impl Contract for Reserve {
@@ -39,13 +38,13 @@ impl Contract for Reserve {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Wish {
-    /// Which order it is for.
+    /// The order that it is for.
     pub(crate) order: u64,
     pub(crate) amount: i64,
     pub(crate) how: How,
 }
 
-/// What Try does.
+/// The result of Try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum How {
     Well,
@@ -53,7 +52,7 @@ pub(crate) enum How {
     Fail,
 }
 
-/// What was done for one branch: each at most once, and never both of the last two.
+/// The effects of one branch. Each must happen at most once, and never both Confirm and Cancel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Effects {
     pub(crate) order: u64,
@@ -99,14 +98,14 @@ impl Books {
     }
 }
 
-/// The action, on an account.
+/// The action on an account.
 pub(crate) struct Reserving {
     account: Arc<Account>,
     world: Arc<World>,
 }
 
 impl Reserving {
-    /// An effect on a branch.
+    /// Counts an effect on a branch and checks the counts.
     fn change(&self, branch: &Branch, wish: &Wish, change: impl FnOnce(&mut Effects)) {
         let mut books = self.account.books();
         let effects = books.effects.entry((branch.xid, branch.branch_id.clone())).or_default();
@@ -131,7 +130,7 @@ impl Reserving {
         self.world.chronicle.violation(invariant, text);
     }
 
-    /// Now and then phase two does not succeed.
+    /// Makes some calls of phase two fail.
     fn stumble(&self) -> Result<(), Failed> {
         let failures = self.world.failures_of_phase_two();
         match self.account.books().rng.u32(..100) < failures {
@@ -178,7 +177,7 @@ impl MemoryAction for Reserving {
     }
 }
 
-/// An ordinary service beside the account: it takes part in whatever transaction its calls come with.
+/// An ordinary service beside the account. It registers a branch in the transaction of its caller.
 struct Nested {
     handfast: Handfast,
     here: Remote,

@@ -1,4 +1,4 @@
-//! What is printed.
+//! The printed report.
 
 #![expect(clippy::print_stdout, reason = "this is the program's answer")]
 
@@ -17,7 +17,7 @@ pub(crate) struct Report {
     orders: u64,
     confirmed: u64,
     cancelled: u64,
-    /// Of all seeds, the longest time from the end of all faults until everything was resolved.
+    /// The longest time of any seed from the last fault until everything was resolved.
     longest_to_resolve_seconds: u64,
     counts: BTreeMap<String, u64>,
     violations: usize,
@@ -46,7 +46,7 @@ impl Report {
         }
     }
 
-    /// Seeds in which a promise was broken.
+    /// Seeds with a violation.
     pub(crate) fn violating(&self) -> impl Iterator<Item = &Outcome> {
         self.outcomes.iter().filter(|outcome| !outcome.violations.is_empty())
     }

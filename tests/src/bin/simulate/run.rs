@@ -1,4 +1,4 @@
-//! One seed: a world, its hosts, its load and its faults; then rest, and the audit.
+//! One seed: a world with its hosts, load and faults; then it comes to rest and is audited.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -16,37 +16,37 @@ use crate::{
     world::{self, World},
 };
 
-/// When all is well again, everything must be resolved within so long: the longest that anybody waits for anything is the sum of
-/// a takeover (10 s), a dead connection (15 s), a patient initiator (40 s), a clock that was 20 s ahead, and the pauses of retries
-/// and breakers (15 s and 10 s), some of them one after another.
+/// After the last fault everything must be resolved within this time. The longest wait is the sum of a takeover (10 s), a dead
+/// connection (15 s), a patient initiator (40 s), a clock that was 20 s ahead, and the pauses of retries and breakers (15 s and 10 s).
+/// Some of these come one after another.
 const RESOLVED_WITHIN: Duration = Duration::from_secs(240);
-/// And then it must stay so, longer than anything that is under way can take.
+/// Then everything must stay resolved for this time, which is longer than any call that is still in flight.
 const REST: Duration = Duration::from_secs(10);
-/// Between two looks whether all is resolved.
+/// The pause between two checks whether everything is resolved.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// Bytes would be of no use here: turmoil counts segments. More than can be on their way on a link that is held up.
+/// turmoil counts segments, not bytes. This is more than a link can hold back while it delivers nothing.
 const TCP_CAPACITY: usize = 65_536;
 
-/// What became of a seed.
+/// The result of a seed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) seed: u64,
     pub(crate) simulated_millis: u64,
-    /// From the end of all faults until everything was resolved.
+    /// From the last fault until everything was resolved.
     pub(crate) resolved_millis: u64,
-    /// Transactions that were recorded with a decision.
+    /// Orders that initiators placed.
     pub(crate) orders: u64,
     pub(crate) confirmed: u64,
     pub(crate) cancelled: u64,
-    /// Faults by kind, answers by kind, and what else was counted.
+    /// Faults, replies and other events, by kind.
     pub(crate) counts: BTreeMap<String, u64>,
     pub(crate) violations: Vec<Violation>,
-    /// Of everything that happened, in order.
+    /// The hash of everything that happened, in order.
     pub(crate) trace: String,
 }
 
 impl Outcome {
-    /// Whether its process has not come to its end.
+    /// Whether the process died before the seed was finished.
     pub(crate) fn has_died(&self) -> bool {
         self.violations.iter().any(|violation| violation.invariant == DIED)
     }
@@ -114,7 +114,7 @@ fn step(sim: &mut Sim<'_>, world: &World) {
     }
 }
 
-/// Waits until everything is resolved; whether it was, in time and with nothing broken.
+/// Waits until everything is resolved. Returns whether it was, in time and without a violation.
 fn settle(sim: &mut Sim<'_>, world: &World, nemesis: &mut Nemesis) -> bool {
     let deadline = sim.elapsed() + RESOLVED_WITHIN;
     let mut look_at = sim.elapsed();
@@ -157,8 +157,8 @@ fn outcome(world: &World, simulated: Duration, resolved: Duration) -> Outcome {
     }
 }
 
-/// tokio keeps a runtime's tasks in several lists, by the task's number, and numbers count through the whole process. In which
-/// order tasks are dropped when a host is killed would depend on how many had run before: so each seed begins at a round number.
+/// tokio keeps the tasks of a runtime in several lists, by task number, and counts the numbers through the whole process. When a host is
+/// killed, the order in which its tasks are dropped would depend on how many tasks ran before. So each seed begins at a round number.
 fn align_task_ids() {
     const LISTS_MAX: u64 = 1024;
     let runtime =

@@ -1,10 +1,11 @@
 //! The database of the coordinators: one server, in memory, that fails as databases do.
 //!
-//! What it has acknowledged it keeps; that is the one thing that is promised of it. All else may happen: a batch takes its time,
-//! is refused (1213, 1205), is done and its answer is lost, is given up and lands seconds later; a reader is told what was true a
-//! while ago; the server dies, and of the batches under way then some are kept and some are not.
+//! It keeps acknowledged batches, and promises nothing else. A batch may be slow, or fail (1213, 1205), or be done with its reply lost,
+//! or land seconds after its caller has given up. The server may die; of the batches in flight some are kept then and some are lost.
 //!
-//! It runs beside the hosts, not on one of them: what a coordinator has sent takes effect whether or not that coordinator lives.
+//! It runs beside the hosts, not on one of them: a batch takes effect whether or not the coordinator that sent it is alive.
+
+mod replica;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,18 +26,19 @@ use handfast_coordinator::{
 use handfast_proto::Xid;
 use tokio::sync::oneshot;
 
+use self::replica::{Failovers, Replica};
 use crate::{chronicle::Chronicle, mix::StoreMix};
 
-/// How often an owner shows that it is there.
+/// How often an owner sends a heartbeat.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Longest wait of somebody who cannot reach the server: every call has an end.
+/// The longest wait, in milliseconds, of a caller that cannot reach the server. Every call ends.
 const GIVE_UP: u64 = 3000;
-/// How long after its caller has given up a batch may land, at most.
+/// The longest time, in milliseconds, between the end of a call and the moment when its batch lands.
 const LATE: u64 = 8000;
 
 /// The server.
 pub(crate) struct Database {
-    tables: MemoryStore,
+    tables: Mutex<Arc<MemoryStore>>,
     chronicle: Arc<Chronicle>,
     state: Mutex<State>,
 }
@@ -45,7 +47,7 @@ struct State {
     now: Duration,
     rng: fastrand::Rng,
     mix: StoreMix,
-    /// Batches take so many times longer.
+    /// How many times longer a batch takes than usual.
     slowness: u64,
     jobs: BTreeMap<(Duration, u64), Job>,
     serial: u64,
@@ -53,12 +55,15 @@ struct State {
     down_until: Duration,
     /// Coordinators that cannot reach it.
     cut: BTreeSet<usize>,
+    /// A server that answers some of the reads, and lags.
+    replica: Option<Replica>,
+    failovers: Failovers,
     /// Every decision that was ever durable.
     decisions: BTreeMap<Xid, Decision>,
 }
 
 struct Job {
-    /// Its effect may be lost, or kept, when the server dies.
+    /// When the server dies, its effect may be kept or lost.
     writes: bool,
     run: Box<dyn FnOnce(&Database) + Send>,
 }
@@ -80,18 +85,29 @@ impl Database {
             serial: 0,
             down_until: Duration::ZERO,
             cut: BTreeSet::new(),
+            replica: None,
+            failovers: Failovers::default(),
             decisions: BTreeMap::new(),
         };
-        Arc::new(Self { tables: MemoryStore::default(), chronicle, state: Mutex::new(state) })
+        Arc::new(Self { tables: Mutex::default(), chronicle, state: Mutex::new(state) })
+    }
+
+    fn tables(&self) -> Arc<MemoryStore> {
+        self.tables.lock().expect("nothing panics while it is locked").clone()
+    }
+
+    fn set_tables(&self, tables: Arc<MemoryStore>) {
+        *self.tables.lock().expect("nothing panics while it is locked") = tables;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nothing panics while it is locked")
     }
 
-    /// Does what is due by now.
+    /// Runs the jobs that are due.
     pub(crate) fn advance(&self, now: Duration) {
         self.state().now = now;
+        self.replicate();
         loop {
             let job = {
                 let mut state = self.state();
@@ -104,7 +120,7 @@ impl Database {
         }
     }
 
-    /// The server dies. Of what is under way some is kept; nobody gets an answer.
+    /// The server dies. Some of the batches in flight are kept. There are no replies.
     pub(crate) fn crash(&self, down_for: Duration) {
         let jobs = std::mem::take(&mut self.state().jobs);
         for job in jobs.into_values() {
@@ -113,7 +129,7 @@ impl Database {
             }
         }
         let mut state = self.state();
-        state.jobs.clear(); // the answers
+        state.jobs.clear(); // the replies
         state.down_until = state.now + down_for;
     }
 
@@ -129,20 +145,21 @@ impl Database {
         self.state().slowness = times;
     }
 
-    /// From now on it fails no more.
+    /// Ends all failures.
     pub(crate) fn behave(&self) {
         let mut state = self.state();
         state.mix = StoreMix { millis: state.mix.millis, ..StoreMix::default() };
         (state.slowness, state.down_until) = (1, Duration::ZERO);
+        state.replica = None;
         state.cut.clear();
     }
 
-    /// The decision that is durable.
+    /// The durable decision.
     pub(crate) fn decision(&self, xid: Xid) -> Option<Decision> {
         self.state().decisions.get(&xid).copied()
     }
 
-    /// How many were confirmed, and how many cancelled.
+    /// How many transactions were confirmed, and how many cancelled.
     pub(crate) fn decided(&self) -> (u64, u64) {
         let state = self.state();
         let confirmed = state.decisions.values().filter(|decision| **decision == Decision::Confirm);
@@ -150,21 +167,21 @@ impl Database {
         (confirmed, state.decisions.len() as u64 - confirmed)
     }
 
-    /// What is recorded and not final.
+    /// The recorded transactions that are not final.
     pub(crate) fn open(&self) -> Vec<GlobalTransaction> {
         let filter =
             ListFilter { show: handfast_coordinator::store::Show::Open, name: None, after: None };
-        at_once(self.tables.list(&filter, usize::MAX)).expect("memory answers")
+        at_once(self.tables().list(&filter, usize::MAX)).expect("memory answers")
     }
 
-    /// What is recorded of one.
+    /// The record of a transaction.
     pub(crate) fn recorded(&self, xid: Xid) -> Option<GlobalTransaction> {
-        self.tables.get(xid)
+        self.tables().get(xid)
     }
 
-    /// Appends, and looks whether a decision has changed.
+    /// Appends the batch, and checks that no decision has changed.
     fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        let appended = at_once(self.tables.append(batch));
+        let appended = at_once(self.tables().append(batch));
         match &appended {
             Ok(Appended::Durable) => {
                 for write in &batch.writes {
@@ -173,7 +190,7 @@ impl Database {
             }
             Ok(Appended::Damaged(_)) => {} // see `Client::append`
             Ok(Appended::Fenced(_)) => self.chronicle.count("store: batch of a replaced owner"),
-            Err(_) => {} // one that lands late may not follow any more; else its owner hears it
+            Err(_) => {} // a batch that lands late may not fit any more; otherwise its owner gets the error
         }
         appended
     }
@@ -196,7 +213,7 @@ impl Database {
         }
     }
 
-    /// A call that arrives now, from this coordinator.
+    /// A call from this coordinator arrives now.
     fn call<T: Send + 'static>(
         &self,
         coordinator: usize,
@@ -233,7 +250,7 @@ impl Database {
                 state.fail(takes, reply, "the connection broke");
                 return answer;
             }
-            // Read now or a while later, and told later still.
+            // The read happens after a while, and its reply takes a while too.
             let answer_takes = state.rng.u64(0..=takes);
             state.push(takes, false, move |database| {
                 let found = work(database);
@@ -301,14 +318,44 @@ fn at_once<T>(future: impl Future<Output = T>) -> T {
     future.now_or_never().expect("memory answers at once")
 }
 
-/// The way of one coordinator to the server.
+/// The connections of one coordinator to the server.
 #[derive(Debug)]
 pub(crate) struct Client {
-    pub(crate) database: Arc<Database>,
-    pub(crate) coordinator: usize,
+    database: Arc<Database>,
+    coordinator: usize,
+    /// Of the process that uses it.
+    process: u64,
 }
 
 impl Client {
+    pub(crate) fn new(database: Arc<Database>, coordinator: usize) -> Self {
+        let process = database.begins();
+        Self { database, coordinator, process }
+    }
+
+    /// Reads on the replica or on the server. A read that is too old is made again on the server, as the real stores do.
+    async fn read<T: Send + 'static>(
+        &self,
+        work: impl Fn(&MemoryStore) -> Result<T, Error> + Clone + Send + 'static,
+    ) -> Result<T, Error> {
+        if let Some(replica) = self.database.reader() {
+            let work = work.clone();
+            let found = self.call(Kind::Read, move |_| work(&replica)).await;
+            if !matches!(found, Err(Error::Old(_) | Error::Replaced(_))) {
+                return found;
+            }
+            self.database.chronicle.count("store: read too old");
+        }
+        self.call(Kind::Read, move |database| work(&database.tables())).await
+    }
+
+    async fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.call(Kind::Write, work).await
+    }
+
     async fn call<T: Send + 'static>(
         &self,
         kind: Kind,
@@ -316,6 +363,12 @@ impl Client {
     ) -> Result<T, Error> {
         let answer = self.database.call(self.coordinator, kind, work);
         answer.await.unwrap_or_else(|_| Err(Error::unavailable("the server is gone")))
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.database.ends(self.process);
     }
 }
 
@@ -330,7 +383,7 @@ impl Store for Client {
     }
 
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
-        self.call(Kind::Read, |database| at_once(database.tables.seats())).await
+        self.call(Kind::Read, |database| at_once(database.tables().seats())).await
     }
 
     async fn acquire(
@@ -339,17 +392,29 @@ impl Store for Client {
         owner: &str,
         now: Timestamp,
     ) -> Result<Vec<Ownership>, Error> {
-        let (partitions, owner) = (partitions.to_vec(), owner.to_owned());
-        let acquire =
-            move |database: &Database| at_once(database.tables.acquire(&partitions, &owner, now));
-        self.call(Kind::Write, acquire).await
+        let (partitions, owner, process) = (partitions.to_vec(), owner.to_owned(), self.process);
+        self.database.takes_over(process);
+        let acquire = move |database: &Database| {
+            let acquired = at_once(database.tables().acquire(&partitions, &owner, now));
+            database.owns(process, &partitions);
+            acquired
+        };
+        let acquired = self.write(acquire).await;
+        if acquired.is_ok() {
+            self.database.has_taken_over(process);
+        }
+        acquired
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
         let batch = batch.clone();
-        let appended = self.call(Kind::Write, move |database| database.append(&batch)).await;
+        let appended = self.write(move |database| database.append(&batch)).await;
         let wrong = match &appended {
             Err(Error::Corrupt(what)) => Some(what.clone()),
+            Ok(Appended::Damaged(_)) if self.database.has_lost() => {
+                self.database.chronicle.count("store: loss noticed");
+                None
+            }
             Ok(Appended::Damaged(damaged)) => Some(format!("{damaged:?}")),
             Ok(Appended::Durable | Appended::Fenced(_))
             | Err(Error::Unavailable(_) | Error::Old(_) | Error::Replaced(_)) => None,
@@ -362,7 +427,7 @@ impl Store for Client {
     }
 
     async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
-        self.call(Kind::Read, move |database| at_once(database.tables.load(xid, known))).await
+        self.read(move |tables| at_once(tables.load(xid, known))).await
     }
 
     async fn find_keys(
@@ -371,8 +436,7 @@ impl Store for Client {
         known: Known,
     ) -> Result<Vec<Option<Xid>>, Error> {
         let hashes = hashes.to_vec();
-        let find = move |database: &Database| at_once(database.tables.find_keys(&hashes, known));
-        self.call(Kind::Read, find).await
+        self.read(move |tables| at_once(tables.find_keys(&hashes, known))).await
     }
 
     async fn due(
@@ -382,9 +446,7 @@ impl Store for Client {
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error> {
-        let due =
-            move |database: &Database| at_once(database.tables.due(until, after, limit, known));
-        self.call(Kind::Read, due).await
+        self.read(move |tables| at_once(tables.due(until, after, limit, known))).await
     }
 
     async fn list(
@@ -393,11 +455,11 @@ impl Store for Client {
         limit: usize,
     ) -> Result<Vec<GlobalTransaction>, Error> {
         let filter = filter.clone();
-        self.call(Kind::Read, move |database| at_once(database.tables.list(&filter, limit))).await
+        self.read(move |tables| at_once(tables.list(&filter, limit))).await
     }
 
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
-        self.call(Kind::Read, move |database| at_once(database.tables.summary(now, stuck))).await
+        self.read(move |tables| at_once(tables.summary(now, stuck))).await
     }
 
     async fn purge(
@@ -409,13 +471,13 @@ impl Store for Client {
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error> {
         let purge = move |database: &Database| {
-            at_once(database.tables.purge(ownership, finished_before, now, after, limit))
+            at_once(database.tables().purge(ownership, finished_before, now, after, limit))
         };
-        self.call(Kind::Write, purge).await
+        self.write(purge).await
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
         let ownerships = ownerships.to_vec();
-        self.call(Kind::Write, move |database| at_once(database.tables.release(&ownerships))).await
+        self.write(move |database| at_once(database.tables().release(&ownerships))).await
     }
 }

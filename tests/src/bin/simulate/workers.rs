@@ -1,5 +1,5 @@
-//! Many seeds on several cores. Each worker is a process: what a seed does depends on what else happens in its process (see
-//! `run.rs`), and a seed that kills its process does not take the others along.
+//! Runs many seeds on several cores. Each worker is a process: a seed depends on what else happens in its process (see `run.rs`), and a
+//! seed that kills its process does not end the others.
 
 use std::{
     collections::BTreeMap,
@@ -16,11 +16,11 @@ use crate::{
     run::{self, Outcome},
 };
 
-/// How long a seed may take in real time. Most take a quarter of a second, and a minute where the machine is busy and nothing was
-/// optimized; one that takes this long has stopped in the middle: some task never rests, and simulated time stands still.
+/// How long a seed may take in real time. Most take a quarter of a second, or up to a minute without optimization on a busy machine. A
+/// seed that takes longer hangs: a task never yields, and simulated time stands still.
 const SEED_TAKES_MAX: Duration = Duration::from_secs(300);
 
-/// Runs each `step`th seed, here.
+/// Runs every `step`th seed in this process.
 pub(crate) fn work(first: u64, seeds: u64, step: u64) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let (done, watched) = mpsc::channel();
@@ -34,14 +34,14 @@ pub(crate) fn work(first: u64, seeds: u64, step: u64) -> Result<()> {
 }
 
 /// Ends this process when a seed takes too long.
-#[expect(clippy::print_stderr, reason = "nobody else can say why this process ends")]
+#[expect(clippy::print_stderr, reason = "no other process can say why this one ends")]
 fn watch(seeds: &mpsc::Receiver<()>) {
     loop {
         match seeds.recv_timeout(SEED_TAKES_MAX) {
             Ok(()) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) => return,
             Err(mpsc::RecvTimeoutError::Timeout) => {
-                eprintln!("a seed has not come to its end within {SEED_TAKES_MAX:?}");
+                eprintln!("a seed has not finished within {SEED_TAKES_MAX:?}");
                 std::process::exit(1);
             }
         }
@@ -69,7 +69,7 @@ pub(crate) fn run(first: u64, seeds: u64, jobs: u64, bug: Option<&str>) -> Resul
             for line in lines.map_while(Result::ok) {
                 if let Ok(outcome) = serde_json::from_str::<Outcome>(&line) {
                     next = outcome.seed + jobs;
-                    drop(sender.send(outcome)); // nobody may be interested any more
+                    drop(sender.send(outcome)); // the receiver may be gone
                 }
             }
             if next < first + seeds {
@@ -83,7 +83,7 @@ pub(crate) fn run(first: u64, seeds: u64, jobs: u64, bug: Option<&str>) -> Resul
     Ok(outcomes)
 }
 
-/// Gathers what they say. A bug is found when a seed has found it and all before it have not.
+/// Collects the outcomes. A bug is found when one seed has found it and all earlier seeds are finished.
 fn collect(
     first: u64,
     jobs: u64,
@@ -106,16 +106,16 @@ fn collect(
 }
 
 fn end(worker: &mut Child) {
-    drop(worker.kill()); // it may have ended
+    drop(worker.kill()); // it may have ended already
     drop(worker.wait());
 }
 
-/// In place of an invariant: the process of a seed has died, or taken too long.
+/// Stands in place of an invariant: the process of the seed died, or took too long.
 pub(crate) const DIED: &str = "process";
 
-/// A worker that has not come to the end of this seed.
+/// The outcome of a seed whose worker died.
 fn died(seed: u64) -> Outcome {
-    let what = "its process died; what it said is above".to_owned();
+    let what = "its process died; its output is above".to_owned();
     Outcome {
         seed,
         simulated_millis: 0,

@@ -1,5 +1,5 @@
-//! What all hosts of one simulation share, beside the network: what was told to whom, and who is to do what. In reality nobody
-//! sees all of this.
+//! The state that all hosts of one simulation share, beside the network: what callers were told, and orders from the nemesis. In
+//! reality no process sees all of this.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,35 +34,35 @@ pub(crate) struct World {
     history: Mutex<History>,
     /// No new orders, no more faults.
     draining: AtomicBool,
-    /// Coordinators that have ended by themselves.
+    /// Coordinators that ended by themselves.
     exits: Mutex<Vec<usize>>,
-    /// Workers that are not done.
+    /// How many workers have not finished.
     busy: AtomicUsize,
     next_order: AtomicU64,
-    /// So that no two runs of a program draw the same numbers.
+    /// Counts the starts of programs, so that no two runs draw the same random numbers.
     starts: AtomicU64,
 }
 
-/// One coordinator, whoever runs there.
+/// One coordinator host.
 #[derive(Debug, Default)]
 pub(crate) struct Seat {
     pub(crate) wall: Wall,
-    /// The next one that starts here does not wait as a standby.
+    /// The next process that starts here takes over at once.
     pub(crate) take_over: AtomicBool,
-    /// Whoever runs here stops in order.
+    /// Tells the process that runs here to stop in order.
     pub(crate) stop: Notify,
 }
 
-/// What was told.
+/// What callers were told.
 #[derive(Debug, Default)]
 struct History {
-    /// Orders that were begun, with a key, in order.
+    /// Orders with a key that were begun, oldest first.
     keyed: Vec<u64>,
-    /// What was told of each transaction.
+    /// The outcomes that callers were told, by transaction.
     told: BTreeMap<Xid, BTreeSet<Decision>>,
-    /// Of these was told that they were never recorded.
+    /// Callers were told that these were never recorded.
     never: BTreeSet<Xid>,
-    /// Transactions that somebody may ask about.
+    /// Transactions that initiators may ask about.
     known: Vec<Xid>,
 }
 
@@ -101,7 +101,7 @@ impl World {
         fastrand::Rng::with_seed(self.seed ^ (start << 32) ^ 0x7374_6172)
     }
 
-    /// The coordinator, as a host sees it.
+    /// A client of the coordinators.
     pub(crate) fn handfast(&self) -> Handfast {
         let channel = || self.network.channel(COORDINATORS);
         let handfast = Handfast::from_channels(channel(), channel());
@@ -118,7 +118,7 @@ impl World {
         self.draining.load(Ordering::Relaxed)
     }
 
-    /// Of a hundred calls of phase two.
+    /// How many of a hundred calls of phase two fail at the participant.
     pub(crate) fn failures_of_phase_two(&self) -> u32 {
         if self.is_draining() { 0 } else { self.mix.phase_two_failures }
     }
@@ -131,7 +131,7 @@ impl World {
         std::mem::take(&mut self.exits.lock().expect("nothing panics while it is locked"))
     }
 
-    /// Somebody works until this is dropped.
+    /// Counts as a worker that has not finished, until it is dropped.
     pub(crate) fn work(self: &Arc<Self>) -> Work {
         self.busy.fetch_add(1, Ordering::Relaxed);
         Work(self.clone())
@@ -165,7 +165,7 @@ impl World {
 
     // --------------------------------------------------------------------------------------------------------- what was told
 
-    /// Somebody was told that this is decided, for ever.
+    /// A caller was told this decision.
     pub(crate) fn told(&self, xid: Xid, decision: Decision, whom: &str) {
         self.chronicle.note(format_args!("told {xid} {decision:?} {whom}"));
         let mut history = self.history();
@@ -192,7 +192,7 @@ impl World {
         }
     }
 
-    /// Somebody was told that all participants have confirmed.
+    /// A caller was told that all participants have confirmed.
     pub(crate) fn told_completed(&self, xid: Xid) {
         for account in &self.accounts {
             let books = account.books();
@@ -213,7 +213,7 @@ impl World {
         self.history().never.insert(xid);
     }
 
-    /// What was told of each transaction.
+    /// The outcomes that callers were told, by transaction.
     pub(crate) fn all_told(&self) -> BTreeMap<Xid, BTreeSet<Decision>> {
         self.history().told.clone()
     }

@@ -100,6 +100,7 @@ impl Journal {
         if let Some(earlier) = self.outboxes().insert(ownership.partition, outbox.clone()) {
             earlier.end(Ended::Fenced);
         }
+        self.wake.notify_one(); // the first partition needs heartbeats from now on
         outbox
     }
 

@@ -352,6 +352,20 @@ fn a_journal_that_was_replaced_is_idle() {
     assert_eq!(batches, 1, "the heartbeat that was told of the other owner");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_partition_that_joins_an_idle_journal_is_kept_alive() {
+    let store = Arc::new(ScriptedStore::default());
+    store.beats.store(true, Ordering::SeqCst);
+    let journal = Journal::new(store.clone(), Arc::new(ManualClock::at(Timestamp(1))));
+    tokio::spawn(journal.clone().run(CancellationToken::new()));
+    tokio::time::sleep(Duration::from_secs(1)).await; // it waits, without a partition
+    let ownerships = store.acquire(&ALL_PARTITIONS, "the first", Timestamp(1)).await.unwrap();
+    let _outboxes = add(&journal, ownerships);
+    let beat_every = store.heartbeat().unwrap();
+    tokio::time::sleep(beat_every * 3).await;
+    assert!(store.batches().len() >= 2, "{} heartbeats", store.batches().len());
+}
+
 /// A partition that is taken again by the same process has another outbox, and the end of the first ownership is not its end.
 #[tokio::test]
 async fn a_partition_that_is_taken_again_is_recorded_again() {

@@ -1,7 +1,7 @@
 //! Reads the configuration from flags, environment, file and defaults; earlier ones override later ones. A wrong value is an
 //! error with its place, even if another source overrides it: else it would surface on the day that the other one is removed.
 
-use std::ops::Range;
+use std::{net::IpAddr, ops::Range};
 
 use confique::{
     Config as _, Layer as _,
@@ -137,14 +137,14 @@ fn from_env(env: &[(String, String)]) -> Result<Vec<Setting>, Invalid> {
     for (name, text) in env {
         if !name.starts_with(ENV_PREFIX)
             || ENV_OTHERS.contains(&name.as_str())
-            || is_of_kubernetes(name)
+            || is_of_kubernetes(name, text, env)
             || text.is_empty()
         {
             continue;
         }
         let Some(key) = keys.iter().find(|key| key.env() == name) else {
             let known = keys.iter().map(Key::env).chain(ENV_OTHERS);
-            let hint = guess(name, known);
+            let hint = other_name(name).or_else(|| guess(name, known));
             return Err(Invalid {
                 what: format!("unknown environment variable `{name}`"),
                 hint: hint.unwrap_or_else(|| {
@@ -160,9 +160,38 @@ fn from_env(env: &[(String, String)]) -> Result<Vec<Setting>, Invalid> {
 
 /// Kubernetes sets variables for every service in a container's environment. A service named `handfast` causes
 /// HANDFAST_SERVICE_HOST, HANDFAST_PORT, HANDFAST_PORT_7420_TCP_ADDR and more. Nobody wrote those, so they are not errors.
-fn is_of_kubernetes(name: &str) -> bool {
-    name.ends_with("_PORT")
-        || ["_SERVICE_HOST", "_SERVICE_PORT", "_PORT_"].iter().any(|part| name.contains(part))
+/// A HANDFAST_PORT with a plain number was written by somebody who expects it to mean something.
+fn is_of_kubernetes(name: &str, text: &str, env: &[(String, String)]) -> bool {
+    let is_set = |name: &str| env.iter().any(|(set, _)| set == name);
+    if let Some((stem, _)) = name.split_once("_SERVICE_PORT") {
+        return text.parse::<u16>().is_ok() && is_set(&format!("{stem}_SERVICE_HOST"));
+    }
+    if name.ends_with("_SERVICE_HOST") {
+        return text.parse::<IpAddr>().is_ok();
+    }
+    if let Some((_, rest)) = name.split_once("_PORT_") {
+        // Such as 7420_TCP and 7420_TCP_ADDR.
+        return rest.split_once('_').is_some_and(|(port, protocol)| {
+            let protocol = protocol.split('_').next().unwrap_or_default();
+            port.parse::<u16>().is_ok() && ["TCP", "UDP", "SCTP"].contains(&protocol)
+        });
+    }
+    name.ends_with("_PORT") && text.contains("://")
+}
+
+/// What other programs call a key of ours.
+fn other_name(unknown: &str) -> Option<String> {
+    let key = match unknown.trim_start_matches(ENV_PREFIX) {
+        "PORT" | "HOST" | "ADDR" | "ADDRESS" | "BIND" | "GRPC_PORT" => {
+            "HANDFAST_LISTEN=127.0.0.1:7420"
+        }
+        "DATABASE" | "DATABASE_URL" | "DB" | "DB_URL" | "URL" => {
+            "HANDFAST_STORE=sqlite:handfast.db"
+        }
+        "LOG_LEVEL" | "LEVEL" => "HANDFAST_LOG=info",
+        _ => return None,
+    };
+    Some(format!("did you mean `{key}`?"))
 }
 
 fn from_file(name: &str, text: &str) -> Result<Vec<Setting>, Invalid> {

@@ -173,9 +173,26 @@ fn an_empty_variable_and_those_of_others_are_passed_over() {
         ("HANDFAST_SERVICE_PORT_GRPC", "7420"),
         ("HANDFAST_PORT", "tcp://10.0.0.1:7420"),
         ("HANDFAST_PORT_7420_TCP_ADDR", "10.0.0.1"),
+        ("HANDFAST_SERVICE_PORT", "7420"),
         ("HANDFAST_TWO_PORT_7420_TCP", "tcp://10.0.0.1:7420"),
     ];
     assert_eq!(config("", &others, &[]).listen.port(), 7420);
+}
+
+#[test]
+fn variables_that_mean_nothing_are_told_with_what_was_meant() {
+    for (name, text, hint) in [
+        ("HANDFAST_PORT", "7420", "HANDFAST_LISTEN"),
+        ("HANDFAST_HOST", "0.0.0.0", "HANDFAST_LISTEN"),
+        ("HANDFAST_SERVICE_PORT", "7420", "unset"),
+        ("HANDFAST_PORT_NUMBER", "7420", "unset"),
+        ("HANDFAST_DATABASE_URL", "mysql://db/handfast", "HANDFAST_STORE"),
+        ("HANDFAST_LOG_LEVEL", "debug", "HANDFAST_LOG"),
+    ] {
+        let env = vec![(name.to_owned(), text.to_owned())];
+        let invalid = Config::load(&Sources { env, ..Sources::default() }).unwrap_err();
+        assert!(invalid.what.contains(name) && invalid.hint.contains(hint), "{invalid:?}");
+    }
 }
 
 #[test]

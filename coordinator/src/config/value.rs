@@ -100,11 +100,12 @@ impl FromStr for StoreUrl {
 pub struct LogFilter(String);
 
 impl LogFilter {
-    /// For the subscriber. It suppresses what sqlx's pool logs about broken connections: some of it has level ERROR, which here means
-    /// that a person must act. The code that needed the connection logs the failure.
+    /// For the subscriber. It suppresses what sqlx logs, unless the filter names it (`sqlx=warn`): slow statements with their whole
+    /// text, slow connections, and broken ones with level ERROR, which here means that a person must act. The code that needed the
+    /// connection logs the failure.
     #[must_use]
     pub fn to_env_filter(&self) -> EnvFilter {
-        EnvFilter::new(format!("sqlx_core::pool=off,{}", self.0))
+        EnvFilter::new(format!("sqlx=off,{}", self.0))
     }
 }
 

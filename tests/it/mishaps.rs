@@ -329,9 +329,7 @@ async fn a_full_disk_refuses_new_work_loses_nothing_and_is_got_over() {
     };
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
     assert!(refused.message().contains("the store does not answer"), "{refused:?}");
-    let log = coordinator
-        .log()
-        .with_message("the store has not answered a batch; the same one is appended again");
+    let log = coordinator.log().with_message("store did not answer; retrying the same batch");
     assert!(!log.is_empty(), "the log says nothing");
     // Somebody makes room.
     let more = format!("prlimit --pid {} --fsize=unlimited", coordinator.pid());

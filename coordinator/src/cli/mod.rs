@@ -15,6 +15,7 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
+use handfast_coordinator::dispatch::is_unprintable;
 
 use self::failure::Failure;
 
@@ -101,9 +102,9 @@ fn talk(text: &str) {
     let _nowhere_left = writeln!(io::stderr().lock(), "{}", printable(text));
 }
 
-/// Replaces control characters. Names and errors come from other programs, and must not control the terminal.
+/// Replaces control characters, and those that change the direction of text. Names and errors come from other programs, and must not control the terminal.
 fn printable(text: &str) -> String {
-    let safe = |char: char| if char.is_control() && char != '\n' { '\u{fffd}' } else { char };
+    let safe = |char: char| if is_unprintable(char) && char != '\n' { '\u{fffd}' } else { char };
     text.chars().map(safe).collect()
 }
 
@@ -136,5 +137,7 @@ mod tests {
     #[test]
     fn a_terminal_obeys_nobody_else() {
         assert_eq!(printable("a\u{1b}[31mb\nc\r"), "a\u{fffd}[31mb\nc\u{fffd}");
+        // A name that would show the rest of its line from right to left.
+        assert_eq!(printable("a\u{202e}b\u{2066}"), "a\u{fffd}b\u{fffd}");
     }
 }

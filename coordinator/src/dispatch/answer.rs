@@ -48,13 +48,21 @@ pub(super) fn outcome(
 
 /// What somebody else wrote, fit for a log: cut, and on one line.
 pub(crate) fn one_line(text: &str) -> String {
-    text.chars().take(MESSAGE_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
+    text.chars().take(MESSAGE_CHARS_MAX).map(|c| if is_unprintable(c) { ' ' } else { c }).collect()
+}
+
+/// Whether a terminal would obey a character rather than show it: controls, line breaks, and what turns the direction of text around.
+#[must_use]
+pub fn is_unprintable(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A refusal with texts that are fit for a log.
 fn on_one_line(refusal: pb::Refusal) -> Refusal {
     let pb::Refusal { reason, domain, message, metadata } = refusal;
     let [reason, domain, message] = [reason, domain, message].map(|text| one_line(&text));
+    let metadata = metadata.iter().map(|(key, value)| (one_line(key), one_line(value))).collect();
     Refusal { reason, domain, message, metadata }
 }
 

@@ -19,6 +19,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use handfast_proto::Xid;
 use tokio::sync::mpsc;
 
+pub use answer::is_unprintable;
 pub(crate) use answer::one_line;
 pub use grpc::{GrpcDispatch, Targets, Unreachable};
 pub use servers::{Destination, Dialler, Tcp};

@@ -288,11 +288,9 @@ pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid>
         pb::Decision::Cancel => DecisionRequest::Cancel(match request.refusal {
             None if !request.unknown_branch_id.is_empty() => CancelCause::TryUnknown {
                 branch_id: branch_id("unknown_branch_id", &request.unknown_branch_id)?,
-                error: words("reason", request.reason, limits::REASON_BYTES_MAX)?,
+                error: reason_of_cancel(&request.reason)?,
             },
-            None => CancelCause::Requested {
-                reason: words("reason", request.reason, limits::REASON_BYTES_MAX)?,
-            },
+            None => CancelCause::Requested { reason: reason_of_cancel(&request.reason)? },
             Some(message) => CancelCause::Refused {
                 branch_id: match request.refused_branch_id.as_str() {
                     "" => None,
@@ -303,6 +301,11 @@ pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid>
         }),
     };
     Ok((xid, What::Decide(decision)))
+}
+
+/// Made one line, as a refusal is: an error with a line break in it must not keep anybody from cancelling.
+fn reason_of_cancel(text: &str) -> Result<String, Invalid> {
+    words("reason", text.replace(char::is_control, " "), limits::REASON_BYTES_MAX)
 }
 
 fn refusal(message: pb::Refusal) -> Result<Refusal, Invalid> {
@@ -319,7 +322,7 @@ fn refusal(message: pb::Refusal) -> Result<Refusal, Invalid> {
         reason: one_line(&reason),
         domain: one_line(&domain),
         message: one_line(&message),
-        metadata,
+        metadata: metadata.iter().map(|(key, value)| (one_line(key), one_line(value))).collect(),
     })
 }
 

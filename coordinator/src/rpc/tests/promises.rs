@@ -408,4 +408,25 @@ async fn calls_that_were_given_up_do_not_end_the_connection() {
     rig.confirm(&xid, &["1"]).await.unwrap();
     let answer = waiting.await.unwrap().unwrap().into_inner().transaction.unwrap();
     assert_eq!(answer.decision(), pb::Decision::Confirm);
+
+#[tokio::test]
+async fn a_reason_with_a_line_break_cancels_and_is_made_one_line() {
+    let rig = Rig::new().await;
+    let request = |xid| pb::DecideRequest {
+        xid,
+        decision: pb::Decision::Cancel.into(),
+        reason: "first\nsecond\tthird".to_owned(),
+        ..Default::default()
+    };
+    let requested = rig.decide(request(rig.begun(&["1"]).await)).await.unwrap();
+    assert_eq!(requested.cancel_reason, "requested: first second third");
+    let refusal = pb::Refusal {
+        reason: "OUT_OF_STOCK".to_owned(),
+        metadata: BTreeMap::from([("sku".to_owned(), "1\n2\u{202e}".to_owned())]),
+        ..Default::default()
+    };
+    let xid = rig.begun(&["1"]).await;
+    let refused = pb::DecideRequest { refusal: Some(refusal), ..request(xid) };
+    let refused = rig.decide(refused).await.unwrap();
+    assert_eq!(refused.refusal.unwrap().metadata["sku"], "1 2 ");
 }

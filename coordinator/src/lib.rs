@@ -32,6 +32,9 @@ pub mod rpc;
 
 pub mod clock;
 pub mod config;
+mod listen;
+mod lobby;
 pub mod server;
+pub mod signals;
 pub mod standby;
 pub mod telemetry;

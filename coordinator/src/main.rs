@@ -5,7 +5,7 @@ mod cli;
 use std::{io, process::ExitCode};
 
 use clap::Parser as _;
-use handfast_coordinator::server;
+use handfast_coordinator::{server, telemetry};
 
 /// A transaction takes some hundred small pieces of memory and gives them back on another thread: the system's allocator spends a
 /// sixth of the coordinator's processor time on that.
@@ -14,5 +14,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> io::Result<ExitCode> {
     let cli = cli::Cli::parse();
-    Ok(server::runtime()?.block_on(cli.run()))
+    let runtime = server::runtime()?;
+    let code = runtime.block_on(cli.run());
+    telemetry::flush();
+    // Nothing waits for a name that is still being looked up, say.
+    runtime.shutdown_background();
+    Ok(code)
 }

@@ -7,31 +7,32 @@
 
 use std::{env, io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
-use futures_util::StreamExt as _;
-use handfast_proto::FILE_DESCRIPTOR_SET;
+use handfast_proto::{FILE_DESCRIPTOR_SET, crash_point};
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Runtime},
-    signal::unix::{SignalKind, signal},
-    sync::Semaphore,
-    time::Instant,
+    time::{Instant, sleep, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::{Router, TcpIncoming};
+use tonic::transport::server::Router;
 use tonic_health::server::HealthReporter;
+use tower_layer::{Identity, Stack};
 use tracing::{error, info, warn};
 
 use crate::{
-    clock::{Clock, SystemClock},
+    clock::{Clock as _, SystemClock},
     config::{Config, StoreUrl},
     coordinator::{Coordinator, End, Running},
     dispatch::{GrpcDispatch, Tcp},
     journal::Ended,
+    listen,
+    lobby::Lobby,
     partition::Settings,
     rpc::{
-        Connection, STREAMS_MAX, Services,
+        EachCall, Services,
         health::{set_ready, tell_readiness},
     },
+    signals::{self, Hangup},
     standby,
     store::{
         self, Store,
@@ -41,10 +42,11 @@ use crate::{
     },
 };
 
-/// Bytes of the headers of one request.
-const HEADERS_BYTES_MAX: u32 = 16 * 1024;
-/// How often an idle connection is asked whether it lives, and how long it may take to say so.
-const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
+/// At the end, how long connections may take to send the last answers. Those of clients that are alive close by themselves before.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
+/// At the end, how often it is looked at whether the store still answers.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// The runtime of the process: as many threads as TOKIO_WORKER_THREADS says, else half as many as there are processors. The work is
 /// many small pieces that wake each other, which costs a quarter more across threads than within one. The other processors are for
 /// the store's server and for other programs on this machine.
@@ -82,6 +84,18 @@ pub enum Exit {
     Corrupt,
     /// A task ended that should run for ever. Names it.
     Broken(&'static str),
+}
+
+impl Exit {
+    /// For the log.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Fenced => "fenced",
+            Self::Corrupt => "corrupt",
+            Self::Broken(task) => task,
+        }
+    }
 }
 
 /// Why the coordinator could not start, or had to stop.
@@ -133,35 +147,31 @@ pub enum TakeOver {
 pub async fn run(
     config: Config,
     take_over: TakeOver,
+    hangup: Hangup,
     announce: impl FnOnce(&Started),
 ) -> Result<Exit, Error> {
-    let stop = stop_signal().map_err(Error::Signals)?;
-    let store = open_store(&config).await?;
-    let (listener, listening) = listen(config.listen).await?;
-    let clock = Arc::new(SystemClock::default());
-    let taken = until_free(take_over, &*store, &*clock, listener);
-    let listener = tokio::select! {
-        listener = taken => listener.map_err(|source| Error::Listen { address: listening, source })?,
-        () = stop.cancelled() => return Ok(Exit::Stopped),
-    };
-    let targets = Arc::new(config.targets.clone());
-    let dispatch = Arc::new(GrpcDispatch::new(targets.clone(), Arc::new(Tcp), clock.clone()));
-    let settings = settings(&config);
-    let starting = Coordinator::start(store, dispatch.clone(), clock, settings, config.retention);
-    let (coordinator, mut running) = tokio::select! {
-        started = starting => started?,
-        // Given up while it waits for the batch of the owner before; that one goes on then.
-        () = stop.cancelled() => return Ok(Exit::Stopped),
+    let stop = signals::stop_token(hangup).map_err(Error::Signals)?;
+    let connections_max = listen::connections_max(config.limits.connections);
+    let (listener, listening) = listen_on(config.listen).await?;
+    let failed = |source| Error::Listen { address: listening, source };
+    let lobby = Lobby::open(listener, connections_max).await.map_err(failed)?;
+    let Ready { services, dispatch, mut running, coordinator } = tokio::select! {
+        ready = start(&config, take_over) => ready?,
+        // Given up, whatever it waits for. The store carries out a takeover that has begun; the next owner takes over from it.
+        () = stop.cancelled() => {
+            info!("stopped before it served");
+            return Ok(Exit::Stopped);
+        }
     };
     let closing = CancellationToken::new();
-    let services = Services::new(coordinator.clone(), targets, config.transaction_timeout)
-        .until(closing.clone());
+    let services = services.until(closing.clone());
     let (router, health) = router(&services);
-    let incoming = incoming(listener, config.limits.connections);
-    let serving = tokio::spawn(
-        router.serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned()),
+    let listener = lobby.close().await.map_err(failed)?;
+    let incoming = listen::incoming(listener, connections_max, closing.clone());
+    let mut serving = tokio::spawn(
+        router.serve_with_incoming_shutdown(Box::pin(incoming), closing.clone().cancelled_owned()),
     );
-    let readiness = tokio::spawn(tell_readiness(coordinator, health.clone()));
+    let readiness = tokio::spawn(tell_readiness(coordinator.clone(), health.clone()));
     let started = Started { grpc: listening, store: config.store.to_string() };
     info!(address = %started.grpc, store = started.store, "serving");
     announce(&started);
@@ -181,13 +191,55 @@ pub async fn run(
         return Ok(exit);
     }
     let deadline = Instant::now() + config.shutdown_grace;
-    info!(?exit, grace_seconds = config.shutdown_grace.as_secs(), "stopping");
+    info!(exit = exit.as_str(), grace_seconds = config.shutdown_grace.as_secs(), "stopping");
     readiness.abort();
     set_ready(&health, false).await;
     closing.cancel();
-    let in_time = stop_in_order(serving, &dispatch, running, deadline, config.shutdown_grace).await;
+    let in_order = async {
+        let answered = answered(&mut serving, &services);
+        stop_in_order(answered, &dispatch, running, deadline, config.shutdown_grace).await
+    };
+    let in_time = tokio::select! {
+        biased;
+        in_time = in_order => in_time,
+        // Every step may wait for it.
+        () = silence(&coordinator) => {
+            warn!("the store does not answer; the next owner will ask some participants once more");
+            false
+        }
+    };
     info!(in_time, "stopped");
     Ok(exit)
+}
+
+/// The coordinator, once it owns its store.
+struct Ready {
+    services: Services,
+    dispatch: Arc<GrpcDispatch>,
+    running: Running,
+    coordinator: Arc<Coordinator>,
+}
+
+/// Opens the store, waits for its turn, and takes the store over. May be given up at any moment.
+async fn start(config: &Config, take_over: TakeOver) -> Result<Ready, Error> {
+    let store = open_store(config).await?;
+    let clock = Arc::new(SystemClock::default());
+    let at_once = match take_over {
+        TakeOver::WhenFree => false,
+        TakeOver::AtOnce => standby::may_take_over(&*store, clock.now()).await,
+        TakeOver::Always => true,
+    };
+    if !at_once {
+        standby::until_free(&*store).await;
+        crash_point!("standby.takes_over");
+    }
+    let targets = Arc::new(config.targets.clone());
+    let dispatch = Arc::new(GrpcDispatch::new(targets.clone(), Arc::new(Tcp), clock.clone()));
+    let settings = settings(config);
+    let starting = Coordinator::start(store, dispatch.clone(), clock, settings, config.retention);
+    let (coordinator, running) = starting.await?;
+    let services = Services::new(coordinator.clone(), targets, config.transaction_timeout);
+    Ok(Ready { services, dispatch, running, coordinator })
 }
 
 async fn open_store(config: &Config) -> Result<Arc<dyn Store>, Error> {
@@ -206,26 +258,11 @@ async fn open_store(config: &Config) -> Result<Arc<dyn Store>, Error> {
 }
 
 /// Listens. Returns the address too: a configured port 0 has become a real one.
-async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
+async fn listen_on(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
     let failed = |source| Error::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let listening = listener.local_addr().map_err(failed)?;
     Ok((listener, listening))
-}
-
-/// Returns the listener when the store may be taken over. Until then this process is a standby.
-async fn until_free(
-    take_over: TakeOver,
-    store: &dyn Store,
-    clock: &dyn Clock,
-    listener: TcpListener,
-) -> io::Result<TcpListener> {
-    let at_once = match take_over {
-        TakeOver::WhenFree => false,
-        TakeOver::AtOnce => standby::may_take_over(store, clock.now()).await,
-        TakeOver::Always => true,
-    };
-    if at_once { Ok(listener) } else { standby::serve_until_free(store, listener).await }
 }
 
 fn settings(config: &Config) -> Settings {
@@ -240,7 +277,7 @@ fn settings(config: &Config) -> Settings {
 }
 
 /// All services, with every limit set that gRPC has none for by itself.
-pub fn router(services: &Services) -> (Router, HealthReporter) {
+pub fn router(services: &Services) -> (Router<Stack<EachCall, Identity>>, HealthReporter) {
     let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -250,14 +287,8 @@ pub fn router(services: &Services) -> (Router, HealthReporter) {
     // Older tools ask for v1alpha only.
     let reflection_v1 = reflection().build_v1().expect("our own descriptors are sound");
     let reflection_v1alpha = reflection().build_v1alpha().expect("our own descriptors are sound");
-    let router = tonic::transport::Server::builder()
-        .max_concurrent_streams(STREAMS_MAX)
-        .concurrency_limit_per_connection(STREAMS_MAX as usize)
-        // After a pause of this process there may be as many calls that their callers have given up. That is no attack.
-        .http2_max_pending_accept_reset_streams(Some(STREAMS_MAX as usize))
-        .http2_max_header_list_size(HEADERS_BYTES_MAX)
-        .http2_keepalive_interval(Some(KEEP_ALIVE[0]))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE[1]))
+    let router = listen::server()
+        .layer(services.each_call())
         .add_service(services.for_initiators())
         .add_service(services.for_operators())
         .add_service(health)
@@ -266,64 +297,45 @@ pub fn router(services: &Services) -> (Router, HealthReporter) {
     (router, reporter)
 }
 
-/// Connections, at most so many at a time. One more is closed at once.
-fn incoming(
-    listener: TcpListener,
-    connections_max: usize,
-) -> impl futures_util::Stream<Item = io::Result<Connection<tokio::net::TcpStream>>> {
-    let permits = Arc::new(Semaphore::new(connections_max));
-    TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
-        let permit = permits.clone().try_acquire_owned();
-        std::future::ready(match (accepted, permit) {
-            (Ok(stream), Ok(permit)) => Some(Ok(Connection::new(stream, Some(permit)))),
-            (Ok(_), Err(_)) => {
-                warn!(connections_max, "connection refused: limits.connections are open already");
-                None
-            }
-            (Err(error), _) => Some(Err(error)),
-        })
-    })
-}
-
 /// Each step has a part of the grace period, and is cut off at the end of it. Returns whether all steps were done in time.
 async fn stop_in_order(
-    mut serving: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+    answered: impl Future<Output = ()>,
     dispatch: &GrpcDispatch,
     running: Running,
     deadline: Instant,
     grace: Duration,
 ) -> bool {
-    // A stream that a client keeps open, such as a watch of our health, would hold the server up for ever.
-    let served = tokio::time::timeout_at(deadline - grace * 4 / 10, &mut serving).await.is_ok();
-    serving.abort();
-    let called = tokio::time::timeout_at(deadline - grace * 2 / 10, dispatch.close()).await.is_ok();
-    let recorded = tokio::time::timeout_at(deadline, running.stop()).await.is_ok();
+    let answered = timeout_at(deadline - grace * 4 / 10, answered).await.is_ok();
+    let called = timeout_at(deadline - grace * 2 / 10, dispatch.close()).await.is_ok();
+    let recorded = timeout_at(deadline, running.stop()).await.is_ok();
     if !recorded {
         warn!(
             "the store did not answer in time; the next owner will ask some participants once more"
         );
     }
-    served && called && recorded
+    answered && called && recorded
 }
 
-/// Is cancelled with the first SIGTERM or SIGINT. The second one ends the process.
-fn stop_signal() -> io::Result<CancellationToken> {
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stop = CancellationToken::new();
-    let stopping = stop.clone();
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            if stopping.is_cancelled() {
-                warn!("a second signal: ending at once");
-                std::process::exit(1);
-            }
-            stopping.cancel();
-        }
-    });
-    Ok(stop)
+/// Completes when all calls are answered, and their answers sent. A connection whose client is silent does not close by itself, and
+/// is not waited for.
+async fn answered(
+    serving: &mut tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+    services: &Services,
+) {
+    let all_answered = async {
+        services.all_answered().await;
+        sleep(LAST_ANSWERS).await;
+        services.all_answered().await; // those that were on their way
+    };
+    tokio::select! {
+        _closed = serving => {}
+        () = all_answered => {}
+    }
+}
+
+/// Completes when the store does not answer.
+async fn silence(coordinator: &Coordinator) {
+    while coordinator.is_ready() {
+        sleep(LOOK_EVERY).await;
+    }
 }

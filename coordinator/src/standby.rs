@@ -4,16 +4,10 @@
 
 use std::time::Duration;
 
-use handfast_proto::crash_point;
-use tokio::{
-    net::TcpListener,
-    time::{Instant, sleep},
-};
-use tokio_util::sync::CancellationToken;
-use tonic::{Status, body::Body, service::Routes, transport::server::TcpIncoming};
+use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
-use crate::{rpc::health::set_ready, store::Store, transaction::Timestamp};
+use crate::{store::Store, transaction::Timestamp};
 
 /// How often the owner is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -46,37 +40,6 @@ pub(crate) async fn may_take_over(store: &dyn Store, now: Timestamp) -> bool {
             true // the takeover itself says what is wrong
         }
     }
-}
-
-/// Returns when the store is free. Until then it answers questions about health (not ready), and every other call with UNAVAILABLE.
-pub(crate) async fn serve_until_free(
-    store: &dyn Store,
-    listener: TcpListener,
-) -> std::io::Result<TcpListener> {
-    let listener = listener.into_std()?;
-    let incoming = TcpIncoming::from(TcpListener::from_std(listener.try_clone()?)?);
-    let closing = CancellationToken::new();
-    let server = tonic::transport::Server::builder()
-        .add_routes(routes().await)
-        .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
-    let server = tokio::spawn(server);
-    until_free(store).await;
-    crash_point!("standby.takes_over");
-    closing.cancel();
-    server.abort(); // open connections too: their clients retry
-    drop(server.await);
-    TcpListener::from_std(listener)
-}
-
-async fn routes() -> Routes {
-    let (reporter, health) = tonic_health::server::health_reporter();
-    set_ready(&reporter, false).await;
-    let turned_away = async || {
-        let status =
-            Status::unavailable("this coordinator is a standby: another one has the store");
-        status.into_http::<Body>()
-    };
-    Routes::from(Routes::new(health).into_axum_router().fallback(turned_away))
 }
 
 /// Returns when the store is free: no partition has an owner, or the owner shows no life. Only time between two successful looks

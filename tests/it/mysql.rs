@@ -258,9 +258,14 @@ async fn a_database_that_is_away_for_a_while() {
 
 /// Whether what listens there says that it is ready; `None`: it does not say.
 async fn is_ready(address: &str) -> Option<bool> {
+    health_of(address, "").await
+}
+
+async fn health_of(address: &str, service: &str) -> Option<bool> {
     let channel =
         Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.ok()?;
-    let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await.ok()?;
+    let request = HealthCheckRequest { service: service.to_owned() };
+    let answer = HealthClient::new(channel).check(request).await.ok()?;
     Some(answer.into_inner().status() == tonic_health::ServingStatus::Serving.into())
 }
 
@@ -279,6 +284,7 @@ async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
         let meanwhile = async {
             let ready = wait_for("the standby answers", async || is_ready(&address).await);
             assert!(!ready.await, "two are ready");
+            assert_eq!(health_of(&address, "liveness").await, Some(true), "it is not alive");
             let standby = Endpoint::from_shared(format!("http://{address}")).unwrap();
             let mut client = CoordinatorServiceClient::new(standby.connect_lazy());
             let away = client.begin(BeginRequest::default()).await.unwrap_err();

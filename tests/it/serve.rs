@@ -32,6 +32,7 @@ async fn it_says_that_it_serves_and_what() {
         });
         serving.await;
     }
+    assert_eq!(health(&coordinator, "liveness").await, ServingStatus::Serving);
     // Reflection, in both versions.
     use tonic_reflection::pb::{v1, v1alpha};
     let names = |list: Option<v1::server_reflection_response::MessageResponse>| {

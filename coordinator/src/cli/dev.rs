@@ -6,6 +6,7 @@ use clap::Args;
 use handfast_coordinator::{
     config::{Config, Sources},
     server::{self, Started, TakeOver},
+    signals::Hangup,
     telemetry,
 };
 
@@ -50,10 +51,10 @@ impl Dev {
         if taken {
             config.listen.set_port(0);
         }
-        telemetry::init(&config.log, config.log_format);
+        telemetry::init(&config.log, config.log_format).map_err(Failure::cannot_log)?;
         let is_kept = folder.is_none();
         let announce = |started: &Started| talk(&welcome(started, is_kept, taken));
-        let exit = server::run(config, TakeOver::WhenFree, announce).await?;
+        let exit = server::run(config, TakeOver::WhenFree, Hangup::Stop, announce).await?;
         drop(folder);
         serve::ended(exit)
     }

@@ -65,6 +65,11 @@ impl Failure {
         Self::new(Code::Failed, "cannot write to stdout", error.to_string(), "")
     }
 
+    pub(super) fn cannot_log(error: io::Error) -> Self {
+        let hint = "logs go to stdout as JSON, or to stderr as text (--log-format); it must be open, and may be /dev/null";
+        Self::new(Code::Failed, "cannot write logs", error.to_string(), hint)
+    }
+
     pub(super) fn unreachable(server: &str, error: &(dyn Error + 'static)) -> Self {
         Self::new(
             Code::Unreachable,

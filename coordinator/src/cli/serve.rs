@@ -6,6 +6,7 @@ use clap::Args;
 use handfast_coordinator::{
     config::{Config, Sources},
     server::{self, Exit, TakeOver},
+    signals::Hangup,
     telemetry,
 };
 use tracing::{error, warn};
@@ -17,7 +18,10 @@ Every setting is also an environment variable: HANDFAST_ and its name, such as H
 A flag overrides a variable, and a variable overrides the file. `handfast config` prints all settings.
 
 Logs go to stdout as JSON, one object in each line; or as text to stderr, if stdout is a terminal. --log-format says \
-which. SIGTERM or Ctrl-C stops in order within --shutdown-grace; a second one at once.
+which. What cannot be written (a full disk, a closed pipe) is dropped, counted, and the count logged later.
+
+SIGTERM or Ctrl-C stops in order: at once when nothing is under way, else within --shutdown-grace; a second one at once. \
+SIGHUP changes nothing: a restart reads the configuration again.
 
 On MySQL and MariaDB, `handfast migrate` creates the tables. A second coordinator on the same store is a standby: it \
 waits until the first one stops or shows no life for ten seconds. With --take-over it does not wait, and the first one \
@@ -103,7 +107,7 @@ impl Serve {
                 config.listen, config.store
             ));
         }
-        telemetry::init(&config.log, config.log_format);
+        telemetry::init(&config.log, config.log_format).map_err(Failure::cannot_log)?;
         end_on_panic();
         if !config.listen.ip().is_loopback() {
             warn!(address = %config.listen, "other machines can connect, and there is no authentication yet (insecure)");
@@ -113,7 +117,7 @@ impl Serve {
             Some(AtOnce::Seldom) => TakeOver::AtOnce,
             Some(AtOnce::Always) => TakeOver::Always,
         };
-        ended(server::run(config, take_over, |_| {}).await?)
+        ended(server::run(config, take_over, Hangup::Reload, |_| {}).await?)
     }
 
     fn sources(&self) -> Result<Sources, Failure> {

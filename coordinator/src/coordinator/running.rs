@@ -1,7 +1,7 @@
 //! The tasks behind a coordinator: journals, partitions, and work in the background. Partitions come and go one by one: each is
 //! taken over with an ownership of its own (partition, epoch, nonce), and everything that was made with that ends with it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -18,6 +18,9 @@ use crate::{
     partition::{COMMANDS_MAX, Held, Partition, Parts, Settings},
     store::{self, Ownership, Store, Written},
 };
+
+/// How long the end waits for the store to take the partitions back. Without it the next owner waits a little longer.
+const RELEASE_WITHIN: Duration = Duration::from_secs(2);
 
 /// Something ended that was not told to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -158,7 +161,11 @@ impl Running {
         self.background.cancel();
         self.partition_tasks.stop().await;
         self.journal_tasks.stop().await;
-        if let Err(error) = self.store.release(&self.doors.ownerships()).await {
+        let ownerships = self.doors.ownerships();
+        let released = tokio::time::timeout(RELEASE_WITHIN, self.store.release(&ownerships)).await;
+        if let Err(error) =
+            released.unwrap_or_else(|_| Err(store::Error::unavailable("no answer in time")))
+        {
             warn!(%error, "cannot hand the partitions back; the next owner will take them over all the same");
         }
         let Counts { batches, awaited, transactions } = self.journals.counts();

@@ -1,16 +1,22 @@
-//! Limits of one connection. Without them, calls that wait for long would use up its streams, and every short call on it would hang.
+//! Limits of one connection: the time for its handshake, and what its calls may hold. Without them, calls that wait for long would
+//! use up its streams, and every short call on it would hang.
 
 use std::{
+    future::Future as _,
     io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
+use handfast_proto::gather::{Budget, CONNECTION_BYTES_MAX};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Sleep, sleep},
 };
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Request, Status, transport::server::Connected};
 
 use super::status::too_many_waits;
@@ -20,31 +26,85 @@ pub const STREAMS_MAX: u32 = 1024;
 /// Of those, calls that wait for a transaction to come to its end.
 pub(super) const WAITS_MAX: usize = 512;
 
-/// A connection, and its allowance of calls that wait.
+/// How long a client may take for its part of the handshake. Afterwards the keep-alive of HTTP/2 finds out who is gone.
+pub const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
+/// Bytes that every client of HTTP/2 sends first: `PRI * HTTP/2.0` and so on.
+const PREFACE_BYTES: usize = 24;
+
+/// A connection, and its allowances.
 #[derive(Debug)]
 pub struct Connection<IO> {
     io: IO,
-    waits: Allowance,
+    allowance: Allowance,
+    /// `None` once the preface has been read.
+    handshake: Option<Handshake>,
     /// One of `limits.connections`; given back when this is dropped.
     _permit: Option<OwnedSemaphorePermit>,
 }
 
-impl<IO> Connection<IO> {
-    /// A new connection. It keeps `permit` until it is closed.
-    pub fn new(io: IO, permit: Option<OwnedSemaphorePermit>) -> Self {
-        Self { io, waits: Allowance(Arc::new(Semaphore::new(WAITS_MAX))), _permit: permit }
+#[derive(Debug)]
+struct Handshake {
+    bytes_left: usize,
+    deadline: Pin<Box<Sleep>>,
+    /// A server that stops does not wait for a client that has said nothing so far.
+    closing: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+}
+
+impl Handshake {
+    /// Why the handshake has failed, once it has.
+    fn failed(&mut self, cx: &mut Context<'_>) -> Option<io::Error> {
+        if self.deadline.as_mut().poll(cx).is_ready() {
+            return Some(io::Error::new(io::ErrorKind::TimedOut, "no HTTP/2 preface in time"));
+        }
+        let closing = self.closing.as_mut()?.as_mut().poll(cx);
+        closing.is_ready().then(|| io::Error::new(io::ErrorKind::ConnectionAborted, "stopping"))
     }
 }
 
-/// How many calls of this connection may wait.
+impl<IO> Connection<IO> {
+    /// A new connection. It keeps `permit` until it is closed. Call it within a tokio runtime.
+    pub fn new(io: IO, permit: Option<OwnedSemaphorePermit>) -> Self {
+        let handshake = Handshake {
+            bytes_left: PREFACE_BYTES,
+            deadline: Box::pin(sleep(HANDSHAKE_WITHIN)),
+            closing: None,
+        };
+        let allowance = Allowance {
+            waits: Arc::new(Semaphore::new(WAITS_MAX)),
+            unfinished: Budget::new(CONNECTION_BYTES_MAX),
+        };
+        Self { io, allowance, handshake: Some(handshake), _permit: permit }
+    }
+
+    /// Ends with `closing`, unless its client has said by then that it speaks HTTP/2.
+    #[must_use]
+    pub(crate) fn until(mut self, closing: CancellationToken) -> Self {
+        if let Some(handshake) = &mut self.handshake {
+            handshake.closing = Some(Box::pin(closing.cancelled_owned()));
+        }
+        self
+    }
+}
+
+/// What the calls of one connection may hold together.
 #[derive(Debug, Clone)]
-pub struct Allowance(Arc<Semaphore>);
+pub struct Allowance {
+    waits: Arc<Semaphore>,
+    unfinished: Budget,
+}
+
+impl Allowance {
+    /// Bytes of messages that have not arrived whole.
+    pub(super) fn unfinished(&self) -> Budget {
+        self.unfinished.clone()
+    }
+}
 
 impl<IO> Connected for Connection<IO> {
     type ConnectInfo = Allowance;
 
     fn connect_info(&self) -> Allowance {
-        self.waits.clone()
+        self.allowance.clone()
     }
 }
 
@@ -54,7 +114,7 @@ pub(super) fn waiting_permit<T>(
 ) -> Result<Option<OwnedSemaphorePermit>, Status> {
     match request.extensions().get::<Allowance>() {
         None => Ok(None), // called without a connection
-        Some(Allowance(waits)) => {
+        Some(Allowance { waits, .. }) => {
             waits.clone().try_acquire_owned().map(Some).map_err(|_| too_many_waits(WAITS_MAX))
         }
     }
@@ -66,7 +126,18 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Connection<IO> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
+        if let Some(handshake) = &mut self.handshake {
+            let read = buf.filled().len() - before;
+            handshake.bytes_left = handshake.bytes_left.saturating_sub(read);
+            if handshake.bytes_left == 0 {
+                self.handshake = None;
+            } else if let Some(failed) = handshake.failed(cx) {
+                return Poll::Ready(Err(failed));
+            }
+        }
+        polled
     }
 }
 

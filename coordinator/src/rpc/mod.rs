@@ -2,6 +2,7 @@
 
 mod connection;
 mod deadline;
+mod each_call;
 pub(crate) mod health;
 mod request;
 mod response;
@@ -20,7 +21,7 @@ use handfast_proto::{
         coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
     },
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
 use self::{
@@ -29,8 +30,9 @@ use self::{
     request::{NewRequest, invalid},
 };
 pub use self::{
-    connection::{Connection, STREAMS_MAX},
+    connection::{Connection, HANDSHAKE_WITHIN, STREAMS_MAX},
     deadline::InTime,
+    each_call::EachCall,
 };
 use crate::{
     coordinator::Coordinator,
@@ -47,6 +49,8 @@ pub struct Services {
     timeout_default: Duration,
     /// Streams take no further calls.
     closing: CancellationToken,
+    /// A token for each call until its last byte is answered.
+    under_way: TaskTracker,
 }
 
 impl Services {
@@ -57,7 +61,13 @@ impl Services {
         targets: Arc<Targets>,
         timeout_default: Duration,
     ) -> Self {
-        Self { coordinator, targets, timeout_default, closing: CancellationToken::new() }
+        Self {
+            coordinator,
+            targets,
+            timeout_default,
+            closing: CancellationToken::new(),
+            under_way: TaskTracker::new(),
+        }
     }
 
     /// Once `closing` is cancelled, streams take no further calls, and end when they have answered those they took: tonic would
@@ -65,6 +75,18 @@ impl Services {
     #[must_use]
     pub fn until(self, closing: CancellationToken) -> Self {
         Self { closing, ..self }
+    }
+
+    /// What goes around these services, and around those of gRPC itself.
+    #[must_use]
+    pub fn each_call(&self) -> EachCall {
+        EachCall::new(self.under_way.clone(), self.closing.clone())
+    }
+
+    /// Completes when no call is under way.
+    pub async fn all_answered(&self) {
+        self.under_way.close();
+        self.under_way.wait().await;
     }
 
     /// The service for initiators, with its limits.

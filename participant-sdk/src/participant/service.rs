@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use handfast_proto::{
     calls::{BranchAnswers, serve_branches},
+    gather::{ALL_BYTES_MAX, Budget, Gather},
     limits,
     v1::{
         ActionInfo, BranchContext, BranchStreamRequest, CancelBranchRequest, CancelBranchResponse,
@@ -24,12 +25,14 @@ use crate::{
 const SDK: &str = concat!("handfast-rust/", env!("CARGO_PKG_VERSION"));
 
 impl Participant {
-    /// The participant as a tonic service, for `Server::builder().add_service(…)`.
+    /// The participant as a tonic service, for `Server::builder().add_service(…)`. A request costs memory for what has arrived of
+    /// it, not for what it announces.
     #[must_use]
-    pub fn into_service(self) -> ParticipantServiceServer<Self> {
-        ParticipantServiceServer::new(self)
+    pub fn into_service(self) -> Gather<ParticipantServiceServer<Self>> {
+        let service = ParticipantServiceServer::new(self)
             .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
-            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX)
+            .max_encoding_message_size(limits::RESPONSE_BYTES_MAX);
+        Gather::new(service, Budget::new(ALL_BYTES_MAX), |_| None)
     }
 }
 

@@ -408,6 +408,7 @@ async fn calls_that_were_given_up_do_not_end_the_connection() {
     rig.confirm(&xid, &["1"]).await.unwrap();
     let answer = waiting.await.unwrap().unwrap().into_inner().transaction.unwrap();
     assert_eq!(answer.decision(), pb::Decision::Confirm);
+}
 
 #[tokio::test]
 async fn a_reason_with_a_line_break_cancels_and_is_made_one_line() {

@@ -4,7 +4,17 @@
 //! {"timestamp":"2026-11-21T09:14:03.123456Z","level":"INFO","message":"decided","xid":"3-7-1042-9f3c01d2","name":"checkout","decision":"CONFIRM","target":"handfast_coordinator::partition::log"}
 //! ```
 
-use std::io::{self, IsTerminal as _};
+mod writer;
+
+use std::{
+    fs::File,
+    io::{self, IsTerminal as _},
+    os::fd::AsFd as _,
+    panic,
+    sync::OnceLock,
+    thread,
+    time::Duration,
+};
 
 use tracing::Subscriber;
 use tracing_subscriber::{
@@ -12,22 +22,60 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
+use self::writer::LogWriter;
 use crate::config::{LogFilter, LogFormat};
 
-/// Sends everything that is logged from now on to where it belongs. A second call changes nothing.
-pub fn init(filter: &LogFilter, format: LogFormat) {
+/// How long the end of the process waits for lines that are not written yet.
+const FLUSH_WITHIN: Duration = Duration::from_secs(1);
+
+static WRITER: OnceLock<LogWriter> = OnceLock::new();
+
+/// Sends everything that is logged from now on to where it belongs. A second call changes nothing. Call [`flush`] before the
+/// process ends.
+///
+/// # Errors
+///
+/// When the system has no thread to give, or stdout or stderr is closed.
+pub fn init(filter: &LogFilter, format: LogFormat) -> io::Result<()> {
     let is_json = match format {
         LogFormat::Json => true,
         LogFormat::Text => false,
         LogFormat::Auto => !io::stdout().is_terminal(),
     };
-    // Fails only when it has been done before: by a test, say.
-    let _done_before = if is_json {
-        json(filter, io::stdout).try_init()
+    let descriptor = if is_json {
+        io::stdout().as_fd().try_clone_to_owned()
     } else {
-        let text = Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(io::stderr);
+        io::stderr().as_fd().try_clone_to_owned()
+    };
+    let writer = LogWriter::start(File::from(descriptor?))?;
+    // Fails only when it has been done before: by a test, say.
+    let done_before = if is_json {
+        json(filter, writer.clone()).try_init()
+    } else {
+        let text =
+            Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(writer.clone());
+        // It would say so on stderr, and panic if that cannot be written either.
+        let text = text.log_internal_errors(false);
         text.with_ansi(io::stderr().is_terminal()).finish().try_init()
     };
+    if done_before.is_ok() && WRITER.set(writer).is_ok() {
+        // A panic may end the process at once: what led to it is written first.
+        let hook = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            flush();
+            hook(panic);
+        }));
+    }
+    Ok(())
+}
+
+/// Waits until all log lines are written, for a second at most.
+pub fn flush() {
+    if let Some(writer) = WRITER.get()
+        && thread::current().name() != Some(writer::THREAD)
+    {
+        writer.flush(FLUSH_WITHIN);
+    }
 }
 
 fn json<W>(filter: &LogFilter, writer: W) -> impl Subscriber + Send + Sync
@@ -35,6 +83,7 @@ where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
     let lines = Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(writer);
+    let lines = lines.log_internal_errors(false);
     lines.json().flatten_event(true).with_target(true).with_span_list(false).finish()
 }
 
@@ -58,13 +107,16 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_breaks_is_no_alarm() {
-        for (filter, shown) in [("info", 0), ("info,sqlx_core::pool=info", 1)] {
+    fn what_sqlx_says_is_shown_to_who_asks_for_it() {
+        let filters =
+            [("info", 0), ("debug", 0), ("info,sqlx_core::pool=info", 1), ("info,sqlx=info", 2)];
+        for (filter, shown) in filters {
             let lines = Written::default();
             let writer = lines.clone();
             let subscriber = json(&filter.parse().unwrap(), move || writer.clone());
             tracing::subscriber::with_default(subscriber, || {
                 tracing::error!(target: "sqlx_core::pool::inner", "error returned from after_connect");
+                tracing::warn!(target: "sqlx::query", "slow statement");
             });
             let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
             assert_eq!(lines.lines().count(), shown, "{filter}: {lines}");

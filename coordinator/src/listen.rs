@@ -1,0 +1,242 @@
+//! Takes connections, as many as there may be, sets the limits of each, and keeps file descriptors for what else the coordinator needs them for: calls to
+//! participants, and the store.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::{Stream, stream};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tracing::{info, warn};
+
+use crate::rpc::{Connection, STREAMS_MAX};
+
+/// Bytes of the headers of one request.
+const HEADERS_BYTES_MAX: u32 = 16 * 1024;
+/// How often an idle connection is asked whether it lives, and how long it may take to say so.
+const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
+/// Pause after an accept that failed for want of something (file descriptors, memory): it would fail again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How often the log says that connections are refused.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
+/// File descriptors that callers never get, at least. Of many, a quarter.
+const RESERVE_MIN: u64 = 64;
+
+/// How many connections there may be at a time: as configured, if the file descriptors suffice. Raises the limit of this process
+/// to what the system allows.
+pub(crate) fn connections_max(configured: usize) -> usize {
+    let Some(descriptors) = raise_limit() else { return configured };
+    let reserve = RESERVE_MIN.max(descriptors / 4);
+    let possible = usize::try_from(descriptors.saturating_sub(reserve)).unwrap_or(usize::MAX);
+    let connections = configured.min(possible.max(1));
+    if connections < configured {
+        warn!(
+            descriptors,
+            reserve,
+            connections,
+            configured,
+            "too few file descriptors for limits.connections; raise the hard limit (ulimit -Hn, LimitNOFILE)"
+        );
+    } else {
+        info!(descriptors, reserve, connections, "limits");
+    }
+    connections
+}
+
+/// Raises the soft limit of file descriptors to the hard one, and returns it; `None` if there is none.
+fn raise_limit() -> Option<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(error) => {
+            warn!(%error, "cannot raise the limit of file descriptors");
+            limit.current
+        }
+    }
+}
+
+/// A server with the limits that gRPC does not have by itself.
+pub(crate) fn server() -> Server {
+    Server::builder()
+        .max_concurrent_streams(STREAMS_MAX)
+        .concurrency_limit_per_connection(STREAMS_MAX as usize)
+        // After a pause of this process there may be as many calls that their callers have given up. That is no attack.
+        .http2_max_pending_accept_reset_streams(Some(STREAMS_MAX as usize))
+        .http2_max_header_list_size(HEADERS_BYTES_MAX)
+        .http2_keepalive_interval(Some(KEEP_ALIVE[0]))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE[1]))
+}
+
+/// Connections, `connections_max` at a time; one more is closed at once. A client that has said nothing ends with `closing`.
+pub(crate) fn incoming(
+    listener: TcpListener,
+    connections_max: usize,
+    closing: CancellationToken,
+) -> impl Stream<Item = io::Result<Connection<TcpStream>>> {
+    let accepting = Accepting {
+        listener,
+        places: Arc::new(Semaphore::new(connections_max)),
+        connections_max,
+        closing,
+        refused: Seldom::default(),
+        failed: Seldom::default(),
+    };
+    stream::unfold(accepting, async |mut accepting| {
+        let connection = accepting.next().await;
+        Some((Ok(connection), accepting))
+    })
+}
+
+struct Accepting {
+    listener: TcpListener,
+    places: Arc<Semaphore>,
+    connections_max: usize,
+    closing: CancellationToken,
+    refused: Seldom,
+    failed: Seldom,
+}
+
+impl Accepting {
+    async fn next(&mut self) -> Connection<TcpStream> {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    if let Ok(place) = self.places.clone().try_acquire_owned() {
+                        let _is_slower_without = stream.set_nodelay(true);
+                        return Connection::new(stream, Some(place)).until(self.closing.clone());
+                    }
+                    if let Some(times) = self.refused.tell() {
+                        let connections_max = self.connections_max;
+                        warn!(
+                            times,
+                            connections_max,
+                            "connections were refused: there are as many as there may be (limits.connections)"
+                        );
+                    }
+                }
+                // Of one connection, not of all.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted
+                            | io::ErrorKind::ConnectionReset
+                            | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => {
+                    if let Some(times) = self.failed.tell() {
+                        warn!(times, %error, "cannot accept connections; trying again");
+                    }
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// Tells of something that may happen often.
+#[derive(Debug, Default)]
+struct Seldom {
+    times: u64,
+    told_at: Option<Instant>,
+}
+
+impl Seldom {
+    /// Counts once more. Returns how often it has happened since it was told last, if it is to be told now.
+    fn tell(&mut self) -> Option<u64> {
+        self.times += 1;
+        if self.told_at.is_some_and(|at| at.elapsed() < TOLD_EVERY) {
+            return None;
+        }
+        self.told_at = Some(Instant::now());
+        Some(std::mem::take(&mut self.times))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
+        time::{Instant, timeout},
+    };
+
+    use super::*;
+    use crate::rpc::HANDSHAKE_WITHIN;
+
+    /// The client's end of a connection to a server that has only health to tell of.
+    fn connect(keep_alive: [Duration; 2]) -> DuplexStream {
+        let (ours, theirs) = tokio::io::duplex(1024);
+        let (_, health) = tonic_health::server::health_reporter();
+        let incoming = stream::iter([Ok::<_, Infallible>(Connection::new(theirs, None))]);
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(keep_alive[0]))
+            .http2_keepalive_timeout(Some(keep_alive[1]))
+            .add_service(health)
+            .serve_with_incoming(incoming);
+        tokio::spawn(server);
+        ours
+    }
+
+    /// How long it takes until the server hangs up.
+    async fn hung_up_after(mut client: DuplexStream) -> Duration {
+        let began = Instant::now();
+        let mut bytes = Vec::new();
+        let ended = timeout(Duration::from_secs(3600), client.read_to_end(&mut bytes)).await;
+        drop(ended.expect("it is never closed"));
+        began.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_say_that_it_speaks_http_2_is_hung_up_on() {
+        let keep_alive = [Duration::from_secs(30), Duration::from_secs(10)];
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        for said in [&b""[..], &preface[..10], &preface[..23]] {
+            let mut client = connect(keep_alive);
+            client.write_all(said).await.unwrap();
+            let after = hung_up_after(client).await;
+            assert!(after <= HANDSHAKE_WITHIN + Duration::from_secs(1), "{after:?}: {said:?}");
+        }
+        // One that goes on in its own time, a byte a second, too.
+        let (mut reads, mut writes) = tokio::io::split(connect(keep_alive));
+        let writing = tokio::spawn(async move {
+            for byte in preface {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                if writes.write_all(&[*byte]).await.is_err() {
+                    break;
+                }
+            }
+        });
+        let began = Instant::now();
+        drop(reads.read_to_end(&mut Vec::new()).await);
+        assert!(began.elapsed() <= HANDSHAKE_WITHIN + Duration::from_secs(1));
+        writing.abort();
+        // And one that says it, and then nothing any more: it does not answer the keep-alive.
+        let mut client = connect(keep_alive);
+        client.write_all(preface).await.unwrap();
+        client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap(); // SETTINGS
+        let after = hung_up_after(client).await;
+        assert!(
+            after > HANDSHAKE_WITHIN && after <= Duration::from_secs(41),
+            "{after:?}: it was to be asked first"
+        );
+    }
+
+    #[test]
+    fn what_happens_often_is_told_seldom_with_a_count() {
+        let mut seldom = Seldom::default();
+        assert_eq!(seldom.tell(), Some(1));
+        assert_eq!((0..99).filter_map(|_| seldom.tell()).count(), 0);
+        seldom.told_at = Instant::now().into_std().checked_sub(TOLD_EVERY);
+        assert_eq!(seldom.tell(), Some(100));
+    }
+}

@@ -1,0 +1,124 @@
+//! What every call passes, whichever service it is for: its messages arrive whole before anybody sees them, it is counted until its
+//! last byte is answered, and a stream that only ever ends by its caller's will ends with the server.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use handfast_proto::gather::{ALL_BYTES_MAX, Budget, Gather};
+use http::HeaderMap;
+use http_body::Frame;
+use tokio_util::{
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
+use tonic::{Status, body::Body};
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::connection::Allowance;
+
+/// Services of gRPC itself: their streams (a watch of our health, a reflection) have no end of their own.
+const OF_GRPC: &str = "/grpc.";
+
+/// Put around all services.
+#[derive(Debug, Clone)]
+pub struct EachCall {
+    under_way: TaskTracker,
+    closing: CancellationToken,
+    all: Budget,
+}
+
+impl EachCall {
+    pub(super) fn new(under_way: TaskTracker, closing: CancellationToken) -> Self {
+        Self { under_way, closing, all: Budget::new(ALL_BYTES_MAX) }
+    }
+}
+
+impl<S> Layer<S> for EachCall {
+    type Service = Gather<Counted<S>>;
+
+    fn layer(&self, inner: S) -> Gather<Counted<S>> {
+        let Self { under_way, closing, all } = self.clone();
+        let of_connection = |extensions: &http::Extensions| {
+            extensions.get::<Allowance>().map(Allowance::unfinished)
+        };
+        Gather::new(Counted { inner, under_way, closing }, all, of_connection)
+    }
+}
+
+/// Counts calls, and ends streams of gRPC's own services.
+#[derive(Debug, Clone)]
+pub struct Counted<S> {
+    inner: S,
+    under_way: TaskTracker,
+    closing: CancellationToken,
+}
+
+impl<S> Service<http::Request<Body>> for Counted<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let under_way = self.under_way.token();
+        let ends = request
+            .uri()
+            .path()
+            .starts_with(OF_GRPC)
+            .then(|| Box::pin(self.closing.clone().cancelled_owned()));
+        let answering = self.inner.call(request);
+        Box::pin(async move {
+            let response = answering.await?;
+            Ok(response.map(|body| Body::new(Answer { body, ends, _under_way: under_way })))
+        })
+    }
+}
+
+/// The answer to a call. It is under way until this is dropped.
+struct Answer {
+    body: Body,
+    /// Once this completes, the stream is over as soon as it has nothing to say.
+    ends: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    _under_way: TaskTrackerToken,
+}
+
+impl http_body::Body for Answer {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if polled.is_ready() {
+            return polled;
+        }
+        let Some(ends) = &mut self.ends else { return Poll::Pending };
+        ready!(ends.as_mut().poll(cx));
+        (self.ends, self.body) = (None, Body::empty());
+        let mut trailers = HeaderMap::new();
+        let stopping = Status::unavailable("the coordinator is stopping");
+        Poll::Ready(Some(stopping.add_header(&mut trailers).map(|()| Frame::trailers(trailers))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,293 @@
+//! Writes log lines on a thread of its own, so that a full disk, a closed pipe or a reader that has stopped neither ends nor
+//! blocks the coordinator.
+//!
+//! A line that is logged goes into a queue of [`QUEUE_BYTES_MAX`]; the thread takes all lines that wait and writes them at once. A
+//! line that does not fit, or cannot be written, is dropped and counted. The next write begins with a line that tells the count.
+
+use std::{
+    cell::RefCell,
+    io::{self, Write},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing::warn;
+use tracing_subscriber::fmt::writer::MakeWriter;
+
+/// Bytes of the lines that wait for the thread: some ten thousand lines.
+const QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// The thread's name.
+pub(super) const THREAD: &str = "log";
+/// How often, and how many times, a write is repeated when the other end takes nothing at this moment (a pipe that does not block).
+const AGAIN_EVERY: Duration = Duration::from_millis(10);
+const AGAIN_TIMES: u32 = 100;
+
+thread_local! {
+    /// On the thread that writes: collects the line that it logs itself.
+    static OWN_LINE: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
+}
+
+/// Where log lines go. Cheap to clone; each clone has the same queue.
+#[derive(Debug, Clone)]
+pub(super) struct LogWriter(Arc<Queue>);
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    /// There is something to write.
+    more: Condvar,
+    /// Everything is written or dropped.
+    idle: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    lines: Vec<u8>,
+    dropped: u64,
+    /// The thread has taken lines, and is not done with them.
+    is_writing: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl LogWriter {
+    /// Starts the thread.
+    pub(super) fn start(sink: impl Write + Send + 'static) -> io::Result<Self> {
+        let queue = Arc::new(Queue::default());
+        let of_thread = queue.clone();
+        thread::Builder::new().name(THREAD.to_owned()).spawn(move || write(&of_thread, sink))?;
+        Ok(Self(queue))
+    }
+
+    /// Waits until every line is written or dropped, but no longer than `within`.
+    pub(super) fn flush(&self, within: Duration) {
+        let deadline = Instant::now() + within;
+        let mut waiting = self.0.lock();
+        while waiting.is_writing || !waiting.lines.is_empty() {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return };
+            let waited = self.0.idle.wait_timeout(waiting, left);
+            waiting = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn push(&self, line: &[u8]) {
+        let is_own = OWN_LINE.with_borrow_mut(|own| match own {
+            Some(own) => {
+                own.extend_from_slice(line);
+                true
+            }
+            None => false,
+        });
+        if is_own {
+            return;
+        }
+        let mut waiting = self.0.lock();
+        if waiting.lines.len() + line.len() > QUEUE_BYTES_MAX {
+            waiting.dropped += 1;
+            return;
+        }
+        waiting.lines.extend_from_slice(line);
+        drop(waiting);
+        self.0.more.notify_one();
+    }
+}
+
+/// Takes one event; tracing-subscriber writes each with one call.
+#[derive(Debug)]
+pub(super) struct Line<'a>(&'a LogWriter);
+
+impl Write for Line<'_> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for LogWriter {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line(self)
+    }
+}
+
+/// Runs as long as the process.
+fn write(queue: &Queue, mut sink: impl Write) {
+    // The last write ended in the middle of a line.
+    let mut is_torn = false;
+    loop {
+        let (lines, dropped) = {
+            let mut waiting = queue.lock();
+            while waiting.lines.is_empty() {
+                waiting.is_writing = false;
+                queue.idle.notify_all();
+                waiting = queue.more.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            }
+            waiting.is_writing = true;
+            (std::mem::take(&mut waiting.lines), waiting.dropped)
+        };
+        if is_torn {
+            write_lines(&mut sink, b"\n", &mut is_torn);
+        }
+        let notice = if dropped > 0 { own_line(dropped) } else { Vec::new() };
+        // It may be empty: WARN is filtered out.
+        if !notice.is_empty() && write_lines(&mut sink, &notice, &mut is_torn) == 0 {
+            queue.lock().dropped -= dropped;
+        }
+        let lost = write_lines(&mut sink, &lines, &mut is_torn);
+        if lost > 0 {
+            queue.lock().dropped += lost;
+        }
+    }
+}
+
+/// The line that tells how many were dropped, in the format of all others.
+fn own_line(dropped: u64) -> Vec<u8> {
+    OWN_LINE.set(Some(Vec::new()));
+    warn!(dropped, "log lines could not be written and are lost");
+    OWN_LINE.take().unwrap_or_default()
+}
+
+/// Writes whole lines, and returns how many of them were not written to their end. `sink` keeps nothing to itself.
+fn write_lines(sink: &mut impl Write, lines: &[u8], is_torn: &mut bool) -> u64 {
+    let mut left = lines;
+    let mut again = 0;
+    while !left.is_empty() {
+        match sink.write(left) {
+            Ok(0) => break,
+            Ok(written) => {
+                *is_torn = left[written - 1] != b'\n';
+                left = &left[written..];
+                again = 0;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && again < AGAIN_TIMES => {
+                again += 1;
+                thread::sleep(AGAIN_EVERY);
+            }
+            Err(_) => break,
+        }
+    }
+    left.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::telemetry::json;
+
+    /// What a write comes to: so many bytes are taken, or none.
+    type Step = io::Result<usize>;
+
+    /// Does with each write what the test says; without a word from the test, it blocks.
+    struct Scripted {
+        steps: mpsc::Receiver<Step>,
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Scripted {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let taken = self.steps.recv().unwrap_or(Ok(usize::MAX))?.min(bytes.len());
+            self.written.lock().unwrap().extend_from_slice(&bytes[..taken]);
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn scripted() -> (LogWriter, mpsc::Sender<Step>, Arc<Mutex<Vec<u8>>>) {
+        let (step, steps) = mpsc::channel();
+        let written = Arc::default();
+        let writer = LogWriter::start(Scripted { steps, written: Arc::clone(&written) }).unwrap();
+        (writer, step, written)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn full() -> Step {
+        Err(io::Error::from(io::ErrorKind::StorageFull))
+    }
+
+    #[test]
+    fn lines_that_cannot_be_written_are_counted_and_told_once_it_works_again() {
+        let (writer, step, written) = scripted();
+        // The thread has no subscriber of its own in this test: what it would log is looked at by itself below.
+        writer.push(b"one\n");
+        step.send(full()).unwrap();
+        writer.flush(LONG);
+        writer.push(b"two\n");
+        step.send(full()).unwrap();
+        writer.flush(LONG);
+        assert_eq!((writer.0.lock().dropped, &**written.lock().unwrap()), (2, &b""[..]));
+        // A disk that has a little room: half a line is written, and counts as lost.
+        writer.push(b"three\nfour\n");
+        step.send(Ok(8)).unwrap();
+        step.send(full()).unwrap();
+        writer.flush(LONG);
+        drop(step); // from now on everything is taken
+        writer.push(b"five\n");
+        writer.flush(LONG);
+        let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+        assert_eq!(written, "three\nfo\nfive\n");
+        assert_eq!(writer.0.lock().dropped, 3);
+    }
+
+    #[test]
+    fn the_count_is_told_in_the_format_of_all_lines() {
+        let (writer, _step, _) = scripted();
+        let subscriber = json(&"info".parse().unwrap(), writer);
+        let line = tracing::subscriber::with_default(subscriber, || own_line(17));
+        let line: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        assert_eq!((&line["level"], &line["dropped"]), (&"WARN".into(), &17.into()));
+        assert_eq!(line["message"], "log lines could not be written and are lost");
+    }
+
+    #[test]
+    fn a_reader_that_has_stopped_holds_up_nobody() {
+        let (writer, step, written) = scripted();
+        writer.push(b"first\n");
+        while !writer.0.lock().lines.is_empty() {
+            thread::yield_now();
+        }
+        // The thread hangs in its first write.
+        let line = [b"x".repeat(1023), b"\n".to_vec()].concat();
+        let began = Instant::now();
+        for _ in 0..5000 {
+            writer.push(&line);
+        }
+        writer.flush(Duration::from_millis(20));
+        assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
+        let dropped = writer.0.lock().dropped;
+        assert_eq!(dropped, 5000 - QUEUE_BYTES_MAX as u64 / 1024);
+        drop(step);
+        writer.push(b"last\n"); // no room for it, or room again
+        writer.flush(LONG);
+        writer.push(b"afterwards\n");
+        writer.flush(LONG);
+        assert!(written.lock().unwrap().ends_with(b"afterwards\n"));
+    }
+
+    #[test]
+    fn a_write_that_would_block_is_repeated() {
+        let (writer, step, written) = scripted();
+        writer.push(b"line\n");
+        step.send(Err(io::Error::from(io::ErrorKind::WouldBlock))).unwrap();
+        step.send(Err(io::Error::from(io::ErrorKind::Interrupted))).unwrap();
+        drop(step);
+        writer.flush(LONG);
+        assert_eq!(&**written.lock().unwrap(), b"line\n");
+    }
+}

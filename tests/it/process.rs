@@ -1,0 +1,362 @@
+//! The process around the coordinator: what the system, a supervisor, a log collector and a careless client do to it.
+
+use std::{
+    fs::File,
+    net::SocketAddr,
+    path::Path,
+    process::{ExitStatus, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, future::join_all, stream};
+
+use handfast::{Handfast, Json};
+use handfast_tests::{
+    PATIENCE,
+    database::{Database, servers},
+    process::{Coordinator, Signal, binary, send},
+    wait_for,
+    warehouse::{Deduct, Warehouse},
+};
+use http_body_util::StreamBody;
+use hyper::body::Frame;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    process::{Child, Command},
+};
+use tonic::{Status, body::Body, transport::Endpoint};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tower::Service as _;
+
+/// What a client of HTTP/2 says first, and its empty SETTINGS.
+const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+/// A coordinator whose output goes where the test says. Killed when it is dropped.
+struct Bare {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Bare {
+    fn start(store: &Path, stdout: Stdio, stderr: Stdio) -> Self {
+        // Taken and given back: it is free.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut command = Command::new(binary("handfast"));
+        command.args(["serve", "--log", "debug", "--log-format", "json"]);
+        command.args(["--listen", &address.to_string()]);
+        command.args(["--store", &format!("sqlite:{}", store.display())]);
+        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).kill_on_drop(true);
+        Self { child: command.spawn().unwrap(), address }
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    async fn is_ready(&self) -> Option<()> {
+        let channel = Endpoint::from_shared(self.url()).unwrap().connect_lazy();
+        let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await.ok()?;
+        (answer.into_inner().status() == ServingStatus::Serving).then_some(())
+    }
+
+    async fn end(mut self) -> ExitStatus {
+        send(self.child.id().unwrap(), Signal::TERM);
+        tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("it ends").unwrap()
+    }
+}
+
+async fn order(handfast: &Handfast, warehouse: &Warehouse) {
+    let remote = warehouse.remote();
+    let done = handfast.transaction("order").run(async |global| {
+        global.call::<Deduct>(&remote, Json(1)).await?;
+        Ok(())
+    });
+    assert!(done.await.unwrap().completed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_that_cannot_be_written_neither_end_nor_deafen_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let warehouse = Warehouse::open("warehouse", folder.path()).await;
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    for what in ["a full disk", "a closed pipe"] {
+        let is_full = what == "a full disk";
+        let (stdout, stderr) =
+            if is_full { (full(), full()) } else { (Stdio::piped(), Stdio::piped()) };
+        let store = folder.path().join(format!("{is_full}.db"));
+        let mut coordinator = Bare::start(&store, stdout, stderr);
+        drop((coordinator.child.stdout.take(), coordinator.child.stderr.take()));
+        wait_for(what, async || coordinator.is_ready().await).await;
+        let handfast = Handfast::connect(&coordinator.url()).unwrap();
+        for _ in 0..20 {
+            order(&handfast, &warehouse).await;
+        }
+        assert!(coordinator.end().await.success(), "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_collector_that_stops_reading_holds_up_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let warehouse = Warehouse::open("warehouse", folder.path()).await;
+    let store = folder.path().join("store.db");
+    let mut coordinator = Bare::start(&store, Stdio::piped(), Stdio::inherit());
+    let unread = coordinator.child.stdout.take();
+    wait_for("it serves", async || coordinator.is_ready().await).await;
+    let handfast = Handfast::connect(&coordinator.url()).unwrap();
+    // A pipe holds 64 KiB; an order is a kilobyte of DEBUG lines and more.
+    let orders = async {
+        for _ in 0..150 {
+            order(&handfast, &warehouse).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, orders).await.expect("it does not wait for its reader");
+    assert!(coordinator.end().await.success());
+    drop(unread);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sighup_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let warehouse = Warehouse::open("warehouse", folder.path()).await;
+    let mut coordinator = Coordinator::start(&folder.path().join("store.db"), &[]).await;
+    for times in 1..=2 {
+        coordinator.signal(Signal::HUP);
+        let log = coordinator.log();
+        let told = wait_for("it is told", async || {
+            let lines = log.lines();
+            let told = lines.iter().filter(|line| line["message"].to_string().contains("SIGHUP"));
+            (told.count() == times).then_some(())
+        });
+        told.await;
+        order(&coordinator.handfast(), &warehouse).await;
+    }
+    coordinator.signal(Signal::TERM);
+    assert!(coordinator.ended().await.success());
+}
+
+/// Ends it, and tells how long that took.
+async fn end(coordinator: &mut Coordinator) -> Duration {
+    let began = Instant::now();
+    coordinator.signal(Signal::TERM);
+    assert!(coordinator.ended().await.success());
+    began.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_with_nothing_under_way_do_not_hold_up_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut coordinator = Coordinator::start(&folder.path().join("store.db"), &[]).await;
+    // One that says nothing, one that says half of its first word, one that answers nothing any more, and streams that never end.
+    let silent = TcpStream::connect(&coordinator.address).await.unwrap();
+    let mut slow = TcpStream::connect(&coordinator.address).await.unwrap();
+    slow.write_all(&HELLO[..10]).await.unwrap();
+    let mut frozen = TcpStream::connect(&coordinator.address).await.unwrap();
+    frozen.write_all(HELLO).await.unwrap();
+    assert!(frozen.read(&mut [0; 64]).await.unwrap() > 0);
+    let mut health = HealthClient::new(coordinator.channel());
+    let mut watch = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    watch.message().await.unwrap();
+    let mut reflection = ServerReflectionClient::new(coordinator.channel());
+    let asked = reflection.server_reflection_info(stream::pending()).await.unwrap().into_inner();
+    let took = end(&mut coordinator).await;
+    assert!(took < Duration::from_secs(6), "{took:?}");
+    drop((silent, slow, frozen, asked));
+}
+
+/// Passes connections on to a server, until it is told to pass nothing on any more.
+struct Proxy {
+    address: SocketAddr,
+    frozen: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    async fn start(server: String) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Self { address: listener.local_addr().unwrap(), frozen: Arc::default() };
+        let frozen = proxy.frozen.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let (from_client, to_client) = client.into_split();
+                let server = TcpStream::connect(&server).await.unwrap();
+                let (from_server, to_server) = server.into_split();
+                tokio::spawn(pass_on(from_client, to_server, frozen.clone()));
+                tokio::spawn(pass_on(from_server, to_client, frozen.clone()));
+            }
+        });
+        proxy
+    }
+}
+
+async fn pass_on(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    frozen: Arc<AtomicBool>,
+) {
+    let mut bytes = [0; 16 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut bytes).await {
+        while frozen.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if to.write_all(&bytes[..length]).await.is_err() {
+            break;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_its_database_does_not_answer_it_ends_at_once() {
+    // As it starts: somebody takes the connection, and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("mysql://root@{}/handfast", silent.local_addr().unwrap());
+    let launched = Coordinator::launch(Coordinator::command(&url, &[]));
+    let taken = silent.accept().await.unwrap();
+    let began = Instant::now();
+    assert!(launched.end(Signal::TERM).await.success());
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    drop(taken);
+    let Some(server) = servers().first().cloned() else { return };
+    let database = Database::migrated(&server).await;
+    let (user, rest) = server.split_once('@').unwrap();
+    let proxy = Proxy::start(rest.to_owned()).await;
+    let name = database.url().rsplit_once('/').unwrap().1.to_owned();
+    let url = format!("{user}@{}/{name}", proxy.address);
+    let mut coordinator = Coordinator::start_on(&url, &[]).await;
+    let mut standby = Coordinator::launch(Coordinator::command(&url, &[]));
+    standby.says(&["another coordinator has the store; waiting as its standby"]).await;
+    proxy.frozen.store(true, Ordering::Relaxed);
+    let began = Instant::now();
+    assert!(standby.end(Signal::TERM).await.success());
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    let took = end(&mut coordinator).await;
+    assert!(took < Duration::from_secs(6), "{took:?}");
+    database.drop().await;
+}
+
+/// A coordinator that may open so many files: the soft limit, and the hard one.
+async fn limited(store: &Path, [soft, hard]: [u32; 2]) -> Coordinator {
+    let mut command = Command::new("sh");
+    let limited = format!(
+        "ulimit -Sn {soft}; ulimit -Hn {hard}; exec \"$0\" serve --log-format json --listen 127.0.0.1:0 --store \"sqlite:$1\""
+    );
+    command.args(["-c", &limited]).arg(binary("handfast")).arg(store);
+    Coordinator::spawn(command).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connections_take_neither_the_files_of_the_rest_nor_their_place_for_ever() {
+    let folder = tempfile::tempdir().unwrap();
+    let warehouse = Warehouse::open("warehouse", folder.path()).await;
+    let coordinator = limited(&folder.path().join("store.db"), [40, 256]).await;
+    let log = coordinator.log();
+    let told = &log.with_message(
+        "too few file descriptors for limits.connections; raise the hard limit (ulimit -Hn, LimitNOFILE)",
+    )[0];
+    assert_eq!((&told["descriptors"], &told["connections"]), (&256.into(), &192.into()), "{told}");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", coordinator.pid())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert!(files.contains("256 "), "{files}");
+    // Whoever is there already goes on, participants can be called and the store be written, while 300 take all places there are.
+    let handfast = coordinator.handfast();
+    order(&handfast, &warehouse).await;
+    let silent = join_all((0..300).map(|_| TcpStream::connect(&coordinator.address))).await;
+    let refused =
+        "connections were refused: there are as many as there may be (limits.connections)";
+    let told = wait_for("it is told", async || log.with_message(refused).pop());
+    told.await;
+    let other = Warehouse::open("other", folder.path()).await;
+    order(&handfast, &other).await;
+    // Somebody new gets a place without any of them going away by itself.
+    let mut health = HealthClient::new(coordinator.channel());
+    let answered = wait_for("a place", async || {
+        health.check(HealthCheckRequest::default()).await.ok().map(drop)
+    });
+    answered.await;
+    drop(silent);
+}
+
+/// Ticks of the processor that a process has used.
+fn ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_file_for_one_more_connection_it_waits_and_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let coordinator = Coordinator::start(&folder.path().join("store.db"), &[]).await;
+    let pid = coordinator.pid();
+    let limit = async |soft: &str| {
+        let files = format!("--nofile={soft}:");
+        let set = Command::new("prlimit").args(["--pid", &pid.to_string(), &files]).status().await;
+        assert!(set.unwrap().success());
+    };
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    limit(&open.to_string()).await;
+    let before = ticks(pid);
+    let mut client = TcpStream::connect(&coordinator.address).await.unwrap();
+    let log = coordinator.log();
+    let told = "cannot accept connections; trying again";
+    wait_for("it is told", async || log.with_message(told).pop()).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let used = ticks(pid) - before;
+    assert!(used < 50, "{used} ticks of 10 ms in two seconds: it spins");
+    assert!(log.with_message(told).len() <= 2, "it says so too often");
+    limit("1000").await;
+    client.write_all(HELLO).await.unwrap();
+    let answer = tokio::time::timeout(PATIENCE, client.read(&mut [0; 64])).await;
+    assert!(answer.expect("it is accepted now").unwrap() > 0);
+}
+
+/// Kilobytes of memory that a process uses.
+fn memory_kb(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_announce_much_and_send_little_cost_little() {
+    let folder = tempfile::tempdir().unwrap();
+    let coordinator = Coordinator::start(&folder.path().join("store.db"), &[]).await;
+    let mut health = HealthClient::new(coordinator.channel());
+    health.check(HealthCheckRequest::default()).await.unwrap();
+    let before = memory_kb(coordinator.pid());
+    let calls = (0..1000).map(|_| {
+        let mut channel = coordinator.channel();
+        let url = coordinator.url();
+        async move {
+            let announced = [&[0][..], &(2_u32 << 20).to_be_bytes(), b"x"].concat();
+            let frame = Ok::<_, Status>(Frame::data(Bytes::from(announced)));
+            let body = StreamBody::new(stream::iter([frame]).chain(stream::pending()));
+            let request =
+                http::Request::post(format!("{url}/handfast.v1.CoordinatorService/Begin"))
+                    .header("content-type", "application/grpc")
+                    .header("te", "trailers")
+                    .body(Body::new(body))
+                    .unwrap();
+            std::future::poll_fn(|cx| channel.poll_ready(cx)).await.unwrap();
+            drop(channel.call(request).await);
+        }
+    });
+    // A hundred on each connection would do as well; here each has its own.
+    let calls = tokio::spawn(join_all(calls));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let began = Instant::now();
+    health.check(HealthCheckRequest::default()).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(3), "deaf for {:?}", began.elapsed());
+    let grown = memory_kb(coordinator.pid()).saturating_sub(before) / 1024;
+    assert!(grown < 300, "{grown} MB more");
+    assert!(!calls.is_finished(), "they were answered");
+    calls.abort();
+}

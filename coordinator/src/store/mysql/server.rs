@@ -199,7 +199,7 @@ async fn flaws(connection: &mut Connection) -> Result<Vec<String>, sqlx::Error> 
     }
     if read_only? == 1 {
         flaws.push(
-            "it is read-only (read_only = 1), and a coordinator has to write. Connect to the primary, or SET GLOBAL read_only = 0"
+            "it is read-only (read_only = 1), and a coordinator has to write. Connect to the primary; never make a secondary of a group writable by hand"
                 .to_owned(),
         );
     }

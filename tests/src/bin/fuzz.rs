@@ -1,4 +1,4 @@
-//! Gives bad input to everything that reads what comes from outside.
+//! Gives bad input to everything that reads input from outside.
 
 #![expect(clippy::print_stdout, reason = "the results are for whoever called")]
 
@@ -11,25 +11,25 @@ use clap::{Parser, builder::PossibleValuesParser};
 use handfast_tests::fuzz::{self, Report, Target, Until};
 use serde_json::json;
 
-/// Gives bad input, valid and then bent, to the coordinator's calls, the SDK's, stored rows, configuration and names.
+/// Changes valid input at random, and gives it to the coordinator's calls, the SDK's calls, stored rows, configuration and names.
 ///
-/// Ends with 0 if nothing panicked, hung or blamed us for what its caller sent.
+/// Exits with 0 if nothing panicked, hung, or reported an internal error for what the caller sent.
 #[derive(Debug, Parser)]
 #[command(max_term_width = 120)]
 struct Cli {
-    /// How long.
+    /// Length of the run
     #[arg(long, default_value_t = 60)]
     seconds: u64,
 
-    /// Of the first round; the others count on from it. At random if not given.
+    /// Seed of the first round; each further round adds one [default: random]
     #[arg(long)]
     seed: Option<u64>,
 
-    /// Only this target.
+    /// Run only this target
     #[arg(long, value_parser = PossibleValuesParser::new(Target::ALL.map(Target::name)))]
     target: Option<String>,
 
-    /// Print JSON.
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }

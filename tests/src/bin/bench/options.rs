@@ -10,13 +10,13 @@ Lists make a table with a column for each combination: --branches 1,3,10 --concu
 
 Stores:
   sqlite             a file in a temporary folder
-  sqlite:PATH        a new file; put it on the disk that is meant
-  mysql://…          a server, without a database: each run makes one of its own, and drops it
+  sqlite:PATH        a new file at PATH, on the disk that you want to measure
+  mysql://…          a server, without a database name; each run makes its own database and drops it
   memory             NOT DURABLE: nothing is written anywhere; shows what the coordinator costs without a store
 
 Exit codes:
-  0    every transaction was confirmed, and every confirm acknowledged
-  1    one was not, or something could not be run
+  0    every transaction was confirmed, and every Confirm acknowledged
+  1    a transaction was not, or a program could not be run
   2    wrong usage
 
 Examples:
@@ -44,69 +44,67 @@ pub(crate) struct Options {
     /// Where the coordinator records: sqlite, sqlite:PATH, mysql://…, memory
     #[arg(long, value_name = "STORES", default_value = "sqlite", value_delimiter = ',', value_parser = store)]
     pub(crate) store: Vec<Place>,
-    /// Branches of a transaction, each at a participant of its own
+    /// Branches per transaction, each at its own participant
     #[arg(long, value_name = "LIST", default_value = "3", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) branches: Vec<u16>,
-    /// Transactions at a time, from Begin to the last Confirm
+    /// Transactions in flight, from Begin to the last Confirm
     #[arg(long, value_name = "LIST", default_value = "64", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) concurrency: Vec<u32>,
-    /// Transactions begun in a second, whatever comes of them; latencies count from when each was meant to begin
+    /// Transactions begun per second, at a fixed rate; latencies count from the scheduled beginning
     #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "concurrency", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) rate: Vec<u32>,
-    /// How long is measured
+    /// Length of the measurement
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: u64,
-    /// How long the same load runs before that [default: 3; with a short retention until the purge is at work]
+    /// Length of the warm-up [default: 3; with a short retention, until the purge has begun]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=3_600))]
     pub(crate) warm_up: Option<u64>,
-    /// How often all of it is repeated, one after the other; medians are told
+    /// Number of runs; medians are printed
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=100))]
     pub(crate) runs: u16,
     /// Who calls the Trys
     #[arg(long, value_enum, default_value_t = Drive::Initiator)]
     pub(crate) drive: Drive,
-    /// How initiators, the coordinator and participants talk
+    /// Whether calls share streams
     #[arg(long, value_enum, default_value_t = Transport::Stream)]
     pub(crate) transport: Transport,
-    /// How Trys reach participants: over the network as everything else, or within this program, which leaves it out
+    /// How Trys reach participants: over the network, or within this program, which leaves out their cost
     #[arg(long, value_enum, default_value_t = Trys::Network)]
     pub(crate) trys: Trys,
     /// Where participants keep their fences: memory, sqlite, mysql://…
     #[arg(long, value_name = "PLACE", default_value = "memory", value_parser = store)]
     pub(crate) fence: Place,
-    /// Participants with a database sell pieces of so many goods, too: an UPDATE in Try and one in Confirm. Few goods are hot rows
+    /// Participants with a database also sell one of this many goods: an UPDATE in Try and one in Confirm. Few goods make hot rows
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub(crate) goods: u32,
-    /// How participants with a database do their Confirms: those that wait together in one local transaction (the default), or each in
-    /// its own. Both: one after the other, and the ratio
+    /// How participants with a database confirm: in batches (the default) or one by one. With both, measures both and prints the ratio
     #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',')]
     pub(crate) phase_two: Vec<PhaseTwo>,
     /// Connections of initiators to the coordinator
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1_000))]
     pub(crate) connections: u16,
-    /// How long the coordinator keeps what is finished; short, and its purge runs
+    /// How long the coordinator keeps finished transactions; with a short time the purge is measured too
     #[arg(long, value_name = "TIME", default_value = "7d")]
     pub(crate) retention: humantime::Duration,
-    /// What the coordinator logs, into a file
+    /// The coordinator's log level; it logs into a file
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub(crate) log: String,
     /// One more key of the coordinator's configuration, such as calls.per_participant=256; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     pub(crate) setting: Vec<(String, String)>,
-    /// Instead of a load: begin so many, look at the coordinator's memory while they are open, then decide them all
+    /// Instead of a load: begin this many transactions, measure the coordinator's memory, then decide them all
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) open: Option<u32>,
-    /// Twice: as it is, and with a participant that answers no Confirm until the end. Measures transactions that do not need it
+    /// Measure twice, the second time with a participant that does not answer Confirms. Measures the transactions without it
     #[arg(long, conflicts_with_all = ["open", "rate"])]
     pub(crate) hang: bool,
-    /// Measure this server instead, which speaks DTM's protocol: http://host:port/api/dtmsvr
+    /// Measure this server of DTM's protocol instead: http://host:port/api/dtmsvr
     #[arg(long, value_name = "URL", conflicts_with_all = ["open", "hang", "versus"])]
     pub(crate) target: Option<String>,
-    /// Measure that server and ours, one after the other, and tell the ratio. If both record on the same server of MySQL, name it
-    /// with --store
+    /// Measure that server and ours, one after the other, and print the ratio. If both use the same MySQL server, name it with --store
     #[arg(long, value_name = "URL", conflicts_with_all = ["open", "hang"])]
     pub(crate) versus: Option<String>,
-    /// The process of that server, to measure its processor time and memory
+    /// The process id of that server, to measure its processor time and memory
     #[arg(long, value_name = "PID")]
     pub(crate) target_pid: Option<u32>,
     /// Print one JSON object
@@ -115,7 +113,7 @@ pub(crate) struct Options {
     /// Print the table in Markdown
     #[arg(long, conflicts_with = "json")]
     pub(crate) markdown: bool,
-    /// Draw the table too, into this file
+    /// Also draw the table into this file
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
     /// Keep the coordinator's folder: its log, and SQLite's file

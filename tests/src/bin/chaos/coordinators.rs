@@ -1,5 +1,5 @@
-//! What happens to the coordinator: it is killed, dies at a named place, is stopped in order, is taken over from while it runs or
-//! while it is paused, and has a standby. There is one at a time that serves; `current` is that one.
+//! What the test does to the coordinator: it kills it, lets it die at a named place, stops it with SIGTERM, starts a second coordinator that
+//! takes over while the first one runs or is paused, and starts a standby. One coordinator serves at a time: `current`.
 
 use std::{os::unix::process::ExitStatusExt as _, process::ExitStatus, time::Duration};
 
@@ -17,24 +17,24 @@ use crate::{
     world::World,
 };
 
-/// How long it may take until a coordinator serves. The database may be away for a part of that, and the network lossy.
+/// How long a coordinator may take to start. The database may be down for part of that time, and the network lossy.
 const START_PATIENCE: Duration = Duration::from_secs(90);
 /// Pause before another attempt to start.
 const START_PAUSE: Duration = Duration::from_millis(200);
-/// How long a coordinator that was taken over from may take to notice. The database may be away for a part of that.
+/// How long a coordinator that lost its partitions may take to notice. The database may be down for part of that time.
 const FENCED_WITHIN: Duration = Duration::from_secs(60);
-/// How long one that must not start may take to say so.
+/// How long a coordinator that must not start may take to refuse.
 const REFUSED_WITHIN: Duration = Duration::from_secs(30);
 /// How long an orderly end may take: longer than its grace period.
 const STOPPED_WITHIN: Duration = Duration::from_secs(15);
-/// How long each lives before something happens to it.
+/// How long a coordinator runs before the next act.
 const LIFE_MS: std::ops::Range<u64> = 200..1800;
 
-/// The exit code of one that was taken over from, and those of one that cannot start.
+/// The exit code of a coordinator that lost its partitions, and the exit codes of one that cannot start.
 const FENCED: i32 = 8;
 const CANNOT_START: std::ops::RangeInclusive<i32> = 1..=7;
 
-/// Where a coordinator can be told to die, and at which time of coming by it is worth trying.
+/// Crash points of the coordinator, and after how many passes it is worth dying there.
 pub(crate) const CRASH_POINTS: [(&str, &[u32]); 17] = [
     ("takeover.before_commit", &[1]),
     ("takeover.after_commit", &[1]),
@@ -54,21 +54,21 @@ pub(crate) const CRASH_POINTS: [(&str, &[u32]); 17] = [
     (HAND_BACK[1], &[1]),
     (STANDBY_TAKES_OVER, &[1]),
 ];
-/// It comes by these only when it is stopped in order.
+/// A coordinator passes these only when it is stopped with SIGTERM.
 const HAND_BACK: [&str; 2] = ["hand_back.before_commit", "hand_back.after_commit"];
-/// Only a standby comes by this.
+/// Only a standby passes this.
 const STANDBY_TAKES_OVER: &str = "standby.takes_over";
 
-/// What is done to the one that serves.
+/// What is done to the coordinator that serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Act {
     Kill,
     Stop,
-    /// Another one is started on the same store; meanwhile this one may be paused.
+    /// A second coordinator is started on the same store. Meanwhile the current one may be paused.
     Second {
         paused: bool,
     },
-    /// Another one waits, and this one is killed or paused.
+    /// A standby is started, then the current coordinator is killed or paused.
     Standby,
 }
 
@@ -76,28 +76,28 @@ enum Act {
 pub(crate) struct Coordinators<'w> {
     world: &'w World,
     rng: StdRng,
-    /// `None`: it is gone, and the next one is to be started.
+    /// The coordinator that serves. `None`: it has ended, and the next one must be started.
     current: Option<Serving>,
     acts: Vec<Act>,
     decks: u32,
     crash_points: Vec<(&'static str, &'static [u32])>,
 }
 
-/// A coordinator that serves, or did, and where it was told to die.
+/// A coordinator process, and the crash point where it was told to die.
 struct Serving {
     life: Life,
     crash: Option<String>,
 }
 
 impl<'w> Coordinators<'w> {
-    /// Starts the first one.
+    /// Starts the first coordinator.
     pub(crate) async fn start(world: &'w World, seed: u64) -> anyhow::Result<Self> {
         let rng = StdRng::seed_from_u64(seed);
         let current = Some(serving(world, None).await?);
         Ok(Self { world, rng, current, acts: Vec::new(), decks: 0, crash_points: Vec::new() })
     }
 
-    /// Does things to it until it is over.
+    /// Breaks coordinators until the run is over.
     pub(crate) async fn trouble(&mut self) -> anyhow::Result<()> {
         while !self.world.tally.is_over() {
             let Some(mut current) = self.current.take() else {
@@ -118,7 +118,7 @@ impl<'w> Coordinators<'w> {
         Ok(())
     }
 
-    /// Sees to it that one serves, and goes on doing so.
+    /// Makes sure that a coordinator serves that was not told to die.
     pub(crate) async fn heal(&mut self) -> anyhow::Result<()> {
         match self.current.take() {
             Some(fine) if fine.crash.is_none() => self.current = Some(fine),
@@ -132,7 +132,7 @@ impl<'w> Coordinators<'w> {
         Ok(())
     }
 
-    /// Does one thing. Returns the one that serves then.
+    /// Does the next act. Returns the coordinator that serves after it.
     async fn act(&mut self, current: Serving) -> anyhow::Result<Option<Serving>> {
         let hands_back = |crash: &String| HAND_BACK.iter().any(|name| crash.starts_with(name));
         let act = match &current.crash {
@@ -159,7 +159,7 @@ impl<'w> Coordinators<'w> {
         }
     }
 
-    /// SIGTERM. On its way it may die where it was told to.
+    /// Sends SIGTERM. While the coordinator stops it may die at its crash point.
     async fn stop(&mut self, mut current: Serving) -> anyhow::Result<Option<Serving>> {
         current.life.signal(Signal::TERM);
         match current.life.ended(STOPPED_WITHIN).await? {
@@ -175,7 +175,7 @@ impl<'w> Coordinators<'w> {
         Ok(None)
     }
 
-    /// One process at a time has a file.
+    /// A second coordinator on the same SQLite file must refuse to start.
     async fn second_refused(
         &mut self,
         current: Serving,
@@ -200,7 +200,7 @@ impl<'w> Coordinators<'w> {
         Ok(Some(current))
     }
 
-    /// Another one takes over while this one runs, or is paused; this one must notice, and end.
+    /// A second coordinator takes over while the current one runs or is paused. The current one must notice, and end.
     async fn taken_over(
         &mut self,
         current: Serving,
@@ -223,7 +223,7 @@ impl<'w> Coordinators<'w> {
         Ok(Some(next))
     }
 
-    /// One that was taken over from ends with a code of its own.
+    /// A coordinator that lost its partitions must end with its own exit code.
     async fn fenced(&self, mut old: Serving, kind: &str) -> anyhow::Result<()> {
         match old.life.ended(FENCED_WITHIN).await? {
             Some(status) if status.code() == Some(FENCED) => self.world.tally.fault(kind),
@@ -238,7 +238,7 @@ impl<'w> Coordinators<'w> {
         Ok(())
     }
 
-    /// Another one waits until this one is killed, or shows no life.
+    /// A standby takes over from a coordinator that is killed or paused.
     async fn standby(&mut self, current: Serving) -> anyhow::Result<Option<Serving>> {
         // Not the first one, so that even in a short run one serves in the end.
         let crash = (self.decks > 1 && self.rng.random_bool(0.3))
@@ -278,7 +278,7 @@ impl<'w> Coordinators<'w> {
         Ok(next)
     }
 
-    /// Starts one, until it waits.
+    /// Starts a coordinator, and returns when it waits as a standby.
     async fn waiting(&self, crash: Option<String>) -> anyhow::Result<Serving> {
         let limit = Instant::now() + START_PATIENCE;
         loop {
@@ -319,7 +319,7 @@ impl<'w> Coordinators<'w> {
     }
 }
 
-/// Starts one, until it serves. One that dies before that, where it was told to, is followed by one that was not.
+/// Starts a coordinator, and returns when it serves. If it dies at its crash point first, another one is started without a crash point.
 async fn serving(world: &World, mut crash: Option<String>) -> anyhow::Result<Serving> {
     let limit = Instant::now() + START_PATIENCE;
     loop {
@@ -338,7 +338,7 @@ async fn serving(world: &World, mut crash: Option<String>) -> anyhow::Result<Ser
     }
 }
 
-/// One has ended before it served.
+/// Records that a coordinator ended before it served.
 fn did_not_start(world: &World, one: &Serving, status: ExitStatus) {
     let refused = status.code().is_some_and(|code| CANNOT_START.contains(&code));
     if !refused {
@@ -346,7 +346,7 @@ fn did_not_start(world: &World, one: &Serving, status: ExitStatus) {
     }
 }
 
-/// One has ended by itself. It may have been told to.
+/// Records that a coordinator ended. That is a violation unless it was told to die there.
 fn died(world: &World, one: &Serving, status: ExitStatus) {
     match &one.crash {
         Some(crash) if status.signal() == Some(Signal::KILL.as_raw()) => {

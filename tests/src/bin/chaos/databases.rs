@@ -22,7 +22,7 @@ use sqlx::{
 
 use crate::proxy::Proxy;
 
-/// How long anything may take that is asked of a database from here.
+/// How long a query of this test may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// See the module's comment.
@@ -37,7 +37,7 @@ enum Place {
     Server {
         /// `user:password` and `host:port`.
         login: (String, String),
-        /// Before the name of each database.
+        /// The prefix of each database's name.
         prefix: String,
         own: Option<Server>,
     },
@@ -49,7 +49,7 @@ enum Place {
 }
 
 const NAMES: [&str; 4] = ["coordinator", "order", "inventory", "points"];
-/// Before the name of each database on servers of our own.
+/// The prefix of database names on servers that we started.
 const PREFIX: &str = "chaos_";
 
 impl Databases {
@@ -81,7 +81,7 @@ impl Databases {
         Ok(databases)
     }
 
-    /// Deletes what was made on somebody else's server.
+    /// Drops the databases, if the server was there before the run.
     pub(crate) async fn drop(&self) -> anyhow::Result<()> {
         match &self.place {
             Place::Server { own: None, .. } => self.for_each_database("DROP").await,
@@ -99,7 +99,7 @@ impl Databases {
         Ok(())
     }
 
-    /// How to log in to the server that new connections go to, and what is before the name of each database there.
+    /// The login for the server that new connections go to, and the prefix of database names there.
     fn login(&self) -> Option<((String, String), &str)> {
         match &self.place {
             Place::Folder(_) => None,
@@ -111,7 +111,7 @@ impl Databases {
         }
     }
 
-    /// The servers that can be switched, and which member is the current one.
+    /// The group of servers, and which member is the current one.
     pub(crate) fn group(&self) -> Option<(&Group, &AtomicU16)> {
         match &self.place {
             Place::Group { group, current } => Some((group, current)),
@@ -139,17 +139,17 @@ impl Databases {
         Ok(Some(found.next().with_context(|| format!("{at} is nowhere"))?))
     }
 
-    /// The coordinator's, as `--store` takes it.
+    /// The URL of the coordinator's store.
     pub(crate) fn coordinator(&self, via: Option<&Proxy>) -> String {
         self.store("coordinator", via).url()
     }
 
-    /// One of the services'.
+    /// The store of one service.
     pub(crate) fn service(&self, service: Service, via: Option<&Proxy>) -> Store {
         self.store(&service.to_string(), via)
     }
 
-    /// Those of all services.
+    /// The stores of all services.
     pub(crate) fn services(&self) -> Stores {
         Stores {
             order: self.service(Service::Order, None),
@@ -168,7 +168,7 @@ impl Databases {
         Store::MySql(format!("mysql://{who}@{at}/{prefix}{name}?ssl-mode=disabled"))
     }
 
-    /// What a query says, in the database of the coordinator (`None`) or of a service.
+    /// Runs a query in the database of the coordinator (`None`) or of a service.
     pub(crate) async fn rows<R>(
         &self,
         service: Option<Service>,

@@ -1,4 +1,4 @@
-//! One life of a process: from its start until it is killed or has ended. Its log is a file of its own.
+//! One run of a process, from its start until it is killed or ends by itself. It logs into its own file.
 
 use std::{
     fs::File,
@@ -25,14 +25,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 pub(crate) struct Life {
     child: Child,
     log: PathBuf,
-    /// So far the log was read.
+    /// How many bytes of the log were read.
     read: u64,
-    /// The beginning of a line that was not there as a whole.
+    /// An incomplete line at the end of what was read.
     rest: String,
 }
 
 impl Life {
-    /// Starts one.
+    /// Starts the process.
     pub(crate) fn begin(command: &mut Command, log: &Path) -> anyhow::Result<Self> {
         let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
         let child = command
@@ -46,7 +46,7 @@ impl Life {
         Ok(Self { child, log: log.to_owned(), read: 0, rest: String::new() })
     }
 
-    /// Waits until it has logged a line with this message. `Err`: it has ended before, like this.
+    /// Waits until the process logs a line with this message. `Err`: it ended before, with this status.
     pub(crate) async fn says(
         &mut self,
         message: &str,
@@ -72,7 +72,7 @@ impl Life {
         }
     }
 
-    /// Waits until it serves, and tells where.
+    /// Waits until the process serves, and returns its address.
     pub(crate) async fn serves(
         &mut self,
         within: Duration,
@@ -85,7 +85,7 @@ impl Life {
         Ok(Ok(address.with_context(|| format!("it serves nowhere: {line}"))?))
     }
 
-    /// The lines that have come since the last look, as far as they are JSON.
+    /// The JSON lines that were logged since the last call.
     fn new_lines(&mut self) -> anyhow::Result<Vec<Value>> {
         let mut file = File::open(&self.log)?;
         file.seek(SeekFrom::Start(self.read))?;
@@ -98,24 +98,24 @@ impl Life {
         Ok(lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
     }
 
-    /// Where it logs.
+    /// The log file.
     pub(crate) fn log(&self) -> &Path {
         &self.log
     }
 
-    /// SIGKILL. Once this returns it is gone.
+    /// Sends SIGKILL. When this returns, the process has ended.
     pub(crate) async fn kill(mut self) -> anyhow::Result<()> {
         Ok(self.child.kill().await?)
     }
 
-    /// Any other signal.
+    /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         if let Some(pid) = self.child.id() {
             send(pid, signal);
         }
     }
 
-    /// How it has ended; `None`: it has not, within this time.
+    /// Waits for the end of the process. `None`: it is still running after this time.
     pub(crate) async fn ended(&mut self, within: Duration) -> anyhow::Result<Option<ExitStatus>> {
         match tokio::time::timeout(within, self.child.wait()).await {
             Ok(status) => Ok(Some(status?)),

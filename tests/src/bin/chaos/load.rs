@@ -1,5 +1,5 @@
-//! Customers: each orders, one order after the other, through the order service or as an initiator by itself; and each notes what
-//! it was told. Who was told nothing asks again with the same key.
+//! The load. Each customer places one order after the other, through the order service or as an initiator, and notes what it was told.
+//! A customer that gets no answer retries with the same key.
 
 use std::{
     collections::BTreeMap,
@@ -26,14 +26,14 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{tally::Tally, world::World};
 
-/// One of so many customers is an initiator by itself; the others come through the order service.
+/// One in so many customers is an initiator. The others call the order service.
 const THEMSELVES_ONE_OF: usize = 3;
-/// Who they are.
+/// The customers' names.
 pub(crate) const CUSTOMERS: [&str; 4] = ["ada", "ben", "cleo", "dan"];
 /// What they order. Of the last there are few, so most orders of it are refused.
 pub(crate) const STOCK: [(&str, i64); 4] =
     [("lamp", 10_000_000), ("mug", 10_000_000), ("pen", 10_000_000), ("unicorn", 25)];
-/// How often one order is asked for, if nobody says what became of it.
+/// How often a customer tries to place one order, if there is no answer.
 const ATTEMPTS: usize = 3;
 /// How long phase one may take. Often too short for what happens here.
 const TIMEOUT_MS: std::ops::Range<u64> = 300..4000;
@@ -44,7 +44,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// How long the coordinator is asked what became of a key, once everything is healed.
 const RESOLVED_WITHIN: Duration = Duration::from_secs(60);
 
-/// What all customers share.
+/// Counts of all customers.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     next: AtomicI64,
@@ -54,10 +54,10 @@ pub(crate) struct Progress {
     pub(crate) unknown: AtomicU64,
 }
 
-/// What was told, by order; `None`: nothing.
+/// What the customer was told, by order. `None`: there was no answer.
 pub(crate) type Told = BTreeMap<i64, Option<Answer>>;
 
-/// Everything that a customer talks to.
+/// The clients of one customer.
 #[derive(Clone)]
 struct Doors {
     shop: OrderServiceClient<Channel>,
@@ -82,7 +82,7 @@ impl Doors {
     }
 }
 
-/// Orders until it is over. Returns what was told.
+/// Places orders until the run is over. Returns what customers were told.
 pub(crate) async fn order(
     world: &World,
     progress: Arc<Progress>,
@@ -235,7 +235,7 @@ async fn by_itself(
     }
 }
 
-/// What became of the orders that nobody was told of, as the coordinator says now: so many are confirmed, so many cancelled.
+/// Asks the coordinator about the orders without an answer. Returns how many are confirmed and how many cancelled.
 pub(crate) async fn resolve(world: &World, told: &mut Told) -> anyhow::Result<[u64; 2]> {
     let handfast = Handfast::connect(&world.coordinator_url())?;
     let mut resolved = [0, 0];

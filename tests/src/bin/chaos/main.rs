@@ -1,8 +1,8 @@
-//! Breaks everything that can break, under load, and then looks whether a promise was broken: the shop's services and a coordinator
-//! as processes, on SQLite, MySQL or MariaDB, or on a group of such servers.
+//! Runs the shop's services and a coordinator as processes, on SQLite, MySQL or MariaDB, or on a group of such servers. Breaks everything
+//! that can break while customers place orders. Then checks that no promise was broken.
 //!
-//! Read `coordinators.rs`, `services.rs` and `networks.rs` for what is done to them, `load.rs` for what goes on meanwhile, and
-//! `verdict.rs` for what must hold at the end.
+//! `coordinators.rs`, `services.rs` and `networks.rs` say what is broken, `load.rs` what customers do, and `verdict.rs` what must hold at
+//! the end.
 
 mod coordinators;
 mod load;
@@ -38,7 +38,7 @@ use self::{
     world::{SERVICES, World},
 };
 
-/// How many times as long a run may take that waits for kinds of faults that have not come about.
+/// A run is extended up to this many times its length until every kind of fault has occurred.
 const LONGER_MAX: u32 = 3;
 
 const HELP: &str = "\
@@ -55,16 +55,16 @@ struct Flags {
     /// of such servers, which are switched; or mysql://user:password@host:port of a running server
     #[arg(long, value_name = "STORE", default_value = "sqlite")]
     store: String,
-    /// How long things are broken
+    /// How long faults are injected
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(5..=86_400))]
     seconds: u64,
     /// In a group: seconds between two switches. New connections go to another server, and old ones live on
     #[arg(long, value_name = "S", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=3_600))]
     move_every: u64,
-    /// Customers at a time. Many fill the streams between initiators, coordinator and participants, and whoever dies takes all of it along
+    /// Customers in parallel. With many of them, every process that dies loses many calls in flight
     #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=2_000))]
     customers: u16,
-    /// Decides what is broken when [default: a random one]
+    /// Seed for the faults and their order [default: random]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Print one JSON object at the end on stdout, and everything else on stderr
@@ -155,8 +155,7 @@ async fn run(flags: &Flags, seed: u64, folder: &TempDir) -> anyhow::Result<Repor
     Ok(report)
 }
 
-/// Tells each second how things are, and ends it when it is time: after `length`, or later, so that every kind of fault has come
-/// about.
+/// Prints the counts each second, and ends the run after `length`, or later if a kind of fault has not occurred yet.
 async fn keep_time(world: &World, progress: &Progress, length: Duration) {
     let began = Instant::now();
     let mut seconds = interval(Duration::from_secs(1));

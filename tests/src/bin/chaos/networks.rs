@@ -1,6 +1,5 @@
-//! What happens between the processes: connections are cut, held up, and lose what goes through them; between coordinator and
-//! database also at the one moment that counts, around COMMIT. The database server is killed, or new connections are led to another
-//! server while old ones live on.
+//! Faults of the network and of the database server. Connections are cut, stalled, or lose bytes; those to the database also exactly
+//! around COMMIT. The database server is killed, or new connections are led to another server while old ones live on.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -14,26 +13,26 @@ use crate::{
     world::World,
 };
 
-/// How long bad weather lasts.
+/// How long a fault of a connection lasts.
 const BAD_MS: std::ops::Range<u64> = 50..1500;
-/// Pause after it.
+/// Pause between two faults.
 const FAIR_MS: std::ops::Range<u64> = 100..2000;
 /// How long a trap waits for a COMMIT.
 const TRAP_WITHIN: Duration = Duration::from_secs(2);
 /// How long an answer to COMMIT is held before the connection is cut.
 const HELD_MS: std::ops::Range<u64> = 200..4000;
-/// A database is killed so many times in a run, if there is time for it between.
+/// How often the database server is killed in a run, if the run is long enough.
 const DATABASE_KILLS: u32 = 16;
 /// Shortest and longest time from one to the next.
 const DATABASE_KILL_EVERY: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(40)];
-/// How often it is looked whether it is time.
+/// How often the clock is checked.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How long a database stays away, beside what it needs to start.
+/// How long a killed database server stays down before it is started again.
 const DATABASE_AWAY_MS: std::ops::Range<u64> = 0..2000;
 /// How long a server of a group falls behind the others.
 const BEHIND_MS: std::ops::Range<u64> = 200..2000;
 
-/// What happens to a link.
+/// A fault of a link.
 #[derive(Debug, Clone, Copy)]
 enum Act {
     Cut,
@@ -50,7 +49,7 @@ const WEATHERS: [Act; 4] = [
 const TRAPS: [Act; 3] =
     [Act::Trap(Trap::LoseCommit), Act::Trap(Trap::LoseOk), Act::Trap(Trap::HoldOk)];
 
-/// Breaks the links between initiators, coordinator and services, one after the other, until it is over.
+/// Breaks the links between initiators, coordinator and services, one after the other, until the run is over.
 pub(crate) async fn trouble_services(world: &World, seed: u64) -> anyhow::Result<()> {
     let links = &world.links;
     let links: Vec<_> = links.services.values().chain([&links.coordinator]).collect();
@@ -107,7 +106,7 @@ async fn trouble(
     }
 }
 
-/// Does it, and undoes it. `None`: it has not come about.
+/// Injects the fault, and ends it. `None`: it did not occur.
 async fn perform(link: &Proxy, act: Act, rng: &mut StdRng) -> Option<&'static str> {
     match act {
         Act::Cut => {
@@ -148,7 +147,7 @@ async fn perform(link: &Proxy, act: Act, rng: &mut StdRng) -> Option<&'static st
     }
 }
 
-/// Kills the database server and starts it again, until it is over; as often as the length of a run lets it. Where it is not ours, nothing.
+/// Kills the database server and starts it again, until the run is over. Does nothing if the server is not ours.
 pub(crate) async fn kill_databases(
     world: &World,
     length: Duration,
@@ -173,8 +172,8 @@ pub(crate) async fn kill_databases(
     Ok(())
 }
 
-/// Switches from one server of the group to another, until it is over. Connections to the old server live on, all or half of them, and
-/// read there what it last had. Where there is no group, nothing.
+/// Switches from one server of the group to another, until the run is over. All connections to the old server live on, or half of them.
+/// What they read there may be old. Does nothing if there is no group.
 pub(crate) async fn switch_databases(world: &World, seed: u64) -> anyhow::Result<()> {
     let Some((group, current)) = world.databases.group() else { return Ok(()) };
     let (Some(links), Some(every)) = (&world.links.databases, world.switch_every) else {
@@ -218,7 +217,7 @@ pub(crate) async fn switch_databases(world: &World, seed: u64) -> anyhow::Result
     Ok(())
 }
 
-/// Everything gets through again, and nothing that was lost is waited for.
+/// Ends all faults, and cuts all connections, so that nobody waits for bytes that were lost.
 pub(crate) fn heal(world: &World) {
     let links = &world.links;
     for link in

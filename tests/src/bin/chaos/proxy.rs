@@ -1,5 +1,5 @@
-//! A TCP proxy in front of one server, which does to its connections what networks do: cuts them, holds them up, or loses what
-//! goes through them. It knows one thing about what it carries: what COMMIT looks like on its way to MySQL.
+//! A TCP proxy in front of one server that injects faults of the network: it cuts connections, stalls them, or drops their bytes. It
+//! recognises one message: a COMMIT that is sent to MySQL.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -26,27 +26,27 @@ const CHUNK_BYTES: usize = 64 * 1024;
 /// answered, so these are the last bytes of what was read.
 const COMMIT: &[u8] = b"\x07\0\0\0\x03COMMIT";
 
-/// What happens to what goes through.
+/// What happens to the bytes of all connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Weather {
-    /// Nothing.
+    /// They pass.
     Fair,
-    /// It waits, both ways. New connections wait, too.
+    /// They wait, in both directions. New connections wait too.
     Stall,
-    /// What is answered is lost; what is asked arrives.
+    /// Requests arrive, and responses are dropped.
     LoseReplies,
-    /// Everything is lost, and nobody is told.
+    /// All bytes are dropped, and the connections stay open.
     BlackHole,
 }
 
 /// What happens to the next COMMIT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Trap {
-    /// It does not arrive, and its connection is cut.
+    /// It is dropped, and its connection is cut.
     LoseCommit,
-    /// It arrives and is carried out; its answer does not come back, and its connection is cut.
+    /// It arrives; its response is dropped, and the connection is cut.
     LoseOk,
-    /// It arrives and is carried out; its answer is waited for in vain, until somebody cuts the connection.
+    /// It arrives; its response is held back until the connection is cut.
     HoldOk,
 }
 
@@ -77,7 +77,7 @@ struct Sky {
 }
 
 impl Proxy {
-    /// One that leads to `to`, on a free port of this machine.
+    /// A proxy to `to`, on a free port of this machine.
     pub(crate) async fn new(to: SocketAddr) -> std::io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
@@ -100,7 +100,7 @@ impl Proxy {
         Ok(Self { address, way, accepting })
     }
 
-    /// Where its near end is.
+    /// The address that the proxy listens on.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
@@ -120,12 +120,12 @@ impl Proxy {
         self.way.sky.send_modify(|sky| sky.partial_cuts += 1);
     }
 
-    /// Connections that have lost something do not outlive the change to fair weather.
+    /// Connections whose bytes were dropped are cut when the weather becomes fair.
     pub(crate) fn set(&self, weather: Weather) {
         self.way.sky.send_modify(|sky| sky.weather = weather);
     }
 
-    /// Sets a trap, or takes away the one that is set.
+    /// Sets the trap, or removes it.
     pub(crate) fn trap(&self, trap: Option<Trap>) {
         *self.way.trap.lock().expect("nothing panics while it is locked") = trap;
     }
@@ -246,7 +246,7 @@ async fn pump(
 }
 
 impl Way {
-    /// The trap, if one is set and this is what it waits for.
+    /// Takes the trap that is set, if this chunk ends with a COMMIT.
     fn spring(&self, chunk: &[u8]) -> Option<Trap> {
         if !chunk.ends_with(COMMIT) {
             return None;

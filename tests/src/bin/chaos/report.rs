@@ -1,4 +1,4 @@
-//! What a run has shown, for people and for programs.
+//! The result of a run, as text and as JSON.
 
 use std::{collections::BTreeMap, io::Write as _, sync::atomic::Ordering, time::Duration};
 
@@ -13,13 +13,13 @@ pub(crate) struct Report {
     seconds: u64,
     seed: u64,
     counts: Counts,
-    /// Kinds of faults that have not come about.
+    /// Kinds of faults that did not occur.
     missing: Vec<&'static str>,
     orders: u64,
     transactions: usize,
-    /// As customers were told while things broke: confirmed, refused, cancelled.
+    /// What customers were told during the run: confirmed, refused, cancelled.
     told: [u64; 3],
-    /// Of those who were told nothing, by their keys afterwards: confirmed, cancelled.
+    /// What became of orders without an answer, asked by key afterwards: confirmed, cancelled.
     resolved: [u64; 2],
     longest: Duration,
     lost: Vec<i64>,

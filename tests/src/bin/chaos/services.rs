@@ -1,4 +1,4 @@
-//! What happens to the services: they are killed, die at a named place, are paused, and come back, sometimes after a while.
+//! What the test does to the services: it kills them, lets them die at a named place, pauses them, and starts them again, sometimes later.
 
 use std::{os::unix::process::ExitStatusExt as _, time::Duration};
 
@@ -14,19 +14,19 @@ use crate::{
     world::World,
 };
 
-/// How long it may take until a service serves. The database may be away for a part of that.
+/// How long a service may take to start. The database may be down for part of that time.
 const START_PATIENCE: Duration = Duration::from_secs(90);
 const START_PAUSE: Duration = Duration::from_millis(200);
-/// How long one that was told where to die may take to come by.
+/// How long a service runs at most until it passes its crash point.
 const CRASH_WITHIN_MS: std::ops::Range<u64> = 500..2500;
-/// How long one is away, or paused.
+/// How long a service is down or paused.
 const AWAY_MS: std::ops::Range<u64> = 0..2000;
 /// Pause between two acts.
 const PAUSE_MS: std::ops::Range<u64> = 300..3000;
 /// How long an orderly end may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(2);
 
-/// Where a service can be told to die, and at which time of coming by it is worth trying.
+/// Crash points of services, and after how many passes it is worth dying there.
 pub(crate) const CRASH_POINTS: [(&str, &[u32]); 6] = [
     ("fence.entered", &[1, 2, 6]),
     ("fence.before_commit", &[1, 2, 6]),
@@ -44,19 +44,19 @@ enum Act {
     Stop,
 }
 
-/// What happens to one of them.
+/// One service, and what is done to it.
 pub(crate) struct Troubled<'w> {
     world: &'w World,
     service: Service,
     rng: StdRng,
-    /// `None`: it is gone, and is to be started again.
+    /// The process. `None`: it has ended, and must be started again.
     life: Option<Life>,
     acts: Vec<Act>,
     crash_points: Vec<(&'static str, &'static [u32])>,
 }
 
 impl<'w> Troubled<'w> {
-    /// Starts it.
+    /// Starts the service.
     pub(crate) async fn start(
         world: &'w World,
         service: Service,
@@ -67,7 +67,7 @@ impl<'w> Troubled<'w> {
         Ok(Self { world, service, rng, life: Some(life), acts, crash_points })
     }
 
-    /// Does things to it until it is over.
+    /// Breaks the service until the run is over.
     pub(crate) async fn trouble(&mut self) -> anyhow::Result<()> {
         while !self.world.tally.is_over() {
             let Some(life) = self.life.take() else {
@@ -103,7 +103,7 @@ impl<'w> Troubled<'w> {
         Ok(())
     }
 
-    /// Sees to it that it serves, without any memory of what was.
+    /// Restarts the service, so that it serves and has nothing in memory.
     pub(crate) async fn heal(&mut self) -> anyhow::Result<()> {
         if let Some(life) = self.life.take() {
             life.kill().await?;
@@ -118,7 +118,7 @@ impl<'w> Troubled<'w> {
         Ok(())
     }
 
-    /// One that runs cannot be told where to die, so that is one more kill.
+    /// Lets the service die at a crash point. A process learns its crash point at its start, so it is killed and restarted first.
     async fn crash(&mut self, life: Life) -> anyhow::Result<()> {
         self.kill(life).await?;
         let (name, times) = self.next_crash_point();
@@ -176,7 +176,7 @@ impl<'w> Troubled<'w> {
     }
 }
 
-/// Starts one, until it serves.
+/// Starts a service, and returns when it serves.
 async fn serving(world: &World, service: Service, crash: Option<&str>) -> anyhow::Result<Life> {
     let limit = Instant::now() + START_PATIENCE;
     loop {

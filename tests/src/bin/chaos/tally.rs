@@ -1,4 +1,4 @@
-//! What was done to the processes, and what was seen that must not be.
+//! Counts of injected faults, and violations that were seen.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +11,7 @@ use std::{
 
 use crate::databases::Databases;
 
-/// What comes about on any store.
+/// Faults that must occur on any store.
 const ANYWHERE: [&str; 11] = [
     COORDINATOR_KILLED,
     COORDINATOR_CRASHED,
@@ -25,9 +25,9 @@ const ANYWHERE: [&str; 11] = [
     "network: replies lost",
     "network: black hole",
 ];
-/// What comes about only on SQLite.
+/// Faults that must occur on SQLite.
 const ON_SQLITE: [&str; 2] = [SECOND_REFUSED, PAUSED_AND_SECOND_REFUSED];
-/// What comes about only where there is a server.
+/// Faults that must occur if there is a database server.
 const ON_SERVERS: [&str; 10] = [
     TAKEN_OVER,
     PAUSED_AND_TAKEN_OVER,
@@ -40,10 +40,10 @@ const ON_SERVERS: [&str; 10] = [
     "database link: OK of COMMIT lost",
     "database link: OK of COMMIT held back",
 ];
-/// What comes about only where the server is ours.
+/// Faults that must occur if we started the server.
 const ON_OUR_SERVERS: [&str; 1] = [DATABASE_KILLED];
 
-/// What comes about only where the database is a group of servers.
+/// Faults that must occur if the database is a group of servers.
 const ON_GROUPS: [&str; 1] = [DATABASE_SWITCHED];
 
 pub(crate) const COORDINATOR_KILLED: &str = "coordinator: killed";
@@ -61,7 +61,7 @@ pub(crate) const SERVICE_STOPPED: &str = "service: stopped in order";
 const DATABASE_KILLED: &str = "database: killed";
 pub(crate) const DATABASE_SWITCHED: &str = "database: new connections led to another server";
 
-/// Shared by all who break things, and by those who must know when it is over.
+/// Shared by all parts that inject faults. It also says when the run is over.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     counts: Mutex<Counts>,
@@ -72,45 +72,45 @@ pub(crate) struct Tally {
 /// See the module's comment.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Counts {
-    /// By kind.
+    /// Number of faults, by kind.
     pub(crate) faults: BTreeMap<String, u64>,
-    /// Processes that died where they were told to, by the name of the place.
+    /// Processes that died at their crash point, by its name.
     pub(crate) crash_points: BTreeMap<String, u64>,
     /// SIGKILLs of coordinators and services, crash points included.
     pub(crate) process_kills: u64,
     /// SIGKILLs of the database server.
     pub(crate) database_kills: u64,
-    /// What must not be, in sentences.
+    /// Violations, as sentences.
     pub(crate) violations: Vec<String>,
-    /// The longest that a standby took, from the end of the one before to serving.
+    /// The longest time between the end of a coordinator and its standby serving.
     pub(crate) standby_longest: Duration,
 }
 
 impl Tally {
-    /// One more of that kind.
+    /// Counts one fault of this kind.
     pub(crate) fn fault(&self, kind: impl Into<String>) {
         *self.counts().faults.entry(kind.into()).or_default() += 1;
     }
 
-    /// A process was killed, as that kind of fault.
+    /// Counts a process that was killed.
     pub(crate) fn kill(&self, kind: impl Into<String>) {
         self.fault(kind);
         self.counts().process_kills += 1;
     }
 
-    /// A process has died where it was told to.
+    /// Counts a process that died at its crash point.
     pub(crate) fn crash(&self, kind: &str, crash_point: &str) {
         self.kill(kind);
         *self.counts().crash_points.entry(crash_point.to_owned()).or_default() += 1;
     }
 
-    /// The database server was killed.
+    /// Counts a kill of the database server.
     pub(crate) fn database_kill(&self) {
         self.fault(DATABASE_KILLED);
         self.counts().database_kills += 1;
     }
 
-    /// What must not be.
+    /// Records a violation.
     pub(crate) fn violation(&self, what: String) {
         self.counts().violations.push(what);
     }
@@ -120,7 +120,7 @@ impl Tally {
         self.counts.lock().expect("nothing panics while it is locked")
     }
 
-    /// Which kinds have not come about yet.
+    /// The kinds of faults that have not occurred yet.
     pub(crate) fn missing(&self, databases: &Databases) -> Vec<&'static str> {
         let mut kinds = ANYWHERE.to_vec();
         if databases.is_server() {
@@ -139,22 +139,22 @@ impl Tally {
         kinds
     }
 
-    /// Nothing further is begun, nor broken.
+    /// Ends the run: no further order is placed, no further fault injected.
     pub(crate) fn end(&self) {
         self.over.store(true, Ordering::Relaxed);
     }
 
-    /// Leaves the database and the links to it alone, or not any more: a standby is patient with a database that fails.
+    /// Stops faults of the database and of the links to it, or allows them again. A standby waits while its database fails.
     pub(crate) fn calm(&self, calm: bool) {
         self.calm.store(calm, Ordering::Relaxed);
     }
 
-    /// Whether they are left alone.
+    /// Whether faults of the database are stopped.
     pub(crate) fn is_calm(&self) -> bool {
         self.calm.load(Ordering::Relaxed)
     }
 
-    /// Whether it has come to that.
+    /// Whether the run is over.
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::Relaxed)
     }

@@ -1,9 +1,9 @@
-//! The end: everything is healed, nothing is open any more. What the services have written down is compared with what customers
-//! were told, and with what the coordinator has recorded.
+//! The checks at the end, when all faults have ended and no transaction is open. They compare what the services have recorded with what
+//! customers were told, and with what the coordinator has recorded.
 //!
-//! By the names of the invariants: nothing is both confirmed and cancelled (I1), nor is any transaction in parts (I2); nothing
-//! counts twice (I3, I10: the sums are right); what was told is true (I4), and still there (I11); nothing stays reserved (I5); and
-//! each participant has done what is recorded as decided (I6).
+//! By the names of the invariants: no transaction is both confirmed and cancelled (I1) or done in part (I2). Nothing counts twice (I3,
+//! I10: the sums are right). What customers were told is true (I4) and still recorded (I11). Nothing stays reserved (I5). Each participant
+//! has done what the coordinator has decided (I6).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,11 +23,11 @@ use crate::{
     world::{SERVICES, World},
 };
 
-/// How long what is open when everything is healed may take to its end.
+/// How long open transactions may take to end after all faults have ended.
 const SETTLED_WITHIN: Duration = Duration::from_secs(180);
-/// How often it is looked at.
+/// How often open transactions are counted.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// So many violations of one sort are told; the folder has the others.
+/// How many violations of one kind are printed. The logs have the others.
 const TOLD_MAX: usize = 20;
 
 // The numbers of states are those of the tables' comments.
@@ -37,7 +37,7 @@ const FENCE_CONFIRMED: i64 = 2;
 const FENCE_CANCELLED: i64 = 3;
 const FENCE_SUSPENDED: i64 = 4;
 
-/// Waits until nothing is open, within reason. Returns how long the last one has taken.
+/// Waits until no transaction is open, up to [`SETTLED_WITHIN`]. Returns how long that took.
 pub(crate) async fn settle(world: &World) -> anyhow::Result<Duration> {
     let began = Instant::now();
     let mut since: Option<Instant> = None;
@@ -60,7 +60,7 @@ pub(crate) async fn settle(world: &World) -> anyhow::Result<Duration> {
     }
 }
 
-/// So many transactions are recorded, so many were lost that had been acknowledged, and this is wrong.
+/// How many transactions are recorded, which confirmed orders were lost, and what else is wrong.
 #[derive(Debug)]
 pub(crate) struct Verdict {
     pub(crate) transactions: usize,
@@ -68,7 +68,7 @@ pub(crate) struct Verdict {
     pub(crate) violations: Vec<String>,
 }
 
-/// Looks at everything. `before`: the books before the first order; `placed`: the orders whose customers were told that they are.
+/// Makes all checks. `before`: the books before the first order; `placed`: the orders that customers were told are placed.
 pub(crate) async fn judge(
     world: &World,
     before: &Books,
@@ -100,11 +100,11 @@ fn few(mut violations: Vec<String>) -> Vec<String> {
 
 /// What the coordinator has recorded, and what the fences have.
 struct Records {
-    /// Of transactions, by xid.
+    /// States of transactions, by xid.
     states: BTreeMap<Vec<u8>, i64>,
     /// Participants, by xid and branch id.
     branches: BTreeMap<(Vec<u8>, String), String>,
-    /// By participant; by xid and branch id.
+    /// States in the fences, by participant, then by xid and branch id.
     fences: BTreeMap<String, BTreeMap<(Vec<u8>, String), i64>>,
 }
 
@@ -159,7 +159,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What the processes have logged as an alarm: of those there must be none, whatever happened.
+/// Errors and panics in the logs. Whatever happens there must be none.
 fn alarms(world: &World) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(&world.folder)? {
@@ -177,7 +177,7 @@ fn alarms(world: &World) -> anyhow::Result<Vec<String>> {
     Ok(found)
 }
 
-/// Whether it is one that a customer relies on.
+/// The orders that customers were told are placed.
 pub(crate) fn placed(told: &Told) -> BTreeSet<i64> {
     let placed = told.iter().filter(|(_, answer)| **answer == Some(Answer::Placed));
     placed.map(|(id, _)| *id).collect()

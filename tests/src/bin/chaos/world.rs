@@ -1,5 +1,4 @@
-//! The shop with a coordinator, as processes, and a proxy wherever two of them talk: in front of the coordinator, of each service,
-//! and of the database server.
+//! The shop's services and a coordinator as processes, with a proxy in front of the coordinator, each service and the database server.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +29,7 @@ const SETTINGS: [(&str, &str); 2] =
 /// See the module's comment.
 #[derive(Debug)]
 pub(crate) struct World {
-    /// Everything is in it.
+    /// All logs and stores are in it.
     pub(crate) folder: PathBuf,
     pub(crate) databases: Databases,
     pub(crate) links: Links,
@@ -53,7 +52,7 @@ pub(crate) struct Links {
 }
 
 impl World {
-    /// Everything but the processes.
+    /// Makes databases and proxies, and starts no process.
     pub(crate) async fn make(
         store: &str,
         switch_every: Option<Duration>,
@@ -87,13 +86,13 @@ impl World {
         })
     }
 
-    /// How much longer than elsewhere a coordinator and its connections are left alone where database servers are switched. A coordinator
-    /// that starts after the switch has no connection to the old server.
+    /// How much more time a coordinator has before the next fault if database servers are switched. A coordinator that starts after the
+    /// switch has no connection to the old server, so it would show nothing.
     pub(crate) fn peace(&self) -> Duration {
         self.switch_every.unwrap_or_default() * 2
     }
 
-    /// Starts a coordinator: with these flags, and to die there.
+    /// Starts a coordinator with these flags. `crash`: the crash point where it dies.
     pub(crate) fn coordinator(&self, flags: &[&str], crash: Option<&str>) -> anyhow::Result<Life> {
         let via = self.links.databases.as_ref().map(|[coordinator, _]| coordinator);
         let mut command = command("handfast", crash);
@@ -107,7 +106,7 @@ impl World {
         Life::begin(&mut command, &self.log("coordinator"))
     }
 
-    /// Starts a service, to die there.
+    /// Starts a service. `crash`: the crash point where it dies.
     pub(crate) fn service(&self, service: Service, crash: Option<&str>) -> anyhow::Result<Life> {
         let via = self.links.databases.as_ref().map(|[_, services]| services);
         let mut command = command(&service.to_string(), crash);

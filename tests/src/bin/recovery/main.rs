@@ -1,6 +1,5 @@
-//! What a coordinator is like that finds a million open transactions when it starts: how much memory it takes, how long a new
-//! transaction takes meanwhile, and how fast the old ones come to their end. Then the same with some that cannot: their
-//! participant is gone.
+//! Starts a coordinator on a store with a million open transactions, and measures its memory, how long new transactions take meanwhile,
+//! and how fast the old ones end. Some of the old ones cannot end, because their participant is gone.
 
 #![allow(clippy::print_stdout, reason = "what is printed is the result")]
 
@@ -18,14 +17,14 @@ use handfast_tests::{database::Database, process::Coordinator};
 use serde_json::json;
 use sqlx::MySqlPool;
 
-/// What the coordinator may take at most, in MB, whatever waits in its store.
+/// Limit for the coordinator's memory in MB, however many transactions its store has.
 const MEMORY_MB_MAX: u64 = 500;
-/// How long a new transaction may take at most, decision included: far above what is usual, far below "not served".
+/// Limit for one new transaction with its decision: far above the usual time, and far below "not served".
 const NEW_MAX: Duration = Duration::from_secs(5);
-/// How long between looks at how things are.
+/// Time between two measurements.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Starts a coordinator on a store with many open transactions, and looks how it does.
+/// Starts a coordinator on a store with many open transactions, and measures how it recovers.
 #[derive(Debug, Parser)]
 #[command(
     name = "recovery",
@@ -33,22 +32,22 @@ const LOOK: Duration = Duration::from_millis(500);
   cargo run --release -p handfast-tests --bin recovery -- --server mysql://root@127.0.0.1:3306 --open 1000000"
 )]
 struct Options {
-    /// A MySQL or MariaDB server; a database is made on it, and dropped at the end.
+    /// A MySQL or MariaDB server. The program makes a database on it, and drops it at the end
     #[arg(long, value_name = "URL")]
     server: String,
-    /// Transactions that are decided and wait for their participants, who are there again.
+    /// Decided transactions whose participants are available again
     #[arg(long, default_value_t = 1_000_000)]
     open: u64,
-    /// Transactions whose participant is gone.
+    /// Decided transactions whose participant is gone
     #[arg(long, default_value_t = 10_000)]
     stuck: u64,
-    /// How long the old ones may take to come to their end.
+    /// How long the open transactions may take to end
     #[arg(long, default_value_t = 3600, value_name = "SECONDS")]
     within: u64,
-    /// For how long new ones are tried when no old ones are left, and again beside those whose participant is gone.
+    /// How long new transactions are measured when no old ones are left, and again beside those whose participant is gone
     #[arg(long, default_value_t = 10, value_name = "SECONDS")]
     sample: u64,
-    /// Prints the figures as JSON, and no progress.
+    /// Print the figures as JSON, and no progress
     #[arg(long)]
     json: bool,
 }

@@ -117,11 +117,11 @@ impl Journal {
         loop {
             let beat_every = self.store.heartbeat().filter(|_| !self.outboxes().is_empty());
             let stopping = stop.is_cancelled();
-            let taken = if stopping || self.is_due() {
+            let taken = if self.doubted.swap(false, Ordering::Relaxed) {
+                self.heartbeat() // also at the end: what was lost is marked by the batch that finds it
+            } else if stopping || self.is_due() {
                 self.take(&mut first)
-            } else if self.doubted.swap(false, Ordering::Relaxed)
-                || beat_every.is_some_and(|every| appended_at.elapsed() >= every)
-            {
+            } else if beat_every.is_some_and(|every| appended_at.elapsed() >= every) {
                 self.heartbeat()
             } else {
                 Taken::default()

@@ -8,7 +8,7 @@ use super::{health::OUTAGE_GRACE, outbox::BATCH_ROWS_MAX, *};
 use crate::{
     clock::ManualClock,
     store::{
-        ALL_PARTITIONS, Head, Write,
+        ALL_PARTITIONS, Head, Known, Lookup, Write,
         scripted::{Fault, ScriptedStore},
     },
     transaction::{
@@ -226,6 +226,33 @@ async fn a_partition_that_was_taken_over_stops_and_the_others_go_on() {
     assert_eq!(rig.durable(3), Durable { upto: 0, position: 0, ended: Some(Ended::Fenced) });
     assert_eq!(rig.stored(&fenced).await, None);
     assert_eq!(rig.stored(&other).await, Some(State::Trying));
+}
+
+/// A replica was promoted without the last batches of two partitions. One of them has nothing more to write.
+#[tokio::test]
+async fn a_loss_that_one_partition_notices_is_looked_for_in_all() {
+    let mut rig = Rig::new().await;
+    let backup = rig.store.inner.copy();
+    let (one, two) = (rig.begin(3), rig.begin(4));
+    for lost in [&one, &two] {
+        rig.put(lost, Head::Insert, Urgency::Awaited);
+        rig.until_durable(lost.xid.partition, 1).await;
+    }
+    rig.store.inner.go_back_to(&backup);
+    let next = rig.begin(3);
+    rig.put(&next, Head::Insert, Urgency::Awaited);
+    for partition in [3, 4] {
+        rig.until_durable(partition, 2).await;
+        assert_eq!(rig.durable(partition).ended, Some(Ended::Corrupt), "{partition}");
+    }
+    assert_eq!(rig.durable(5).ended, None);
+    // Whoever comes next does not call it unheard of.
+    let owned = rig.store.acquire(&ALL_PARTITIONS, "next", rig.clock.now()).await.unwrap();
+    for (xid, lost) in [(one.xid, true), (two.xid, true), (rig.begin(5).xid, false)] {
+        let known = Known { ownership: owned[usize::from(xid.partition)], position: 0 };
+        let looked = rig.store.load(xid, known).await.unwrap();
+        assert!(matches!(looked, Lookup::Absent { lost: told, .. } if told == lost), "{looked:?}");
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! A store in memory, for tests and benchmarks only: nothing in it survives the process. As a model of what a store does it
-//! is also the shortest description of the other ones.
+//! A store in memory, for tests and benchmarks only: nothing in it survives the process. It is also the shortest description of what
+//! the other stores do.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,6 +30,8 @@ struct Tables {
     owners: BTreeMap<u16, String>,
     /// Nonces by partition and epoch.
     nonces: BTreeMap<(u16, u32), u32>,
+    /// How many batches each epoch had when the next owner took over.
+    ended: BTreeMap<(u16, u32), u64>,
     /// Epochs that have lost batches.
     lost: BTreeSet<(u16, u32)>,
     transactions: BTreeMap<Xid, GlobalTransaction>,
@@ -51,6 +53,12 @@ impl MemoryStore {
     #[must_use]
     pub fn copy(&self) -> Self {
         Self { tables: Mutex::new(self.tables().clone()), delay: Mutex::default() }
+    }
+
+    /// Puts back what is in `backup`: a failover to a replica that lacks the last batches.
+    pub fn go_back_to(&self, backup: &Self) {
+        let backup = backup.tables().clone();
+        *self.tables() = backup;
     }
 
     /// What is recorded of a transaction, for whoever looks on.
@@ -100,8 +108,9 @@ impl Store for MemoryStore {
             .map(|partition| {
                 let nonce = fastrand::u32(..);
                 let recorded = tables.partitions.entry(partition).or_default();
-                let epoch = recorded.epoch + 1;
+                let (earlier, epoch) = (*recorded, recorded.epoch + 1);
                 *recorded = Recorded { epoch, nonce, position: 0 };
+                tables.ended.insert((partition, earlier.epoch), earlier.position);
                 tables.nonces.insert((partition, epoch), nonce);
                 tables.owners.insert(partition, owner.to_owned());
                 let lossy = tables.lost.range((partition, 0)..=(partition, u32::MAX));
@@ -120,6 +129,17 @@ impl Store for MemoryStore {
         if let Some(appended) =
             judge(batch, |partition| tables.partitions.get(&partition).copied())?
         {
+            if let Appended::Fenced(fenced) = &appended {
+                let of_fenced =
+                    batch.guards.iter().filter(|guard| fenced.contains(&guard.partition));
+                for Guard { partition, epoch, nonce, position } in of_fenced {
+                    let is_ours = tables.nonces.get(&(*partition, *epoch)) == Some(nonce);
+                    let ended = tables.ended.get(&(*partition, *epoch)).copied();
+                    if is_ours && ended.is_some_and(|batches| batches + 1 < *position) {
+                        tables.lost.insert((*partition, *epoch));
+                    }
+                }
+            }
             if let Appended::Damaged(damaged) = &appended {
                 // The epoch that is recorded: a later one was lost together with its takeover.
                 for Damage { partition, .. } in damaged.iter().filter(|damage| damage.lost > 0) {

@@ -1,15 +1,17 @@
-//! Where global transactions are recorded. A store saves what it is handed, in one local transaction, and never has an
-//! opinion. Every implementation passes the same suite, `conformance/`.
+//! Where global transactions are recorded. A store saves what it is handed, in one local transaction. It decides nothing. Every
+//! implementation passes the same tests, `conformance/`.
 //!
-//! What makes it safe is that a batch is applied exactly once, and only by the owner of its partitions:
+//! What makes it safe: a batch is applied exactly once, and only by the owner of its partitions.
 //!
 //! - A partition has a row `(partition, epoch, nonce, position)`. A takeover makes the epoch one larger and draws a new nonce.
 //!   A batch moves the position of every partition that it carries from n - 1 to n, inside its own local transaction, and only if
 //!   epoch and nonce are still its owner's. A batch of an owner that was replaced changes nothing, however late it arrives.
-//!   (The nonce tells histories apart: after a failover that lost a takeover, or on a restored backup, the same epoch can be
-//!   given out twice.)
-//! - When nobody knows whether a COMMIT took effect, the same batch is appended again with the same n. Either the first
-//!   attempt landed (the position is n), or this one does.
+//!   The nonce tells histories apart: after a failover that lost a takeover, or on a restored backup, the same epoch can be
+//!   given out twice.
+//! - If the answer to a COMMIT is lost, the same batch is appended again with the same n. Either the first attempt was applied
+//!   (the position is n), or this one is.
+//! - A read counts only if it shows the partition's row at least as new as its owner knows it to be ([`Known`]).
+//! - A write names the state that its transaction must have ([`Write::before`]).
 
 #[cfg(test)]
 mod conformance;
@@ -29,7 +31,7 @@ use crate::transaction::{BranchSet, GlobalTransaction, State, StuckAfter, Timest
 /// Partitions of a store. Fixed when the store is made: an xid names its partition for ever.
 pub const PARTITIONS: u16 = 16;
 
-/// All of them, for an owner of the whole store.
+/// All partitions, for an owner of the whole store.
 pub const ALL_PARTITIONS: [u16; PARTITIONS as usize] = {
     let mut all = [0; PARTITIONS as usize];
     let mut partition = 0;
@@ -54,7 +56,7 @@ pub struct Ownership {
     pub lost_through: Option<u32>,
 }
 
-/// Who owns a partition, as it is recorded. While it changes, the owner is alive.
+/// Who owns a partition, as recorded. An owner that is alive changes the position every few seconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seat {
     /// Which partition.
@@ -65,7 +67,7 @@ pub struct Seat {
     pub nonce: u32,
     /// Number of its latest batch.
     pub position: u64,
-    /// For people; `None`: it was handed back.
+    /// The owner's name, for people. `None`: the partition was handed back.
     pub owner: Option<String>,
 }
 
@@ -98,12 +100,12 @@ pub struct Write {
     pub global: Arc<GlobalTransaction>,
     /// What to do with its own row.
     pub head: Head,
-    /// The state that its row must be in, or nothing is written; `None`: it must have none. Of several changes that are written as one it
-    /// is the state before the first: no mistake of whoever writes can turn one decision into the other.
+    /// The state that its row must have, or nothing is written. `None`: it must have no row. If several changes are written as one,
+    /// this is the state before the first of them. So no mistake of the writer can turn one decision into the other.
     pub before: Option<State>,
-    /// Branches from this index on have no row yet. Of those before it all must have one, or nothing is written.
+    /// Branches from this index on have no row yet. All branches before it must have a row, or nothing is written.
     pub new_branches: usize,
-    /// Branches before that index whose row is to be changed.
+    /// Branches before that index whose rows change.
     pub changed_branches: BranchSet,
 }
 
@@ -112,15 +114,16 @@ pub struct Write {
 pub enum Head {
     /// Leave it as it is, but for the number of branches.
     Keep,
-    /// Its decision is recorded, and now it is finished.
+    /// Only note that the transaction is finished: its decision is recorded already.
     Finish,
-    /// Change it.
+    /// Update it.
     Update,
-    /// It has none yet.
+    /// Insert it.
     Insert,
 }
 
-/// What whoever reads knows. A read that does not show at least this comes from a server that is behind, or from another history.
+/// What a reader knows of the partition that it reads. A read that does not show at least this comes from a server that is behind, or
+/// from another history of the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Known {
     /// Whose transactions are read, and under which ownership.
@@ -168,14 +171,14 @@ pub enum Lookup {
     },
 }
 
-/// One page of what nobody may be working on.
+/// One page of transactions that are due and may be in nobody's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DuePage {
-    /// Due by the asked moment, in order of `(due_at, xid)`.
+    /// The transactions that are due at the moment asked for, in order of `(due_at, xid)`.
     pub transactions: Vec<GlobalTransaction>,
     /// Where the next page starts; `None`: this was the last one.
     pub next: Option<(Timestamp, Xid)>,
-    /// When the first of those that are not due yet will be; told with the last page.
+    /// When the next transaction becomes due. Given with the last page.
     pub next_due_at: Option<Timestamp>,
 }
 
@@ -215,7 +218,7 @@ pub struct Summary {
     pub oldest: Option<Timestamp>,
 }
 
-/// What batches have cost since the store was opened. Cleaning up is not in it.
+/// What batches have cost since the store was opened, without the purge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Written {
     /// Other than BEGIN and COMMIT.
@@ -227,17 +230,17 @@ pub struct Written {
 /// Why a store could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It did not answer, or could not now. What was asked may or may not have happened: repeat it.
+    /// The store did not answer, or could not do it now. What was asked may or may not have happened: retry it.
     #[error("the store does not answer: {0}")]
     Unavailable(#[source] Box<dyn StdError + Send + Sync>),
-    /// What was read is older than what is known, and was thrown away. Ask again; and see whether the partition is still ours, which
-    /// only a batch can tell.
+    /// What was read is older than what is known, and was dropped. Retry, and append a batch: only that can tell whether the partition
+    /// is still ours and whether something was lost.
     #[error("the store's server is behind, or another one: {0}")]
     Old(String),
-    /// What was read shows a later owner of the partition. That proves nothing, but a batch will.
+    /// What was read shows a later owner of the partition. A read proves nothing: append a batch to know.
     #[error("the store shows another owner: {0}")]
     Replaced(String),
-    /// A record makes no sense, or a batch does not fit what is recorded. Repeating does not help; a person must look.
+    /// A record is damaged, or the database refuses for good. A retry does not help; a person must look.
     #[error("the store holds what cannot be: {0}")]
     Corrupt(String),
 }
@@ -249,8 +252,8 @@ impl Error {
     }
 }
 
-/// Keeps global transactions. All methods may be called at any time, from any task; every call has an end, also when the
-/// database does not answer.
+/// Keeps global transactions. All methods may be called at any time and from any task. Every call ends, even if the database does not
+/// answer.
 #[async_trait::async_trait]
 pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// How often an owner with nothing to write must append an empty batch, to show that it is there and to learn that it was
@@ -259,18 +262,17 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// How many batches it can take at the same time. Divided by this, the numbers of all partitions in one batch leave the same
-    /// remainder, and those of two batches at the same time different ones.
+    /// How many batches it can take at the same time, n. Batch k (0 to n - 1) carries only partitions whose number modulo n is k.
     fn batches_at_a_time(&self) -> u16 {
         1
     }
 
-    /// What batches have cost so far, for whoever measures. Nothing, where nothing is worth counting.
+    /// What batches have cost so far, for benchmarks. Zeros in a store that does not count.
     fn written(&self) -> Written {
         Written::default()
     }
 
-    /// Who owns the partitions. Empty where nobody else can: [`Store::acquire`] need not wait for anybody.
+    /// Who owns the partitions. Empty in a store that only one process can open: nobody has to wait before [`Store::acquire`].
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         Ok(Vec::new())
     }
@@ -280,8 +282,8 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         Ok(None)
     }
 
-    /// How often the partition that changed hands most often was taken over from then until now, by the clocks of those who took
-    /// it. None, where nobody can take a partition from a coordinator that runs.
+    /// How often a partition was taken over in that time, by the clocks of its owners: the largest number of all partitions. Zero in a
+    /// store that only one process can open.
     async fn takeovers(&self, _from: Timestamp, _until: Timestamp) -> Result<u64, Error> {
         Ok(0)
     }

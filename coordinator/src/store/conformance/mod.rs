@@ -66,6 +66,7 @@ on_every_store! {
         one_fenced_partition_stops_the_whole_batch
         every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own
         a_takeover_takes_the_partitions_that_it_names
+        a_loss_before_a_takeover_is_found_by_the_owner_before
     }
     reads {
         keys_lead_to_their_transactions

@@ -100,3 +100,18 @@ pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn St
     let taken = store.acquire(&[0], "other", NOW).await.unwrap();
     assert_eq!(taken[0].epoch, first.ownership(0).epoch + 1);
 }
+
+/// The next owner has taken over on a server that lacked the last batches. Only the owner before can know.
+pub(super) async fn a_loss_before_a_takeover_is_found_by_the_owner_before(store: &dyn Store) {
+    let mut old = Owner::of(store).await;
+    let (lost, kept) = (begun(old.xid(1), &["1"]), begun(old.xid(2), &["1"]));
+    let mut batch = old.batch(vec![inserted(&lost), inserted(&kept)]);
+    batch.guards[0].position = 3; // numbers 1 and 2 of partition 1 were acknowledged, and are gone
+    let mut new = Owner::of(store).await;
+    assert_eq!(store.append(&batch).await.unwrap(), Appended::Fenced(vec![1, 2]));
+    assert!(matches!(new.load(lost.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
+    assert!(matches!(new.load(kept.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
+    let next = begun(new.xid(1), &["1"]);
+    new.insert(&next).await;
+    assert_eq!(new.found(next.xid).await, next.recorded());
+}

@@ -1,9 +1,8 @@
 //! The store for production: MySQL 8 and 9, MariaDB 10.6 and later, with the same SQL.
 //!
-//! Other processes may write here too: a coordinator that was replaced and does not know it yet, and one that waits for its turn.
-//! Epoch and position, checked by every batch, keep them out. What may be in doubt is thrown away: a connection that did not
-//! answer in time may still carry out what it was told, so it is ended at the server before anything is repeated, and never used
-//! again.
+//! Other processes may write here too: a coordinator that was replaced and does not know it yet, or a standby. Epoch, nonce and
+//! position, which every batch checks, keep them out. A connection that did not answer in time may still carry out its statement, so
+//! it is killed at the server before anything is retried, and never used again.
 
 mod batch;
 #[cfg(test)]
@@ -35,20 +34,20 @@ use super::{
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
-/// After so many seconds of silence the server itself ends a connection that writes: the batch of an owner that is gone must not
-/// keep its rows locked.
+/// After so many seconds without a statement the server ends a connection that writes. Otherwise the open batch of an owner that is
+/// gone would keep its rows locked.
 const SILENCE_MAX_SECONDS: u32 = 5;
 /// The same for the connection that deletes: longer than the pause between two rounds.
 const CLEANER_SILENCE_MAX_SECONDS: u32 = 15;
-/// How often an idle owner writes an empty batch. It keeps the connection open, shows a process that waits that the owner is
-/// alive, and tells the owner if it is not the owner any more.
+/// How often an idle owner writes an empty batch. That keeps the connection open, shows a standby that the owner is alive, and tells
+/// the owner when it has been replaced.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Connections that write, each for partitions of its own: while the server works on a batch, or waits for its disk, it can work on another
-/// one, and it makes one write to the disk of two commits that come together.
+/// Connections that write, each for partitions of its own. While the server works on one batch or waits for its disk, it can work on
+/// another; and it flushes two commits that come together in one write.
 const WRITERS: u16 = 2;
 /// Connections for reading.
 const READERS: usize = 4;
-/// How often a takeover is tried again that has waited too long for the batch of the owner before.
+/// Attempts at a takeover. One fails if it has waited too long for a batch of the earlier owner.
 const ACQUIRE_ATTEMPTS: usize = 6;
 
 /// The server's time in milliseconds.

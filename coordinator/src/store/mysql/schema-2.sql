@@ -12,6 +12,7 @@ UPDATE `partition` AS p JOIN epoch AS e ON e.`partition` = p.`partition` AND e.e
 SET @alter = (SELECT IF(COUNT(*) > 0, 'DO 0',
     'ALTER TABLE epoch
         ADD COLUMN ended_at BIGINT COMMENT ''when the next owner took over; NULL: nobody has yet'',
+        ADD COLUMN batches BIGINT COMMENT ''how many batches it had when the next owner took over: its own owner may know of more, which are lost then'',
         ADD COLUMN purges BIGINT NOT NULL DEFAULT 0 COMMENT ''steps of the purge under this epoch; each step counts, so that a takeover and a step of an earlier owner cannot both commit'',
         ADD COLUMN lost BIGINT COMMENT ''batches that the store acknowledged under this epoch and then lost, as its owner noticed; NULL: none. What is missing of such an epoch is answered LOST''')
     FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'epoch' AND column_name = 'lost');

@@ -1,6 +1,6 @@
-//! Connections to a database, a few of a kind. A connection is lent to one piece of work at a time, and given back only when all of
-//! that work has succeeded. In every other case (an error, a deadline, a caller that went away) nobody knows what is still under way
-//! on it, so it is closed.
+//! Pools of connections to a database. A connection is lent to one piece of work at a time, and is given back only when all of that
+//! work has succeeded. In every other case (an error, a deadline, a caller that dropped the call) a statement may still be in flight on
+//! it, so it is closed.
 
 use std::{
     fmt,
@@ -39,8 +39,8 @@ pub(in crate::store) struct Connections<D: Dialect> {
 struct State<D: Dialect> {
     /// The one that was given back last is lent first.
     idle: Vec<(Connection<D>, u64)>,
-    /// What the server calls those that were closed in doubt, until the next connection has ended them there. Not more than there may
-    /// be connections.
+    /// The server's ids of connections that were closed while something may have been in flight, until the next connection has killed
+    /// them there. At most as many as the pool may have connections.
     doubtful: Vec<u64>,
 }
 

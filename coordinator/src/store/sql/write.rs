@@ -4,11 +4,13 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use handfast_proto::{Xid, crash_point};
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::{Cell, Connection, Connections, Counter, Dialect, Query, Wrote, record};
 use crate::{
-    store::{Appended, Batch, Damage, Error, Head, Ownership, Recorded, Row, Seat, Write, judge},
+    store::{
+        Appended, Batch, Damage, Error, Guard, Head, Ownership, Recorded, Row, Seat, Write, judge,
+    },
     transaction::Timestamp,
 };
 
@@ -30,8 +32,7 @@ pub(in crate::store) async fn acquire<D: Dialect>(
         partitions.iter().map(|partition| (*partition, rand::random())).collect();
     D::run(connection, D::BEGIN_WRITING).await?;
     // First the UPDATE: from here on the rows are ours, and what is read is what was written.
-    let mut query = Query::new("UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = ?");
-    query = query.bind(owner);
+    let mut query = Query::new("UPDATE `partition` SET epoch = epoch + 1, owner = ?").bind(owner);
     query.push(", nonce = CASE `partition`");
     for (partition, nonce) in &nonces {
         query.push(" WHEN ").push_bind(*partition).push(" THEN ").push_bind(*nonce);
@@ -54,10 +55,18 @@ pub(in crate::store) async fn acquire<D: Dialect>(
         None => Err(Error::Corrupt(format!("the store has no row for partition {partition}"))),
     };
     let ownerships = partitions.iter().map(ownership).collect::<Result<Vec<_>, _>>()?;
-    // The earlier epochs are over. A step of their owner's purge writes the same row, so one of the two waits for the other.
+    // The earlier epochs are over. A step of their owner's purge writes the same row, so one of the two waits for the other. If their
+    // owner knows of more batches than are here, those are lost: it finds that out when it learns that it was replaced.
     let mut query =
-        Query::new("UPDATE epoch SET ended_at = ? WHERE ended_at IS NULL AND `partition` IN (")
-            .bind(now);
+        Query::new("UPDATE epoch SET ended_at = ?, batches = CASE `partition`").bind(now);
+    for (partition, Recorded { position, .. }) in &recorded {
+        let position = position.cast_signed();
+        query.push(" WHEN ").push_bind(*partition).push(" THEN ").push_bind(position);
+    }
+    query.push(" END WHERE ended_at IS NULL AND `partition` IN (");
+    query.push_list(nonces.keys().copied());
+    D::execute(connection, query).await?;
+    let mut query = Query::new("UPDATE `partition` SET position = 0 WHERE `partition` IN (");
     query.push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
     let mut query =
@@ -92,6 +101,17 @@ pub(in crate::store) async fn append<D: Dialect>(
             append_once::<D>(connection, batch, counter).await
         };
         match connections.run(append).await? {
+            Appended::Fenced(fenced) => {
+                // Whoever took over may have done it on a server that lacked the last batches.
+                let mark = async |connection: &mut Connection<D>| {
+                    mark_lost_before_takeover::<D>(connection, batch, &fenced).await
+                };
+                let lost = connections.run(mark).await?;
+                if !lost.is_empty() {
+                    error!(?lost, "batches were lost before another coordinator took over");
+                }
+                return Ok(Appended::Fenced(fenced));
+            }
             Appended::Damaged(damaged) if !looked_again => {
                 warn!(?damaged, "a batch does not fit what is recorded; looking again");
                 connections.close_idle();
@@ -105,7 +125,7 @@ pub(in crate::store) async fn append<D: Dialect>(
                 connections.run(burn).await?;
                 return Ok(Appended::Damaged(damaged));
             }
-            appended @ (Appended::Durable | Appended::Fenced(_)) => return Ok(appended),
+            Appended::Durable => return Ok(Appended::Durable),
         }
     }
 }
@@ -202,6 +222,36 @@ async fn misfits<D: Dialect>(
         misfits.extend(all);
     }
     Ok(misfits)
+}
+
+/// Marks the epochs of these partitions, which have another owner now, if the next owner found fewer batches than were acknowledged to
+/// the owner before. Returns what is missing.
+async fn mark_lost_before_takeover<D: Dialect>(
+    connection: &mut Connection<D>,
+    batch: &Batch,
+    fenced: &[u16],
+) -> Result<Vec<Damage>, Error> {
+    let mut lost = Vec::new();
+    D::run(connection, D::BEGIN_WRITING).await?;
+    for guard in batch.guards.iter().filter(|guard| fenced.contains(&guard.partition)) {
+        let Guard { partition, epoch, nonce, position } = *guard;
+        let which = "`partition` = ? AND epoch = ? AND nonce = ? AND lost IS NULL";
+        let query = Query::new(&format!("SELECT batches FROM epoch WHERE {which}"));
+        let query = query.bind(partition).bind(epoch).bind(nonce);
+        let row: Option<(Option<i64>,)> = D::fetch(connection, query).await?.pop();
+        let Some((Some(batches),)) = row else { continue };
+        let recorded = Recorded { epoch, nonce, position: batches.cast_unsigned() };
+        if recorded.position + 1 >= position {
+            continue;
+        }
+        let damage = Damage::of(*guard, Some(recorded));
+        let query = Query::new(&format!("UPDATE epoch SET lost = ? WHERE {which}"));
+        let query = query.bind(i64::try_from(damage.lost).unwrap_or(i64::MAX));
+        D::execute(connection, query.bind(partition).bind(epoch).bind(nonce)).await?;
+        lost.push(damage);
+    }
+    D::run(connection, "COMMIT").await?;
+    Ok(lost)
 }
 
 /// Marks the epochs that have lost batches: what is missing of them may have been told. It is the epoch that is recorded: a later one

@@ -1,7 +1,7 @@
 //! The embedded store: one SQLite file, no server to start. Durable means durable here too: WAL with `synchronous=FULL`.
 //!
-//! One process holds the lock file beside it for life, so an owner is never replaced while it lives. All the same every
-//! batch checks epoch and position: a lost answer to COMMIT (a full disk, an I/O error) is settled by them.
+//! One process holds the lock file next to it as long as it runs, so an owner is never replaced while it lives. Still, every batch
+//! checks epoch and position: they settle whether a COMMIT took effect whose answer was lost (a full disk, an I/O error).
 
 mod batch;
 mod file;

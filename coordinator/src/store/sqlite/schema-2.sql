@@ -8,6 +8,8 @@ UPDATE partition SET nonce = coalesce((SELECT e.nonce FROM epoch AS e
 
 -- When the next owner took over; NULL: nobody has yet.
 ALTER TABLE epoch ADD COLUMN ended_at INTEGER;
+-- How many batches it had when the next owner took over. Its own owner may know of more, which are lost then.
+ALTER TABLE epoch ADD COLUMN batches INTEGER;
 -- Steps of the purge under this epoch.
 ALTER TABLE epoch ADD COLUMN purges INTEGER NOT NULL DEFAULT 0;
 -- Batches that the store acknowledged under this epoch and then lost, as its owner noticed; NULL: none. What is missing of such

@@ -17,7 +17,8 @@ pub(crate) async fn fill(pool: &MySqlPool, target: &str, sequences: Range<u64>) 
         done.expect("the server takes it");
     };
     // Xids of an epoch that was.
-    run("INSERT IGNORE INTO epoch SELECT `partition`, 1, 7, 'filled', 0 FROM `partition`"
+    run("INSERT IGNORE INTO epoch (`partition`, epoch, nonce, owner, taken_at) \
+         SELECT `partition`, 1, 7, 'filled', 0 FROM `partition`"
         .to_owned())
     .await;
     run("UPDATE `partition` SET epoch = GREATEST(epoch, 1)".to_owned()).await;

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
-use handfast_proto::{BranchId, Xid};
+use handfast_proto::{BranchId, Xid, limits};
 use serde::{Deserialize, Serialize};
 
 use super::Cell;
@@ -281,7 +281,8 @@ impl TransactionRow {
         };
         let state = state(self.state).ok_or_else(|| damaged("state"))?;
         let rows = i64::try_from(branches.len()).unwrap_or(i64::MAX);
-        if self.branches.is_some_and(|recorded| recorded != rows) {
+        let too_many = branches.len() > limits::BRANCHES_MAX; // more than a `BranchSet` can hold
+        if too_many || self.branches.is_some_and(|recorded| recorded != rows) {
             return Err(damaged("branches"));
         }
         let begun_at = Timestamp(self.begun_at);
@@ -475,4 +476,15 @@ pub(in crate::store) fn xid(column: &[u8]) -> Result<Xid, Error> {
 
 fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("strings and maps of strings always become JSON")
+}
+
+#[cfg(test)]
+#[test]
+fn a_transaction_with_too_many_branch_rows_is_damaged() {
+    use crate::store::{conformance::begun, xids_of};
+    let mut global = begun(xids_of(0).0, &["1"]);
+    global.branches = vec![global.branches[0].clone(); limits::BRANCHES_MAX + 1];
+    let branches = (0..global.branches.len()).map(|n| BranchRow::of(&global, n)).collect();
+    let row = TransactionRow { branches: None, ..TransactionRow::of(&global) };
+    assert!(matches!(row.into_transaction(branches), Err(Error::Corrupt(_))));
 }

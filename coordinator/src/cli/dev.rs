@@ -52,6 +52,7 @@ impl Dev {
             config.listen.set_port(0);
         }
         telemetry::init(&config.log, config.log_format).map_err(Failure::cannot_log)?;
+        serve::end_on_panic();
         let is_kept = folder.is_none();
         let announce = |started: &Started| talk(&welcome(started, is_kept, taken));
         let exit = server::run(config, TakeOver::WhenFree, Hangup::Stop, announce).await?;

@@ -131,15 +131,18 @@ impl Coordinator {
         }
         let command = |reply| Command::Ask(Ask { xid, what: What::Get, until, reply });
         let waited = door.send(command).await?;
-        match tokio::time::timeout(patience, waited).await {
-            // Refused for load: what was asked for has happened all the same.
-            Ok(Ok(Err(Error::TooManyCalls))) => Ok(answer),
+        let told = match tokio::time::timeout(patience, waited).await {
             Ok(waited) => waited.unwrap_or(Err(Error::Stopping)),
             Err(_) => {
                 let command =
                     |reply| Command::Ask(Ask { xid, what: What::Get, until: Until::Now, reply });
                 Self::answered(door.send(command).await?, ANSWER_TIMEOUT).await
             }
+        };
+        match told {
+            // Only the wait was refused for load. What was asked for stands.
+            Err(Error::TooManyCalls) => Ok(answer),
+            told => told,
         }
     }
 

@@ -9,6 +9,7 @@ use super::{
     *,
 };
 use crate::{
+    clock::{Clock as _, SystemClock},
     store::{
         Show, Store as _,
         conformance::{NOW, Owner, begun, call, confirm, failed, inserted, updated},
@@ -354,6 +355,20 @@ async fn a_writer_in_doubt_is_ended_at_the_server_before_another_writes() {
             .await
             .unwrap();
         assert_eq!(alive, 0, "the server may still carry out what was given up");
+        database.drop().await;
+    }
+}
+
+#[tokio::test]
+async fn the_server_tells_its_time() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store().await;
+        let before = SystemClock::default().now();
+        let told = store.clock().await.unwrap().expect("it has a clock");
+        let after = SystemClock::default().now();
+        let apart = Duration::from_secs(1);
+        assert!(told + apart >= before && after + apart >= told, "{before:?} {told:?} {after:?}");
         database.drop().await;
     }
 }

@@ -2,15 +2,14 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
-use rustix::process::{Signal, kill_process};
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
 
-use super::{pid_in, script};
+use super::{kill, script};
 
 /// The user that everybody but the operator connects as: one that `read_only` binds.
 pub const USER: &str = "handfast";
@@ -194,10 +193,8 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        for folder in (0..self.members()).map(|member| self.folder(member)) {
-            if let Some(pid) = pid_in(Path::new(&folder)) {
-                let _ended_by_itself = kill_process(pid, Signal::KILL);
-            }
+        for member in 0..self.members() {
+            kill(&self.folder(member));
         }
     }
 }

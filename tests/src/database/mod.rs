@@ -83,11 +83,7 @@ impl Server {
 
     /// Kills it: SIGKILL, whatever it is doing. Once this returns it is gone.
     pub fn kill(&self) {
-        let Some(pid) = self.pid() else { return };
-        let _ended_by_itself = kill_process(pid, Signal::KILL);
-        while test_kill_process(pid).is_ok() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        kill(&self.folder);
     }
 
     /// Sends it a signal. It may be gone.
@@ -138,6 +134,15 @@ async fn script(arguments: &[&str], folder: &Path, port: u16) -> anyhow::Result<
     said.read_to_string(&mut text)?;
     ensure!(status.success(), "{}", text.lines().last().unwrap_or("scripts/database failed"));
     Ok(())
+}
+
+/// Kills the server in this folder, and waits until it has ended.
+fn kill(folder: &Path) {
+    let Some(pid) = pid_in(folder) else { return };
+    let _ended_by_itself = kill_process(pid, Signal::KILL);
+    while test_kill_process(pid).is_ok() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// The process whose number is in this folder.

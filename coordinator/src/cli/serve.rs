@@ -152,6 +152,7 @@ impl Serve {
 pub(super) fn end_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         error!(%panic, "a task panicked; ending at once");
+        telemetry::flush();
         std::process::exit(Code::Broken as i32);
     }));
 }
@@ -236,18 +237,23 @@ mod tests {
     fn a_panic_of_any_task_ends_the_process_with_its_own_code() {
         const INSIDE: &str = "HANDFAST_TEST_PANICS";
         if env::var_os(INSIDE).is_some() {
+            let flags =
+                vec![("store", "sqlite:a.db".to_owned()), ("log_format", "json".to_owned())];
+            let config = Config::load(&Sources { flags, ..Sources::default() }).unwrap();
+            telemetry::init(&config.log, config.log_format).unwrap();
             end_on_panic();
             // Without the hook the panic would stay in its thread.
             drop(std::thread::spawn(|| panic!("a fault of our own")).join());
             return;
         }
         let test = std::thread::current().name().unwrap().to_owned();
-        let status = std::process::Command::new(env::current_exe().unwrap())
-            .args(["--exact", &test])
+        let inside = std::process::Command::new(env::current_exe().unwrap())
+            .args(["--exact", &test, "--nocapture"])
             .env(INSIDE, "1")
-            .stdout(std::process::Stdio::null())
-            .status()
+            .output()
             .unwrap();
-        assert_eq!(status.code(), Some(Code::Broken as i32));
+        assert_eq!(inside.status.code(), Some(Code::Broken as i32));
+        let log = String::from_utf8(inside.stdout).unwrap();
+        assert!(log.contains("a task panicked") && log.contains("a fault of our own"), "{log}");
     }
 }

@@ -46,7 +46,10 @@ use std::{
 };
 
 use handfast_proto::crash_point;
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -62,6 +65,8 @@ use crate::{
 
 /// First and longest pause before a batch without an answer is appended again.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
+/// An orderly stop waits this long for the answer to its last heartbeat.
+const LAST_BEAT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -130,6 +135,10 @@ impl Journal {
                 self.append(taken).await;
                 appended_at = Instant::now();
             } else if stopping {
+                // Before the partitions are handed back: whoever takes them next cannot notice that batches are lost.
+                if beat_every.is_some() {
+                    drop(timeout(LAST_BEAT_TIMEOUT, self.append(self.heartbeat())).await);
+                }
                 return;
             } else {
                 tokio::select! {

@@ -74,7 +74,7 @@ impl Rig {
     async fn until_durable(&self, partition: u16, number: u64) {
         let mut durable = self.outboxes[&partition].durable();
         let reached = durable.wait_for(|durable| durable.upto >= number || durable.ended.is_some());
-        tokio::time::timeout(Duration::from_secs(10), reached).await.expect("in time").unwrap();
+        timeout(Duration::from_secs(10), reached).await.expect("in time").unwrap();
     }
 
     async fn until_batches(&self, count: usize) {
@@ -294,6 +294,22 @@ async fn an_outage_of_the_store_holds_expiry_back_for_a_while() {
     );
     rig.clock.advance(OUTAGE_GRACE);
     assert_eq!(rig.health.expiry_held_until(), None);
+}
+
+/// It finds out whether the store has lost batches. The next owner could not: it does not know how many there were.
+#[tokio::test]
+async fn an_orderly_stop_ends_with_a_heartbeat() {
+    let mut rig = Rig::new().await;
+    rig.store.beats.store(true, Ordering::SeqCst);
+    let global = rig.begin(3);
+    rig.put(&global, Head::Insert, Urgency::Awaited);
+    rig.until_durable(3, 1).await;
+    rig.stop.cancel();
+    rig.journal.await.unwrap();
+    let last = rig.store.batches().pop().unwrap();
+    assert_eq!(last.guards.len(), ALL_PARTITIONS.len());
+    assert!(last.writes.is_empty(), "{last:?}");
+    assert_eq!(last.guards[3].position, 2, "it names how many batches were acknowledged");
 }
 
 #[tokio::test]

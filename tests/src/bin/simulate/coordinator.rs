@@ -35,7 +35,8 @@ pub(crate) async fn run(number: usize, world: Arc<World>) -> turmoil::Result {
 }
 
 async fn serve(number: usize, world: &Arc<World>) -> String {
-    let store: Arc<dyn Store> = Arc::new(Client::new(world.database.clone(), number));
+    let client = Arc::new(Client::new(world.database.clone(), number));
+    let store: Arc<dyn Store> = client.clone();
     let seat = &world.coordinators[number];
     if !seat.take_over.swap(false, Ordering::Relaxed) {
         standby::until_free(&*store).await;
@@ -83,6 +84,7 @@ async fn serve(number: usize, world: &Arc<World>) -> String {
         ended = running.ended() => format!("{ended:?}"),
         () = seat.stop.notified() => "stopped".to_owned(),
     };
+    client.stops();
     // In the same order as the server.
     closing.cancel();
     let in_order = async {

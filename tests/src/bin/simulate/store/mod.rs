@@ -333,6 +333,11 @@ impl Client {
         Self { database, coordinator, process }
     }
 
+    /// The process stops. It hands its partitions back, and nobody notices a loss between that and the next takeover.
+    pub(crate) fn stops(&self) {
+        self.database.ends(self.process);
+    }
+
     /// Reads on the replica or on the server. A read that is too old is made again on the server, as the real stores do.
     async fn read<T: Send + 'static>(
         &self,

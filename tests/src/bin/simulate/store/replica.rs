@@ -22,7 +22,7 @@ pub(super) struct Replica {
 /// What failovers depend on, and what they have lost.
 #[derive(Default)]
 pub(super) struct Failovers {
-    /// Processes that use the store, by number.
+    /// Processes that use the store and do not stop, by number.
     living: BTreeSet<u64>,
     /// Those of them that are taking over.
     taking_over: BTreeSet<u64>,

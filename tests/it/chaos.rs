@@ -55,6 +55,6 @@ async fn nothing_is_lost_on_a_server_whatever_breaks() {
 #[tokio::test]
 async fn nothing_is_lost_when_the_database_moves_to_another_server() {
     for kind in groups() {
-        check(&chaos(&kind, 8).await);
+        check(&chaos(&kind, 12).await);
     }
 }

@@ -208,7 +208,9 @@ pub(crate) async fn switch_databases(world: &World, seed: u64) -> anyhow::Result
             Kind::Replication if rng.random_bool(0.5) => group.follow(old, new).await?,
             Kind::Replication => stands_still = Some(old),
             Kind::Galera | Kind::GroupReplication => {
-                let behind = if rng.random_bool(0.5) { old } else { new };
+                // A primary that stands still would only stop all work.
+                let has_primary = group.kind() == Kind::GroupReplication;
+                let behind = if has_primary || rng.random_bool(0.5) { old } else { new };
                 let time = Duration::from_millis(rng.random_range(BEHIND_MS));
                 group.fall_behind(behind, time).await?;
             }

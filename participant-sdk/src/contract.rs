@@ -2,10 +2,15 @@
 //!
 //! A contract names no database and no server, so it fits a small crate that participants and initiators share.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::error::BoxError;
+
+/// How long one attempt of a Try may take by default.
+pub(crate) const TRY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One action, as initiator and participant both know it.
 ///
@@ -35,6 +40,9 @@ pub trait Contract: Send + Sync + 'static {
     type Args: Payload;
     /// What Try gives back. The fence keeps it, and a repeated Try gives the same.
     type Reply: Payload;
+    /// How long one attempt of a Try may take, whatever the transaction's timeout. A Try that takes longer has no clear answer, and
+    /// its transaction is cancelled.
+    const TRY_TIMEOUT: Duration = TRY_TIMEOUT;
 }
 
 /// Something that can be sent: bytes with a content type.

@@ -42,6 +42,7 @@ mod contract;
 mod answer;
 mod branch;
 mod context;
+mod dial;
 mod error;
 mod remote;
 mod rpc;

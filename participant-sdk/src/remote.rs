@@ -57,7 +57,7 @@ impl Remote {
     #[must_use]
     pub fn without_streams(self) -> Self {
         let reach = match self.reach {
-            Reach::Line(line) => Reach::Line(Line::without_streams(line.channel().clone())),
+            Reach::Line(line) => Reach::Line(line.to_unary()),
             here @ Reach::Here(_) => here,
         };
         Self { reach, ..self }

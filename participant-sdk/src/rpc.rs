@@ -2,58 +2,160 @@
 //!
 //! Everything that the coordinator offers may be repeated, so a call whose answer is lost is made again.
 
-use std::{fmt, time::Duration};
+use std::{
+    error::Error as _,
+    fmt,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use backon::BackoffBuilder as _;
 use handfast_proto::{
+    Xid,
     address::InvalidAddress,
     calls::ToCoordinator,
-    connection::{DEADLINE_MARGIN, endpoint},
+    connection::DEADLINE_MARGIN,
     stream::Line,
+    time::wire_duration,
     v1::{self as pb, call_stream_request::Call, call_stream_response::Answer},
 };
 use tokio::time::Instant;
-use tonic::{Status, transport::Channel};
+use tonic::{Code, Status, transport::Channel};
 
-use crate::status::{leaves_open, may_be_repeated};
+use crate::{
+    dial::Addresses,
+    status::{leaves_open, may_be_repeated},
+};
 
 /// First and longest pause before a call is repeated.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// How long one attempt of a call to the coordinator may take, beside what it is asked to wait.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same for the first attempt if there are several coordinators. It doubles when as many attempts as there are addresses had no
+/// answer in time.
+const FIRST_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A connection is kept at least this long, so that many calls that fail together leave it only once.
+const LEAVE_AFTER: Duration = Duration::from_millis(100);
 
 /// The coordinator, as initiators and nested services see it. Cheap to clone; connects when it is first used, and again when
 /// the connection is lost.
 #[derive(Clone)]
 pub struct Handfast {
+    connections: Arc<Mutex<Connections>>,
+    /// `None`: the channels are the caller's own.
+    addresses: Option<Addresses>,
+}
+
+/// Both connections to the coordinator that is used now.
+#[derive(Clone)]
+struct Connections {
     calls: Line<ToCoordinator>,
     /// For calls that wait long. On the connection of the others they would use up its streams.
     waits: Line<ToCoordinator>,
+    /// The number of the address that they begin with.
+    start: usize,
+    since: Instant,
+}
+
+#[derive(Clone, Copy)]
+enum Which {
+    Calls,
+    Waits,
 }
 
 impl Handfast {
-    /// The coordinator at `url`: `http://127.0.0.1:7420`. Does not wait for a connection. Call it within a tokio runtime.
+    /// The coordinator at `urls`: `http://127.0.0.1:7420`. For a coordinator with standbys give all addresses, with commas between
+    /// them, or one name with several addresses. Calls go to one of them, and to the next one when that one is silent or does not
+    /// serve. Does not wait for a connection. Call it within a tokio runtime.
     ///
     /// # Errors
     ///
-    /// When that is no address.
-    pub fn connect(url: &str) -> Result<Self, InvalidAddress> {
-        let endpoint = endpoint(&url.parse()?);
-        Ok(Self::from_channels(endpoint.connect_lazy(), endpoint.connect_lazy()))
+    /// When one of them is no address.
+    pub fn connect(urls: &str) -> Result<Self, InvalidAddress> {
+        let addresses = urls.split(',').map(|url| url.trim().parse()).collect::<Result<_, _>>()?;
+        let addresses = Addresses::new(addresses);
+        let start = usize::from(rand::random::<u16>());
+        let connections = Connections::new(
+            Line::new(addresses.channel(start)),
+            Line::new(addresses.channel(start)),
+            start,
+        );
+        Ok(Self { connections, addresses: Some(addresses) })
     }
 
     /// The coordinator behind channels of your own: one for calls, one for calls that wait for a transaction to complete.
     #[must_use]
     pub fn from_channels(calls: Channel, waits: Channel) -> Self {
-        Self { calls: Line::new(calls), waits: Line::new(waits) }
+        let connections = Connections::new(Line::new(calls), Line::new(waits), 0);
+        Self { connections, addresses: None }
     }
 
     /// The same coordinator, with every call made by itself. By default calls share streams, which costs a fraction; where there
     /// are none (something in between does not let them pass), calls are made by themselves anyway.
     #[must_use]
     pub fn without_streams(self) -> Self {
-        let unary = |line: Line<_>| Line::without_streams(line.channel().clone());
-        Self { calls: unary(self.calls), waits: unary(self.waits) }
+        let Connections { calls, waits, start, .. } = self.connections();
+        let connections = Connections::new(calls.to_unary(), waits.to_unary(), start);
+        Self { connections, ..self }
+    }
+
+    fn connections(&self) -> Connections {
+        self.connections.lock().expect("nothing panics while it is locked").clone()
+    }
+
+    /// Leaves the coordinator that the address with the number `start` has led to, for the next one.
+    fn leave(&self, start: usize) {
+        let Some(addresses) = self.addresses.as_ref().filter(|found| found.count() > 1) else {
+            return;
+        };
+        let mut now = self.connections.lock().expect("nothing panics while it is locked");
+        if now.start == start && now.since.elapsed() >= LEAVE_AFTER {
+            now.start = start.wrapping_add(1);
+            now.since = Instant::now();
+            now.calls = now.calls.with_channel(addresses.channel(now.start));
+            now.waits = now.waits.with_channel(addresses.channel(now.start));
+        }
+    }
+
+    /// Makes a call, and makes it again while it has no clear answer, until `deadline`. The coordinator is asked to `wait`.
+    async fn call(
+        &self,
+        which: Which,
+        call: Call,
+        wait: Duration,
+        deadline: Instant,
+    ) -> Result<Answer, Status> {
+        let several = self.addresses.as_ref().map_or(1, Addresses::count);
+        let first = if several > 1 { FIRST_ATTEMPT_TIMEOUT } else { ATTEMPT_TIMEOUT };
+        let attempt_timeout = move |silent: usize| {
+            let doublings = (silent / several.max(1)).min(8);
+            first.saturating_mul(1 << doublings).min(ATTEMPT_TIMEOUT).saturating_add(wait)
+        };
+        let attempt = |timeout| {
+            let connections = self.connections();
+            let call = call.clone();
+            async move {
+                let line = match which {
+                    Which::Calls => &connections.calls,
+                    Which::Waits => &connections.waits,
+                };
+                let ends = from_now(timeout);
+                let answer =
+                    tokio::time::timeout_at(ends, line.call(call, timeout + DEADLINE_MARGIN));
+                let answer = answer
+                    .await
+                    .unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")));
+                // Silent, or not serving. A connection that broke is made again by the channel itself, with the next address.
+                if let Err(status) = &answer
+                    && matches!(status.code(), Code::DeadlineExceeded | Code::Unavailable)
+                    && status.source().is_none()
+                {
+                    self.leave(connections.start);
+                }
+                answer
+            }
+        };
+        with_retries(attempt_timeout, deadline, attempt).await
     }
 
     pub(crate) async fn begin(
@@ -62,7 +164,7 @@ impl Handfast {
         deadline: Instant,
     ) -> Result<pb::BeginResponse, Status> {
         let begin = Call::Begin(request);
-        let answer = call(&self.calls, begin, ATTEMPT_TIMEOUT, deadline).await?;
+        let answer = self.call(Which::Calls, begin, Duration::ZERO, deadline).await?;
         let Answer::Begin(response) = answer else { return Err(wrong_kind()) };
         Ok(response)
     }
@@ -73,7 +175,7 @@ impl Handfast {
         deadline: Instant,
     ) -> Result<pb::Transaction, Status> {
         let register = Call::RegisterBranch(request);
-        transaction(call(&self.calls, register, ATTEMPT_TIMEOUT, deadline).await?)
+        transaction(self.call(Which::Calls, register, Duration::ZERO, deadline).await?)
     }
 
     pub(crate) async fn decide(
@@ -82,9 +184,24 @@ impl Handfast {
         wait: Duration,
         deadline: Instant,
     ) -> Result<pb::Transaction, Status> {
-        let line = if wait.is_zero() { &self.calls } else { &self.waits };
-        let timeout = ATTEMPT_TIMEOUT.saturating_add(wait);
-        transaction(call(line, Call::Decide(request), timeout, deadline).await?)
+        let which = if wait.is_zero() { Which::Calls } else { Which::Waits };
+        transaction(self.call(which, Call::Decide(request), wait, deadline).await?)
+    }
+
+    /// Waits until every branch of a decided transaction has acknowledged, or `wait` is over.
+    pub(crate) async fn wait_completed(
+        &self,
+        xid: Xid,
+        wait: Duration,
+    ) -> Result<pb::Transaction, Status> {
+        let request = pb::WaitTransactionRequest {
+            xid: xid.to_string(),
+            until: pb::Until::Completed.into(),
+            wait: Some(wire_duration(wait)),
+        };
+        let deadline = from_now(ATTEMPT_TIMEOUT.saturating_add(wait));
+        let call = Call::WaitTransaction(request);
+        transaction(self.call(Which::Waits, call, wait, deadline).await?)
     }
 
     pub(crate) async fn run_execute(
@@ -93,8 +210,7 @@ impl Handfast {
         wait: Duration,
         deadline: Instant,
     ) -> Result<pb::ExecuteResponse, Status> {
-        let timeout = ATTEMPT_TIMEOUT.saturating_add(wait);
-        let answer = call(&self.waits, Call::Execute(request), timeout, deadline).await?;
+        let answer = self.call(Which::Waits, Call::Execute(request), wait, deadline).await?;
         let Answer::Execute(response) = answer else { return Err(wrong_kind()) };
         Ok(response)
     }
@@ -104,8 +220,19 @@ impl Handfast {
         by: pb::get_transaction_request::By,
         deadline: Instant,
     ) -> Result<pb::Transaction, Status> {
-        let get = Call::GetTransaction(pb::GetTransactionRequest { by: Some(by) });
-        transaction(call(&self.calls, get, ATTEMPT_TIMEOUT, deadline).await?)
+        self.get_same(by, Vec::new(), deadline).await
+    }
+
+    /// The transaction of an idempotency key, if it has this fingerprint.
+    pub(crate) async fn get_same(
+        &self,
+        by: pb::get_transaction_request::By,
+        fingerprint: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<pb::Transaction, Status> {
+        let get = pb::GetTransactionRequest { by: Some(by), fingerprint };
+        let get = Call::GetTransaction(get);
+        transaction(self.call(Which::Calls, get, Duration::ZERO, deadline).await?)
     }
 }
 
@@ -115,20 +242,22 @@ impl fmt::Debug for Handfast {
     }
 }
 
-async fn call(
-    line: &Line<ToCoordinator>,
-    call: Call,
-    attempt_timeout: Duration,
-    deadline: Instant,
-) -> Result<Answer, Status> {
-    with_retries(attempt_timeout, deadline, |timeout| line.call(call.clone(), timeout)).await
+impl Connections {
+    fn new(
+        calls: Line<ToCoordinator>,
+        waits: Line<ToCoordinator>,
+        start: usize,
+    ) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self { calls, waits, start, since: Instant::now() }))
+    }
 }
 
 /// The transaction in an answer to a call that is about one.
 fn transaction(answer: Answer) -> Result<pb::Transaction, Status> {
     let (Answer::RegisterBranch(pb::RegisterBranchResponse { transaction })
     | Answer::Decide(pb::DecideResponse { transaction })
-    | Answer::GetTransaction(pb::GetTransactionResponse { transaction })) = answer
+    | Answer::GetTransaction(pb::GetTransactionResponse { transaction })
+    | Answer::WaitTransaction(pb::WaitTransactionResponse { transaction })) = answer
     else {
         return Err(wrong_kind());
     };
@@ -150,7 +279,7 @@ pub(crate) fn from_now(after: Duration) -> Instant {
 /// The last error is returned, with one exception. Once an attempt had no answer, the call may have been carried out, and a later
 /// RESOURCE_EXHAUSTED must not tell the caller that nothing has happened. Then the last error of the first kind is returned.
 async fn with_retries<T, F>(
-    attempt_timeout: Duration,
+    attempt_timeout: impl Fn(usize) -> Duration,
     deadline: Instant,
     attempt: impl Fn(Duration) -> F,
 ) -> Result<T, Status>
@@ -163,15 +292,14 @@ where
         .without_max_times()
         .with_jitter()
         .build();
-    let mut unanswered = None;
+    let (mut unanswered, mut silent) = (None, 0);
     loop {
-        let attempt_ends = deadline.min(from_now(attempt_timeout));
-        let timeout = attempt_ends.saturating_duration_since(Instant::now()) + DEADLINE_MARGIN;
-        let error = match tokio::time::timeout_at(attempt_ends, attempt(timeout)).await {
-            Ok(Ok(response)) => return Ok(response),
-            Ok(Err(status)) => status,
-            Err(_) => Status::deadline_exceeded("no answer in time"),
+        let left = deadline.saturating_duration_since(Instant::now());
+        let error = match attempt(attempt_timeout(silent).min(left)).await {
+            Ok(response) => return Ok(response),
+            Err(status) => status,
         };
+        silent += usize::from(error.code() == Code::DeadlineExceeded);
         let pause = pauses.next().unwrap_or(RETRY_PAUSES[1]);
         if !may_be_repeated(&error) {
             return Err(error);
@@ -188,10 +316,6 @@ where
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
-    use tonic::Code;
-
     use super::*;
 
     /// Which error is returned, when these are the answers to the attempts.
@@ -203,7 +327,7 @@ mod tests {
         };
         // Time for two attempts.
         let deadline = Instant::now() + RETRY_PAUSES[0] * 3;
-        let error = with_retries(ATTEMPT_TIMEOUT, deadline, ask).await.unwrap_err();
+        let error = with_retries(|_| ATTEMPT_TIMEOUT, deadline, ask).await.unwrap_err();
         assert_eq!(error.code(), reported, "{answers:?}");
     }
 

@@ -6,6 +6,7 @@ use std::error::Error as _;
 
 use bytes::Bytes;
 use handfast_proto::{
+    failure::with_code,
     limits::{STATUS_MESSAGE_BYTES_MAX, cut},
     reason, refusal, v1 as pb,
 };
@@ -15,7 +16,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::{
     answer::Answer,
     branch::InvalidBranch,
-    error::{BoxError, Refusal, chain},
+    error::{BoxError, Refusal},
 };
 
 impl Answer {
@@ -144,14 +145,9 @@ impl Reason {
     }
 }
 
-/// A status as an error for people: its text, or what is behind a "transport error".
-pub(crate) fn status_error(status: Status) -> BoxError {
-    let code = status.code();
-    let text = match status.source() {
-        Some(source) => chain(source),
-        None => status.message().to_owned(),
-    };
-    format!("{code:?}: {text}").into()
+/// A status as an error for people.
+pub(crate) fn status_error(status: &Status) -> BoxError {
+    with_code(status).into()
 }
 
 #[cfg(test)]

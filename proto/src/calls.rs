@@ -136,7 +136,7 @@ impl Streamed for ToParticipant {
                 request.set_timeout(timeout);
                 let response = client.try_branch(request).await?;
                 let nested_branch_ids = nested(response.metadata());
-                Ok(BranchAnswer { reply: of(response).reply, nested_branch_ids })
+                Ok(BranchAnswer { reply: within_limits(of(response).reply)?, nested_branch_ids })
             }
             BranchRequest::ConfirmBranch(call) => {
                 client.confirm_branch(with(call, timeout)).await?;
@@ -161,13 +161,29 @@ impl Streamed for ToParticipant {
         use branch_stream_response::Answer;
         let reply = match response.answer {
             Some(Answer::Failure(failure)) => Err(failure.into()),
-            Some(Answer::TryBranch(answer)) => Ok(answer.reply),
+            Some(Answer::TryBranch(answer)) => within_limits(answer.reply),
             Some(Answer::ConfirmBranch(_) | Answer::CancelBranch(_)) => Ok(None),
             None => Err(makes_no_sense()),
         };
         let nested_branch_ids = response.nested_branch_ids;
         (response.number, reply.map(|reply| BranchAnswer { reply, nested_branch_ids }))
     }
+}
+
+/// A reply that is larger than the contract allows is no clear answer: it is kept nowhere, and reaches no initiator.
+fn within_limits(reply: Option<pb::Payload>) -> Result<Option<pb::Payload>, Status> {
+    let Some(pb::Payload { data, content_type }) = &reply else { return Ok(reply) };
+    for (what, bytes, max) in [
+        ("reply", data.len(), limits::PAYLOAD_BYTES_MAX),
+        ("content type of the reply", content_type.len(), limits::CONTENT_TYPE_BYTES_MAX),
+    ] {
+        if bytes > max {
+            return Err(Status::internal(format!(
+                "the {what} has {bytes} bytes, and may have {max}"
+            )));
+        }
+    }
+    Ok(reply)
 }
 
 /// Serves `BranchStream`: each call on the stream is served by the unary method of `service`, side by side.

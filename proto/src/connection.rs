@@ -49,11 +49,18 @@ pub fn endpoint(address: &Address) -> Endpoint {
 pub fn channel(address: &Address, at: Option<SocketAddr>) -> Channel {
     let endpoint = endpoint(address);
     let Some(at) = at else { return endpoint.connect_lazy() };
-    endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| async move {
-        let stream = TcpStream::connect(at).await?;
-        stream.set_nodelay(true)?;
-        Ok::<_, io::Error>(TokioIo::new(Http2 { stream, is_sure: false }))
-    }))
+    endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| connect(at)))
+}
+
+/// A connection for a channel that makes its own.
+///
+/// # Errors
+///
+/// When there is no connection.
+pub async fn connect(at: SocketAddr) -> io::Result<TokioIo<Http2>> {
+    let stream = TcpStream::connect(at).await?;
+    stream.set_nodelay(true)?;
+    Ok(TokioIo::new(Http2 { stream, is_sure: false }))
 }
 
 /// Whether there was no connection to make a call on, so that it cannot have arrived.
@@ -101,7 +108,8 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
 }
 
 /// A connection that says what the other end speaks, if that is not HTTP/2. The first bytes tell.
-struct Http2 {
+#[derive(Debug)]
+pub struct Http2 {
     stream: TcpStream,
     is_sure: bool,
 }

@@ -9,6 +9,7 @@ pub mod address;
 pub mod calls;
 pub mod connection;
 pub mod crash;
+pub mod failure;
 pub mod gather;
 pub mod id;
 pub mod limits;

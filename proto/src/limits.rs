@@ -26,6 +26,8 @@ pub const LABEL_KEY_BYTES_MAX: usize = 64;
 pub const LABEL_VALUE_BYTES_MAX: usize = 256;
 /// Bytes of an idempotency key.
 pub const KEY_BYTES_MAX: usize = 128;
+/// Bytes of the fingerprint of an operation's content.
+pub const FINGERPRINT_BYTES_MAX: usize = 64;
 /// Bytes of a reason in words: of a Cancel, of an operator.
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Bytes of an operator's name.

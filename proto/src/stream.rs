@@ -154,6 +154,21 @@ impl<S: Streamed> Line<S> {
         Self { channel, slot, unanswered }
     }
 
+    /// The same over another channel.
+    #[must_use]
+    pub fn with_channel(&self, channel: Channel) -> Self {
+        match &*lock(&self.slot) {
+            Slot::AlwaysUnary => Self::without_streams(channel),
+            Slot::Closed | Slot::Open(_) | Slot::Unary(_) => Self::new(channel),
+        }
+    }
+
+    /// The same over the same channel, but every call is unary.
+    #[must_use]
+    pub fn to_unary(&self) -> Self {
+        Self::without_streams(self.channel.clone())
+    }
+
     /// The channel that it makes calls over.
     #[must_use]
     pub fn channel(&self) -> &Channel {

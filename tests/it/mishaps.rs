@@ -136,7 +136,10 @@ type Client = CoordinatorServiceClient<tonic::transport::Channel>;
 
 async fn get(client: &mut Client, xid: &str) -> pb::Transaction {
     let by = Some(pb::get_transaction_request::By::Xid(xid.to_owned()));
-    let response = client.get_transaction(pb::GetTransactionRequest { by }).await.unwrap();
+    let response = client
+        .get_transaction(pb::GetTransactionRequest { by, ..Default::default() })
+        .await
+        .unwrap();
     response.into_inner().transaction.unwrap()
 }
 

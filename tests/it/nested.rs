@@ -138,7 +138,7 @@ async fn what_nested_services_registered_is_confirmed_with_the_rest() {
     );
     let by = Some(handfast_proto::v1::get_transaction_request::By::Xid(done.xid.to_string()));
     let found = client
-        .get_transaction(handfast_proto::v1::GetTransactionRequest { by })
+        .get_transaction(handfast_proto::v1::GetTransactionRequest { by, ..Default::default() })
         .await
         .unwrap()
         .into_inner();

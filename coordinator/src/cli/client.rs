@@ -254,7 +254,7 @@ impl Show {
             let mut client = CoordinatorServiceClient::new(channel)
                 .max_encoding_message_size(limits::REQUEST_BYTES_MAX)
                 .max_decoding_message_size(limits::RESPONSE_BYTES_MAX);
-            client.get_transaction(pb::GetTransactionRequest { by }).await
+            client.get_transaction(pb::GetTransactionRequest { by, ..Default::default() }).await
         };
         let answer = self.server.ask(&format!("cannot show {}", self.xid), ask).await?;
         self.server.tell(answer.transaction, |transaction| {

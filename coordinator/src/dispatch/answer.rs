@@ -1,6 +1,6 @@
 //! What a participant's answer means: the table of `participant.proto`, read. The only place that reads gRPC codes.
 
-use handfast_proto::{refusal, v1 as pb};
+use handfast_proto::{failure::code_name, refusal, v1 as pb};
 use tonic::{Code, Status};
 
 use crate::transaction::{AttemptError, Outcome, Payload, Phase, Refusal, Timestamp};
@@ -41,9 +41,34 @@ pub(super) fn outcome(
         | Code::DataLoss
         | Code::Unauthenticated => (false, false),
     };
-    let message = one_line(status.message());
+    // A Confirm or Cancel that is refused: the record has one text, so the reason and its details go into it.
+    let message = match refusal::read(&status) {
+        Some(refusal) => one_line(&in_words(&refusal)),
+        None => one_line(status.message()),
+    };
     let error = AttemptError { code: code_name(status.code()).to_owned(), message, at: now };
     Outcome::Unknown { error, timed_out, hopeless }
+}
+
+/// `NEEDS_ATTENTION from inventory: the shelf has fallen over (sku=1042)`
+fn in_words(refusal: &pb::Refusal) -> String {
+    let pb::Refusal { reason, domain, message, metadata } = refusal;
+    if reason == code_name(Code::FailedPrecondition) && domain.is_empty() {
+        return message.clone(); // a participant that gives no reason
+    }
+    let mut text = reason.clone();
+    if !domain.is_empty() {
+        text += &format!(" from {domain}");
+    }
+    if !message.is_empty() {
+        text += &format!(": {message}");
+    }
+    if !metadata.is_empty() {
+        let details: Vec<_> =
+            metadata.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        text += &format!(" ({})", details.join(", "));
+    }
+    text
 }
 
 /// What somebody else wrote, fit for a log: cut, and on one line.
@@ -64,29 +89,6 @@ fn on_one_line(refusal: pb::Refusal) -> Refusal {
     let [reason, domain, message] = [reason, domain, message].map(|text| one_line(&text));
     let metadata = metadata.iter().map(|(key, value)| (one_line(key), one_line(value))).collect();
     Refusal { reason, domain, message, metadata }
-}
-
-/// The name of a gRPC code, as its specification writes it.
-pub(super) fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
 }
 
 #[cfg(test)]
@@ -168,6 +170,23 @@ mod tests {
             (refusal.reason.as_str(), refusal.message.as_str()),
             ("FAILED_PRECONDITION", "no")
         );
+    }
+
+    #[test]
+    fn a_refused_confirm_keeps_its_reason_and_details() {
+        let details = ErrorDetails::with_error_info(
+            "NEEDS_ATTENTION",
+            "inventory",
+            [("sku".to_owned(), "7".to_owned())],
+        );
+        let status = Status::with_error_details(Code::FailedPrecondition, "it fell", details);
+        let Outcome::Unknown { error, hopeless: true, .. } =
+            outcome(Phase::Confirm, Err(status), NOW)
+        else {
+            panic!("stuck at once")
+        };
+        assert_eq!(error.code, "FAILED_PRECONDITION");
+        assert_eq!(error.message, "NEEDS_ATTENTION from inventory: it fell (sku=7)");
     }
 
     #[test]

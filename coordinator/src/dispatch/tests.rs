@@ -157,6 +157,7 @@ fn confirm(action: &str, deadline: Duration) -> CallRequest {
             target: String::new(),
             payload: None,
             carry_payload: false,
+            try_timeout: None,
         }),
         phase: Phase::Confirm,
         attempt: 1,

@@ -20,6 +20,9 @@ impl Partition {
         let Settings { call_timeout, call_timeout_max, .. } = self.parts.settings;
         let mut deadline = retry::call_deadline(call_timeout, known.timeouts, call_timeout_max);
         if phase == Phase::Try {
+            if let Some(first) = known.spec.try_timeout {
+                deadline = retry::call_deadline(first, known.timeouts, call_timeout_max);
+            }
             deadline = deadline.min((global.expires_at - now).max(Duration::from_millis(1)));
         }
         let call = CallRequest {

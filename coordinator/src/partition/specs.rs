@@ -43,6 +43,7 @@ mod tests {
             target: target.to_owned(),
             carry_payload: payload.is_some(),
             payload,
+            try_timeout: None,
         };
         Branch::registered(spec, Timestamp(0))
     }

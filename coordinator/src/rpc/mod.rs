@@ -37,7 +37,7 @@ pub use self::{
 use crate::{
     coordinator::Coordinator,
     dispatch::Targets,
-    partition::{Until, What},
+    partition::{Error, Until, What},
     transaction::{Drive, GlobalTransaction},
 };
 
@@ -193,13 +193,22 @@ impl CoordinatorService for Services {
         request: Request<pb::GetTransactionRequest>,
     ) -> Result<Response<pb::GetTransactionResponse>, Status> {
         use pb::get_transaction_request::By;
-        let answer = match request.into_inner().by {
+        let pb::GetTransactionRequest { by, fingerprint } = request.into_inner();
+        let answer = match by {
             Some(By::Xid(xid)) => {
                 self.coordinator
                     .ask(request::xid(&xid)?, What::Get, Until::Now, Duration::ZERO)
                     .await?
             }
-            Some(By::IdempotencyKey(key)) => self.coordinator.find_key(request::key(key)?).await?,
+            Some(By::IdempotencyKey(key)) => {
+                let digest = request::fingerprint(&fingerprint)?;
+                let answer = self.coordinator.find_key(request::key(key)?).await?;
+                let known = answer.global.key.map(|key| key.digest);
+                if digest.is_some() && digest != known {
+                    return Err(Error::KeyTaken(answer.global.xid).into());
+                }
+                answer
+            }
             None => return invalid("by", "must be an xid or an idempotency_key")?,
         };
         Ok(Response::new(pb::GetTransactionResponse {

@@ -70,20 +70,37 @@ pub(super) struct NewRequest {
     pub(super) timeout: Option<prost_types::Duration>,
     pub(super) labels: BTreeMap<String, String>,
     pub(super) idempotency_key: String,
+    pub(super) fingerprint: Vec<u8>,
     pub(super) branches: Vec<pb::BranchSpec>,
 }
 
 impl From<pb::BeginRequest> for NewRequest {
     fn from(request: pb::BeginRequest) -> Self {
-        let pb::BeginRequest { name, timeout, labels, idempotency_key, branches } = request;
-        Self { name, drive: Drive::Initiator, timeout, labels, idempotency_key, branches }
+        let pb::BeginRequest { name, timeout, labels, idempotency_key, branches, fingerprint } =
+            request;
+        Self {
+            name,
+            drive: Drive::Initiator,
+            timeout,
+            labels,
+            idempotency_key,
+            fingerprint,
+            branches,
+        }
     }
 }
 
 impl From<pb::ExecuteRequest> for NewRequest {
     fn from(request: pb::ExecuteRequest) -> Self {
         let pb::ExecuteRequest {
-            name, timeout, labels, idempotency_key, branches, in_order, ..
+            name,
+            timeout,
+            labels,
+            idempotency_key,
+            fingerprint,
+            branches,
+            in_order,
+            ..
         } = request;
         Self {
             name,
@@ -91,6 +108,7 @@ impl From<pb::ExecuteRequest> for NewRequest {
             timeout,
             labels,
             idempotency_key,
+            fingerprint,
             branches,
         }
     }
@@ -102,22 +120,9 @@ pub(super) fn new_transaction(
     timeout_default: Duration,
 ) -> Result<NewTransaction, Invalid> {
     let NewRequest { drive, .. } = request;
-    let timeout = match request.timeout {
+    let lasts = match request.timeout {
         None => timeout_default,
-        Some(wire) => {
-            let range = limits::TIMEOUT_MIN..=limits::TIMEOUT_MAX;
-            match duration(&wire).filter(|timeout| range.contains(timeout)) {
-                Some(timeout) => timeout,
-                None => {
-                    let problem = format!(
-                        "must be from {:?} to {:?}",
-                        limits::TIMEOUT_MIN,
-                        limits::TIMEOUT_MAX
-                    );
-                    return invalid("timeout", problem);
-                }
-            }
-        }
+        Some(wire) => timeout("timeout", &wire)?,
     };
     if drive != Drive::Initiator && request.branches.is_empty() {
         return invalid("branches", "must not be empty: there is nothing to execute");
@@ -125,10 +130,29 @@ pub(super) fn new_transaction(
     let branches = branches(request.branches, drive, targets)?;
     let name = name("name", request.name, limits::NAME_BYTES_MAX)?;
     let key = match words("idempotency_key", request.idempotency_key, limits::KEY_BYTES_MAX)? {
+        key if key.is_empty() && !request.fingerprint.is_empty() => {
+            return invalid("fingerprint", "is only for requests with an idempotency_key");
+        }
         key if key.is_empty() => None,
-        key => Some(Key { hash: key_hash(&key), digest: digest(&name, drive, &branches) }),
+        key => {
+            let digest = match fingerprint(&request.fingerprint)? {
+                Some(digest) => digest,
+                None => digest(&name, drive, &branches),
+            };
+            Some(Key { hash: key_hash(&key), digest })
+        }
     };
-    Ok(NewTransaction { labels: labels(request.labels)?, name, drive, timeout, key, branches })
+    let labels = labels(request.labels)?;
+    Ok(NewTransaction { labels, name, drive, timeout: lasts, key, branches })
+}
+
+/// How long phase one, or a part of it, may take.
+fn timeout(field: &str, wire: &prost_types::Duration) -> Result<Duration, Invalid> {
+    let (min, max) = (limits::TIMEOUT_MIN, limits::TIMEOUT_MAX);
+    match duration(wire).filter(|timeout| (min..=max).contains(timeout)) {
+        Some(timeout) => Ok(timeout),
+        None => invalid(field, format!("must be from {min:?} to {max:?}")),
+    }
 }
 
 fn labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
@@ -188,8 +212,15 @@ fn branch(
     drive: Drive,
     targets: &Targets,
 ) -> Result<BranchSpec, Invalid> {
-    let pb::BranchSpec { branch_id: id, action, participant, target, payload, carry_payload } =
-        message;
+    let pb::BranchSpec {
+        branch_id: id,
+        action,
+        participant,
+        target,
+        payload,
+        carry_payload,
+        try_timeout,
+    } = message;
     let spec = BranchSpec {
         branch_id: branch_id(&format!("{field}.branch_id"), &id)?,
         action: name(format!("{field}.action"), action, limits::ACTION_BYTES_MAX)?,
@@ -203,6 +234,9 @@ fn branch(
             .map(|message| self::payload(&format!("{field}.payload"), message))
             .transpose()?,
         carry_payload,
+        try_timeout: try_timeout
+            .map(|wire| timeout(&format!("{field}.try_timeout"), &wire))
+            .transpose()?,
     };
     if let Err(unreachable) = targets.addresses(&spec.participant, &spec.target) {
         return invalid(format!("{field}.target"), unreachable.to_string());
@@ -243,6 +277,21 @@ pub(super) fn key_hash(key: &str) -> [u8; 32] {
 /// Checks a key that is looked for.
 pub(super) fn key(text: String) -> Result<[u8; 32], Invalid> {
     Ok(key_hash(&name("idempotency_key", text, limits::KEY_BYTES_MAX)?))
+}
+
+/// What must be the same in a repeat of a request with this fingerprint: `None` if it has no fingerprint.
+pub(super) fn fingerprint(fingerprint: &[u8]) -> Result<Option<[u8; 32]>, Invalid> {
+    let max = limits::FINGERPRINT_BYTES_MAX;
+    match fingerprint.len() {
+        0 => Ok(None),
+        bytes if bytes > max => {
+            invalid("fingerprint", format!("has {bytes} bytes, and may have {max}"))
+        }
+        // The text in front keeps it apart from a digest of the content.
+        _ => Ok(Some(
+            Sha256::new().chain_update("fingerprint").chain_update(fingerprint).finalize().into(),
+        )),
+    }
 }
 
 /// SHA-256 of what must be the same when a key comes again. Where participants are may change, and how long it may take.

@@ -183,6 +183,8 @@ pub struct BranchSpec {
     pub payload: Option<Payload>,
     /// Whether to store the payload and send it in phase two, for participants that do not keep it.
     pub carry_payload: bool,
+    /// Coordinator-driven: how long the first attempt of the Try may take. Not stored: after a restart no Try is made.
+    pub try_timeout: Option<Duration>,
 }
 
 impl BranchSpec {

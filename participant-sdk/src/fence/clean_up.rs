@@ -1,8 +1,8 @@
-//! Rows of the fence do not stay for ever; and one that somebody may still ask for stays.
+//! Deletes rows of the fence that no call can need any more.
 //!
-//! A row goes when three things hold, by the clock of its own database: it is in a final state, never `tried`, or a reservation
-//! would be left for ever; it has not changed for the retention time; and the end of phase one passed a margin ago, so that a
-//! Try that would have found it is rejected for being late (by the same clock, so the two cannot contradict each other).
+//! A row is deleted when three things hold, by the clock of its own database. It is in a final state: a row that is `tried` stays,
+//! or its reservation would stay for ever. It has not changed for the retention time. And phase one ended a margin ago, so that a
+//! Try without its row is rejected for being late; that is checked by the same clock, so the two cannot contradict each other.
 
 use std::{fmt, io::ErrorKind, time::Duration};
 
@@ -19,14 +19,14 @@ use super::{
 
 /// How long a row stays after its last change, unless [`Fence::retention`] says something else.
 pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
-/// How long a row stays after the end of phase one at least. A database's clock may be set back by as much without harm.
+/// How long a row stays at least after the end of phase one. A database's clock may be set back by this much without harm.
 pub const EXPIRY_MARGIN: Duration = Duration::from_secs(3600);
 
-/// Rows of one local transaction: few enough that nobody waits for it.
+/// Rows of one local transaction: few enough that other work does not wait for it.
 const BATCH: u32 = 500;
-/// Between two of them, so that others get their turn (SQLite has one writer at a time).
+/// Pause between two local transactions, for other writers (SQLite has one writer at a time).
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long one of them may take. It is repeated in the next round, so giving up costs nothing.
+/// How long one local transaction may take. The next pass repeats it, so giving up costs nothing.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl<DB: FenceDb> Fence<DB> {
@@ -34,7 +34,7 @@ impl<DB: FenceDb> Fence<DB> {
     ///
     /// # Errors
     ///
-    /// When the database fails or does not answer. What was deleted before stays deleted; the rest goes another time.
+    /// When the database fails or does not answer. Rows that were deleted before stay deleted; the next pass deletes the rest.
     ///
     /// # Cancel safety
     ///

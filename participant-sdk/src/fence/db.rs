@@ -16,8 +16,8 @@ use sqlx::{Database, Error, Pool, pool::PoolConnection};
 use super::verdict::State;
 use crate::branch::Branch;
 
-/// How long a statement in a local transaction waits for a lock. Shorter than the deadline of a call: ten Cancels whose callers
-/// have given up would otherwise keep the whole pool waiting for one row.
+/// How long a statement in a local transaction waits for a lock. Shorter than the deadline of a call. Otherwise ten Cancels whose
+/// callers have given up would block the whole pool on one row.
 pub const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// A database that can hold a fence: [`Sqlite`](sqlx::Sqlite), [`MySql`](sqlx::MySql) (MariaDB too) or
@@ -28,15 +28,15 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(3);
 )]
 pub trait FenceDb: Statements {}
 
-/// The statements. Every one of them is harmless if it lands late: a call that was given up may still be carried out.
+/// The statements. Each of them is harmless if it is carried out late, after its caller has given up.
 ///
 /// All times are UTC milliseconds since 1970 by the clock of this database.
 pub trait Statements: Database {
     /// Begins a local transaction that waits for locks no longer than [`LOCK_WAIT`].
     const BEGIN: &'static str;
-    /// Makes table, index and view, unless they are there.
+    /// Creates the table, the index and the view, unless they exist.
     const SCHEMA: &'static str;
-    /// Where [`Statements::SCHEMA`] can be read.
+    /// The file that [`Statements::SCHEMA`] comes from.
     const SCHEMA_FILE: &'static str;
     /// The table's columns: name, and type as [`Statements::columns`] tells it. The first two are the primary key.
     const COLUMNS: [(&'static str, &'static str); 11];
@@ -51,15 +51,15 @@ pub trait Statements: Database {
         pool.acquire()
     }
 
-    /// Try and Cancel: makes the row, or counts one more call if it is there; holds its lock; reads it.
+    /// Try and Cancel: inserts the row, or counts one more call if it exists; locks it; reads it.
     ///
-    /// Insert first, never look first: of two repeats that both look, see nothing, and then insert, MySQL kills one.
+    /// It inserts first and does not read first. If two repeats both read nothing and then insert, MySQL kills one of them.
     fn claim(
         connection: &mut Self::Connection,
         claim: &Claim<'_>,
     ) -> impl Future<Output = Result<Record, Error>> + Send;
 
-    /// Confirm: counts one more call if the row is there; holds its lock; reads it.
+    /// Confirm: counts one more call if the row exists; locks it; reads it.
     fn find(
         connection: &mut Self::Connection,
         key: &Key,
@@ -72,20 +72,20 @@ pub trait Statements: Database {
         keys: &[Key],
     ) -> impl Future<Output = Result<Vec<Option<Record>>, Error>> + Send;
 
-    /// Writes what was done, and the reply if there is one. Tells how many rows it wrote: one, or none if this local
-    /// transaction no longer holds the row as `seen` counted it.
+    /// Writes what was done, and the reply if there is one. Returns how many rows it wrote: one, or none if the row does not have the
+    /// `seen` that this local transaction gave it.
     fn settle(
         connection: &mut Self::Connection,
         settle: &Settle<'_>,
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
-    /// As [`Statements::settle`] for each, all with the same state and no reply. Tells how many rows it wrote.
+    /// As [`Statements::settle`] for each, all with the same state and no reply. Returns how many rows it wrote.
     fn settle_many(
         connection: &mut Self::Connection,
         settles: &[Settle<'_>],
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
-    /// The time.
+    /// The time by the database's clock.
     fn now(connection: &mut Self::Connection) -> impl Future<Output = Result<i64, Error>> + Send;
 
     /// Runs statements that have no values and no answer.
@@ -94,7 +94,7 @@ pub trait Statements: Database {
         sql: &'static str,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Deletes some of the rows that nobody can ask for any more. Tells how many.
+    /// Deletes some of the rows that no call can need any more. Returns how many.
     fn delete_old(
         connection: &mut Self::Connection,
         old: &Old,
@@ -106,7 +106,7 @@ pub trait Statements: Database {
         overdue: &Overdue<'_>,
     ) -> impl Future<Output = Result<Vec<KeyRow>, Error>> + Send;
 
-    /// The table as it is: each column's name, its type, and whether it is in the primary key. Empty: there is no table.
+    /// The existing table: each column's name, its type, and whether it is in the primary key. Empty: there is no table.
     fn columns(
         connection: &mut Self::Connection,
     ) -> impl Future<Output = Result<Vec<(String, String, bool)>, Error>> + Send;
@@ -114,17 +114,17 @@ pub trait Statements: Database {
     /// Runs [`Statements::SCHEMA`], one process at a time.
     fn create(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Undoes after a local transaction what [`Statements::BEGIN`] set for the whole connection: it is the author's, and other
-    /// work runs on it.
+    /// Restores after a local transaction what [`Statements::BEGIN`] has set for the whole connection, because other work of the
+    /// author runs on it next.
     fn restore(connection: &mut Self::Connection)
     -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Takes care of a connection whose local transaction was left in the middle, perhaps of a statement: rolls back what it
-    /// began, and frees its place in the pool in bounded time. The connection itself survives only if that is beyond doubt.
+    /// Ends a local transaction that was dropped, perhaps in the middle of a statement: rolls it back, and frees its place in the pool
+    /// in bounded time. The connection is reused only if its state is beyond doubt.
     fn abandon(connection: PoolConnection<Self>);
 }
 
-/// The name of a row.
+/// The primary key of a row.
 #[derive(Debug)]
 pub struct Key {
     pub(crate) xid: [u8; 16],
@@ -147,7 +147,7 @@ impl Key {
 /// A [`Key`] as it is selected: xid and branch id.
 pub(crate) type KeyRow = (Vec<u8>, Vec<u8>);
 
-/// The row that a Try or a Cancel makes, unless there is one.
+/// The row that a Try or a Cancel inserts, unless it exists.
 pub struct Claim<'a> {
     pub(crate) key: &'a Key,
     pub(crate) state: State,
@@ -157,11 +157,11 @@ pub struct Claim<'a> {
     pub(crate) expires_at: Option<i64>,
 }
 
-/// What becomes of a row once the work is done.
+/// What is written to a row once the work is done.
 pub struct Settle<'a> {
     pub(crate) key: &'a Key,
     pub(crate) state: State,
-    /// `None` keeps what is there.
+    /// `None`: keep the present one.
     pub(crate) reply: Option<&'a [u8]>,
     /// [`Record::seen`].
     pub(crate) seen: i64,
@@ -189,7 +189,7 @@ pub struct Overdue<'a> {
 pub struct Record {
     pub(crate) state: State,
     pub(crate) action: String,
-    /// What Try got. Only of a row that is still tried: nobody else needs it.
+    /// The payload that Try got. Read only of a row that is still tried.
     pub(crate) payload: Option<Vec<u8>>,
     pub(crate) reply: Option<Vec<u8>>,
     pub(crate) digest: Option<Vec<u8>>,
@@ -220,7 +220,7 @@ impl TryFrom<RecordRow> for Record {
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 pub(crate) type FoundRow = (Vec<u8>, Vec<u8>, i16, String, Option<Vec<u8>>, i64, i64);
 
-/// Sorts what was found to the keys that were asked for.
+/// Brings the rows that were found into the order of the keys.
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 pub(crate) fn in_order(keys: &[Key], rows: Vec<FoundRow>) -> Result<Vec<Option<Record>>, Error> {
     let mut found = BTreeMap::new();

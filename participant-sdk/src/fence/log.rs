@@ -1,4 +1,4 @@
-//! One line for each call: enough for a program to draw from it what happened when. Payloads and replies are never in it.
+//! One log line for each call, from which a program can reconstruct what happened when. Payloads and replies are never in it.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ pub(crate) fn log(branch: &Branch, verdict: Option<Verdict>, answer: &Answer, to
     let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     let (level, message) = headline(*phase, verdict, answer);
     let verdict = verdict.map_or("none", Verdict::as_str);
-    // Of a refusal only the reason: its message may name a customer.
+    // A refusal's message is left out: it may name a customer.
     let (reason, error) = match answer {
         Answer::Done(_) => (None, None),
         Answer::Refused(refusal) | Answer::TooLate(refusal) | Answer::NotServed(refusal) => {
@@ -52,7 +52,7 @@ pub(crate) fn log(branch: &Branch, verdict: Option<Verdict>, answer: &Answer, to
     }
 }
 
-/// ERROR is for what a person must look at.
+/// The level and the text of the line. ERROR only if a person must look at it.
 fn headline(phase: Phase, verdict: Option<Verdict>, answer: &Answer) -> (Level, &'static str) {
     match answer {
         Answer::Unknown(_) | Answer::Retry(_) => return (Level::WARN, "failed"),

@@ -1,4 +1,4 @@
-//! What a call finds in the fence, what it answers if nothing must run, and what it leaves there.
+//! What a call finds in the fence, the answer if its work must not run, and what it writes there.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -24,14 +24,14 @@ use crate::{
 pub(crate) struct Look {
     pub(crate) verdict: Verdict,
     key: Key,
-    /// The row, with this call counted in. `None`: a Confirm found none.
+    /// The row, with this call counted. `None`: a Confirm found no row.
     record: Option<Record>,
     /// The time in the database.
     now: i64,
 }
 
 impl<DB: FenceDb> Fence<DB> {
-    /// Takes hold of the row, and decides.
+    /// Locks the row, and decides.
     pub(crate) async fn look(
         &self,
         connection: &mut DB::Connection,
@@ -84,7 +84,7 @@ impl Look {
         now: i64,
         retention: Duration,
     ) -> Self {
-        // A row that no other call has seen is the one this call has just made.
+        // A row that counts one call was inserted by this call.
         let before = record.as_ref().filter(|record| record.seen > 1);
         let same = before.is_none_or(|record| match branch.phase {
             Phase::Try => record.digest.as_deref() == Some(&digest[..]),
@@ -148,7 +148,7 @@ impl Look {
         Some(answer)
     }
 
-    /// People will meet this with clocks that differ, so it says how far, and whose clock it is.
+    /// The usual reason is clocks that differ. So the text says by how much it is late, and by whose clock.
     fn how_late(&self, branch: &Branch) -> String {
         let expires_at = branch.expires_at.unwrap_or(self.now);
         format!(
@@ -160,7 +160,7 @@ impl Look {
         )
     }
 
-    /// What the work gets: what Try got.
+    /// The payload for the work: the one that Try got.
     pub(crate) fn take_payload(&mut self, phase: Phase, asked: &[u8]) -> Bytes {
         match phase {
             Phase::Try => Bytes::copy_from_slice(asked),
@@ -171,7 +171,7 @@ impl Look {
         }
     }
 
-    /// Writes that the work of this phase is done. A Try without a reply writes, too: see [`write`].
+    /// Writes that the work of this phase is done. A Try without a reply writes too: see [`write`].
     pub(crate) async fn settle<DB: FenceDb>(
         &self,
         connection: &mut DB::Connection,
@@ -191,7 +191,7 @@ impl Look {
         Settle { key: &self.key, state, reply, seen: self.seen() }
     }
 
-    /// Writes that no Try will have an effect.
+    /// Writes that no later Try may have an effect.
     pub(crate) async fn suspend<DB: FenceDb>(
         &self,
         connection: &mut DB::Connection,
@@ -207,10 +207,9 @@ impl Look {
 
 /// Writes to the row, if this local transaction still holds it.
 ///
-/// It may not, and then COMMIT would keep a part of the work, or none, and say OK: a statement in it failed in a way that ends the
-/// whole local transaction (a deadlock on MySQL, a full disk on SQLite), and the author's code went on. All that it had done is
-/// gone then, this call's count in the row too, and so the row is not found here. PostgreSQL refuses every statement after an
-/// error, this one too, but COMMIT would say OK.
+/// Some errors end the whole local transaction (a deadlock on MySQL, a full disk on SQLite). If the author's code goes on after one,
+/// COMMIT would keep only the work after it, and say OK. The work before it is gone, and so is this call's count in the row. So the
+/// row is not found here. PostgreSQL refuses every statement after an error, this one too, but COMMIT would say OK.
 pub(crate) async fn write<DB: FenceDb>(
     connection: &mut DB::Connection,
     settle: &Settle<'_>,
@@ -236,7 +235,7 @@ fn wrote_all(written: u64, rows: usize) -> Result<(), Error> {
     ))
 }
 
-/// From when on the row of a branch that expired then may have been cleaned up. Before that, no row means no Try.
+/// When the row of a branch that expired at `expires_at` may have been cleaned up. Before that, no row means that there was no Try.
 fn horizon(expires_at: i64, retention: Duration) -> i64 {
     expires_at.saturating_add(millis(EXPIRY_MARGIN)).saturating_add(millis(retention))
 }
@@ -249,13 +248,13 @@ fn too_late(reason: &str, message: String) -> Answer {
     Answer::TooLate(Refusal::of_handfast(reason, message))
 }
 
-/// Whether a payload or a reply is longer than a row keeps, in words.
+/// The error text for a payload or a reply that is longer than a row keeps.
 pub(crate) fn too_long(bytes: &[u8]) -> Option<String> {
     let max = limits::PAYLOAD_BYTES_MAX;
     (bytes.len() > max).then(|| format!("has {} bytes; at most {max} are kept", bytes.len()))
 }
 
-/// SHA-256 over action and payload. The action's length is in front, so that nothing moves from one to the other unseen.
+/// SHA-256 of action and payload. The action's length is in front, so that no two pairs have the same bytes.
 pub(crate) fn digest(action: &str, payload: &[u8]) -> [u8; 32] {
     let action_bytes = u64::try_from(action.len()).expect("a length in memory fits 64 bits");
     let digest = Sha256::new().chain_update(action_bytes.to_be_bytes());

@@ -1,9 +1,9 @@
 //! Several Confirms, or several Cancels, in one local transaction.
 //!
-//! Here only what is common is done: a branch whose row is there and free, and whose work must run or was done before. All else (a row that
-//! is not there, that somebody else holds, or that says no) is left to [`Fence::run`], which has an answer for everything. So is every
-//! branch whose local transaction failed: it is rolled back whole, and who is to blame is found one by one. The table of verdicts is the
-//! same, and so is the rule that what is answered done is durable.
+//! A batch serves only the common case: a branch whose row exists and is not locked, and whose work must run or was done before. All other
+//! branches are left to [`Fence::run`]: those without a row, with a locked row, or with a verdict that refuses. If the local transaction of
+//! a batch fails, all of it is rolled back, and each of its branches is run alone. The table of verdicts is the same, and a branch is
+//! answered done only once that is durable.
 
 use std::{sync::atomic::Ordering, time::Instant};
 
@@ -26,12 +26,12 @@ use crate::{
     error::{Failed, chain},
 };
 
-/// Where in the batch a branch is whose work must run, and what its Try got.
+/// The branches whose work must run: their position in the batch, and the payload that their Try got.
 pub(crate) type ToRun = Vec<(usize, Bytes)>;
 
 impl<DB: FenceDb> Fence<DB> {
-    /// As [`Fence::run`] for each of these calls: all of this phase, which is not Try, and each for another branch. `work` is for those
-    /// together that must run. `None` in place of an answer: nothing was done for this call, and it must be run by itself.
+    /// As [`Fence::run`] for each of these calls: all of one phase, Confirm or Cancel, and each for another branch. `work` gets all
+    /// branches that must run. `None` in the place of an answer: nothing was done for this call, and it must be run by itself.
     ///
     /// # Cancel safety
     ///
@@ -69,7 +69,7 @@ impl<DB: FenceDb> Fence<DB> {
         let mut tx = match Tx::begin(&self.pool).await {
             Ok(tx) => tx,
             Err(error) => {
-                // By themselves they would have to wait as long again.
+                // Run alone they would have to wait just as long again.
                 let answer = Answer::failed(phase, chain(&error));
                 return branches.iter().map(|_| Some((None, answer.clone()))).collect();
             }
@@ -79,7 +79,7 @@ impl<DB: FenceDb> Fence<DB> {
             Err(failed) => {
                 tx.rollback().await;
                 self.failed_batches.fetch_add(1, Ordering::Relaxed);
-                // Whoever is to blame says so again when it is alone. But two batches that disturbed each other are seen only here.
+                // A branch that fails will report its error again when it is run alone. Batches that block each other are seen only here.
                 let (branches, error) = (
                     branches.len(),
                     match failed {
@@ -88,7 +88,7 @@ impl<DB: FenceDb> Fence<DB> {
                         Failed::NeedsAttention(_) => "one needs attention".to_owned(),
                     },
                 );
-                tracing::warn!(%phase, branches, error, "a batch failed; its branches go one by one");
+                tracing::warn!(%phase, branches, error, "batch failed; its branches are run alone");
                 return vec![None; branches];
             }
         };
@@ -102,7 +102,7 @@ impl<DB: FenceDb> Fence<DB> {
         verdicts.into_iter().map(|verdict| verdict.map(answered)).collect()
     }
 
-    /// The three steps inside the local transaction. `None` instead of a verdict: this one must go by itself.
+    /// The three steps inside the local transaction. `None` in the place of a verdict: this branch must be run alone.
     async fn within_many<F>(
         &self,
         tx: &mut Tx<DB>,
@@ -117,7 +117,7 @@ impl<DB: FenceDb> Fence<DB> {
         let records = DB::find_many(tx, &keys).await?;
         let mut looks: Vec<_> = (branches.iter().zip(records))
             .map(|(branch, record)| Some(Look::of_phase_two(branch, record?, self.retention)))
-            // Of the others the row says now that one more call came, and soon will say so of the same call again. No matter.
+            // The rows of the others count this call now, and count it again when it is run alone. That is harmless.
             .map(|look| look.filter(|look| matches!(look.verdict, Verdict::Run | Verdict::Repeat)))
             .collect();
         let to_run: ToRun = (looks.iter_mut().enumerate())

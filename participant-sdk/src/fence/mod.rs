@@ -4,14 +4,14 @@
 //! There is one row for each branch, in the participant's own database. One local transaction holds the row and the
 //! participant's work, in this order:
 //!
-//! 1. The row comes first: Try and Cancel make it (or find it made), Confirm finds it. From here on its lock is held, so of two
+//! 1. The row comes first: Try and Cancel insert it (or find it), Confirm finds it. From here on its lock is held, so of two
 //!    calls for one branch the second waits, and then sees what the first has done.
 //! 2. [`verdict`] says what to do, from what was recorded and what is asked. The author's code runs only if it must.
-//! 3. The row is written again: what was done, and Try's reply. COMMIT. Or something went wrong, and all of it is rolled back,
-//!    the row included.
+//! 3. The row is written again: what was done, and Try's reply. COMMIT. If anything fails, all of it is rolled back, the row
+//!    included.
 //!
-//! Every call counts itself in the row (`seen`). By that a call knows whether it made the row or found it, and before COMMIT
-//! whether the local transaction that it began with is still the one it is in.
+//! Every call counts itself in the row (`seen`). From the count a call learns whether it has inserted the row or found it. Before
+//! COMMIT it learns from it whether the local transaction that it began has ended meanwhile.
 //!
 //! | recorded ↓ asked → | Try | Confirm | Cancel |
 //! |---|---|---|---|
@@ -85,8 +85,7 @@ use verdict::State;
 
 /// The fence of one database. Cheap to clone.
 ///
-/// All programs that serve the same actions on the same database share one fence, and that is its point: a repeat may reach
-/// another of them.
+/// All programs that serve the same actions on the same database share one fence, because a repeat may reach another of them.
 pub struct Fence<DB: FenceDb> {
     pool: Pool<DB>,
     retention: Duration,
@@ -126,8 +125,8 @@ impl<DB: FenceDb> Fence<DB> {
         }
     }
 
-    /// Keeps rows for another time than [`RETENTION`] after their last change. Give every program that shares the fence the same:
-    /// a Confirm that finds no row is refused as never tried, unless the row may have been cleaned up.
+    /// Sets how long rows are kept after their last change, in the place of [`RETENTION`]. Every program that shares the fence must
+    /// use the same: a Confirm that finds no row is refused as never tried, unless the row may have been cleaned up.
     #[must_use]
     pub fn retention(self, retention: Duration) -> Self {
         Self { retention, ..self }
@@ -139,11 +138,11 @@ impl<DB: FenceDb> Fence<DB> {
     /// [`TryError`](crate::TryError) and [`Failed`](crate::Failed) do, and so does any type of yours that is `Into<Answer>`.
     ///
     /// Once this returns [`Answer::Done`], the work is durable, done now or before; a repeat gives the same answer and does not
-    /// run `work`. With any other answer this call has done nothing, except that after a failed COMMIT (`Unknown`, `Retry`)
-    /// nobody knows; the repeat will find out.
+    /// run `work`. With any other answer this call has done nothing, with one exception: after a failed COMMIT (`Unknown`,
+    /// `Retry`) it is not known whether the work is done. The repeat finds out.
     ///
-    /// Do in `work` what can be rolled back, and nothing else. It takes its place in the pool from beginning to end, so it should
-    /// not wait for others.
+    /// Do only in `work` what can be rolled back. It uses one connection of the pool from beginning to end, so it should not wait
+    /// for other services.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")]
@@ -183,7 +182,21 @@ impl<DB: FenceDb> Fence<DB> {
         answer
     }
 
-    /// One local transaction, from BEGIN to COMMIT or ROLLBACK: what is answered done is committed, all else is rolled back.
+    /// Closes a branch that was settled by hand: records the `phase` of `branch`, Confirm or Cancel, and runs no code of the author.
+    /// For an operator's tool, after `handfast resolve` and after the data was mended. Without this the branch stays tried, is
+    /// reported as overdue for ever, and a late Cancel would run its code.
+    ///
+    /// [`Answer::Done`]: it is recorded, now or before. A repeat gives the same answer.
+    pub async fn close(&self, branch: &Branch) -> Answer {
+        if branch.phase == Phase::Try {
+            let message = "is a Try; a branch is closed as confirmed or as cancelled".to_owned();
+            return Answer::Invalid { field: "phase", message };
+        }
+        self.run(branch, &[], async |_| Ok::<_, crate::Failed>(())).await
+    }
+
+    /// One local transaction, from BEGIN to COMMIT or ROLLBACK. Work that is answered done is committed; all other work is rolled
+    /// back.
     async fn attempt<F, E>(
         &self,
         branch: &Branch,
@@ -230,7 +243,7 @@ impl<DB: FenceDb> Fence<DB> {
         if let Err(error) = work(tx).await {
             let mut answer = error.into();
             if let Answer::Done(_) = answer {
-                // A conversion of the author's own. But what is done is said below, and only there.
+                // A conversion of the author's own says "done". Only a commit below may say that.
                 answer = Answer::failed(
                     branch.phase,
                     "the work failed with an error that means done".to_owned(),
@@ -252,7 +265,7 @@ impl<DB: FenceDb> Fence<DB> {
     /// see [`LOCK_WAIT`] for what the other levels do.
     ///
     /// Once you have committed, the call counts as done. A repeat waits for that and then gets [`Entered::Answer`]. Only those
-    /// answers are logged: what becomes of [`Entered::Run`] you alone know.
+    /// answers are logged: the fence does not learn what becomes of [`Entered::Run`].
     ///
     /// # Errors
     ///
@@ -275,14 +288,14 @@ impl<DB: FenceDb> Fence<DB> {
         let mut look = self.look(connection, branch, payload).await?;
         if let Some(answer) = look.answer(branch) {
             if look.verdict == Verdict::Expired {
-                // This Try has made a row, which the caller commits: it must not look like a reservation.
+                // This Try has inserted a row, which the caller commits. It must not look like a reservation.
                 look.suspend::<DB>(connection).await?;
             }
             log::log(branch, Some(look.verdict), &answer, began.elapsed());
             return Ok(Entered::Answer { verdict: look.verdict, answer });
         }
         if branch.phase != Phase::Try {
-            // At once: nobody comes back here when the work is done.
+            // Written now, because the caller does not come back here when the work is done.
             look.settle::<DB>(connection, branch.phase, &[]).await?;
         }
         Ok(Entered::Run { payload: look.take_payload(branch.phase, payload) })
@@ -312,14 +325,14 @@ impl<DB: FenceDb> Fence<DB> {
         look::write::<DB>(connection, &Settle { key, state, reply, seen: 1 }).await
     }
 
-    /// How many Confirms were answered done because their row may have been cleaned up long ago. Each is in the log too.
+    /// How many Confirms were answered done because their row may have been cleaned up long ago. The log has a line for each.
     #[must_use]
     pub fn forgotten_confirms(&self) -> u64 {
         self.forgotten_confirms.load(Ordering::Relaxed)
     }
 
-    /// How many batches (see [`ActionInBatches`](crate::ActionInBatches)) were rolled back, so that their branches went one by one. Each is
-    /// in the log too, with its error. If they are many, batches disturb each other, or those who go alone.
+    /// How many batches (see [`ActionInBatches`](crate::ActionInBatches)) were rolled back, so that their branches were run alone. The log
+    /// has a line with the error for each. Many of them mean that batches block each other, or other calls.
     #[must_use]
     pub fn failed_batches(&self) -> u64 {
         self.failed_batches.load(Ordering::Relaxed)

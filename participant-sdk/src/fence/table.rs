@@ -1,4 +1,4 @@
-//! The fence's table: the text that makes it, and whether it is there.
+//! The fence's table: its schema, and the check that it exists as this version needs it.
 
 use sqlx::Error;
 
@@ -15,18 +15,18 @@ pub const SCHEMA_POSTGRES: &str = include_str!("../../schema/postgres.sql");
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TableError {
-    /// There is none in the database that the pool is connected to.
+    /// The database that the pool is connected to has no such table.
     #[error(
         "no table `handfast_fence` here ({database}): call `fence.create_table_if_missing()`, or run {schema_file} of crate \
          `handfast`"
     )]
     Missing {
-        /// Which kind of database was asked.
+        /// The kind of database.
         database: &'static str,
-        /// The file that makes it.
+        /// The file that creates it.
         schema_file: &'static str,
     },
-    /// There is one, and it is not what this version needs.
+    /// The table exists, and is not what this version needs.
     #[error(
         "table `handfast_fence` is not as this version of Handfast needs it: {differences}. Compare it with {schema_file} of \
          crate `handfast`; `fence.create_table_if_missing()` makes a new one, but leaves one that is there alone"
@@ -43,8 +43,8 @@ pub enum TableError {
 }
 
 impl<DB: FenceDb> Fence<DB> {
-    /// Looks whether the table is there, with all columns and the right key. Call it when your program starts: otherwise the
-    /// first call would fail.
+    /// Checks that the table exists with all columns and the right key. Call it when your program starts; otherwise the first call
+    /// fails.
     ///
     /// # Errors
     ///
@@ -69,7 +69,7 @@ impl<DB: FenceDb> Fence<DB> {
                 Some(_) => {}
             }
         }
-        // Without this very key, repeats would not be found, and on MySQL nothing would say so.
+        // With another primary key, repeats would not be found, and MySQL would report no error.
         let in_key = |name: &str| found.iter().any(|(found, _, key)| *key && found == name);
         let key_columns = found.iter().filter(|(_, _, key)| *key).count();
         if key_columns != 2 || !in_key("xid") || !in_key("branch_id") {
@@ -84,8 +84,8 @@ impl<DB: FenceDb> Fence<DB> {
         })
     }
 
-    /// Makes the table, its index and its readable view, unless the table is there. Several processes may call it at once. A
-    /// program whose database user may not make tables can call it too, once somebody else has made them.
+    /// Creates the table, its index and its readable view, unless the table exists. Several processes may call it at once. A
+    /// program whose database user may not create tables can call it too, once the table exists.
     ///
     /// # Errors
     ///
@@ -93,7 +93,7 @@ impl<DB: FenceDb> Fence<DB> {
     ///
     /// # Cancel safety
     ///
-    /// It may or may not have been made; call again.
+    /// The table may or may not have been created; call again.
     pub async fn create_table_if_missing(&self) -> Result<(), TableError> {
         let found = self.verify().await;
         if !matches!(found, Err(TableError::Missing { .. })) {

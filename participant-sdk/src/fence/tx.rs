@@ -1,8 +1,8 @@
 //! A local transaction that cannot be left half done.
 //!
 //! `sqlx::Transaction` is not used: if one is dropped while its server is silent, its connection waits for an answer for ever,
-//! and its place in the pool is gone (sqlx #4349). Here whoever drops a [`Tx`] hands its connection to [`Statements::abandon`](super::db::Statements::abandon),
-//! which ends that in bounded time.
+//! and its place in the pool is lost (sqlx #4349). A [`Tx`] that is dropped hands its connection to
+//! [`Statements::abandon`](super::db::Statements::abandon), which ends the wait in bounded time.
 
 use std::{
     fmt, mem,
@@ -16,11 +16,11 @@ use sqlx_core::transaction::TransactionManager as _;
 
 use super::db::FenceDb;
 
-/// How long each step may take that gives a connection back to its pool, such as ROLLBACK. After that the connection is closed,
-/// which ends its local transaction as surely, but later.
+/// How long each step may take that gives a connection back to its pool, such as ROLLBACK. After that the connection is closed.
+/// That ends its local transaction too, but later.
 pub(super) const GIVE_BACK_WITHIN: Duration = Duration::from_secs(2);
 
-// A savepoint is gone when the local transaction is in which it was made.
+// A savepoint ends with the local transaction in which it was made.
 const MARK: &str = "SAVEPOINT handfast";
 const MARK_AGAIN: &str = "RELEASE SAVEPOINT handfast; SAVEPOINT handfast";
 
@@ -41,7 +41,7 @@ const MARK_AGAIN: &str = "RELEASE SAVEPOINT handfast; SAVEPOINT handfast";
 /// # }
 /// ```
 pub struct Tx<DB: FenceDb> {
-    /// `None` only at the very end.
+    /// `None` only after the local transaction has ended.
     connection: Option<PoolConnection<DB>>,
     payload: Bytes,
     reply: Bytes,
@@ -49,8 +49,8 @@ pub struct Tx<DB: FenceDb> {
 }
 
 impl<DB: FenceDb> Tx<DB> {
-    /// What Try got, as its bytes: also in Confirm and Cancel, whatever their request carries. Where several branches are confirmed or
-    /// cancelled together it is empty: each [`Tried`](crate::Tried) has its own.
+    /// The payload that Try got, also in Confirm and Cancel, whatever their request carries. In a batch it is empty: each
+    /// [`Tried`](crate::Tried) has its own.
     #[must_use]
     pub fn payload(&self) -> &Bytes {
         &self.payload
@@ -70,7 +70,7 @@ impl<DB: FenceDb> Tx<DB> {
         mem::take(&mut self.reply)
     }
 
-    /// Fails if the local transaction has ended in which the last mark was made.
+    /// Fails if the local transaction of the last mark has ended.
     pub(crate) async fn mark(&mut self) -> Result<(), Error> {
         let sql = if self.marked { MARK_AGAIN } else { MARK };
         self.marked = true;
@@ -87,7 +87,7 @@ impl<DB: FenceDb> Tx<DB> {
         Ok(tx)
     }
 
-    /// Once this returns `Ok`, it is durable. After an error nobody knows.
+    /// Once this returns `Ok`, the work is durable. After an error it is not known whether it is.
     pub(super) async fn commit(mut self) -> Result<(), Error> {
         DB::TransactionManager::commit(&mut self).await?;
         if self.is_in_transaction() {
@@ -97,7 +97,7 @@ impl<DB: FenceDb> Tx<DB> {
         Ok(())
     }
 
-    /// Once this returns, nothing that was done here has an effect, or will have.
+    /// Once this returns, nothing that was done here has an effect, now or later.
     pub(super) async fn rollback(mut self) {
         let rollback = DB::TransactionManager::rollback(&mut self);
         if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, rollback).await {
@@ -105,7 +105,7 @@ impl<DB: FenceDb> Tx<DB> {
         }
     }
 
-    /// The local transaction has ended. If the connection cannot be made as it was before, it is abandoned.
+    /// Gives the connection back after the local transaction has ended. If its settings cannot be restored, it is abandoned.
     async fn give_back(mut self) {
         let restore = DB::restore(&mut self);
         if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, restore).await {

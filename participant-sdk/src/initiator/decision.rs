@@ -11,12 +11,11 @@ use handfast_proto::{
     time::wire_duration,
     v1::{self as pb, get_transaction_request::By},
 };
-use tokio::time::Instant;
 use tonic::Status;
 
 use super::{
     ledger::{CallError, Calls},
-    outcome::{ASK_PATIENCE, Confirmed, Recorded, TransactionError},
+    outcome::{Confirmed, Recorded, TransactionError},
 };
 use crate::{
     error::BoxError,
@@ -67,53 +66,44 @@ impl Ask {
                 let error = TransactionError::TimedOut { xid };
                 Self::Cancel(Box::new(Cancel { request, error }))
             }
-            // What came instead of an answer says more than the error that the closure made of it.
             (
-                Some(Failure::Work(error)),
-                Calls::Failed(CallError::Unknown { branch_id, action, cause }),
-            ) => Self::Cancel(Cancel::unclear(xid, &branch_id, &action, &cause, error)),
-            (None, Calls::Failed(error)) => Self::Cancel(match &error {
-                CallError::Unknown { branch_id, action, cause } => {
-                    Cancel::unclear(xid, branch_id, action, cause, error.clone().into())
-                }
-                CallError::Refused { .. }
-                | CallError::NotRegistered { .. }
-                | CallError::Payload { .. } => Cancel::because(xid, error.into()),
-            }),
+                failure,
+                Calls::Failed(CallError::Unknown { branch_id, participant, action, cause }),
+            ) => {
+                let called = [action.as_str(), participant.as_str()];
+                let called = called.into_iter().filter(|word| !word.is_empty());
+                let text = format!("{}: {cause}", called.collect::<Vec<_>>().join(" at "));
+                let request = pb::DecideRequest {
+                    reason: reason(text),
+                    unknown_branch_id: branch_id.to_string(),
+                    ..pb::DecideRequest::default()
+                };
+                let cause = match failure {
+                    Some(Failure::Work(error)) => error,
+                    Some(Failure::TimedOut) | None => {
+                        CallError::Unknown { branch_id, participant, action, cause }.into()
+                    }
+                };
+                let error = TransactionError::Cancelled { xid, cause };
+                Self::Cancel(Box::new(Cancel { request, error }))
+            }
             (Some(Failure::Work(cause)), _) => Self::Cancel(Cancel::because(xid, cause)),
+            (None, Calls::Failed(error)) => Self::Cancel(Cancel::because(xid, error.into())),
         }
     }
 }
 
-impl Cancel {
-    pub(super) fn because(xid: Xid, cause: BoxError) -> Box<Self> {
-        let request = pb::DecideRequest {
-            reason: reason(&cause.to_string()),
-            ..pb::DecideRequest::default()
-        };
-        Box::new(Self { request, error: TransactionError::Cancelled { xid, cause } })
-    }
-
-    /// A call had no clear answer. Recorded are the branch and what came instead; the caller gets `error`.
-    fn unclear(
-        xid: Xid,
-        branch_id: &BranchId,
-        action: &str,
-        cause: &str,
-        error: BoxError,
-    ) -> Box<Self> {
-        let request = pb::DecideRequest {
-            reason: reason(&format!("{action}: {cause}")),
-            unknown_branch_id: branch_id.to_string(),
-            ..pb::DecideRequest::default()
-        };
-        Box::new(Self { request, error: TransactionError::Cancelled { xid, cause: error } })
-    }
+/// A text as the coordinator takes it for a reason: cut, and on one line.
+fn reason(text: String) -> String {
+    cut(text, limits::REASON_BYTES_MAX).replace(char::is_control, " ")
 }
 
-/// A reason as the coordinator takes it: on one line, and not too long.
-fn reason(text: &str) -> String {
-    cut(text.to_owned(), limits::REASON_BYTES_MAX).replace(char::is_control, " ")
+impl Cancel {
+    pub(super) fn because(xid: Xid, cause: BoxError) -> Box<Self> {
+        let reason = reason(cause.to_string());
+        let request = pb::DecideRequest { reason, ..pb::DecideRequest::default() };
+        Box::new(Self { request, error: TransactionError::Cancelled { xid, cause } })
+    }
 }
 
 /// Asks the coordinator for the decision about one transaction.
@@ -149,17 +139,17 @@ impl Decider {
                 Reason::AlreadyDecided => self.look(xid, status).await,
                 Reason::BranchesDiffer => {
                     // A nested service has registered a branch, and it is not known here that it was tried.
-                    self.cancel(xid, Cancel::because(xid, status_error(status))).await
+                    self.cancel(xid, Cancel::because(xid, status_error(&status))).await
                 }
                 Reason::NeverRecorded => {
                     // Nothing was tried.
-                    Err(TransactionError::Cancelled { xid, cause: status_error(status) })
+                    Err(TransactionError::Cancelled { xid, cause: status_error(&status) })
                 }
                 Reason::Other if Bug::UnknownIsRefused.is_planted() => {
-                    Err(TransactionError::Cancelled { xid, cause: status_error(status) })
+                    Err(TransactionError::Cancelled { xid, cause: status_error(&status) })
                 }
                 Reason::Forgotten | Reason::KeyUnknown | Reason::KeyTaken | Reason::Other => {
-                    Err(self.unknown(xid, status_error(status)))
+                    Err(self.unknown(xid, status_error(&status)))
                 }
             },
         }
@@ -191,7 +181,7 @@ impl Decider {
                 | Reason::Other => match self.key {
                     // Only this run could have confirmed it, and it has not. It is cancelled when its time runs out.
                     None => Err(error),
-                    Some(_) => Err(self.unknown(xid, status_error(status))),
+                    Some(_) => Err(self.unknown(xid, status_error(&status))),
                 },
             },
         }
@@ -200,11 +190,11 @@ impl Decider {
     /// The opposite decision had been made before. Reads it.
     async fn look(&self, xid: Xid, status: Status) -> Result<Confirmed<()>, TransactionError> {
         let by = By::Xid(xid.to_string());
-        let found = self.handfast.get(by, Instant::now() + ASK_PATIENCE).await;
+        let found = self.handfast.get(by, from_now(self.patience)).await;
         match found.map(|found| Recorded::of(xid, &found)) {
             Ok(Recorded::Confirmed { completed }) => Ok(Confirmed { xid, value: None, completed }),
             Ok(Recorded::Cancelled(error)) => Err(error),
-            Ok(Recorded::Undecided) | Err(_) => Err(self.unknown(xid, status_error(status))),
+            Ok(Recorded::Undecided) | Err(_) => Err(self.unknown(xid, status_error(&status))),
         }
     }
 
@@ -235,21 +225,34 @@ impl Decider {
         }
     }
 
+    /// Decides. The answer to Decide and the wait for completion are two things: a coordinator that answers is never taken for one
+    /// that does not, however little patience there is beside the wait.
     async fn decide(
         &self,
         xid: Xid,
         request: pb::DecideRequest,
     ) -> Result<pb::Transaction, Status> {
+        let wait = self.wait.min(self.patience / 2);
         let request = pb::DecideRequest {
             xid: xid.to_string(),
             until: self.until.into(),
-            wait: Some(wire_duration(self.wait)),
+            wait: Some(wire_duration(wait)),
             ..request
         };
         crash_point!("initiator.before_decide");
-        let decided = self.handfast.decide(request, self.wait, from_now(self.patience)).await;
+        let decided = self.handfast.decide(request, wait, from_now(self.patience)).await;
         crash_point!("initiator.after_decide");
-        decided
+        let decided = decided?;
+        let is_final = matches!(
+            decided.state(),
+            pb::TransactionState::Confirmed | pb::TransactionState::Cancelled
+        );
+        let left = self.wait - wait;
+        if left.is_zero() || is_final || decided.decision() == pb::Decision::Unspecified {
+            return Ok(decided);
+        }
+        // It is decided. If there is no answer any more, that is what is known.
+        Ok(self.handfast.wait_completed(xid, left).await.unwrap_or(decided))
     }
 }
 
@@ -262,6 +265,7 @@ mod tests {
         let xid = "3-7-1042-9f3c01d2".parse().unwrap();
         let unknown = || CallError::Unknown {
             branch_id: "2".parse().unwrap(),
+            participant: "points".to_owned(),
             action: "points.book".to_owned(),
             cause: "UNAVAILABLE: connection refused".to_owned(),
         };
@@ -271,7 +275,10 @@ mod tests {
                 panic!("it is confirmed")
             };
             assert_eq!(cancel.request.unknown_branch_id, "2");
-            assert_eq!(cancel.request.reason, "points.book: UNAVAILABLE: connection refused");
+            assert_eq!(
+                cancel.request.reason,
+                "points.book at points: UNAVAILABLE: connection refused"
+            );
         }
     }
 }

@@ -3,6 +3,8 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use handfast_proto::v1 as pb;
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
 
 /// How long phase one may take by default.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
@@ -20,6 +22,10 @@ pub(super) struct Description {
     pub(super) labels: BTreeMap<String, String>,
     /// The idempotency key; empty: there is none.
     pub(super) key: String,
+    /// A hash of the name and of the arguments that the caller named; empty: there is none.
+    pub(super) fingerprint: Vec<u8>,
+    /// Why the arguments cannot be hashed.
+    pub(super) unreadable: Option<String>,
     /// How long to wait for participants to acknowledge, once it is decided. Zero: not at all.
     pub(super) wait: Duration,
 }
@@ -31,12 +37,26 @@ impl Description {
             timeout: None,
             labels: BTreeMap::new(),
             key: String::new(),
+            fingerprint: Vec::new(),
+            unreadable: None,
             wait: COMPLETION_WAIT,
         }
     }
 
     pub(super) fn label(&mut self, key: impl Into<String>, value: impl fmt::Display) {
         self.labels.insert(key.into(), value.to_string());
+    }
+
+    /// Computes the fingerprint. The arguments are hashed as JSON with sorted keys, so that equal maps have equal fingerprints.
+    pub(super) fn fingerprint(&mut self, arguments: &impl Serialize) {
+        match serde_json::to_value(arguments) {
+            Ok(value) => {
+                let hash = Sha256::new_with_prefix(&self.name).chain_update([0]);
+                let hash = hash.chain_update(value.to_string());
+                self.fingerprint = hash.finalize().to_vec();
+            }
+            Err(error) => self.unreadable = Some(format!("the fingerprint: {error}")),
+        }
     }
 
     pub(super) fn key(&self) -> Option<String> {

@@ -5,6 +5,7 @@ use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use handfast_proto::{Xid, time::wire_duration, v1 as pb};
+use serde::Serialize;
 use tonic::{Code, Status};
 
 use super::{
@@ -12,7 +13,7 @@ use super::{
     outcome::{Recorded, TransactionError},
 };
 use crate::{
-    contract::{Contract, Payload},
+    contract::{Contract, Payload, TRY_TIMEOUT},
     error::BoxError,
     remote::Remote,
     rpc::{Handfast, from_now},
@@ -64,6 +65,14 @@ impl ExecuteBuilder {
         self
     }
 
+    /// Says with which arguments the operation of this idempotency key runs. A run with the same key and other arguments is refused
+    /// before anything is tried: [`NotBegun`](TransactionError::NotBegun). `arguments` is hashed as JSON; a repeat must give the
+    /// same JSON.
+    pub fn fingerprint(mut self, arguments: &impl Serialize) -> Self {
+        self.description.fingerprint(arguments);
+        self
+    }
+
     /// How long phase one may take, from 1 ms to an hour. Then the transaction is cancelled. Default: 30 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.description.timeout = Some(timeout);
@@ -101,6 +110,8 @@ impl ExecuteBuilder {
             target: participant.target().to_owned(),
             payload: Some(pb::Payload { data, content_type: C::Args::CONTENT_TYPE.to_owned() }),
             carry_payload: false,
+            // Only if the contract says so: else the coordinator's configuration counts.
+            try_timeout: (C::TRY_TIMEOUT != TRY_TIMEOUT).then(|| wire_duration(C::TRY_TIMEOUT)),
         });
         self
     }
@@ -114,14 +125,14 @@ impl ExecuteBuilder {
     /// # Cancel safety
     ///
     /// If the future is dropped, the coordinator goes on, and the outcome is unknown.
-    pub async fn run(self) -> Result<Executed, TransactionError> {
-        if let Some(unreadable) = self.unreadable {
+    pub async fn run(mut self) -> Result<Executed, TransactionError> {
+        if let Some(unreadable) = self.unreadable.or(self.description.unreadable.take()) {
             return Err(TransactionError::NotBegun { cause: unreadable.into() });
         }
         let until = self.description.until();
         let random_key = || format!("{:032x}", rand::random::<u128>());
         let key = self.description.key().unwrap_or_else(random_key);
-        let Description { name, timeout, labels, wait, .. } = self.description;
+        let Description { name, timeout, labels, fingerprint, wait, .. } = self.description;
         let request = pb::ExecuteRequest {
             name,
             timeout: timeout.map(wire_duration),
@@ -131,6 +142,7 @@ impl ExecuteBuilder {
             in_order: self.in_order,
             until: until.into(),
             wait: Some(wire_duration(wait)),
+            fingerprint,
         };
         let lasts = timeout.unwrap_or(TIMEOUT).saturating_add(wait);
         let deadline = from_now(lasts.saturating_add(PATIENCE));
@@ -162,7 +174,7 @@ fn failed(status: Status, key: String) -> TransactionError {
         Code::InvalidArgument
         | Code::AlreadyExists
         | Code::ResourceExhausted
-        | Code::OutOfRange => TransactionError::NotBegun { cause: status_error(status) },
+        | Code::OutOfRange => TransactionError::NotBegun { cause: status_error(&status) },
         Code::Ok
         | Code::Cancelled
         | Code::Unknown
@@ -175,7 +187,7 @@ fn failed(status: Status, key: String) -> TransactionError {
         | Code::Internal
         | Code::Unavailable
         | Code::DataLoss
-        | Code::Unauthenticated => unknown(None, key, status_error(status)),
+        | Code::Unauthenticated => unknown(None, key, status_error(&status)),
     }
 }
 

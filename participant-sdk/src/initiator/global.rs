@@ -17,6 +17,7 @@ use handfast_proto::{
     calls::{BranchCall, BranchRequest},
     connection::DEADLINE_MARGIN,
     crash_point,
+    failure::with_code,
     id::InvalidBranchId,
     time::timestamp,
     v1 as pb,
@@ -36,11 +37,9 @@ use crate::{
     error::{BoxError, Refusal},
     remote::{Reach, Remote},
     rpc::{Handfast, from_now},
-    status::{may_be_repeated, status_error},
+    status::may_be_repeated,
 };
 
-/// How long one attempt of a Try may take.
-const TRY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Attempts of one Try. A repeat is harmless, since Trys are fenced.
 const TRY_ATTEMPTS_MAX: u32 = 3;
 /// Pause before the second attempt of a Try; it doubles with each further one.
@@ -118,10 +117,25 @@ impl Global {
         participant: &'a Remote,
         args: C::Args,
     ) -> impl Future<Output = Result<C::Reply, CallError>> + Send + 'a {
+        self.call_within::<C>(participant, args, C::TRY_TIMEOUT)
+    }
+
+    /// The same, with `timeout` for one attempt of the Try in the place of the contract's
+    /// [`TRY_TIMEOUT`](Contract::TRY_TIMEOUT).
+    ///
+    /// # Errors
+    ///
+    /// As [`Global::call`].
+    pub fn call_within<'a, C: Contract>(
+        &'a self,
+        participant: &'a Remote,
+        args: C::Args,
+        timeout: Duration,
+    ) -> impl Future<Output = Result<C::Reply, CallError>> + Send + 'a {
         let branch_id = self.next_branch_id();
         async move {
             let branch_id = branch_id?;
-            let reply = self.call_and_decode::<C>(participant, &branch_id, &args).await;
+            let reply = self.call_and_decode::<C>(participant, &branch_id, &args, timeout).await;
             match &reply {
                 Ok(_) => self.tried(branch_id),
                 Err(error) => self.inner.ledger.failed(error.clone()),
@@ -135,6 +149,7 @@ impl Global {
         participant: &Remote,
         branch_id: &BranchId,
         args: &C::Args,
+        timeout: Duration,
     ) -> Result<C::Reply, CallError> {
         let unreadable = |cause: BoxError| CallError::Payload {
             action: C::NAME.to_owned(),
@@ -142,7 +157,7 @@ impl Global {
         };
         let data = args.encode().map_err(unreadable)?;
         let payload = pb::Payload { data, content_type: C::Args::CONTENT_TYPE.to_owned() };
-        let reply = self.call_raw(participant, branch_id, C::NAME, payload).await?;
+        let reply = self.call_raw(participant, branch_id, C::NAME, payload, timeout).await?;
         C::Reply::decode(&reply).map_err(unreadable)
     }
 
@@ -152,16 +167,16 @@ impl Global {
         branch_id: &BranchId,
         action: &str,
         payload: pb::Payload,
+        timeout: Duration,
     ) -> Result<Bytes, CallError> {
         let Inner { registrar, ledger, .. } = &*self.inner;
-        ledger.meant(branch_id.clone());
+        ledger.meant(branch_id.clone(), participant.name(), action);
         let spec = pb::BranchSpec {
             branch_id: branch_id.to_string(),
             action: action.to_owned(),
             participant: participant.name().to_owned(),
             target: participant.target().to_owned(),
-            payload: None,
-            carry_payload: false,
+            ..pb::BranchSpec::default()
         };
         let begun = registrar.register(Some(spec)).await?;
         crash_point!("initiator.registered");
@@ -171,7 +186,7 @@ impl Global {
             branch.attempt = attempt;
             branch.expires_at = begun.expires_at;
             branch.labels = registrar.description().labels.clone();
-            let status = match self.try_once(participant, branch, &payload).await {
+            let status = match self.try_once(participant, branch, &payload, timeout).await {
                 Ok(reply) => return Ok(reply),
                 Err(status) => status,
             };
@@ -186,8 +201,8 @@ impl Global {
                 || attempt >= TRY_ATTEMPTS_MAX
                 || Instant::now() + pause >= registrar.deadline()
             {
-                let cause = status_error(status).to_string();
-                return Err(CallError::Unknown { branch_id, action, cause });
+                let (participant, cause) = (participant.name().to_owned(), with_code(&status));
+                return Err(CallError::Unknown { branch_id, participant, action, cause });
             }
             attempt += 1;
             tokio::time::sleep(pause).await;
@@ -199,8 +214,9 @@ impl Global {
         participant: &Remote,
         branch: Branch,
         payload: &pb::Payload,
+        timeout: Duration,
     ) -> Result<Bytes, Status> {
-        let ends = self.inner.registrar.deadline().min(Instant::now() + TRY_TIMEOUT);
+        let ends = self.inner.registrar.deadline().min(from_now(timeout));
         let attempt = async {
             match participant.reach() {
                 Reach::Here(participant) => {
@@ -220,9 +236,16 @@ impl Global {
                 }
             }
         };
-        tokio::time::timeout_at(ends, attempt)
-            .await
-            .unwrap_or_else(|_| Err(Status::deadline_exceeded("the Try was not answered in time")))
+        tokio::time::timeout_at(ends, attempt).await.unwrap_or_else(|_| {
+            let text = if Instant::now() < self.inner.registrar.deadline() {
+                format!(
+                    "no answer within {timeout:?}, the limit of one Try (Contract::TRY_TIMEOUT)"
+                )
+            } else {
+                "no answer before the end of phase one (the transaction's timeout)".to_owned()
+            };
+            Err(Status::deadline_exceeded(text))
+        })
     }
 
     /// Notes branches that a callee has registered and tried with success, as the headers of its response name them.
@@ -253,7 +276,8 @@ impl Global {
     /// Notes that an ordinary call within the transaction failed.
     pub(super) fn ordinary_call_failed(&self, branch_id: BranchId, cause: String) {
         let action = "a call to another service".to_owned();
-        self.inner.ledger.failed(CallError::Unknown { branch_id, action, cause });
+        let participant = String::new();
+        self.inner.ledger.failed(CallError::Unknown { branch_id, participant, action, cause });
     }
 
     /// Takes the next branch id.

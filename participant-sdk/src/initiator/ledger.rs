@@ -1,7 +1,7 @@
 //! What became of the calls of one global transaction, as far as this program knows. From it follows whether to confirm.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, MutexGuard},
 };
 
@@ -25,11 +25,16 @@ pub enum CallError {
         refusal: Refusal,
     },
     /// It is not known whether the participant has reserved anything.
-    #[error("{action} brought no clear answer: {cause}")]
+    #[error("{action} had no clear answer{}: {cause}", match participant.as_str() {
+        "" => String::new(),
+        name => format!(" from {name}"),
+    })]
     #[non_exhaustive]
     Unknown {
         /// The branch that was called.
         branch_id: BranchId,
+        /// The participant that was called. Empty: it is not known, because the call was an ordinary one.
+        participant: String,
         /// The action that was called.
         action: String,
         /// The answer or error that came instead of a clear answer.
@@ -67,8 +72,8 @@ pub(super) struct Ledger(Mutex<Entries>);
 
 #[derive(Default)]
 struct Entries {
-    /// Branches for which a Try was begun.
-    meant: BTreeSet<BranchId>,
+    /// Branches for which a Try was begun: the participant and the action.
+    meant: BTreeMap<BranchId, (String, String)>,
     /// Branches whose Try has answered OK, nested ones too.
     tried: BTreeSet<BranchId>,
     /// The first refusal; if there is none, the first failure.
@@ -76,8 +81,9 @@ struct Entries {
 }
 
 impl Ledger {
-    pub(super) fn meant(&self, branch_id: BranchId) {
-        self.entries().meant.insert(branch_id);
+    pub(super) fn meant(&self, branch_id: BranchId, participant: &str, action: &str) {
+        let called = (participant.to_owned(), action.to_owned());
+        self.entries().meant.insert(branch_id, called);
     }
 
     pub(super) fn tried(&self, branch_id: BranchId) {
@@ -101,11 +107,12 @@ impl Ledger {
         if let Some(error) = &entries.failed {
             return Calls::Failed(error.clone());
         }
-        match entries.meant.difference(&entries.tried).next() {
+        match entries.meant.iter().find(|(branch_id, _)| !entries.tried.contains(*branch_id)) {
             None => Calls::Tried(entries.tried.clone()),
-            Some(branch_id) => Calls::Failed(CallError::Unknown {
+            Some((branch_id, (participant, action))) => Calls::Failed(CallError::Unknown {
                 branch_id: branch_id.clone(),
-                action: "a call".to_owned(),
+                participant: participant.clone(),
+                action: action.clone(),
                 cause: "it was given up before it was answered".to_owned(),
             }),
         }

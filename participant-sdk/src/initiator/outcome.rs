@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// How long a question about an outcome is repeated.
-pub(super) const ASK_PATIENCE: Duration = Duration::from_secs(10);
+const ASK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// It is confirmed, for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,8 +125,11 @@ pub enum Outcome {
     },
     /// Nothing was ever recorded under this xid, so nothing was tried, and it will never be confirmed.
     NeverRecorded,
-    /// It may have finished and been deleted after its retention. Nobody can say any more.
+    /// It may have finished and been deleted after its retention. This cannot be found out any more.
     Forgotten,
+    /// No transaction has this idempotency key: none was ever begun with it, or the one that was begun has been deleted after its
+    /// retention. If the key is younger than the coordinator's retention, run the operation again with the same key.
+    KeyUnknown,
 }
 
 impl Outcome {
@@ -167,8 +170,7 @@ impl Handfast {
         self.ask(By::Xid(xid.to_string()), xid.to_string()).await
     }
 
-    /// The same for the transaction of an idempotency key. A key that nobody has used, or whose transaction was deleted after its
-    /// retention, is [`Outcome::NeverRecorded`] or [`Outcome::Forgotten`]; here the two cannot be told apart, and it is the second.
+    /// The same for the transaction of an idempotency key. If no transaction has it, the outcome is [`Outcome::KeyUnknown`].
     ///
     /// # Errors
     ///
@@ -182,11 +184,12 @@ impl Handfast {
             Ok(transaction) => Ok(Outcome::of(&transaction)),
             Err(status) => match Reason::of(&status) {
                 Reason::NeverRecorded => Ok(Outcome::NeverRecorded),
-                Reason::Forgotten | Reason::KeyUnknown => Ok(Outcome::Forgotten),
+                Reason::Forgotten => Ok(Outcome::Forgotten),
+                Reason::KeyUnknown => Ok(Outcome::KeyUnknown),
                 Reason::KeyTaken
                 | Reason::AlreadyDecided
                 | Reason::BranchesDiffer
-                | Reason::Other => Err(Unanswered { asked, cause: status_error(status) }),
+                | Reason::Other => Err(Unanswered { asked, cause: status_error(&status) }),
             },
         }
     }

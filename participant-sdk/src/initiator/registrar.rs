@@ -170,13 +170,15 @@ impl Registrar {
     }
 
     async fn begin(&self, branches: Vec<pb::BranchSpec>) -> Result<Begun, CallError> {
-        let Description { name, timeout, labels, key, .. } = self.0.description.clone();
+        let Description { name, timeout, labels, key, fingerprint, .. } =
+            self.0.description.clone();
         let request = pb::BeginRequest {
             name,
             timeout: timeout.map(wire_duration),
             labels,
             idempotency_key: key,
             branches: branches.clone(),
+            fingerprint,
         };
         let (transaction, existed) = match self.0.handfast.begin(request, self.0.deadline).await {
             Ok(response) => (response.transaction.unwrap_or_default(), response.existed),
@@ -209,7 +211,13 @@ impl Registrar {
             return Err(not_registered(status));
         }
         let by = pb::get_transaction_request::By::IdempotencyKey(self.0.description.key.clone());
-        match self.0.handfast.get(by, self.0.deadline).await {
+        let fingerprint = self.0.description.fingerprint.clone();
+        match self.0.handfast.get_same(by, fingerprint, self.0.deadline).await {
+            Err(status) if Reason::of(&status) == Reason::KeyTaken => {
+                // It belongs to a run with other arguments.
+                self.state().unanswered = false;
+                Err(not_registered(status))
+            }
             Ok(taken) if !self.0.description.is_same_operation(&taken) => {
                 self.state().unanswered = false;
                 Err(not_registered(status))
@@ -276,7 +284,7 @@ impl State {
 }
 
 fn not_registered(status: Status) -> CallError {
-    CallError::NotRegistered { cause: status_error(status).to_string() }
+    CallError::NotRegistered { cause: status_error(&status).to_string() }
 }
 
 fn begun(transaction: &pb::Transaction) -> Result<Begun, CallError> {

@@ -3,25 +3,26 @@
 use std::{fmt, time::Duration};
 
 use handfast_proto::{
-    Xid,
+    Xid, reason,
     v1::{self as pb, get_transaction_request::By},
 };
-use tokio::time::Instant;
-use tonic::Code;
+use serde::Serialize;
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 
 use super::{
     decision::{Ask, Cancel, Decider, Failure},
     description::{Description, PATIENCE, TIMEOUT},
     global::Global,
     ledger::Calls,
-    outcome::{ASK_PATIENCE, Confirmed, Recorded, TransactionError},
+    outcome::{Confirmed, Recorded, TransactionError},
     propagation,
     registrar::Closed,
 };
 use crate::{
     async_func::AsyncFunc,
     error::{BoxError, WorkError},
-    rpc::Handfast,
+    rpc::{Handfast, from_now},
     status::{Reason, status_error},
 };
 
@@ -56,6 +57,14 @@ impl TransactionBuilder {
         self
     }
 
+    /// Says with which arguments the operation of this idempotency key runs. A run with the same key and other arguments is refused
+    /// before anything is tried: [`NotBegun`](TransactionError::NotBegun). `arguments` is hashed as JSON; a repeat must give the
+    /// same JSON.
+    pub fn fingerprint(mut self, arguments: &impl Serialize) -> Self {
+        self.description.fingerprint(arguments);
+        self
+    }
+
     /// How long phase one may take, from 1 ms to an hour. Then the transaction is cancelled. Default: 30 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.description.timeout = Some(timeout);
@@ -74,8 +83,8 @@ impl TransactionBuilder {
         self
     }
 
-    /// How long Decide is repeated while it has no answer; then the outcome is [`Unknown`](TransactionError::Unknown). Default:
-    /// 20 s.
+    /// How long Decide, and the first question about an idempotency key, are repeated while they have no answer; then the outcome
+    /// is [`Unknown`](TransactionError::Unknown). The wait for acknowledgements is not part of it. Default: 20 s.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
@@ -184,10 +193,14 @@ impl TransactionBuilder {
 
     /// What was decided under this key before.
     async fn earlier(&self) -> Result<Earlier, TransactionError> {
-        let Some(key) = self.description.key() else { return Ok(Earlier::Nothing) };
         let not_begun = |cause| TransactionError::NotBegun { cause };
+        if let Some(unreadable) = &self.description.unreadable {
+            return Err(not_begun(unreadable.clone().into()));
+        }
+        let Some(key) = self.description.key() else { return Ok(Earlier::Nothing) };
         let by = By::IdempotencyKey(key.clone());
-        match self.handfast.get(by, Instant::now() + ASK_PATIENCE).await {
+        let fingerprint = self.description.fingerprint.clone();
+        match self.handfast.get_same(by, fingerprint, from_now(self.patience)).await {
             Ok(transaction) if !self.description.is_same_operation(&transaction) => {
                 let cause = format!(
                     "its idempotency key belongs to {}, which is another operation: {}",
@@ -200,17 +213,27 @@ impl TransactionBuilder {
                 Ok(Earlier::of(xid, &transaction))
             }
             Err(status) if Reason::of(&status) == Reason::KeyUnknown => Ok(Earlier::Nothing),
+            Err(status) if Reason::of(&status) == Reason::KeyTaken => {
+                Err(not_begun(other_arguments(&status)))
+            }
             Err(status) if status.code() == Code::InvalidArgument => {
-                Err(not_begun(status_error(status)))
+                Err(not_begun(status_error(&status)))
             }
             // An earlier run with this key may be confirmed.
             Err(status) => Err(TransactionError::Unknown {
                 xid: None,
                 idempotency_key: Some(key),
-                cause: status_error(status),
+                cause: status_error(&status),
             }),
         }
     }
+}
+
+fn other_arguments(status: &Status) -> BoxError {
+    let details = status.get_details_error_info();
+    let xid = details.and_then(|mut details| details.metadata.remove(reason::XID));
+    let xid = xid.as_deref().unwrap_or("a transaction");
+    format!("its idempotency key belongs to {xid}, which has another fingerprint").into()
 }
 
 /// What earlier runs with the same key have come to.

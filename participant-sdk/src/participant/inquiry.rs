@@ -78,7 +78,7 @@ impl Participant {
                 error!(%xid, %branch_id, action, "a transaction is confirmed and complete, but this branch is still reserved");
                 false
             }
-            Outcome::Forgotten => {
+            Outcome::Forgotten | Outcome::KeyUnknown => {
                 error!(%xid, %branch_id, action, "the coordinator has forgotten the transaction of this reservation");
                 false
             }

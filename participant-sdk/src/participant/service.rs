@@ -17,6 +17,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::Participant;
 use crate::{
+    answer::Answer,
     branch::{Branch, Phase},
     context,
 };
@@ -45,8 +46,14 @@ impl ParticipantService for Participant {
         context::within_call(request, async |request| {
             let TryBranchRequest { context, payload } = request;
             let branch = Branch::from_context(context, Phase::Try)?;
-            let payload = payload.unwrap_or_default().data;
-            let data = self.handle(&branch, &payload).await.into_result()?;
+            let payload = payload.unwrap_or_default();
+            let (bytes, max) = (payload.content_type.len(), limits::CONTENT_TYPE_BYTES_MAX);
+            if bytes > max {
+                let message = format!("has {bytes} bytes, and may have {max}");
+                let answer = Answer::Invalid { field: "payload.content_type", message };
+                return Err(answer.into_result().expect_err("it is invalid"));
+            }
+            let data = self.handle(&branch, &payload.data).await.into_result()?;
             let content_type = self.reply_content_type(&branch.action).to_owned();
             Ok(TryBranchResponse { reply: Some(Payload { data, content_type }) })
         })
@@ -193,6 +200,10 @@ mod tests {
         call(client, BranchRequest::CancelBranch(request)).await.map(|_| ())
     }
 
+    fn payload_of(quantity: i64) -> Payload {
+        Payload { data: payload(quantity).into(), content_type: String::new() }
+    }
+
     fn told<T>(result: Result<T, Status>) -> (Code, String) {
         let status = result.err().expect("an error");
         let info = status.get_details_error_info();
@@ -271,6 +282,11 @@ mod tests {
                 let invalid = try_it(client, context(3), data).await;
                 assert_eq!(told(invalid), says(Code::InvalidArgument, reason::INVALID_FIELD));
             }
+            let mut typed = payload_of(2);
+            typed.content_type = "t".repeat(limits::CONTENT_TYPE_BYTES_MAX + 1);
+            let request = TryBranchRequest { context: context(3), payload: Some(typed) };
+            let invalid = call(client, BranchRequest::TryBranch(request)).await;
+            assert_eq!(told(invalid), says(Code::InvalidArgument, reason::INVALID_FIELD));
             let no_context = confirm(client, None).await;
             assert_eq!(told(no_context), says(Code::InvalidArgument, reason::INVALID_FIELD));
         }

@@ -177,6 +177,12 @@ impl Coordinator {
         self.store.delay(each);
     }
 
+    /// A channel to it, for calls without the SDK.
+    #[cfg(all(test, feature = "sqlite"))]
+    pub(super) fn channel(&self) -> tonic::transport::Channel {
+        self.network.connect(COORDINATOR)
+    }
+
     /// A connection to it.
     #[must_use]
     pub fn handfast(&self) -> Handfast {
@@ -224,7 +230,9 @@ impl Coordinator {
             match &outcome {
                 Outcome::Confirmed { completed: true }
                 | Outcome::Cancelled { completed: true, .. } => return outcome,
-                Outcome::NeverRecorded | Outcome::Forgotten => panic!("{xid}: {outcome:?}"),
+                Outcome::NeverRecorded | Outcome::Forgotten | Outcome::KeyUnknown => {
+                    panic!("{xid}: {outcome:?}")
+                }
                 Outcome::Undecided | Outcome::Confirmed { .. } | Outcome::Cancelled { .. } => {
                     last = Some(outcome);
                 }

@@ -83,7 +83,7 @@ pub(super) async fn of_store(round: &mut Round) {
         tx.commit().await.expect("it commits");
         rig.clock.advance(Duration::from_millis(round.random.of(&[0, 100, 60_000])));
         let by = Some(pb::get_transaction_request::By::Xid(xid.to_string()));
-        let get = pb::GetTransactionRequest { by }.encode_to_vec();
+        let get = pb::GetTransactionRequest { by, ..Default::default() }.encode_to_vec();
         let path = "/handfast.v1.CoordinatorService/GetTransaction";
         let body = frame(&get);
         let Some(got) = round.answered(path, wire::call(&mut initiators, path, &[], body)).await

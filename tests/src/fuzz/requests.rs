@@ -269,6 +269,7 @@ impl Asking<'_> {
             target: self.random.text_of(&["http://127.0.0.1:7001", "", "http://10.1.1.1:80"]),
             payload,
             carry_payload: self.random.once_in(3),
+            try_timeout: self.random.duration(),
         }
     }
 
@@ -279,7 +280,13 @@ impl Asking<'_> {
             labels: if self.random.once_in(4) { self.random.texts() } else { Default::default() },
             idempotency_key: self.random.text_of(&["", "", "order-1", "order-2"]),
             branches: self.branches(),
+            fingerprint: self.fingerprint(),
         }
+    }
+
+    fn fingerprint(&mut self) -> Vec<u8> {
+        let bytes = self.random.of(&[0, 0, 0, 1, 64, 65]);
+        vec![7; usize::try_from(bytes).unwrap_or(0)]
     }
 
     fn register(&mut self) -> pb::RegisterBranchRequest {
@@ -307,7 +314,8 @@ impl Asking<'_> {
     }
 
     fn execute(&mut self) -> pb::ExecuteRequest {
-        let pb::BeginRequest { name, timeout, labels, idempotency_key, branches } = self.begin();
+        let pb::BeginRequest { name, timeout, labels, idempotency_key, branches, fingerprint } =
+            self.begin();
         pb::ExecuteRequest {
             name,
             timeout,
@@ -317,6 +325,7 @@ impl Asking<'_> {
             in_order: self.random.once_in(2),
             until: self.random.of(&[0, 1, 2, -5]),
             wait: self.random.duration(),
+            fingerprint,
         }
     }
 
@@ -327,7 +336,7 @@ impl Asking<'_> {
             1 => Some(By::IdempotencyKey(self.random.text_of(&["order-1", "order-9"]))),
             _ => Some(By::Xid(self.xid())),
         };
-        pb::GetTransactionRequest { by }
+        pb::GetTransactionRequest { by, fingerprint: self.fingerprint() }
     }
 
     fn wait(&mut self) -> pb::WaitTransactionRequest {

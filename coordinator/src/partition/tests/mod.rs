@@ -239,6 +239,7 @@ fn new(branches: &[&str]) -> NewTransaction {
         target: String::new(),
         payload: None,
         carry_payload: false,
+        try_timeout: None,
     };
     NewTransaction {
         name: "checkout".to_owned(),

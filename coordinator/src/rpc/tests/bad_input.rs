@@ -196,7 +196,7 @@ async fn what_must_be_said_and_is_not() {
     invalid(rig.decide(undecided).await, "decision", "CONFIRM or CANCEL");
     invalid(rig.register(&xid, Vec::new()).await, "branches", "empty");
     invalid(rig.confirm(&xid, &["1", "A"]).await, "tried_branch_ids[1]", "a-z");
-    let nobody = pb::GetTransactionRequest { by: None };
+    let nobody = pb::GetTransactionRequest::default();
     invalid(rig.services.get_transaction(Request::new(nobody)).await, "by", "xid");
     let nothing = pb::ExecuteRequest { name: "checkout".to_owned(), ..Default::default() };
     invalid(rig.services.execute(Request::new(nothing)).await, "branches", "empty");

@@ -125,8 +125,10 @@ impl Rig {
 
     async fn get(&self, xid: &str) -> Result<pb::Transaction, Status> {
         let by = Some(pb::get_transaction_request::By::Xid(xid.to_owned()));
-        let response =
-            self.services.get_transaction(Request::new(pb::GetTransactionRequest { by })).await?;
+        let response = self
+            .services
+            .get_transaction(Request::new(pb::GetTransactionRequest { by, ..Default::default() }))
+            .await?;
         Ok(response.into_inner().transaction.unwrap())
     }
 

@@ -152,9 +152,35 @@ async fn the_same_key_gives_the_same_transaction() {
         );
         assert_eq!(detail(&status, reason::XID), xid);
     }
+    // A fingerprint takes the place of that comparison.
+    let printed = |fingerprint: &[u8], ids: &[&str]| pb::BeginRequest {
+        idempotency_key: "order-2000".to_owned(),
+        fingerprint: fingerprint.to_vec(),
+        ..begin(ids)
+    };
+    let first = rig.begin(printed(b"two pieces", &["1"])).await.unwrap();
+    assert!(rig.begin(printed(b"two pieces", &[])).await.unwrap().existed);
+    for other in [printed(b"three pieces", &["1"]), printed(b"", &["1"])] {
+        let status = rig.begin(other).await.unwrap_err();
+        assert_eq!(reason(&status), reason::KEY_TAKEN);
+    }
+    let find = |fingerprint: &[u8]| pb::GetTransactionRequest {
+        by: Some(pb::get_transaction_request::By::IdempotencyKey("order-2000".to_owned())),
+        fingerprint: fingerprint.to_vec(),
+    };
+    for fingerprint in [&b"two pieces"[..], b""] {
+        let found = rig.services.get_transaction(Request::new(find(fingerprint))).await.unwrap();
+        assert_eq!(
+            found.into_inner().transaction.unwrap().xid,
+            first.transaction.as_ref().unwrap().xid
+        );
+    }
+    let other = rig.services.get_transaction(Request::new(find(b"three pieces"))).await;
+    assert_eq!(reason(&other.unwrap_err()), reason::KEY_TAKEN);
     let by = |key: &str| {
         let by = Some(pb::get_transaction_request::By::IdempotencyKey(key.to_owned()));
-        rig.services.get_transaction(Request::new(pb::GetTransactionRequest { by }))
+        rig.services
+            .get_transaction(Request::new(pb::GetTransactionRequest { by, ..Default::default() }))
     };
     assert_eq!(by("order-1042").await.unwrap().into_inner().transaction.unwrap().xid, xid);
     let status = by("order-1043").await.unwrap_err();
@@ -391,7 +417,10 @@ async fn calls_that_were_given_up_do_not_end_the_connection() {
     let channel = tonic::transport::Endpoint::from_shared(url).unwrap().connect_lazy();
     let mut client = CoordinatorServiceClient::new(channel);
     let by = Some(pb::get_transaction_request::By::Xid(xid.clone()));
-    client.get_transaction(pb::GetTransactionRequest { by: by.clone() }).await.unwrap();
+    client
+        .get_transaction(pb::GetTransactionRequest { by: by.clone(), ..Default::default() })
+        .await
+        .unwrap();
 
     stop.send(()).unwrap();
     let until = pb::Until::Decided.into();
@@ -401,7 +430,8 @@ async fn calls_that_were_given_up_do_not_end_the_connection() {
         async move { client.wait_transaction(waits).await }
     });
     for _ in 0..200 {
-        let asked = client.get_transaction(pb::GetTransactionRequest { by: by.clone() });
+        let asked = client
+            .get_transaction(pb::GetTransactionRequest { by: by.clone(), ..Default::default() });
         tokio::time::timeout(Duration::from_millis(1), asked).await.unwrap_err();
     }
     go_on.send(()).unwrap();

@@ -200,6 +200,7 @@ fn spec(branch_id: &str) -> BranchSpec {
         target: "http://127.0.0.1:7001".to_owned(),
         payload: None,
         carry_payload: false,
+        try_timeout: None,
     }
 }
 

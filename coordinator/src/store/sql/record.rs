@@ -447,6 +447,7 @@ impl BranchRow {
                 target: self.target,
                 carry_payload: payload.is_some(),
                 payload,
+                try_timeout: None,
             }),
             attempts: match branch_state {
                 BranchState::Acknowledged if self.state == 1 => 1,

@@ -18,6 +18,7 @@ fn spec(branch_id: &str) -> BranchSpec {
         target: String::new(),
         payload: None,
         carry_payload: false,
+        try_timeout: None,
     }
 }
 

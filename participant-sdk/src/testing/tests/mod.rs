@@ -1,5 +1,6 @@
 //! The initiator's side of the SDK, and the test kit itself, over the real coordinator in this process.
 
+mod deadlines;
 #[path = "initiator/mod.rs"]
 mod initiator;
 #[path = "initiator/mod.rs"]
@@ -8,6 +9,7 @@ mod initiator_without_streams;
 mod inquiry;
 mod laws;
 mod memory;
+mod several;
 mod streams;
 mod wire;
 

@@ -55,7 +55,8 @@ impl ParticipantService for Odd {
         &self,
         request: Request<pb::TryBranchRequest>,
     ) -> Result<Response<pb::TryBranchResponse>, Status> {
-        match request.into_inner().context.unwrap_or_default().action.as_str() {
+        let action = request.into_inner().context.unwrap_or_default().action;
+        match action.as_str() {
             "never" => std::future::pending().await,
             "slow" => {
                 tokio::time::sleep(Duration::from_secs(3)).await;
@@ -63,6 +64,17 @@ impl ParticipantService for Odd {
             }
             "panic" => panic!("the action says so"),
             "refuse" => Err(Status::failed_precondition("no")),
+            "long" | "odd" => {
+                let long = action == "long";
+                let data = vec![b' '; if long { limits::PAYLOAD_BYTES_MAX + 1 } else { 1 }].into();
+                let content_type = if long {
+                    String::new()
+                } else {
+                    "t".repeat(limits::CONTENT_TYPE_BYTES_MAX + 1)
+                };
+                let reply = Some(pb::Payload { data, content_type });
+                Ok(Response::new(pb::TryBranchResponse { reply }))
+            }
             _ => Ok(Response::new(pb::TryBranchResponse { reply: None })),
         }
     }
@@ -207,6 +219,22 @@ async fn a_participant_without_streams_gets_unary_calls() {
         one.unwrap();
         assert_eq!(other.unwrap_err().message(), "no", "the call's own answer");
         assert_eq!(format!("{line:?}"), "Line(unary)");
+    }
+}
+
+#[tokio::test]
+async fn a_reply_over_the_limits_of_the_contract_is_no_clear_answer() {
+    for no_streams in [None, Some(Code::Unimplemented)] {
+        let network = Network::default();
+        let _serving = serve(&network, Odd { no_streams, ..Odd::sound() });
+        let line = Line::new(network.connect("odd"));
+        for (action, told) in [
+            ("long", "the reply has 65537 bytes, and may have 65536"),
+            ("odd", "the content type of the reply has 129 bytes, and may have 128"),
+        ] {
+            let status = try_it(&line, action).await.unwrap_err();
+            assert_eq!((status.code(), status.message()), (Code::Internal, told));
+        }
     }
 }
 

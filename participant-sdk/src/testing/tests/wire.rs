@@ -21,13 +21,18 @@ use crate::{Handfast, PropagateLayer, Remote};
 
 /// Takes notes, and says yes to everything.
 #[derive(Clone, Default)]
-struct Notes {
+pub(super) struct Notes {
     calls: Arc<Mutex<Vec<String>>>,
     /// So many calls are refused as unavailable before they are taken.
     unavailable: Arc<Mutex<usize>>,
 }
 
 impl Notes {
+    /// Refuses every call.
+    pub(super) fn standby() -> Self {
+        Self { unavailable: Arc::new(Mutex::new(usize::MAX)), ..Self::default() }
+    }
+
     fn note(&self, call: String) -> Result<pb::Transaction, Status> {
         let mut unavailable = self.unavailable.lock().unwrap();
         if *unavailable > 0 {

@@ -47,6 +47,30 @@ async fn clean_up_deletes_what_is_old_and_keeps_what_somebody_may_ask_for() {
 }
 
 #[tokio::test]
+async fn a_branch_that_was_settled_by_hand_is_closed_without_running_its_code() {
+    for place in places().await {
+        let shop = place.open(8).await;
+        let hour = millis(EXPIRY_MARGIN);
+        for (n, phase, state) in [(1, Phase::Confirm, "confirmed"), (2, Phase::Cancel, "cancelled")]
+        {
+            aged(&shop, n, &[Phase::Try], hour, Some(hour)).await;
+            let (runs, shelf) = (shop.runs(), shop.shelf().await);
+            assert_eq!(shop.fence.overdue(&branch(n, phase).action).await.unwrap().len(), 1);
+            for _ in 0..2 {
+                done(&shop.fence.close(&branch(n, phase)).await);
+            }
+            assert_eq!(shop.state(n).await.as_deref(), Some(state));
+            assert!(shop.fence.overdue(&branch(n, phase).action).await.unwrap().is_empty());
+            // What comes late is answered from the row.
+            done(&shop.deliver(Level::Action, &branch(n, phase), &[]).await);
+            assert_eq!((shop.runs(), shop.shelf().await), (runs, shelf));
+        }
+        let answer = shop.fence.close(&branch(1, Phase::Try)).await;
+        assert!(matches!(answer, Answer::Invalid { field: "phase", .. }), "{answer:?}");
+    }
+}
+
+#[tokio::test]
 async fn clean_up_takes_many_rows_in_several_batches() {
     for place in places().await {
         let shop = place.open(8).await;

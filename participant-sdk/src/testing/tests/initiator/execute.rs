@@ -59,3 +59,13 @@ async fn what_the_coordinator_runs_survives_lost_answers_and_not_its_own_death()
     assert!(error.to_string().contains("restarted"), "{error}");
     shop.until(CONFIRMED).await;
 }
+
+#[tokio::test]
+async fn the_coordinator_gives_a_try_the_time_that_its_contract_says() {
+    let db = Database::new(SCHEMA).await;
+    // More than the coordinator gives a call here if the contract does not say.
+    let warehouse = participant("warehouse", &db, Counting(Duration::from_secs(1))).await;
+    let coordinator = Coordinator::start([warehouse]).await;
+    let execute = coordinator.handfast().execute("inventory").until_decided();
+    execute.call::<Slow>(&coordinator.remote("warehouse"), &()).run().await.unwrap();
+}

@@ -8,7 +8,9 @@ async fn without_a_coordinator_nobody_knows_what_a_key_led_to() {
     let done = shop.run(shop.order().idempotency_key("a"), 2).await.unwrap();
     let handfast = shop.coordinator.handfast();
     shop.coordinator.kill();
-    let order = || handfast.transaction("order").idempotency_key("a").until_decided();
+    let patience = Duration::from_secs(5);
+    let order =
+        || handfast.transaction("order").idempotency_key("a").until_decided().patience(patience);
     let error = shop.run(order(), 2).await.unwrap_err();
     let TransactionError::Unknown { xid: None, idempotency_key, .. } = &error else {
         panic!("a customer would be told that what was confirmed is not: {error:?}")
@@ -156,4 +158,57 @@ async fn what_was_executed_under_a_key_is_told_to_a_run_with_it() {
     let order = handfast.transaction("order").idempotency_key("a");
     let told = order.run(async |global| Ok(global.call::<Deduct>(&east, Json(3)).await?)).await;
     assert_eq!(told.unwrap().xid, executed.xid, "the customer is told that nothing has happened");
+}
+
+#[tokio::test]
+async fn a_key_with_other_arguments_is_told_so_before_anything_is_tried() {
+    let shop = Shop::new(streams()).await;
+    let order = |pieces: i64| {
+        let order = shop.order().idempotency_key("a").fingerprint(&("ann", pieces));
+        shop.run(order, pieces)
+    };
+    let first = order(2).await.unwrap();
+    let again = order(2).await.unwrap();
+    assert_eq!((again.xid, again.value), (first.xid, None));
+    let error = order(3).await.unwrap_err();
+    assert!(matches!(error, TransactionError::NotBegun { .. }), "{error:?}");
+    assert!(error.to_string().contains("another fingerprint"), "{error}");
+    shop.confirmed(first.xid).await;
+    // Also for a transaction that the coordinator runs.
+    let (east, _) = shop.remotes();
+    let execute = |pieces: i64| {
+        let execute = shop.coordinator.handfast().execute("order").idempotency_key("b");
+        execute.fingerprint(&pieces).call::<Deduct>(&east, &Json(pieces)).run()
+    };
+    let xid = execute(1).await.unwrap().xid;
+    assert_eq!(execute(1).await.unwrap().xid, xid);
+    let error = execute(2).await.unwrap_err();
+    assert!(matches!(error, TransactionError::NotBegun { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn of_two_orders_with_one_key_side_by_side_one_is_confirmed_and_the_other_is_told_nothing_was_tried()
+ {
+    for _ in 0..8 {
+        let shop = Shop::new(streams()).await;
+        let order = |pieces: i64| {
+            let order = shop.order().idempotency_key("a").fingerprint(&pieces);
+            shop.run(order, pieces)
+        };
+        let (one, two) = tokio::join!(order(2), order(3));
+        let (done, other) = match (one, two) {
+            (Ok(done), Err(other)) | (Err(other), Ok(done)) => (done, other),
+            both => panic!("{both:?}"),
+        };
+        assert!(matches!(other, TransactionError::NotBegun { .. }), "{other:?}");
+        let finished = shop.coordinator.finished(done.xid).await;
+        assert_eq!(finished, Outcome::Confirmed { completed: true });
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_no_transaction_has_is_told_apart() {
+    let shop = Shop::new(streams()).await;
+    let outcome = shop.coordinator.handfast().outcome_of_key("never").await.unwrap();
+    assert_eq!(outcome, Outcome::KeyUnknown);
 }

@@ -336,3 +336,99 @@ async fn endless_patience_is_no_reason_to_panic() {
     let shop = Shop::new(streams()).await;
     shop.run(shop.order().patience(Duration::MAX), 2).await.unwrap();
 }
+
+#[tokio::test]
+async fn little_patience_beside_the_wait_for_acknowledgements_is_not_unknown() {
+    let shop = Shop::new(streams()).await;
+    // No participant acknowledges while `run` waits: the pauses between attempts are of the clock that stands still.
+    shop.coordinator.script(Deduct::NAME, Phase::Confirm, [Fault::Unavailable; 4]);
+    for patience in [300, 1000, 1500] {
+        let order = shop.coordinator.handfast().transaction("order");
+        let done = shop.run(order.patience(Duration::from_millis(patience)), 1).await.unwrap();
+        assert!(!done.completed);
+        shop.coordinator.finished(done.xid).await;
+        shop.coordinator.script(Deduct::NAME, Phase::Confirm, [Fault::Unavailable; 4]);
+    }
+}
+
+#[tokio::test]
+async fn patience_covers_the_first_question_about_a_key() {
+    let mut shop = Shop::new(streams()).await;
+    shop.coordinator.kill();
+    let began = std::time::Instant::now();
+    let order = shop.order().idempotency_key("a").patience(Duration::from_millis(300));
+    let error = shop.run(order, 2).await.unwrap_err();
+    assert!(matches!(error, TransactionError::Unknown { xid: None, .. }), "{error:?}");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_try_without_a_clear_answer_is_recorded_with_its_branch_participant_and_cause() {
+    let shop = Shop::new(streams()).await;
+    shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::None, Fault::Garbage]);
+    let (east, west) = shop.remotes();
+    let run = shop.order().run(async |global| {
+        global.call::<Deduct>(&east, Json(3)).await?;
+        Ok(global.call::<Deduct>(&west, Json(2)).await?.0)
+    });
+    let error = run.await.unwrap_err();
+    let text =
+        "inventory.deduct had no clear answer from west: DATA_LOSS: the script says: garbage";
+    assert!(error.to_string().ends_with(text), "{error}");
+    let Outcome::Cancelled { reason, .. } = shop.coordinator.finished(error.xid().unwrap()).await
+    else {
+        panic!("not cancelled")
+    };
+    assert_eq!(
+        reason,
+        "the Try of branch 2 had no clear answer: inventory.deduct at west: DATA_LOSS: the script says: garbage"
+    );
+}
+
+#[tokio::test]
+async fn the_time_for_one_try_is_the_contracts_or_the_calls_and_the_error_names_it() {
+    let db = Database::new(SCHEMA).await;
+    let warehouse = participant("warehouse", &db, Counting(Duration::from_millis(5500))).await;
+    let coordinator = Coordinator::start([warehouse]).await;
+    let (handfast, remote) = (coordinator.handfast(), coordinator.remote("warehouse"));
+    let inventory = || handfast.transaction("inventory").until_decided();
+    let patient = inventory().run(async |global| Ok(global.call::<Slow>(&remote, ()).await?));
+    let hasty = inventory().run(async |global| {
+        Ok(global.call_within::<Slow>(&remote, (), Duration::from_millis(200)).await?)
+    });
+    let (patient, hasty) = tokio::join!(patient, hasty);
+    patient.unwrap();
+    let error = hasty.unwrap_err().to_string();
+    assert!(error.contains("DEADLINE_EXCEEDED: no answer within 200ms"), "{error}");
+}
+
+/// Its Try may take longer than the five seconds of other contracts.
+struct Slow;
+
+impl Contract for Slow {
+    const NAME: &'static str = "warehouse.count";
+    type Args = ();
+    type Reply = ();
+    const TRY_TIMEOUT: Duration = Duration::from_secs(7);
+}
+
+/// Takes this long.
+struct Counting(Duration);
+
+impl Action for Counting {
+    type Contract = Slow;
+    type Db = Sqlite;
+
+    async fn on_try(&self, _: &mut Tx<Sqlite>, _: &Branch, _: &()) -> Result<(), TryError> {
+        tokio::time::sleep(self.0).await;
+        Ok(())
+    }
+
+    async fn on_confirm(&self, _: &mut Tx<Sqlite>, _: &Branch, _: &()) -> Result<(), Failed> {
+        Ok(())
+    }
+
+    async fn on_cancel(&self, _: &mut Tx<Sqlite>, _: &Branch, _: &()) -> Result<(), Failed> {
+        Ok(())
+    }
+}

@@ -1,0 +1,110 @@
+//! Connecting to one of several coordinators. Each connection goes to the next address in turn, so that one that does not answer, or
+//! does not serve, does not hold up the others.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task,
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use handfast_proto::{
+    address::Address,
+    connection::{self, Http2, endpoint},
+};
+use hyper_util::rt::TokioIo;
+use tokio::time::timeout;
+use tonic::transport::{Channel, Uri};
+use tower_service::Service;
+
+/// How long connecting to one address may take before the next one is tried.
+const ONE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The addresses of a coordinator and its standbys. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Addresses {
+    addresses: Arc<Vec<Address>>,
+    /// How many IP addresses there were when a connection was made last.
+    found: Arc<AtomicUsize>,
+}
+
+impl Addresses {
+    /// `addresses` must not be empty.
+    pub(crate) fn new(addresses: Vec<Address>) -> Self {
+        let found = Arc::new(AtomicUsize::new(addresses.len()));
+        Self { addresses: Arc::new(addresses), found }
+    }
+
+    /// How many there are, as far as is known.
+    pub(crate) fn count(&self) -> usize {
+        self.found.load(Ordering::Relaxed)
+    }
+
+    /// A channel whose first connection goes to the address with the number `start`, and each further one to the next.
+    pub(crate) fn channel(&self, start: usize) -> Channel {
+        let next = Arc::new(AtomicUsize::new(start));
+        let connector = Connector { addresses: self.clone(), next };
+        endpoint(&self.addresses[0]).connect_with_connector_lazy(connector)
+    }
+
+    async fn connect(&self, start: usize) -> io::Result<TokioIo<Http2>> {
+        let mut failed = io::Error::from(io::ErrorKind::NotFound);
+        let mut found = Vec::new();
+        for address in &*self.addresses {
+            match look_up(address).await {
+                Ok(addresses) => found.extend(addresses),
+                Err(error) => failed = error,
+            }
+        }
+        self.found.store(found.len(), Ordering::Relaxed);
+        for n in 0..found.len() {
+            let address = found[start.wrapping_add(n) % found.len()];
+            match timeout(ONE_TIMEOUT, connection::connect(address)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => failed = error,
+                Err(_) => failed = io::Error::from(io::ErrorKind::TimedOut),
+            }
+        }
+        Err(failed)
+    }
+}
+
+/// The IP addresses of a name, sorted: the same number means the same one for every connection.
+async fn look_up(address: &Address) -> io::Result<Vec<SocketAddr>> {
+    let uri = address.uri();
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+    let port = uri.port_u16().unwrap_or_default();
+    let unknown = |_| io::Error::other(format!("the name {host} was not found"));
+    let found = tokio::net::lookup_host((host.as_str(), port)).await.map_err(unknown)?;
+    let mut found: Vec<_> = found.collect();
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
+#[derive(Clone)]
+struct Connector {
+    addresses: Addresses,
+    next: Arc<AtomicUsize>,
+}
+
+impl Service<Uri> for Connector {
+    type Response = TokioIo<Http2>;
+    type Error = io::Error;
+    type Future = BoxFuture<'static, io::Result<TokioIo<Http2>>>;
+
+    fn poll_ready(&mut self, _: &mut task::Context<'_>) -> task::Poll<io::Result<()>> {
+        task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let start = self.next.fetch_add(1, Ordering::Relaxed);
+        let addresses = self.addresses.clone();
+        Box::pin(async move { addresses.connect(start).await })
+    }
+}

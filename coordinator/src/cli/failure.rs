@@ -3,7 +3,7 @@
 use std::{error::Error, fmt, io, process::ExitCode, time::Duration};
 
 use handfast_coordinator::{config::Invalid, server, store};
-use handfast_proto::reason;
+use handfast_proto::{connection, reason};
 use tonic::{Code as GrpcCode, Status};
 use tonic_types::StatusExt as _;
 
@@ -74,7 +74,7 @@ impl Failure {
         Self::new(
             Code::Unreachable,
             format!("cannot reach the coordinator at {server}"),
-            root_cause(error),
+            connection::in_words(error),
             "is it running? start one with `handfast dev`, or choose another with --server or HANDFAST_SERVER",
         )
     }
@@ -182,15 +182,6 @@ impl From<server::Error> for Failure {
         };
         Self::new(code, "the coordinator cannot run", error.to_string(), hint)
     }
-}
-
-/// The last error of the chain. tonic says "transport error"; the cause that helps a person is at the end.
-fn root_cause(error: &(dyn Error + 'static)) -> String {
-    let mut root = error;
-    while let Some(source) = root.source() {
-        root = source;
-    }
-    root.to_string()
 }
 
 #[cfg(test)]

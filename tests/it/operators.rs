@@ -42,6 +42,7 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
     let open = initiator
         .transaction("order")
         .label("customer", "ann")
+        .idempotency_key("order-1042")
         .until_decided()
         .begin()
         .await
@@ -73,6 +74,7 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
     {
         assert!(shown.contains(word), "{word} is not in:\n{shown}");
     }
+    assert_eq!(json(&coordinator, &["show", "--key", "order-1042"]).await["xid"], *text);
     // Its next attempt may be far away; it goes out now, past the breaker too.
     let attempts = |shown: &Value| shown["branches"][1]["attempts"].as_u64().unwrap();
     let before = attempts(&json(&coordinator, &["show", &text]).await);
@@ -86,6 +88,8 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
     for (arguments, expected, says) in [
         (&["show", "3-7-1042"][..], 2, "3-7-1042-9f3c01d2"),
         (&["show", "3-1-999999-00000000"], 3, "not known"),
+        (&["show", "--key", "order-1043"], 3, "order-1043"),
+        (&["show"], 2, "XID"),
         (&["resolve", &text, "7", "--reason", "x", "--operator", "ann"], 3, "no branch 7"),
         (&["resolve", &text, "1", "--reason", "x", "--operator", "ann"], 4, "acknowledged"),
         (&["resolve", &text, "2"], 2, "--reason"),

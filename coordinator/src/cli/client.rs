@@ -72,10 +72,15 @@ With -o json: one object. An absent value is null, no key is left out; times are
 
 Examples:
   handfast show 3-7-1042-9f3c01d2 -o json | jq -r .state
+  handfast show --key order-1042
   handfast show 3-7-1042-9f3c01d2")]
 pub(super) struct Show {
     /// The transaction's xid, as `handfast list` prints it
-    xid: Xid,
+    #[arg(required_unless_present = "key", conflicts_with = "key")]
+    xid: Option<Xid>,
+    /// The idempotency key that the transaction began with, instead of its xid
+    #[arg(long, value_name = "KEY")]
+    key: Option<String>,
     #[command(flatten)]
     server: Server,
 }
@@ -196,9 +201,12 @@ impl Server {
         answer: Option<pb::Transaction>,
         for_people: impl FnOnce(&pb::Transaction) -> String,
     ) -> Result<(), Failure> {
-        let transaction = answer.unwrap_or_default();
+        let mut transaction = answer.unwrap_or_default();
         match self.output {
-            Output::Table => tell(&for_people(&transaction)),
+            Output::Table => {
+                text::on_one_line(&mut transaction);
+                tell(&for_people(&transaction))
+            }
             Output::Json => tell(&json::line(&json::Transaction::from(transaction))),
         }
     }
@@ -235,6 +243,7 @@ impl List {
         if self.server.output == Output::Json {
             return tell(&json::line(&json::Transactions::from(answer)));
         }
+        answer.transactions.iter_mut().for_each(text::on_one_line);
         if answer.transactions.is_empty() {
             talk("found no transactions");
         } else {
@@ -249,14 +258,22 @@ impl List {
 
 impl Show {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        let by = Some(By::Xid(self.xid.to_string()));
+        let (by, what) = match (self.xid, self.key) {
+            (Some(xid), _) => (By::Xid(xid.to_string()), format!("cannot show {xid}")),
+            (None, key) => {
+                let key = key.unwrap_or_default();
+                let what = format!("cannot show the transaction of the key {key:?}");
+                (By::IdempotencyKey(key), what)
+            }
+        };
+        let by = Some(by);
         let ask = async |channel| {
             let mut client = CoordinatorServiceClient::new(channel)
                 .max_encoding_message_size(limits::REQUEST_BYTES_MAX)
                 .max_decoding_message_size(limits::RESPONSE_BYTES_MAX);
             client.get_transaction(pb::GetTransactionRequest { by, ..Default::default() }).await
         };
-        let answer = self.server.ask(&format!("cannot show {}", self.xid), ask).await?;
+        let answer = self.server.ask(&what, ask).await?;
         self.server.tell(answer.transaction, |transaction| {
             text::show(transaction, now(), &TimeZone::system(), &self.server.flag())
         })

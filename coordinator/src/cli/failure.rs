@@ -2,7 +2,7 @@
 
 use std::{error::Error, fmt, io, process::ExitCode, time::Duration};
 
-use handfast_coordinator::{config::Invalid, server, store};
+use handfast_coordinator::{config::Invalid, dispatch::is_unprintable, server, store};
 use handfast_proto::{connection, reason};
 use tonic::{Code as GrpcCode, Status};
 use tonic_types::StatusExt as _;
@@ -147,6 +147,8 @@ impl Failure {
             (true, "") => status.code().to_string(),
             (true, message) => message.to_owned(),
         };
+        // Of others: it stays on its line.
+        let cause = cause.replace(is_unprintable, " ");
         Self::new(code, what, cause, hint)
     }
 }

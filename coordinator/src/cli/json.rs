@@ -1,7 +1,8 @@
 //! The output of `-o json`. `handfast show --help` documents it. It is stable: keys may be added, and nothing else changes.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Write as _};
 
+use handfast_coordinator::dispatch::is_unprintable;
 use handfast_proto::{time, v1 as pb};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -9,9 +10,18 @@ use serde::Serialize;
 /// One JSON document, with a line break at the end.
 pub(super) fn line(document: &impl Serialize) -> String {
     // Texts and numbers can always be serialised.
-    let mut text = serde_json::to_string_pretty(document).unwrap_or_default();
-    text.push('\n');
-    text
+    let text = serde_json::to_string_pretty(document).unwrap_or_default();
+    let mut line = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        // Controls are escaped already. What turns text around on a terminal is the same text for a program when it is escaped.
+        if is_unprintable(c) && !c.is_control() {
+            let _always_fits = write!(line, "\\u{:04x}", u32::from(c));
+        } else {
+            line.push(c);
+        }
+    }
+    line.push('\n');
+    line
 }
 
 #[derive(Debug, Serialize)]

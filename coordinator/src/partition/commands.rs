@@ -118,11 +118,16 @@ impl Partition {
             }),
         };
         if let Some(event) = event {
-            let resolving = matches!(event, Event::Resolved { .. }).then(|| event.clone());
+            let resolving = if let Event::Resolved { branch_id, resolution } = &event {
+                Some((branch_id.clone(), resolution.clone()))
+            } else {
+                None
+            };
             match self.apply(xid, event) {
                 Ok(change) => {
-                    if let Some(resolved) = resolving.filter(|_| change.weight == Weight::Durable) {
-                        warn!(%xid, ?resolved, "an operator resolved a branch");
+                    let resolving = resolving.filter(|_| change.weight == Weight::Durable);
+                    if let Some((branch_id, Resolution { operator, reason, .. })) = resolving {
+                        warn!(%xid, %branch_id, operator, reason, "an operator resolved a branch");
                     }
                 }
                 Err(rejection) => {

@@ -21,7 +21,7 @@ impl Partition {
             let stuck = *hopeless || branch.attempts >= self.parts.settings.stuck_after.attempts;
             warn!(
                 %xid, branch_id = %branch.spec.branch_id, action = branch.spec.action, participant = branch.spec.participant,
-                phase = ?phase, attempt = branch.attempts, code = error.code, error = error.message, stuck,
+                phase = phase.as_str(), attempt = branch.attempts, code = error.code, error = error.message, stuck,
                 "call failed; will retry"
             );
         }

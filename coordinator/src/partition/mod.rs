@@ -234,7 +234,7 @@ impl Partition {
         let global = &self.entries[&xid].global;
         if global.state != before && global.state.is_final() {
             let took_ms = u64::try_from((now - global.begun_at).as_millis()).unwrap_or(u64::MAX);
-            info!(%xid, name = global.name, state = ?global.state, took_ms, "finished");
+            info!(%xid, name = global.name, state = global.state.as_str(), took_ms, "finished");
             crash_point!("finished.before_record");
         }
         self.drive(xid, hurry);

@@ -21,6 +21,18 @@ pub enum State {
 }
 
 impl State {
+    /// For logs.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Trying => "trying",
+            Self::Confirming => "confirming",
+            Self::Cancelling => "cancelling",
+            Self::Confirmed => "confirmed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
     /// The decision, once it is made.
     #[must_use]
     pub fn decision(self) -> Option<Decision> {
@@ -67,6 +79,18 @@ pub enum Phase {
     Confirm,
     /// Release what was reserved. Phase two.
     Cancel,
+}
+
+impl Phase {
+    /// For logs.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Try => "try",
+            Self::Confirm => "confirm",
+            Self::Cancel => "cancel",
+        }
+    }
 }
 
 /// The process that calls the Trys and asks for the decision.

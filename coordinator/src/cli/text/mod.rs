@@ -6,7 +6,7 @@ pub(super) mod tests;
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use comfy_table::{Table, presets};
-use handfast_coordinator::transaction::Timestamp;
+use handfast_coordinator::{dispatch::is_unprintable, transaction::Timestamp};
 use handfast_proto::{
     time,
     v1::{self as pb, BranchState, TransactionState as State},
@@ -141,6 +141,39 @@ pub(super) fn resolved(transaction: &pb::Transaction, branch_id: &str) -> String
     let (operator, reason) =
         resolution.map_or(("", ""), |resolution| (&*resolution.operator, &*resolution.reason));
     format!("Branch {branch_id} is resolved, by {operator}: {reason}\n{}\n", headline(transaction))
+}
+
+/// Puts every text that others wrote on one line: with a line break in it, it could look like a line of ours.
+pub(super) fn on_one_line(transaction: &mut pb::Transaction) {
+    let line = |text: &mut String| *text = text.replace(is_unprintable, " ");
+    let pairs = |pairs: &mut BTreeMap<String, String>| {
+        *pairs = std::mem::take(pairs)
+            .into_iter()
+            .map(|(key, value)| [key, value].map(|text| text.replace(is_unprintable, " ")))
+            .map(|[key, value]| (key, value))
+            .collect();
+    };
+    line(&mut transaction.name);
+    line(&mut transaction.cancel_reason);
+    pairs(&mut transaction.labels);
+    if let Some(refusal) = &mut transaction.refusal {
+        line(&mut refusal.reason);
+        line(&mut refusal.domain);
+        line(&mut refusal.message);
+        pairs(&mut refusal.metadata);
+    }
+    for branch in &mut transaction.branches {
+        line(&mut branch.action);
+        line(&mut branch.participant);
+        line(&mut branch.target);
+        if let Some(error) = &mut branch.last_error {
+            line(&mut error.message);
+        }
+        if let Some(resolution) = &mut branch.resolution {
+            line(&mut resolution.operator);
+            line(&mut resolution.reason);
+        }
+    }
 }
 
 fn headline(transaction: &pb::Transaction) -> String {

@@ -239,3 +239,27 @@ fn long_notes_are_cut_between_characters() {
     assert_eq!(cut(&"é".repeat(100)).chars().count(), NOTE_CHARS_MAX + 1);
     assert_eq!(cut("short"), "short");
 }
+
+#[test]
+fn texts_of_others_stay_on_their_line() {
+    let [mut stuck, mut refused, ..] = samples();
+    stuck.name = "checkout\nBranch 9 is resolved".to_owned();
+    stuck.branches[1].last_error.as_mut().unwrap().message = "down\r\nand \u{202e}out".to_owned();
+    let metadata = &mut refused.refusal.as_mut().unwrap().metadata;
+    metadata.insert("note\n".to_owned(), "two\nlines".to_owned());
+    for transaction in [&mut stuck, &mut refused] {
+        on_one_line(transaction);
+    }
+    assert!(show(&stuck, NOW, &TimeZone::UTC, "").starts_with("checkout Branch 9 is resolved "));
+    let shown = list(&[stuck], NOW);
+    assert!(shown.contains("down  and  out"), "{shown}");
+    assert!(show(&refused, NOW, &TimeZone::UTC, "").contains("note =two lines"));
+}
+
+#[test]
+fn json_means_the_same_and_does_not_turn_around_on_a_terminal() {
+    let name = "a\u{202e}b\n\"";
+    let line = super::super::json::line(&name);
+    assert_eq!(line, "\"a\\u202eb\\n\\\"\"\n");
+    assert_eq!(serde_json::from_str::<String>(&line).unwrap(), name);
+}

@@ -117,14 +117,18 @@ impl Journal {
     /// Records changes until `stop`, then what is left, and ends.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let mut appended_at = Instant::now();
+        let mut beaten = false;
         // The partition that comes first in a batch: each in its turn, since a batch may be full before the last one.
         let mut first = 0;
         loop {
             let beat_every = self.store.heartbeat().filter(|_| !self.outboxes().is_empty());
             let stopping = stop.is_cancelled();
-            let taken = if self.doubted.swap(false, Ordering::Relaxed) {
+            // Every other batch at most: reads that stay old must not keep changes from being recorded.
+            let is_due = self.is_due();
+            beaten = !(beaten && is_due) && self.doubted.swap(false, Ordering::Relaxed);
+            let taken = if beaten {
                 self.heartbeat() // also at the end: what was lost is marked by the batch that finds it
-            } else if stopping || self.is_due() {
+            } else if stopping || is_due {
                 self.take(&mut first)
             } else if beat_every.is_some_and(|every| appended_at.elapsed() >= every) {
                 self.heartbeat()

@@ -1,68 +1,9 @@
 //! Every key from every place, the strongest place wins, and whatever is wrong is told with its place and an example.
 
-use super::*;
+mod keys;
 
-/// Each key: its section and name, its variable, a value in TOML and as text, and what the configuration says of it, by default
-/// and with that value.
-const KEYS: [(&str, &str, &str, &str, &str, &str); 22] = [
-    (
-        "listen",
-        "HANDFAST_LISTEN",
-        r#""127.0.0.1:9000""#,
-        "127.0.0.1:9000",
-        "127.0.0.1:7420",
-        "127.0.0.1:9000",
-    ),
-    ("insecure", "HANDFAST_INSECURE", "true", "true", "false", "true"),
-    (
-        "store",
-        "HANDFAST_STORE",
-        r#""sqlite:a.db""#,
-        "sqlite:a.db",
-        "sqlite:default.db",
-        "sqlite:a.db",
-    ),
-    ("store_unsafe", "HANDFAST_STORE_UNSAFE", "true", "true", "false", "true"),
-    (
-        "log",
-        "HANDFAST_LOG",
-        r#""warn,a::b=debug""#,
-        "warn,a::b=debug",
-        r#"LogFilter("info")"#,
-        r#"LogFilter("warn,a::b=debug")"#,
-    ),
-    ("log_format", "HANDFAST_LOG_FORMAT", r#""json""#, "json", "Auto", "Json"),
-    ("shutdown_grace", "HANDFAST_SHUTDOWN_GRACE", r#""0s""#, "0s", "20s", "0ns"),
-    ("retention", "HANDFAST_RETENTION", r#""1s""#, "1s", "604800s", "1s"),
-    (
-        "participants",
-        "HANDFAST_PARTICIPANTS",
-        r#"{ a = "http://b:1", c = "http://d:2" }"#,
-        "a=http://b:1, c=http://d:2",
-        "",
-        "a=http://b:1 c=http://d:2",
-    ),
-    ("transaction.timeout", "HANDFAST_TRANSACTION_TIMEOUT", r#""1m 30s""#, "1m 30s", "30s", "90s"),
-    ("retry.initial", "HANDFAST_RETRY_INITIAL", r#""1ms""#, "1ms", "200ms", "1ms"),
-    ("retry.max", "HANDFAST_RETRY_MAX", r#""10m""#, "10m", "60s", "600s"),
-    ("stuck.after_attempts", "HANDFAST_STUCK_AFTER_ATTEMPTS", "3", "3", "8", "3"),
-    ("stuck.after", "HANDFAST_STUCK_AFTER", r#""1h""#, "1h", "120s", "3600s"),
-    ("calls.timeout", "HANDFAST_CALLS_TIMEOUT", r#""500ms""#, "500ms", "5s", "500ms"),
-    ("calls.timeout_max", "HANDFAST_CALLS_TIMEOUT_MAX", r#""5s""#, "5s", "60s", "5s"),
-    ("calls.per_participant", "HANDFAST_CALLS_PER_PARTICIPANT", "1", "1", "64", "1"),
-    ("calls.streams", "HANDFAST_CALLS_STREAMS", "false", "false", "true", "false"),
-    ("limits.open", "HANDFAST_LIMITS_OPEN", "10_000_000", "10000000", "100000", "10000000"),
-    ("limits.open_megabytes", "HANDFAST_LIMITS_OPEN_MEGABYTES", "20", "20", "1000", "20"),
-    ("limits.connections", "HANDFAST_LIMITS_CONNECTIONS", "20", "20", "10000", "20"),
-    (
-        "targets.allow",
-        "HANDFAST_TARGETS_ALLOW",
-        r#"["a:1", "*.b:*"]"#,
-        "a:1, *.b:*",
-        "loopback",
-        "a:1, *.b:*",
-    ),
-];
+use self::keys::KEYS;
+use super::*;
 
 fn told(config: &Config, path: &str) -> String {
     let Config { retry, stuck, calls, limits, targets, .. } = config;

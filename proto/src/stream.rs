@@ -307,6 +307,16 @@ impl<S: Streamed> Driver<S> {
         let mut old = false;
         loop {
             tokio::select! {
+                biased; // so that a simulated run can be repeated
+                () = &mut old_at => {
+                    // No further call is sent on it. The other end sees our side closed, and ends the stream after its last answer.
+                    self.set_slot(Slot::Closed);
+                    if old && lock(&self.pending).callers.values().all(|it| it.told.is_closed()) {
+                        return (answers, broken("the stream was closed"));
+                    }
+                    old = true;
+                    old_at.as_mut().reset(Instant::now() + OLD_STREAM_CHECK);
+                }
                 response = responses.message() => match response {
                     Ok(Some(response)) => {
                         answers += 1;
@@ -319,15 +329,6 @@ impl<S: Streamed> Driver<S> {
                     Ok(None) => return (answers, broken("the stream has ended")),
                     Err(status) => return (answers, broken(status)),
                 },
-                () = &mut old_at => {
-                    // No further call is sent on it. The other end sees our side closed, and ends the stream after its last answer.
-                    self.set_slot(Slot::Closed);
-                    if old && lock(&self.pending).callers.values().all(|it| it.told.is_closed()) {
-                        return (answers, broken("the stream was closed"));
-                    }
-                    old = true;
-                    old_at.as_mut().reset(Instant::now() + OLD_STREAM_CHECK);
-                }
             }
         }
     }

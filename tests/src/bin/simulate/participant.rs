@@ -225,6 +225,7 @@ pub(crate) async fn run(account: Arc<Account>, world: Arc<World>) -> turmoil::Re
         }
     };
     tokio::select! {
+        biased;
         served = serving => Ok(served?),
         () = caring => Ok(()),
     }

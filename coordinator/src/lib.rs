@@ -9,7 +9,7 @@
 //!    │   └── plan(now): what is due ◀─────────────────┘
 //!    │          │ calls whose cause is durable
 //!    │          ▼
-//!    └── dispatch: a lane for each address, backoff ──▶ participants
+//!    └── dispatch: a lane for each action, a breaker ──▶ participants
 //! ```
 //!
 //! Read in this order: [`transaction`] is pure and says what may happen to one transaction; [`partition`] owns those that are

@@ -1,5 +1,5 @@
 //! The coordinator as a whole. Callers ask here; the question goes to the partition that has the answer. `running` takes partitions
-//! over and lets them go, `purge` deletes old transactions, `report` logs how things are.
+//! over and hands them back at the end, `purge` deletes old transactions, `report` logs how things are.
 
 mod doors;
 mod purge;

@@ -27,6 +27,7 @@
 //! - an event that is rejected or repeated changes nothing.
 
 mod apply;
+mod branch_set;
 mod model;
 mod plan;
 pub mod retry;
@@ -36,8 +37,9 @@ mod tests;
 pub use handfast_proto::time::Timestamp;
 
 pub use apply::{Change, DecisionRequest, Event, Outcome, Rejection, Weight};
+pub use branch_set::BranchSet;
 pub use model::{
-    AttemptError, Branch, BranchSet, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
+    AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
     GlobalTransaction, Key, NewTransaction, Payload, Phase, Refusal, Resolution, State, StuckAfter,
 };
 pub use plan::{DueCall, Plan};

@@ -35,12 +35,42 @@ fn files(folder: &str, ending: &str) -> Vec<(PathBuf, String)> {
     found
 }
 
-/// The lines of a file that are code, up to its tests.
-fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
-    let lines = text.lines().enumerate().map(|(n, line)| (n + 1, line.trim()));
-    lines
-        .take_while(|(_, line)| *line != "#[cfg(test)]")
-        .filter(|(_, line)| !line.starts_with("//"))
+/// The lines of a file that are code, without the items that are for its tests.
+fn code(text: &str) -> Vec<(usize, &str)> {
+    let mut lines = text.lines().enumerate().map(|(n, line)| (n + 1, line.trim()));
+    let mut found = Vec::new();
+    while let Some((n, line)) = lines.next() {
+        if line == "#[cfg(test)]" {
+            skip_item(&mut lines);
+        } else if !line.starts_with("//") {
+            found.push((n, line));
+        }
+    }
+    found
+}
+
+/// Passes over one item, which rustfmt has laid out: it ends with the first `;` or closing brace outside of all brackets.
+fn skip_item<'a>(lines: &mut impl Iterator<Item = (usize, &'a str)>) {
+    let mut depth = 0_i32;
+    for (_, line) in lines {
+        for letter in line.chars() {
+            match letter {
+                '{' | '(' | '[' => depth += 1,
+                '}' | ')' | ']' => depth -= 1,
+                _ => {}
+            }
+        }
+        if depth == 0 && (line.ends_with(';') || line.ends_with('}')) {
+            return;
+        }
+    }
+}
+
+#[test]
+fn code_is_what_is_not_for_tests() {
+    let text = "use a;\n#[cfg(test)]\nmod tests;\n// said\nfn f() {}\n#[cfg(test)]\nmod more {\n    fn g() {}\n}\nfn h() {}\n";
+    let lines: Vec<_> = code(text).into_iter().map(|(_, line)| line).collect();
+    assert_eq!(lines, ["use a;", "fn f() {}", "fn h() {}"]);
 }
 
 #[track_caller]

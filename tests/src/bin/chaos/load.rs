@@ -254,9 +254,10 @@ pub(crate) async fn resolve(world: &World, told: &mut Told) -> anyhow::Result<[u
         let (known, n) = match outcome {
             Outcome::Confirmed { .. } => (Answer::Placed, 0),
             // Of a key that nobody knows no transaction has begun.
-            Outcome::Cancelled { .. } | Outcome::NeverRecorded | Outcome::Forgotten => {
-                (Answer::Cancelled, 1)
-            }
+            Outcome::Cancelled { .. }
+            | Outcome::NeverRecorded
+            | Outcome::Forgotten
+            | Outcome::KeyUnknown => (Answer::Cancelled, 1),
             Outcome::Undecided | _ => anyhow::bail!("{key} is not decided"),
         };
         resolved[n] += 1;

@@ -1,4 +1,4 @@
-//! What recording a transaction costs, exactly; and that the benchmark measures what it says. Nothing here is about time.
+//! The exact cost of recording a transaction, and a check that the benchmark measures what it claims. No test here depends on timing.
 
 use handfast::Json;
 use handfast_tests::{
@@ -8,7 +8,7 @@ use handfast_tests::{
 use serde_json::Value;
 use tokio::process::Command;
 
-/// Transactions, one after the other.
+/// Number of transactions, run one after the other.
 const TRANSACTIONS: u64 = 10;
 
 #[tokio::test]
@@ -37,10 +37,11 @@ async fn a_transaction_of_three_branches_waits_for_two_commits_and_writes_six_ro
     assert!(coordinator.ended().await.success());
     let recorded = coordinator.log().with_message("recorded").pop().unwrap();
     let count = |name: &str| recorded[name].as_u64().unwrap();
-    // Begin with all branches, and Decide. That it is finished goes with the next batch, or with one that nobody waits for.
+    // Callers wait for two batches: Begin with all branches, and Decide. No caller waits until "finished" is recorded.
+    // It goes with the next batch, or with a batch of its own.
     assert_eq!(count("awaited"), 2 * TRANSACTIONS, "{recorded}");
     assert!(count("batches") <= 3 * TRANSACTIONS, "{recorded}");
-    // A row for itself, one for each branch; its own again when it is decided, and when it is finished.
+    // Begin writes a row for the transaction and one for each branch. Decide and "finished" each write the transaction's row again.
     assert_eq!(count("rows"), 6 * TRANSACTIONS, "{recorded}");
     assert!(count("statements") <= 9 * TRANSACTIONS, "{recorded}");
 }
@@ -48,7 +49,7 @@ async fn a_transaction_of_three_branches_waits_for_two_commits_and_writes_six_ro
 async fn bench(flags: &[&str]) -> Value {
     let mut command = Command::new(binary("bench"));
     command.args(["--seconds", "1", "--warm-up", "0", "--json"]).args(flags);
-    // Started by cargo it would build the coordinator, which is there.
+    // Without CARGO, the benchmark does not build the coordinator; it is built already.
     let output = command.env_remove("CARGO").kill_on_drop(true).output().await.unwrap();
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()

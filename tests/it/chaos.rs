@@ -1,5 +1,5 @@
-//! `chaos` for a short time: on each store every kind of fault comes about, nothing that was acknowledged is lost, no promise is
-//! broken. `scripts/prove` runs it for longer.
+//! Runs `chaos` for a short time on each store. Every kind of fault must happen, no acknowledged result may be lost, and no
+//! guarantee may be broken. `scripts/prove` runs it for longer.
 
 use std::{process::Stdio, time::Duration};
 
@@ -10,11 +10,11 @@ use handfast_tests::{
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-/// Far more than a run needs. A run that is killed ends what it started.
+/// Deadline of a run, far more than it needs. A run that is killed also ends the processes that it started.
 const PATIENCE: Duration = Duration::from_secs(300);
 const SEED: &str = "1";
 
-/// Runs it to its end.
+/// Runs `chaos` until it exits, and returns its report.
 async fn chaos(store: &str, seconds: u32) -> Value {
     let mut command = Command::new(binary("chaos"));
     command.args(["--json", "--seed", SEED, "--store", store, "--seconds", &seconds.to_string()]);
@@ -31,13 +31,13 @@ async fn chaos(store: &str, seconds: u32) -> Value {
 fn check(report: &Value) {
     assert_eq!((&report["lost"], &report["violations"]), (&json!(0), &json!([])));
     assert_eq!(report["faults_missing"], json!([]), "some faults have not come about");
-    // On a busy machine much is given up; what counts is that there was something to lose.
+    // On a busy machine clients give up on many transactions. It is enough that some were acknowledged and could have been lost.
     let told = report["acknowledged"]["confirmed"].as_u64().unwrap();
     let confirmed = told + report["unknown_resolved"]["confirmed"].as_u64().unwrap();
     assert!(told > 0 && confirmed > 10, "too little went on to show anything: {report}");
 }
 
-// As short as a run can be in which every kind of fault comes about. A run goes on for up to three times as long until they have.
+// The shortest time in which every kind of fault happens. A run may take up to three times as long, until all of them have happened.
 
 #[tokio::test]
 async fn nothing_is_lost_on_sqlite_whatever_breaks() {
@@ -51,7 +51,7 @@ async fn nothing_is_lost_on_a_server_whatever_breaks() {
     }
 }
 
-/// New connections go to another server while old ones live on, and what they read there may be old.
+/// A failover: new connections reach another server while old connections still exist. Reads on an old connection may be stale.
 #[tokio::test]
 async fn nothing_is_lost_when_the_database_moves_to_another_server() {
     for kind in groups() {

@@ -1,4 +1,4 @@
-//! Handfast as a whole.
+//! Integration tests of Handfast.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "these are tests, their helpers too")]
 

@@ -1,5 +1,5 @@
-//! Participants that answer garbage, never answer, answer late, or die in the middle; an action that nobody serves; a disk that
-//! is full. Each gets one clear error, nothing is half done, and all of it ends well once what was wrong is mended.
+//! Participants that answer garbage, never answer, answer late or crash; an action that no participant serves; a full disk.
+//! Each fault gets one clear error and leaves nothing half done. Once the fault is repaired, every transaction completes.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,10 +25,10 @@ use tokio::{
 };
 use tonic::{Code, Request, Response, Status, Streaming, transport::server::TcpIncoming};
 
-/// The codes of a connection that broke; which one depends on where.
+/// Status codes of a broken connection. The code depends on where the connection broke.
 const BROKEN: [&str; 4] = ["UNAVAILABLE", "UNKNOWN", "INTERNAL", "CANCELLED"];
 
-/// A participant that takes its time before it does what it is asked. A time without an end: it never answers.
+/// A participant that waits before it handles a call. Without a time it never answers.
 #[derive(Clone)]
 struct Slow {
     time: Option<Duration>,
@@ -105,7 +105,7 @@ async fn slow(time: Option<Duration>, warehouse: &Warehouse) -> String {
     url
 }
 
-/// Something that listens and is no participant: reads a little, writes `words`, hangs up.
+/// A server that is not a participant: it reads a little, writes `words`, and closes the connection.
 async fn stranger(words: &'static str) -> String {
     let (listener, url) = listen().await;
     tokio::spawn(async move {
@@ -122,7 +122,7 @@ async fn stranger(words: &'static str) -> String {
     url
 }
 
-/// A coordinator that is quick to give up on a call and to repeat it.
+/// A coordinator with short call deadlines and short retry delays.
 async fn hasty(store: &std::path::Path, config: &str) -> Coordinator {
     let file = store.with_extension("toml");
     let config = format!(
@@ -143,7 +143,7 @@ async fn get(client: &mut Client, xid: &str) -> pb::Transaction {
     response.into_inner().transaction.unwrap()
 }
 
-/// A transaction with one branch at `target`, tried in the warehouse itself, and confirmed.
+/// Confirms a transaction with one branch at `target`. The Try runs at the warehouse directly.
 async fn confirmed_at(client: &mut Client, warehouse: &Warehouse, target: &str) -> String {
     let branch = pb::BranchSpec {
         branch_id: "1".to_owned(),
@@ -174,7 +174,7 @@ async fn what_a_bad_participant_does_is_told_and_it_can_be_pointed_at_again() {
     let warehouse = Warehouse::open("warehouse", folder.path()).await;
     let coordinator = hasty(&store, "").await;
     let mut client = CoordinatorServiceClient::new(coordinator.channel());
-    // Bound, so that nobody else gets it, and not listened on.
+    // The port is bound, so that no other process takes it, but nothing listens on it.
     let socket = tokio::net::TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let nobody = format!("http://{}", socket.local_addr().unwrap());
@@ -201,7 +201,7 @@ async fn what_a_bad_participant_does_is_told_and_it_can_be_pointed_at_again() {
         xids.push(xid);
     }
     assert_eq!(warehouse.stock().await.2, 0, "something was sold");
-    // One that is only slow gets more time with each attempt, until its answer is in time.
+    // A slow participant gets a longer deadline with each retry, until it answers in time.
     let xid = confirmed_at(
         &mut client,
         &warehouse,
@@ -214,7 +214,7 @@ async fn what_a_bad_participant_does_is_told_and_it_can_be_pointed_at_again() {
     });
     assert!(finished.await.branches[0].attempts >= 3);
 
-    // The service has moved: the configuration says where to, and wins over what the branches brought.
+    // The participant has moved. The configuration gives its new address, which overrides the address in the branches.
     coordinator.kill().await;
     let moved = format!("[participants]\nwarehouse = \"{}\"\n", warehouse.url());
     let coordinator = hasty(&store, &moved).await;
@@ -284,7 +284,7 @@ async fn an_action_that_nobody_serves_is_cancelled_and_shown_to_an_operator() {
         (warehouse.stock().await.1 == 0).then_some(())
     });
     given_back.await;
-    // A person answers for it.
+    // An operator resolves the branch by hand.
     let request = pb::ResolveBranchRequest {
         xid: executed.xid.clone(),
         branch_id: "2".to_owned(),
@@ -304,7 +304,7 @@ async fn a_full_disk_refuses_new_work_loses_nothing_and_is_got_over() {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("store.db");
     Coordinator::start(&store, &[]).await.kill().await; // it has made the tables
-    // No file of this process may grow beyond a megabyte, and the signal that says so is ignored: writes fail.
+    // The process may not write files above a megabyte. It ignores the signal for that limit, so the writes fail instead.
     let mut command = Command::new("sh");
     let limited = "trap '' XFSZ; ulimit -S -f 2048; exec \"$0\" serve --log-format json --listen 127.0.0.1:0 --store \"sqlite:$1\"";
     command.args(["-c", limited]).arg(binary("handfast")).arg(&store);
@@ -334,12 +334,12 @@ async fn a_full_disk_refuses_new_work_loses_nothing_and_is_got_over() {
     assert!(refused.message().contains("the store does not answer"), "{refused:?}");
     let log = coordinator.log().with_message("store did not answer; retrying the same batch");
     assert!(!log.is_empty(), "the log says nothing");
-    // Somebody makes room.
+    // An operator frees space.
     let more = format!("prlimit --pid {} --fsize=unlimited", coordinator.pid());
     assert!(Command::new("sh").args(["-c", &more]).status().await.unwrap().success());
     let again = wait_for("it goes on by itself", async || client.begin(begin()).await.ok());
     begun.push(again.await.into_inner().transaction.unwrap().xid);
-    // What was acknowledged is there, also after a kill.
+    // Acknowledged transactions are still in the store, even after a kill.
     coordinator.kill().await;
     let coordinator = Coordinator::start(&store, &[]).await;
     let mut client = CoordinatorServiceClient::new(coordinator.channel());

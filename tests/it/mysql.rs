@@ -1,4 +1,4 @@
-//! A coordinator on MySQL or MariaDB: its tables, and who is next when it is gone.
+//! A coordinator on MySQL or MariaDB: its tables, and the failover to the next coordinator when it ends.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use handfast_tests::{
 use tonic::{Code, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-/// What a run of `handfast` that fails says.
+/// Runs `handfast`, which must fail, and returns its error message.
 async fn refusal(arguments: &[&str]) -> String {
     let output = handfast(arguments).await;
     assert!(!output.status.success(), "{output:?}");
@@ -80,8 +80,8 @@ async fn a_server_that_does_not_let_us_in_is_told_without_the_password() {
     }
 }
 
-/// A server's setting that loses commits or takes none: what it is called in the refusal, what makes it, and how servers of one kind
-/// mend it if not by the statement that the refusal names.
+/// A server setting that loses commits or prevents them. `key` and `reason` are parts of the refusal; `sql` makes the setting.
+/// `mend` is the statement in the refusal that repairs it.
 struct Flaw {
     kinds: &'static [&'static str],
     key: &'static str,
@@ -144,7 +144,7 @@ async fn a_server_that_would_lose_commits_is_refused_with_what_mends_it() {
         let database = Database::migrated(&server.url()).await;
         let url = database.url();
         let serve = ["serve", "--listen", "127.0.0.1:0", "--store", &url];
-        // What a session can set for itself is nobody's business.
+        // Settings that the coordinator's sessions set for themselves are not checked.
         let isolation = if kind == "mysql" { "transaction_isolation" } else { "tx_isolation" };
         let sloppy = format!(
             "SET GLOBAL sql_mode = '', GLOBAL {isolation} = 'READ-UNCOMMITTED', GLOBAL autocommit = 0"
@@ -156,13 +156,13 @@ async fn a_server_that_would_lose_commits_is_refused_with_what_mends_it() {
             database.execute(flaw.sql).await;
             let refused = refusal(&serve).await;
             let is_read_only = flaw.sql.contains("read_only");
-            // A secondary of a group must not be made writable by hand, so the text does not suggest it.
+            // A secondary in a replication group must not be made writable by hand, so the refusal does not suggest it.
             let hint = if is_read_only { "Connect to the primary" } else { flaw.mend };
             for said in [flaw.key, flaw.reason, hint] {
                 assert!(refused.contains(said), "{kind}: {said:?} is not in {refused}");
             }
             assert!(!is_read_only || !refused.contains(flaw.mend), "{refused}");
-            // Told to, it serves all the same, and says so.
+            // With the override, the coordinator serves on this server and logs a warning.
             let mut allowed = Coordinator::command(&url, &["--take-over=always"]);
             allowed.env("HANDFAST_STORE_UNSAFE", "true");
             if !is_read_only {
@@ -183,7 +183,7 @@ async fn a_server_that_would_lose_commits_is_refused_with_what_mends_it() {
     }
 }
 
-/// The database stands still for longer than callers wait: they hear that, and nothing else is wrong afterwards.
+/// The database is frozen for longer than callers wait. Callers get an error that says so, and afterwards everything works again.
 #[tokio::test]
 async fn a_database_that_is_away_for_a_while() {
     for kind in kinds() {
@@ -195,7 +195,7 @@ async fn a_database_that_is_away_for_a_while() {
         let mut client = CoordinatorServiceClient::new(coordinator.channel());
         let handfast = coordinator.handfast();
 
-        // Tried, and not decided.
+        // This transaction is tried and not decided.
         let global = handfast.transaction("order").begin().await.unwrap();
         global.call::<Deduct>(&warehouse.remote(), Json(3)).await.unwrap();
         let xid = global.xid().await.unwrap();
@@ -242,7 +242,7 @@ async fn a_database_that_is_away_for_a_while() {
         server.signal(Signal::CONT);
         let ready = async || (is_ready(&coordinator.address).await == Some(true)).then_some(());
         wait_for("readiness comes back", ready).await;
-        // The decision whose answer was lost stands, is carried out by itself, and once.
+        // The decision whose answer was lost is durable. The coordinator carries it out by itself, and only once.
         let sold = async || (warehouse.stock().await.2 == 3).then_some(());
         wait_for("what was decided is done", sold).await;
         let again = client.decide(decide).await;
@@ -259,7 +259,7 @@ async fn a_database_that_is_away_for_a_while() {
     }
 }
 
-/// Whether what listens there says that it is ready; `None`: it does not say.
+/// Whether the process at this address reports ready. `None` if it does not answer.
 async fn is_ready(address: &str) -> Option<bool> {
     health_of(address, "").await
 }
@@ -281,7 +281,7 @@ async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
         let begun = first.handfast().transaction("order").begin().await.unwrap();
         let xid = begun.xid().await.unwrap();
 
-        // Handed back: the next one is there at once.
+        // The first coordinator gives up the store on shutdown, so the next one serves at once.
         let address = format!("127.0.0.1:{}", free_port());
         let second = Coordinator::spawn(Coordinator::command(&url, &["--listen", &address]));
         let meanwhile = async {
@@ -298,7 +298,7 @@ async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
         let (second, ()) = tokio::join!(second, meanwhile);
         assert_eq!(is_ready(&address).await, Some(true));
 
-        // Killed: the next one is there after a while.
+        // The second coordinator is killed, so the next one takes over only after the owner has been silent for a while.
         let third = Coordinator::spawn(Coordinator::command(&url, &[]));
         let meanwhile = async {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -307,7 +307,7 @@ async fn a_standby_is_alive_and_not_ready_until_it_is_its_turn() {
         let (mut third, ()) = tokio::join!(third, meanwhile);
         assert_eq!(third.log().with_message("the owner shows no life; taking over").len(), 1);
 
-        // Taken over from: it learns that without anything to write, and says so with a code of its own.
+        // Another coordinator takes over. The third one notices without writing anything, and exits with a code of its own.
         let fourth = Coordinator::start_on(&url, &["--take-over"]).await;
         assert_eq!(third.ended().await.code(), Some(8));
         let outcome = fourth.handfast().outcome(xid).await.unwrap();

@@ -1,5 +1,5 @@
-//! Services that call services: an ordinary gRPC call carries the transaction along, the callee registers a branch of its own,
-//! and Confirm names it too.
+//! Services that call services. An ordinary gRPC call carries the transaction in its metadata. The called service registers a
+//! branch of its own, and that branch is confirmed with the others.
 
 use handfast::{Context, ContextLayer, Handfast, Json, PropagateLayer, Remote, TransactionError};
 use handfast_tests::{
@@ -19,12 +19,12 @@ use tonic::{
 };
 use tower::{Layer as _, ServiceBuilder};
 
-/// Wraps gifts. Knows the transaction only from the metadata of the call.
+/// A service that wraps gifts. It learns of the transaction only from the call's metadata.
 struct Gifts {
     handfast: Handfast,
-    /// Its own participant: the paper.
+    /// The participant for this service's own branches: the paper.
     paper: Remote,
-    /// A further service, called within the transaction; it wraps the card.
+    /// Another service, called within the same transaction, that wraps the card.
     cards: Option<Client>,
 }
 
@@ -51,7 +51,7 @@ impl GiftService for Gifts {
     }
 }
 
-/// Serves it; with `strip`, something in between loses the metadata of its responses.
+/// Serves `gifts`. With `strip`, a layer in between removes the metadata from responses.
 async fn serve(gifts: Gifts, strip: bool) -> Client {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -78,7 +78,7 @@ struct Rig {
     paper: Warehouse,
     cards: Warehouse,
     gifts: Client,
-    /// The same, behind something that loses the metadata of its responses.
+    /// The same service behind a layer that removes the metadata from responses.
     lossy: Client,
 }
 
@@ -132,7 +132,7 @@ async fn what_nested_services_registered_is_confirmed_with_the_rest() {
     let done = done.await.unwrap();
     assert!(done.completed);
     assert_eq!(rig.sold().await, [1, 2, 1]);
-    // Registered by three programs, each name below its caller's.
+    // Three programs registered branches. Each branch id extends the id of the caller's branch.
     let mut client = handfast_proto::v1::coordinator_service_client::CoordinatorServiceClient::new(
         rig.coordinator.channel(),
     );

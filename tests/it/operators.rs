@@ -1,4 +1,4 @@
-//! The command line, as operators use it, against a coordinator with a transaction that is stuck.
+//! The operators' command line, used on a coordinator with a stuck transaction.
 
 use handfast::{Json, Outcome, Remote};
 use handfast_tests::{
@@ -8,7 +8,7 @@ use handfast_tests::{
 };
 use serde_json::Value;
 
-/// Runs a command for operators. Returns its exit code, and what it printed.
+/// Runs an operator command. Returns its exit code, stdout and stderr.
 async fn run(coordinator: &Coordinator, arguments: &[&str]) -> (i32, String, String) {
     let url = coordinator.url();
     let output = handfast(&[arguments, &["--server", &url]].concat()).await;
@@ -37,7 +37,7 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
         Warehouse::open("east", folder.path()).await,
         Warehouse::open("west", folder.path()).await,
     );
-    // The west is tried, and then nobody is there any more.
+    // The branch at the west is tried. Nothing listens at its address afterwards.
     let initiator = coordinator.handfast();
     let open = initiator
         .transaction("order")
@@ -75,7 +75,7 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
         assert!(shown.contains(word), "{word} is not in:\n{shown}");
     }
     assert_eq!(json(&coordinator, &["show", "--key", "order-1042"]).await["xid"], *text);
-    // Its next attempt may be far away; it goes out now, past the breaker too.
+    // The branch is in backoff. `retry` sends the next attempt now, even if the circuit breaker is open.
     let attempts = |shown: &Value| shown["branches"][1]["attempts"].as_u64().unwrap();
     let before = attempts(&json(&coordinator, &["show", &text]).await);
     run(&coordinator, &["retry", &text]).await;
@@ -84,7 +84,7 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
     });
     again.await;
 
-    // Mistakes are told, each in its way.
+    // Each kind of mistake has its own error message.
     for (arguments, expected, says) in [
         (&["show", "3-7-1042"][..], 2, "3-7-1042-9f3c01d2"),
         (&["show", "3-1-999999-00000000"], 3, "not known"),

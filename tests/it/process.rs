@@ -1,4 +1,4 @@
-//! The process around the coordinator: what the system, a supervisor, a log collector and a careless client do to it.
+//! The coordinator's process and its surroundings: the operating system, a supervisor, a log collector and careless clients.
 
 use std::{
     fs::File,
@@ -37,10 +37,10 @@ use tonic_health::pb::{
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tower::Service as _;
 
-/// What a client of HTTP/2 says first, and its empty SETTINGS.
+/// The connection preface of an HTTP/2 client, with an empty SETTINGS frame.
 const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-/// A coordinator whose output goes where the test says. Killed when it is dropped.
+/// A coordinator whose output the test redirects. Dropping it kills the process.
 struct Bare {
     child: Child,
     address: SocketAddr,
@@ -48,7 +48,7 @@ struct Bare {
 
 impl Bare {
     fn start(store: &Path, stdout: Stdio, stderr: Stdio) -> Self {
-        // Taken and given back: it is free.
+        // Bind a port and release it, to find one that is free.
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut command = Command::new(binary("handfast"));
         command.args(["serve", "--log", "debug", "--log-format", "json"]);
@@ -113,7 +113,7 @@ async fn a_log_collector_that_stops_reading_holds_up_nobody() {
     let unread = coordinator.child.stdout.take();
     wait_for("it serves", async || coordinator.is_ready().await).await;
     let handfast = Handfast::connect(&coordinator.url()).unwrap();
-    // A pipe holds 64 KiB; an order is a kilobyte of DEBUG lines and more.
+    // A pipe holds 64 KiB, and each order logs more than a kilobyte of DEBUG lines.
     let orders = async {
         for _ in 0..150 {
             order(&handfast, &warehouse).await;
@@ -144,7 +144,7 @@ async fn sighup_changes_nothing() {
     assert!(coordinator.ended().await.success());
 }
 
-/// Ends it, and tells how long that took.
+/// Shuts the coordinator down and returns how long that took.
 async fn end(coordinator: &mut Coordinator) -> Duration {
     let began = Instant::now();
     coordinator.signal(Signal::TERM);
@@ -156,7 +156,7 @@ async fn end(coordinator: &mut Coordinator) -> Duration {
 async fn clients_with_nothing_under_way_do_not_hold_up_the_end() {
     let folder = tempfile::tempdir().unwrap();
     let mut coordinator = Coordinator::start(&folder.path().join("store.db"), &[]).await;
-    // One that says nothing, one that says half of its first word, one that answers nothing any more, and streams that never end.
+    // Clients: one sends nothing, one sends half of the preface, one stops answering, and two hold streams that never end.
     let silent = TcpStream::connect(&coordinator.address).await.unwrap();
     let mut slow = TcpStream::connect(&coordinator.address).await.unwrap();
     slow.write_all(&HELLO[..10]).await.unwrap();
@@ -173,7 +173,7 @@ async fn clients_with_nothing_under_way_do_not_hold_up_the_end() {
     drop((silent, slow, frozen, asked));
 }
 
-/// Passes connections on to a server, until it is told to pass nothing on any more.
+/// A proxy that forwards connections to a server until it is told to stop forwarding.
 struct Proxy {
     address: SocketAddr,
     frozen: Arc<AtomicBool>,
@@ -215,7 +215,7 @@ async fn pass_on(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_its_database_does_not_answer_it_ends_at_once() {
-    // As it starts: somebody takes the connection, and says nothing.
+    // During startup: the database server accepts the connection but sends nothing.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("mysql://root@{}/handfast", silent.local_addr().unwrap());
     let launched = Coordinator::launch(Coordinator::command(&url, &[]));
@@ -242,7 +242,7 @@ async fn while_its_database_does_not_answer_it_ends_at_once() {
     database.drop().await;
 }
 
-/// A coordinator that may open so many files: the soft limit, and the hard one.
+/// A coordinator with this soft limit and this hard limit on open files.
 async fn limited(store: &Path, [soft, hard]: [u32; 2]) -> Coordinator {
     let mut command = Command::new("sh");
     let limited = format!(
@@ -265,7 +265,8 @@ async fn silent_connections_take_neither_the_files_of_the_rest_nor_their_place_f
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", coordinator.pid())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert!(files.contains("256 "), "{files}");
-    // Whoever is there already goes on, participants can be called and the store be written, while 300 take all places there are.
+    // 300 connections take all places. Clients that connected earlier still work.
+    // The coordinator can still call participants and write to its store.
     let handfast = coordinator.handfast();
     order(&handfast, &warehouse).await;
     let silent = join_all((0..300).map(|_| TcpStream::connect(&coordinator.address))).await;
@@ -275,7 +276,7 @@ async fn silent_connections_take_neither_the_files_of_the_rest_nor_their_place_f
     told.await;
     let other = Warehouse::open("other", folder.path()).await;
     order(&handfast, &other).await;
-    // Somebody new gets a place without any of them going away by itself.
+    // A new client still gets a place, although none of the 300 connections closes by itself.
     let mut health = HealthClient::new(coordinator.channel());
     let answered = wait_for("a place", async || {
         health.check(HealthCheckRequest::default()).await.ok().map(drop)
@@ -284,7 +285,7 @@ async fn silent_connections_take_neither_the_files_of_the_rest_nor_their_place_f
     drop(silent);
 }
 
-/// Ticks of the processor that a process has used.
+/// Processor time that a process has used, in ticks.
 fn ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
@@ -318,7 +319,7 @@ async fn without_a_file_for_one_more_connection_it_waits_and_says_so() {
     assert!(answer.expect("it is accepted now").unwrap() > 0);
 }
 
-/// Kilobytes of memory that a process uses.
+/// Resident memory of a process, in kilobytes.
 fn memory_kb(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
@@ -349,7 +350,7 @@ async fn requests_that_announce_much_and_send_little_cost_little() {
             drop(channel.call(request).await);
         }
     });
-    // A hundred on each connection would do as well; here each has its own.
+    // Each call has its own connection. A hundred calls on each connection would work as well.
     let calls = tokio::spawn(join_all(calls));
     tokio::time::sleep(Duration::from_secs(3)).await;
     let began = Instant::now();

@@ -1,5 +1,5 @@
-//! The machine that starts on a store with many open transactions, with few: all come to their end, and new ones are served
-//! meanwhile. `cargo run --release -p handfast-tests --bin recovery` does it with a million.
+//! A coordinator starts on a store with open transactions, here a few. All of them must complete, while it also serves new ones.
+//! `cargo run --release -p handfast-tests --bin recovery` does this with a million.
 
 use std::process::Stdio;
 

@@ -1,4 +1,4 @@
-//! The password of a store is in no log, no error and no answer, whatever goes wrong and however much is logged.
+//! The store's password must never appear in a log, an error or an answer, whatever fails and at any log level.
 
 use std::{fs::File, path::Path, process::Stdio};
 
@@ -9,12 +9,12 @@ use handfast_tests::{
 };
 use tokio::process::Command;
 
-/// A part of all passwords here. It is the same however a password is spelled, and nowhere else.
+/// A part of all passwords here. It is the same in every encoding of the password, and appears nowhere else.
 const SECRET: &str = "zq7X";
 const PASSWORD: &str = "zq7X/p@s:s#w%r d";
 const ENCODED: &str = "zq7X%2Fp%40s%3As%23w%25r%20d";
 
-/// Runs `handfast` with the store named by flag, by variable and in a file, each in turn, and looks at all that it says.
+/// Runs `handfast` with the store given by flag, by environment variable and by file. Checks all output for the password.
 async fn keeps_it(arguments: &[&str], store: &str, folder: &Path) {
     let file = folder.join("handfast.toml");
     std::fs::write(&file, format!("store = {store:?}\nlisten = \"127.0.0.1:0\"\n")).unwrap();
@@ -57,7 +57,7 @@ async fn a_url_that_is_wrong_is_told_without_its_password() {
         format!("sqlite://ann:{ENCODED}@127.0.0.1/handfast"),
         format!("ann:{ENCODED}@127.0.0.1/handfast"),
         format!("mysql://ann:{PASSWORD}@127.0.0.1:1/handfast"),
-        // Nobody is there.
+        // Nothing listens on this port.
         format!("mysql://ann:{ENCODED}@127.0.0.1:1/handfast"),
     ] {
         for arguments in [SERVE, &["migrate"]].into_iter().chain(TALK) {

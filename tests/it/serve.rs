@@ -1,4 +1,4 @@
-//! The process: how it starts, what it says, how it stops, and what it refuses before it opens a port.
+//! The coordinator's process: how it starts, what it logs, how it stops, and what it refuses before it opens a port.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -33,7 +33,7 @@ async fn it_says_that_it_serves_and_what() {
         serving.await;
     }
     assert_eq!(health(&coordinator, "liveness").await, ServingStatus::Serving);
-    // Reflection, in both versions.
+    // Server reflection works in both versions.
     use tonic_reflection::pb::{v1, v1alpha};
     let names = |list: Option<v1::server_reflection_response::MessageResponse>| {
         let Some(v1::server_reflection_response::MessageResponse::ListServicesResponse(list)) =
@@ -79,7 +79,7 @@ async fn sigterm_drains_and_exits_with_0_also_when_somebody_keeps_a_stream_open(
 
     let began = Instant::now();
     coordinator.signal(Signal::TERM);
-    // Whoever watches is told before the end.
+    // Health watchers are told before the process ends.
     let not_serving = wait_for("not serving", async || match watch.message().await {
         Ok(Some(status)) => {
             Some(status.status()).filter(|status| *status == ServingStatus::NotServing)
@@ -91,7 +91,7 @@ async fn sigterm_drains_and_exits_with_0_also_when_somebody_keeps_a_stream_open(
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     let log = coordinator.log();
     wait_for("its last words", async || log.with_message("stopped").pop()).await;
-    // What was waiting for company has been recorded: the next one has nothing to ask.
+    // The completion was waiting for a batch. Shutdown has written it, so the next coordinator repeats no calls.
     let next = Coordinator::start(&store, &[]).await;
     let outcome = next.handfast().outcome(done.xid).await.unwrap();
     assert!(format!("{outcome:?}").contains("completed: true"), "{outcome:?}");
@@ -109,7 +109,7 @@ async fn one_store_has_one_coordinator() {
     let words = String::from_utf8_lossy(&second.stderr).into_owned();
     assert_eq!(second.status.code(), Some(1), "{words}");
     assert!(words.contains(&format!("process {}", first.pid())), "{words}");
-    // A kill leaves no lock behind.
+    // A killed coordinator leaves no lock behind.
     first.kill().await;
     Coordinator::start(&path, &[]).await;
 }

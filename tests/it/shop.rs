@@ -1,4 +1,4 @@
-//! The demo does what it says: the walk, the burst, the audit; and it leaves nothing behind.
+//! The demo shows what it promises (the walk, the burst, the audit), and it leaves no files, processes or databases behind.
 
 use std::{path::Path, process::Stdio};
 
@@ -12,7 +12,7 @@ use serde_json::Value;
 use sqlx::{Connection as _, MySqlConnection};
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
-/// The demo with these flags, with `folder` for its temporary files. It builds nothing: all is there.
+/// The demo with these flags and `folder` for temporary files. Without CARGO it does not build; its binaries exist.
 fn shop(folder: &Path, flags: &[&str]) -> Command {
     let mut command = Command::new(binary("shop"));
     command.args(flags).env_remove("CARGO").env("TMPDIR", folder);
@@ -20,7 +20,7 @@ fn shop(folder: &Path, flags: &[&str]) -> Command {
     command
 }
 
-/// Walks to the end. Returns the JSON, and the talk.
+/// Runs the walk to its end. Returns the JSON report and the printed text.
 async fn walked(flags: &[&str]) -> (Value, String) {
     let folder = tempfile::tempdir().unwrap();
     let walk = shop(folder.path(), flags).arg("--json").output();
@@ -42,7 +42,7 @@ async fn the_whole_walk() {
     assert_eq!(report["violations"], serde_json::json!([]));
     let [orders, placed, cancelled, refused] =
         ["orders", "placed", "cancelled", "refused"].map(|what| count(&report, what));
-    // Steps 1 to 7 place one each; but for 2, which is refused, and 4 and 6, which are cancelled.
+    // Each of the steps 1 to 7 places one order. The order of step 2 is refused; those of steps 4 and 6 are cancelled.
     assert_eq!((orders, placed + cancelled + refused), (57, 57), "{report}");
     assert_eq!(cancelled, 2, "{report}");
     assert!(placed > 20 && refused > 1, "{report}");
@@ -66,14 +66,14 @@ async fn a_burst_with_a_coordinator_that_is_killed() {
     assert!(talk.contains("killed and started again 3 times"), "{talk}");
 }
 
-/// The shop's databases on a server. Tests run side by side, so this tells of all of them.
+/// All shop databases on a server. Other tests run at the same time, so the list includes theirs.
 async fn databases(server: &str) -> Vec<String> {
     let mut connection = MySqlConnection::connect(server).await.unwrap();
     let names = "SELECT schema_name AS name FROM information_schema.schemata WHERE schema_name LIKE 'handfast_shop_%'";
     sqlx::query_scalar(names).fetch_all(&mut connection).await.unwrap()
 }
 
-/// The names of the databases that a walk says it has made.
+/// Names of the databases that the printed text says were created.
 fn made(talk: &str) -> Vec<String> {
     let words = talk.split_whitespace().filter_map(|word| word.rsplit_once('/'));
     let mut names: Vec<_> = words.map(|(_, name)| name.to_owned()).collect();
@@ -126,7 +126,7 @@ async fn wrong_flags_are_refused_with_a_sentence() {
     }
 }
 
-/// Whoever stops it finds the machine as it was, and the server.
+/// Stopping the demo restores the machine and the database server to their earlier state.
 #[tokio::test]
 async fn it_is_left_running_until_it_is_stopped() {
     is_left_running_until_it_is_stopped(&[]).await;

@@ -14,7 +14,7 @@ fn simulate(args: &[&str]) -> (bool, Value) {
     (output.status.success(), report)
 }
 
-/// The hash of everything that happened, by seed.
+/// A hash of everything that happened, for each seed.
 fn traces(args: &[&str]) -> BTreeMap<u64, String> {
     let (_, report) = simulate(args);
     let outcomes = report["outcomes"].as_array().unwrap().iter();
@@ -37,7 +37,7 @@ fn a_seed_replays_exactly_alone_and_after_others() {
 fn no_promise_is_broken_in_a_few_seeds() {
     let (well, report) = simulate(&["--seeds", "16"]);
     assert!(well, "{report:#}");
-    // Transactions ended both ways, and faults were injected.
+    // Some transactions were confirmed, some were cancelled, and faults were injected.
     for what in ["confirmed", "cancelled"] {
         assert!(report[what].as_u64().unwrap() > 100, "{what}: {report:#}");
     }
@@ -46,7 +46,7 @@ fn no_promise_is_broken_in_a_few_seeds() {
     }
 }
 
-/// A first seed and a number of seeds that find each bug quickly.
+/// For each planted bug: a first seed and a number of seeds that find the bug quickly.
 #[cfg(feature = "planted-bugs")]
 const FOUND: [(&str, &str, &str); 7] = [
     ("decide-before-durable", "0", "30"),

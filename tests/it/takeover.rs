@@ -1,4 +1,4 @@
-//! Who owns a store on MySQL or MariaDB when several coordinators want it: real processes, stopped and killed where it hurts.
+//! Several coordinators compete for a store on MySQL or MariaDB. They are real processes, stopped and killed at the worst moments.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ use tonic::transport::Channel;
 
 const WAITING: &str = "another coordinator has the store; waiting as its standby";
 const TAKE_OVER: &[&str] = &["--take-over"];
-/// The exit code of one that was taken over from.
+/// Exit code of a coordinator that was fenced off by another one.
 const FENCED: Option<i32> = Some(8);
 
 type Client = CoordinatorServiceClient<Channel>;
 
-/// Begins a transaction with a branch, which is answered once it is durable; `None`: not within a while.
+/// Begins a transaction with one branch. Begin is answered once it is durable. `None` if there is no answer in time.
 async fn begin(client: &mut Client) -> Option<String> {
     let branch = BranchSpec {
         branch_id: "1".to_owned(),
@@ -37,7 +37,7 @@ async fn begin(client: &mut Client) -> Option<String> {
     Some(begun.into_inner().transaction?.xid)
 }
 
-/// The epoch of all partitions.
+/// The epoch, which must be the same for all partitions.
 async fn epoch(database: &Database) -> u64 {
     let [least, most] = ["MIN", "MAX"]
         .map(|which| format!("SELECT CAST({which}(epoch) AS SIGNED) FROM `partition`"));
@@ -46,7 +46,8 @@ async fn epoch(database: &Database) -> u64 {
     epoch
 }
 
-/// Two supervisors, each of which starts its coordinator again, with --take-over, whenever it has ended.
+/// Two supervisors each run a coordinator with --take-over, and restart it whenever it exits.
+/// After a few takeovers one coordinator must stay the owner and the other must stay on standby.
 #[tokio::test]
 async fn two_that_take_over_from_each_other_come_to_rest() {
     for server in servers() {
@@ -65,12 +66,12 @@ async fn two_that_take_over_from_each_other_come_to_rest() {
             assert_eq!(fenced.ended().await.code(), FENCED);
         };
         assert_eq!((takeovers, epoch(&database).await), (6, 6));
-        // At rest: the one serves, the other is there if need be.
+        // From now on one coordinator serves and the other is standby.
         assert!(begin(&mut Client::new(owner.channel())).await.is_some());
         owner.signal(Signal::TERM);
         assert!(owner.ended().await.success());
         let mut owner = standby.serves().await;
-        // Whoever knows better is obeyed.
+        // An operator can still force a takeover.
         let last = Coordinator::start_on(&url, &["--take-over=always"]).await;
         assert_eq!(owner.ended().await.code(), FENCED);
         last.kill().await;
@@ -78,7 +79,7 @@ async fn two_that_take_over_from_each_other_come_to_rest() {
     }
 }
 
-/// It has its rows locked, and neither commits nor goes away.
+/// The owner is stopped while it holds row locks: it neither commits nor disconnects.
 #[tokio::test]
 async fn an_owner_that_stops_before_its_commit_keeps_nobody_out() {
     for server in servers() {
@@ -113,7 +114,7 @@ async fn stopped_before_its_commit(server: &str, flags: &[&str]) {
         assert_eq!(outcome.unwrap(), Outcome::Undecided, "what was acknowledged is there");
     }
 
-    // It goes on where it was stopped: with its COMMIT.
+    // The old owner resumes at the point where it was stopped, just before its COMMIT.
     owner.signal(Signal::CONT);
     assert_eq!(owner.ended().await.code(), FENCED);
     assert_eq!(epoch(&database).await, 2);
@@ -123,7 +124,7 @@ async fn stopped_before_its_commit(server: &str, flags: &[&str]) {
     database.drop().await;
 }
 
-/// Its UPDATE waits for the rows at the server. Once it is gone, that must not be carried out for nobody.
+/// The standby's UPDATE waits for row locks in the database. If the standby ends, the UPDATE must not take effect afterwards.
 #[tokio::test]
 async fn a_takeover_that_is_given_up_has_not_happened() {
     for server in servers() {
@@ -147,7 +148,7 @@ async fn given_up(server: &str, signal: Signal) {
         let waiting = "SELECT COUNT(*) FROM information_schema.processlist \
                        WHERE db = DATABASE() AND info LIKE 'UPDATE `partition` SET epoch%'";
         let waits = async || {
-            // It fails while others are at what is no text.
+            // The query fails while another session runs a statement that is not valid text.
             let waiting = sqlx::query_scalar(waiting).fetch_one(&mut looking).await;
             waiting.is_ok_and(|waiting: i64| is == (waiting == 1)).then_some(())
         };
@@ -155,7 +156,7 @@ async fn given_up(server: &str, signal: Signal) {
     };
     waits(true).await;
     if signal == Signal::TERM {
-        // Once in vain, and again.
+        // The first attempt fails, and the coordinator tries again.
         second.says(&["the store was not taken over; trying again"]).await;
         waits(true).await;
     }

@@ -1,4 +1,4 @@
-//! What the tests of the whole share: the coordinator as a process that can be killed, a participant with a database of its own,
+//! Helpers of the integration tests: the coordinator as a process that can be killed, a participant with its own database,
 //! and waiting for a condition.
 
 pub mod database;
@@ -8,12 +8,12 @@ pub mod warehouse;
 
 use std::time::Duration;
 
-/// The code in README.md compiles.
+/// Compiles the code in README.md.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 pub struct Readme;
 
-/// And in its Chinese twin.
+/// Compiles the code in README.zh-CN.md.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.zh-CN.md")]
 pub struct ReadmeZh;
@@ -32,14 +32,14 @@ pub mod gift {
     tonic::include_proto!("gift.v1");
 }
 
-/// How long anything may take that should come by itself. Generous: these machines are busy.
+/// Deadline for anything a test waits for. It is generous because test machines are busy.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until `condition` gives something.
+/// Calls `condition` again and again until it returns a value.
 ///
 /// # Panics
 ///
-/// When it does not within [`PATIENCE`].
+/// If it returns none within [`PATIENCE`].
 pub async fn wait_for<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
     let waiting = async {
         loop {

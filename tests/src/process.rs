@@ -1,4 +1,4 @@
-//! The coordinator as its users run it: a process of its own.
+//! The coordinator as its users run it: in a process of its own.
 
 use std::{
     path::{Path, PathBuf},
@@ -18,26 +18,26 @@ use crate::{PATIENCE, wait_for};
 
 pub use rustix::process::Signal;
 
-/// Sends a signal to a process of ours. It may be gone.
+/// Sends a signal to one of our processes, which may have ended already.
 ///
 /// # Panics
 ///
-/// When that is the number of no process.
+/// If `pid` cannot be a process id.
 pub fn send(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
     let pid = pid.expect("a process has a number from 1");
     let _it_is_gone = rustix::process::kill_process(pid, signal);
 }
 
-/// Whether a process is stopped: SIGSTOP, until SIGCONT.
+/// Whether a process is stopped by SIGSTOP and has not received SIGCONT.
 #[must_use]
 pub fn is_stopped(pid: u32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| line.starts_with("State:\tT"))
 }
 
-/// Where cargo puts binaries, and whether the program that is running is a test. A test is target/debug/deps/it-…, a binary of ours
-/// target/release/bench.
+/// The folder where cargo puts binaries, and whether the running program is a test. A test is target/debug/deps/it-…;
+/// a binary is, for example, target/release/bench.
 fn target_folder() -> (PathBuf, bool) {
     let program = std::env::current_exe().expect("this program is somewhere");
     let folder = program.parent().expect("a folder");
@@ -46,15 +46,15 @@ fn target_folder() -> (PathBuf, bool) {
     (folder.to_owned(), is_test)
 }
 
-/// Whether the binaries are built.
+/// Set once the binaries are built.
 static BUILT: OnceLock<()> = OnceLock::new();
 
-/// With what `cargo test --workspace --all-features` builds.
+/// Arguments that match a build by `cargo test --workspace --all-features`.
 const AS_TESTS: [&str; 3] = ["--workspace", "--all-features", "--all-targets"];
-/// With what `cargo run` builds a binary of this package.
+/// Arguments that match a build of this package's binaries by `cargo run`.
 const AS_THIS_PACKAGE: [&str; 6] =
     ["--package", "handfast-tests", "--package", "handfast-coordinator", "--bin", "handfast"];
-/// With every feature, `crash-points` among them.
+/// Arguments that enable all features, including `crash-points`.
 const WITH_CRASH_POINTS: [&str; 10] = [
     "--workspace",
     "--all-features",
@@ -68,20 +68,20 @@ const WITH_CRASH_POINTS: [&str; 10] = [
     "points",
 ];
 
-/// Sees to it that the coordinator and the services of the shop can be told where to die. Call it before anything else here.
+/// Builds the coordinator and the services of the shop with crash points. Call this before anything else in this module.
 ///
 /// # Panics
 ///
-/// When they cannot be built.
+/// If the build fails.
 pub fn build_with_crash_points() {
     BUILT.get_or_init(|| build(&WITH_CRASH_POINTS));
 }
 
-/// The binary of this name, built if need be.
+/// Path of the binary with this name. Builds it first if necessary.
 ///
 /// # Panics
 ///
-/// When it cannot be built.
+/// If the build fails.
 pub fn binary(name: &str) -> PathBuf {
     let is_test = target_folder().1;
     BUILT.get_or_init(|| build(if is_test { &AS_TESTS } else { &AS_THIS_PACKAGE }));
@@ -90,8 +90,8 @@ pub fn binary(name: &str) -> PathBuf {
     binary
 }
 
-/// Cargo builds no binaries of other packages for tests, nor for `cargo run`. This does, with what the program that is running was
-/// built with, so that little is left to do. One that was not started by cargo finds what there is.
+/// Builds the binaries of other packages, which cargo does not build for tests or for `cargo run`. The arguments match those of the
+/// running program, so that cargo can reuse most of its build. A program that cargo did not start uses the binaries that exist.
 fn build(what: &[&str]) {
     let (folder, is_test) = target_folder();
     let profile = folder.file_name().and_then(|name| name.to_str()).expect("target/debug");
@@ -107,7 +107,7 @@ fn build(what: &[&str]) {
         .args(["--profile", if profile == "debug" { "dev" } else { profile }])
         .args(["--target-dir".as_ref(), folder.parent().expect("target").as_os_str()])
         .env_remove("OUT_DIR");
-    // Of this package. Build scripts that look at them would run, and what stands on them be built, again.
+    // Cargo set these variables for this package. Build scripts that read them would run again, with everything that depends on them.
     for (variable, _) in std::env::vars() {
         if variable.starts_with("CARGO_PKG_") || variable.starts_with("CARGO_MANIFEST_") {
             command.env_remove(variable);
@@ -116,45 +116,45 @@ fn build(what: &[&str]) {
     assert!(command.status().expect("cargo runs").success(), "the binaries cannot be built");
 }
 
-/// Runs `handfast` with these arguments to its end.
+/// Runs `handfast` with these arguments until it exits.
 ///
 /// # Panics
 ///
-/// When it cannot be run, or does not end.
+/// If it cannot be started, or does not exit in time.
 pub async fn handfast(arguments: &[&str]) -> Output {
     let mut command = Command::new(binary("handfast"));
     let output = command.args(arguments).kill_on_drop(true).stdin(Stdio::null()).output();
     tokio::time::timeout(PATIENCE, output).await.expect("it ends").expect("it runs")
 }
 
-/// What a coordinator says once it serves.
+/// The message that a coordinator logs when it starts to serve.
 pub const SERVING: &str = "serving";
 
-/// A coordinator that is running. Killed when it is dropped.
+/// A running coordinator process. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Coordinator {
     child: Child,
-    /// Where it listens.
+    /// The address where the coordinator listens.
     pub address: String,
     log: Log,
 }
 
-/// What a process has logged so far.
+/// The lines that a process has logged so far.
 #[derive(Debug, Clone, Default)]
 pub struct Log(Arc<Mutex<Vec<Value>>>);
 
 impl Log {
-    /// All lines.
+    /// All log lines.
     ///
     /// # Panics
     ///
-    /// Never, unless a test has panicked here before.
+    /// Only if a test has panicked while it held the lock.
     #[must_use]
     pub fn lines(&self) -> Vec<Value> {
         self.0.lock().expect("nothing panics while it is locked").clone()
     }
 
-    /// The lines with this message.
+    /// The log lines with this message.
     #[must_use]
     pub fn with_message(&self, message: &str) -> Vec<Value> {
         self.lines().into_iter().filter(|line| line["message"] == message).collect()
@@ -162,25 +162,25 @@ impl Log {
 }
 
 impl Coordinator {
-    /// Starts one on this file, with these flags too, and waits until it serves.
+    /// Starts a coordinator on this SQLite file, with additional flags. Returns once it serves.
     ///
     /// # Panics
     ///
-    /// When it does not.
+    /// If it does not serve in time.
     pub async fn start(store: &Path, flags: &[&str]) -> Self {
         Self::start_on(&format!("sqlite:{}", store.display()), flags).await
     }
 
-    /// The same on the store of this URL.
+    /// Like [`start`](Self::start), on the store with this URL.
     ///
     /// # Panics
     ///
-    /// When it does not serve.
+    /// If it does not serve in time.
     pub async fn start_on(store: &str, flags: &[&str]) -> Self {
         Self::spawn(Self::command(store, flags)).await
     }
 
-    /// What starts one.
+    /// The command that starts a coordinator on this store.
     #[must_use]
     pub fn command(store: &str, flags: &[&str]) -> Command {
         let mut command = Command::new(binary("handfast"));
@@ -191,20 +191,20 @@ impl Coordinator {
         command
     }
 
-    /// Waits until what `command` starts is serving.
+    /// Starts `command` and waits until the coordinator serves.
     ///
     /// # Panics
     ///
-    /// When it does not.
+    /// If it does not serve in time.
     pub async fn spawn(command: Command) -> Self {
         Self::launch(command).serves().await
     }
 
-    /// Starts `command`, and waits for nothing.
+    /// Starts `command` and returns at once.
     ///
     /// # Panics
     ///
-    /// When it cannot be started.
+    /// If the process cannot be started.
     #[must_use]
     pub fn launch(mut command: Command) -> Launched {
         let mut child = command
@@ -225,71 +225,71 @@ impl Coordinator {
         Launched { child, log }
     }
 
-    /// Its URL.
+    /// The coordinator's URL.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// An initiator's connection to it.
+    /// An SDK client that is connected to the coordinator.
     ///
     /// # Panics
     ///
-    /// Never: the address is one.
+    /// Never: the address is valid.
     #[must_use]
     pub fn handfast(&self) -> Handfast {
         Handfast::connect(&self.url()).expect("an address")
     }
 
-    /// A plain connection to it.
+    /// A gRPC channel to the coordinator.
     ///
     /// # Panics
     ///
-    /// Never: the address is one.
+    /// Never: the address is valid.
     #[must_use]
     pub fn channel(&self) -> Channel {
         Endpoint::from_shared(self.url()).expect("an address").connect_lazy()
     }
 
-    /// What it has logged.
+    /// The coordinator's log.
     #[must_use]
     pub fn log(&self) -> Log {
         self.log.clone()
     }
 
-    /// Its process id.
+    /// The coordinator's process id.
     ///
     /// # Panics
     ///
-    /// When it has ended.
+    /// If the process has ended.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id().expect("it is running")
     }
 
-    /// Kills it: SIGKILL, at once.
+    /// Kills the process with SIGKILL.
     ///
     /// # Panics
     ///
-    /// When it has ended before.
+    /// If the process has ended already.
     pub async fn kill(mut self) {
         self.child.kill().await.expect("it was running");
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     ///
     /// # Panics
     ///
-    /// When it has ended.
+    /// If the process has ended.
     pub fn signal(&self, signal: Signal) {
         send(self.pid(), signal);
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the process exits by itself.
     ///
     /// # Panics
     ///
-    /// When it does not.
+    /// If it does not exit in time.
     pub async fn ended(&mut self) -> ExitStatus {
         tokio::time::timeout(PATIENCE, self.child.wait())
             .await
@@ -298,7 +298,7 @@ impl Coordinator {
     }
 }
 
-/// A coordinator that was started and may not serve yet. Killed when it is dropped.
+/// A coordinator process that may not serve yet. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Launched {
     child: Child,
@@ -306,11 +306,11 @@ pub struct Launched {
 }
 
 impl Launched {
-    /// Waits until it says one of these, and tells which.
+    /// Waits until the process logs one of these messages, and returns that message.
     ///
     /// # Panics
     ///
-    /// When it does not, or ends.
+    /// If it logs none of them in time, or exits first.
     pub async fn says<'m>(&mut self, messages: &[&'m str]) -> &'m str {
         let said = wait_for("it says something", async || {
             let found = messages.iter().find(|message| !self.log.with_message(message).is_empty());
@@ -324,11 +324,11 @@ impl Launched {
         said.await
     }
 
-    /// Waits until it serves.
+    /// Waits until the coordinator serves.
     ///
     /// # Panics
     ///
-    /// When it does not.
+    /// If it does not serve in time.
     pub async fn serves(mut self) -> Coordinator {
         self.says(&[SERVING]).await;
         let Self { child, log } = self;
@@ -337,11 +337,11 @@ impl Launched {
         Coordinator { child, address, log }
     }
 
-    /// Ends it with this signal, and says how it ended.
+    /// Sends this signal to the process and returns its exit status.
     ///
     /// # Panics
     ///
-    /// When it has ended before, or does not now.
+    /// If the process has ended already, or does not end in time.
     pub async fn end(mut self, signal: Signal) -> ExitStatus {
         send(self.child.id().expect("it is running"), signal);
         tokio::time::timeout(PATIENCE, self.child.wait())

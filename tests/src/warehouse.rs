@@ -1,4 +1,4 @@
-//! A participant with a database of its own, over a real socket.
+//! A participant with its own database, served on a real socket.
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
@@ -12,7 +12,7 @@ use sqlx::{
 use tokio::{net::TcpListener, task::JoinHandle};
 use tonic::transport::server::TcpIncoming;
 
-/// Pieces of each kind of goods that there are in the beginning.
+/// Initial number of pieces of each kind of goods.
 pub const PIECES: i64 = 1_000_000;
 
 /// Takes pieces out of the warehouse.
@@ -67,15 +67,15 @@ impl Action for Stock {
     }
 }
 
-/// See the module's comment.
+/// A warehouse that is being served, with its database.
 #[derive(Debug)]
 pub struct Warehouse {
     name: &'static str,
-    /// What serves it.
+    /// The participant that answers calls.
     pub participant: Participant,
-    /// Its database.
+    /// The warehouse's database.
     pub db: SqlitePool,
-    /// Where it listens.
+    /// The address where the warehouse listens.
     pub address: SocketAddr,
     server: JoinHandle<()>,
 }
@@ -87,11 +87,11 @@ impl Drop for Warehouse {
 }
 
 impl Warehouse {
-    /// Opens one under this name, with its database in `folder`.
+    /// Opens a warehouse with this participant name. Its database is a file in `folder`.
     ///
     /// # Panics
     ///
-    /// When it cannot be opened.
+    /// If the database cannot be opened, or the socket cannot be bound.
     pub async fn open(name: &'static str, folder: &Path) -> Self {
         let options = SqliteConnectOptions::new()
             .filename(folder.join(format!("{name}.db")))
@@ -118,27 +118,27 @@ impl Warehouse {
         Self { name, participant, db, address, server }
     }
 
-    /// Its URL.
+    /// The warehouse's URL.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// It, as initiators see it.
+    /// The warehouse as initiators address it.
     ///
     /// # Panics
     ///
-    /// Never: the address is one.
+    /// Never: the address is valid.
     #[must_use]
     pub fn remote(&self) -> Remote {
         Remote::connect(self.name, &self.url()).expect("an address")
     }
 
-    /// Free, held and sold.
+    /// Numbers of free, held and sold pieces.
     ///
     /// # Panics
     ///
-    /// When the database cannot be read.
+    /// If the database cannot be read.
     pub async fn stock(&self) -> (i64, i64, i64) {
         sqlx::query_as("SELECT free, held, sold FROM stock")
             .fetch_one(&self.db)

@@ -1,5 +1,5 @@
-//! Addresses of participants, and the rules that say which may be dialled: whatever is accepted can be dialled, it prints as what
-//! is dialled, and nothing is dialled that the rule does not name.
+//! Fuzzes participant addresses, and the rules that say which addresses the coordinator may dial. An accepted address must be
+//! dialable and must print as the address that is dialled. The coordinator must dial no address that its rules do not name.
 
 use std::net::IpAddr;
 
@@ -49,7 +49,7 @@ const TAILS: [&str; 8] = ["", "", "", "", "/", "/x", "?q", "#f"];
 pub(super) fn play(round: &mut Round) {
     while round.next() {
         let text = text(&mut round.random);
-        // A rule is made of the same pieces.
+        // Use the same text as a rule.
         let rule = text.split_once("//").map_or(text.as_str(), |(_, rest)| rest);
         let rules = AllowList::parse([rule]).ok();
         let address = text.parse::<Address>().ok();
@@ -77,7 +77,7 @@ fn text(random: &mut Random) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// What is wrong with an address that was accepted.
+/// Describes what is wrong with an accepted address, if anything.
 fn wrong(address: &Address, rules: Option<&AllowList>) -> Option<String> {
     let printed = address.to_string();
     if printed.parse().as_ref() != Ok(address) {
@@ -107,7 +107,7 @@ fn wrong(address: &Address, rules: Option<&AllowList>) -> Option<String> {
     if below.allows(address) != (host.ends_with(".shop.internal") && port == 7001) {
         return Some(format!("{uri} and *.shop.internal:7001 do not fit as they should"));
     }
-    // A rule of the same text, unless it has a `*`, allows this and nothing else.
+    // A rule with the same text as the address, and without a `*`, must allow the address.
     let rules = rules.filter(|rules| !rules.to_string().contains('*'))?;
     if rules.to_string() != "loopback" && !rules.allows(address) {
         return Some(format!("the rule {rules} is for something else"));

@@ -1,5 +1,5 @@
-//! Flags, environment and file, as a configuration that begins as the commented template and is then bent. Whatever is wrong must
-//! be said with what to do about it.
+//! Fuzzes configuration: flags, environment and file. The file starts as the commented template and is then mutated.
+//! Every error must say what is wrong and how to fix it.
 
 use handfast_coordinator::config::{Config, Sources};
 
@@ -57,7 +57,7 @@ pub(super) fn play(round: &mut Round) {
 
 fn sources(random: &mut Random, template: &str) -> Sources {
     let mut flags = Vec::new();
-    // So that there is more to look at than that no store is named.
+    // Usually name a store. Otherwise most inputs would only find that the store is missing.
     if !random.once_in(8) {
         flags.push(("store", "sqlite:handfast.db".to_owned()));
     }
@@ -74,7 +74,7 @@ fn sources(random: &mut Random, template: &str) -> Sources {
 
 fn file(random: &mut Random, template: &str) -> String {
     let lines = template.lines().map(|line| {
-        // `#key = value` is a key with its default.
+        // In the template, `#key = value` shows a key with its default.
         let key = line.strip_prefix('#').and_then(|line| line.split_once(" = "));
         match key {
             Some((key, default)) if random.once_in(6) => {

@@ -1,9 +1,9 @@
-//! Whatever comes from outside is bad input first: requests, metadata, rows that somebody has damaged, configuration, names, addresses. Here
-//! it comes by the thousand, valid and then bent, and the code that reads it is the real one. Three things count as found: a
-//! panic, a call without an answer, and an answer that blames us (INTERNAL, UNKNOWN, DATA_LOSS) for what the caller sent.
+//! Feeds bad input to all code that reads from outside: requests, metadata, damaged rows, configuration, names and addresses.
+//! Each input starts valid and is then mutated; the code under test is the real one. Three things are findings: a panic,
+//! a call without an answer, and an answer that blames us (INTERNAL, UNKNOWN, DATA_LOSS) for the caller's mistake.
 //!
-//! The inputs come in rounds. A round starts with nothing and a seed, and the same seed gives the same inputs: what is found names
-//! the target, the seed and the input, and `--target T --seed S` runs that round first.
+//! Inputs come in rounds. A round starts with fresh state and a seed, and the same seed gives the same inputs.
+//! A finding names its target, seed and input. `--target T --seed S` runs that round first.
 
 mod addresses;
 mod configuration;
@@ -25,25 +25,25 @@ use std::{
 
 use self::random::Random;
 
-/// Inputs of one round: then all that has piled up is thrown away.
+/// Inputs per round. The state built up by a round is discarded at its end.
 const ROUND: u64 = 5_000;
-/// Whoever needs longer for one input hangs. Generous: these machines are busy.
+/// An input that takes longer than this counts as hung. The limit is generous because test machines are busy.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-/// Findings that are kept. With so many there is no need for more.
+/// Findings kept per target. More would not help.
 const FINDINGS_MAX: usize = 20;
 
-/// Something that reads what comes from outside.
+/// Code under test that reads input from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Target {
-    /// Calls of initiators and operators, also on streams.
+    /// Calls by initiators and operators, including calls on streams.
     Requests,
     /// Calls to a participant, with metadata.
     Participants,
-    /// The rows of a store.
+    /// Damaged rows in a coordinator's store.
     Records,
-    /// The rows of a fence.
+    /// Damaged rows in a participant's fence.
     FenceRows,
-    /// Flags, environment, file.
+    /// Configuration from flags, environment and file.
     Configuration,
     /// Xids and branch ids.
     Names,
@@ -52,7 +52,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// All of them.
+    /// All targets.
     pub const ALL: [Self; 7] = [
         Self::Requests,
         Self::Participants,
@@ -63,7 +63,7 @@ impl Target {
         Self::Addresses,
     ];
 
-    /// Its name on the command line.
+    /// The target's name on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -81,31 +81,31 @@ impl Target {
 /// When to stop.
 #[derive(Debug, Clone, Copy)]
 pub enum Until {
-    /// After so many inputs.
+    /// Stop after this many inputs.
     Inputs(u64),
-    /// Then.
+    /// Stop at this moment.
     Time(Instant),
 }
 
-/// What came of one target.
+/// The result of fuzzing one target.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// Which.
+    /// The target that was fuzzed.
     pub target: Target,
-    /// How many inputs it was given.
+    /// Number of inputs tried.
     pub inputs: u64,
-    /// How many of them were taken. None, or all, would mean that they are not what they should be.
+    /// Number of inputs accepted. If it is zero or all of them, the inputs are badly chosen.
     pub accepted: u64,
-    /// What is wrong.
+    /// The faults found.
     pub findings: Vec<Finding>,
 }
 
-/// Something is wrong.
+/// A fault, and the input that shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// Of the round.
+    /// Seed of the round.
     pub seed: u64,
-    /// Which input of it.
+    /// Number of the input in its round.
     pub input: u64,
     /// What happened.
     pub what: String,
@@ -117,7 +117,7 @@ impl fmt::Display for Finding {
     }
 }
 
-/// One round: where its inputs come from, and what was found.
+/// One round: the source of its inputs, and its findings.
 struct Round {
     random: Random,
     target: Target,
@@ -130,7 +130,7 @@ struct Round {
 }
 
 impl Round {
-    /// Goes on to the next input, if there is one.
+    /// Moves on to the next input. Returns false when the round is over.
     fn next(&mut self) -> bool {
         let over = matches!(self.until, Until::Time(at) if Instant::now() >= at);
         if over || self.input >= self.last || self.findings.len() >= FINDINGS_MAX {
@@ -149,7 +149,7 @@ impl Round {
         self.findings.push(Finding { seed: self.seed, input: self.input, what });
     }
 
-    /// Waits for `work`, but not for ever.
+    /// Waits for `work`, but not longer than [`ANSWER_WITHIN`].
     async fn answered<T>(&mut self, what: &str, work: impl Future<Output = T>) -> Option<T> {
         let answered = tokio::time::timeout(ANSWER_WITHIN, work).await.ok();
         if answered.is_none() {
@@ -159,11 +159,11 @@ impl Round {
     }
 }
 
-/// Gives `target` inputs, round by round, the first with this seed.
+/// Fuzzes `target` round by round. `seed` is the seed of the first round.
 ///
 /// # Panics
 ///
-/// When there is no room for a runtime.
+/// If no tokio runtime can be built.
 #[must_use]
 pub fn run(target: Target, seed: u64, until: Until) -> Report {
     watch_panics();
@@ -181,7 +181,7 @@ pub fn run(target: Target, seed: u64, until: Until) -> Report {
         let random = Random::new(seed);
         let (input, accepted, findings) = (0, 0, Vec::new());
         let mut round = Round { random, target, seed, input, last, until, accepted, findings };
-        // One thread, so that a panic knows which input it comes from.
+        // A single thread, so that a panic can be traced to its input.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         runtime.expect("a runtime").block_on(play(&mut round));
         CURRENT.set(None);
@@ -207,11 +207,11 @@ async fn play(round: &mut Round) {
     }
 }
 
-/// Gives all of these targets inputs at the same time.
+/// Fuzzes all of these targets at the same time.
 ///
 /// # Panics
 ///
-/// When a target itself does, outside of the code that is tested.
+/// If the harness of a target panics, rather than the code under test.
 #[must_use]
 pub fn run_all(targets: &[Target], seed: u64, until: Until) -> Vec<Report> {
     thread::scope(|scope| {
@@ -222,13 +222,13 @@ pub fn run_all(targets: &[Target], seed: u64, until: Until) -> Vec<Report> {
 }
 
 thread_local! {
-    /// The input that this thread is at.
+    /// The target, seed and input number that this thread is running.
     static CURRENT: Cell<Option<(Target, u64, u64)>> = const { Cell::new(None) };
 }
 
 static PANICS: Mutex<Vec<(Target, Finding)>> = Mutex::new(Vec::new());
 
-/// Notes panics with the input that caused them. Where a panic ends the process, the note on stderr is all that is left of it.
+/// Records each panic with its input. If the panic ends the process, only the line on stderr remains.
 fn watch_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

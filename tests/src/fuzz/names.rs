@@ -1,4 +1,4 @@
-//! Xids and branch ids: whatever is read prints as it was, and nothing else is read.
+//! Fuzzes xids and branch ids. An accepted text must print unchanged, and any other text must be refused.
 
 use std::str::FromStr;
 

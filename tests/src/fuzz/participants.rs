@@ -1,5 +1,5 @@
-//! Every call of a participant, with metadata that says whatever it likes, through the SDK's service and the layer that finds the
-//! context. The action takes all that it can read, so what is refused is refused by the SDK.
+//! Fuzzes all calls of a participant, with arbitrary metadata. The calls pass through the SDK's service and its context layer.
+//! The action accepts all arguments that it can decode, so every refusal comes from the SDK.
 
 use handfast::{
     Action, Branch, ContextLayer, Contract, Failed, Fence, Json, Participant, Refusal, TryError, Tx,
@@ -60,7 +60,7 @@ impl Action for Willing {
     }
 }
 
-/// A participant with its fence in memory.
+/// Opens a participant whose fence is an in-memory SQLite database.
 pub(super) async fn open() -> (Participant, Fence<Sqlite>, SqlitePool) {
     let pool = SqlitePoolOptions::new().max_connections(1).connect("sqlite::memory:").await;
     let pool = pool.expect("memory is there");

@@ -1,10 +1,10 @@
-//! Values that are nearly right. Most of an input must be valid, or nothing but the first check would ever see it.
+//! Generates nearly valid values. Most of an input must be valid; otherwise the first check would refuse every input.
 
 use std::collections::BTreeMap;
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
-/// Lengths around the limits of the contract.
+/// Lengths around the size limits of the contract.
 const LENGTHS: [usize; 14] = [0, 1, 31, 32, 33, 64, 65, 128, 129, 256, 257, 1024, 1025, 70_000];
 const TEXTS: [&str; 18] = [
     "",
@@ -42,7 +42,7 @@ const NUMBERS: [i64; 13] = [
     i64::MIN,
 ];
 
-/// Where all inputs of a round come from.
+/// The random source of a round.
 pub(super) struct Random(StdRng);
 
 impl Random {
@@ -50,7 +50,7 @@ impl Random {
         Self(StdRng::seed_from_u64(seed))
     }
 
-    /// True once in `n`.
+    /// True in one of `n` calls on average.
     pub(super) fn once_in(&mut self, n: u32) -> bool {
         self.0.random_range(0..n) == 0
     }
@@ -77,7 +77,7 @@ impl Random {
         bytes
     }
 
-    /// Of any length at no cost.
+    /// A payload with one of these lengths. It repeats one byte, so that long payloads are cheap.
     pub(super) fn payload(&mut self, lengths: &[usize]) -> Vec<u8> {
         let len = self.of(lengths);
         vec![self.of(b"0a\xff\0"); len]
@@ -88,7 +88,7 @@ impl Random {
         self.bytes(len)
     }
 
-    /// Any text, and often one that is too long, empty or odd.
+    /// An arbitrary text. It is often too long, empty or odd.
     pub(super) fn text(&mut self) -> String {
         match self.below(4) {
             0 => {
@@ -101,7 +101,7 @@ impl Random {
         }
     }
 
-    /// Nearly always one of `good`.
+    /// One of `good`; sometimes an arbitrary text instead.
     pub(super) fn text_of(&mut self, good: &[&str]) -> String {
         if self.once_in(12) { self.text() } else { self.of(good).to_owned() }
     }
@@ -111,7 +111,7 @@ impl Random {
         (0..n).map(|_| (self.text(), self.text())).collect()
     }
 
-    /// Changes a text or an encoded message here and there.
+    /// Mutates a text or an encoded message in a few places.
     pub(super) fn bend(&mut self, bytes: &mut Vec<u8>) {
         for _ in 0..=self.below(4) {
             let at = self.below(bytes.len() + 1);

@@ -1,4 +1,4 @@
-//! Rows that somebody has damaged, in a real SQLite file and a real fence: whoever reads them says so, and goes on with the others.
+//! Fuzzes stored rows, in a real SQLite file and a real fence. A reader must report a damaged row and continue with the other rows.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +10,7 @@ use tonic::{Code, Request};
 
 use super::{Round, participants, random::Random, requests::Rig, wire};
 
-/// A column's value, of a type that may be another than the column's.
+/// A value to store in a column. Its type may differ from the column's.
 #[derive(Clone)]
 enum Value {
     Null,
@@ -19,7 +19,7 @@ enum Value {
     Bytes(Vec<u8>),
 }
 
-/// What makes sense in a column, nearly always.
+/// Usually `good`; sometimes a value of any type.
 fn value(random: &mut Random, good: Value) -> Value {
     if !random.once_in(30) {
         return good;
@@ -57,7 +57,7 @@ async fn insert(
     query.push(")").build().persistent(false).execute(connection).await.map(drop)
 }
 
-/// The rows of a store, read by a whole coordinator: it finds those that are due by itself, and is asked about all of them.
+/// Fuzzes the store of a whole coordinator. It loads the rows that are due by itself, and is then asked about all of them.
 pub(super) async fn of_store(round: &mut Round) {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("fuzz.db");
@@ -77,7 +77,7 @@ pub(super) async fn of_store(round: &mut Round) {
         let xid = Xid { partition, epoch: 0, sequence, nonce: 7 };
         let mut tx = vandal.begin_with("BEGIN IMMEDIATE").await.expect("a local transaction");
         for (table, columns) in rows(&mut round.random, xid) {
-            // What the schema itself does not take is no row.
+            // A row that breaks a constraint of the schema is skipped.
             drop(insert(&mut tx, table, &columns).await);
         }
         tx.commit().await.expect("it commits");
@@ -104,7 +104,7 @@ pub(super) async fn of_store(round: &mut Round) {
     }
 }
 
-/// Of a damaged record it is right to say that something is wrong with us.
+/// INTERNAL or DATA_LOSS is the right answer when the record is damaged.
 fn judge(round: &mut Round, path: &str, answered: &wire::Answered) {
     if !answered.message.contains("the transaction's record is damaged") {
         wire::judge(round, path, answered.code, &answered.message);
@@ -178,7 +178,7 @@ fn rows(random: &mut Random, xid: Xid) -> Vec<Row> {
     rows
 }
 
-/// The rows of a fence, read by a participant that is called for them.
+/// Fuzzes the fence of a participant. Each call concerns the damaged rows.
 pub(super) async fn of_fence(round: &mut Round) {
     use pb::participant_service_server::ParticipantService as _;
     let (participant, fence, pool) = participants::open().await;
@@ -221,7 +221,7 @@ pub(super) async fn of_fence(round: &mut Round) {
         };
         let Some(answered) = round.answered("a branch", call).await else { continue };
         round.accepted(answered.is_ok());
-        // What a damaged row makes of an answer is not the caller's to mend: no code is wrong, silence would be.
+        // The caller cannot repair a damaged row, so any status code is right. An error without a message is a fault.
         if answered.is_err_and(|status| status.message().is_empty()) {
             round.found("an error without a word".to_owned());
         }

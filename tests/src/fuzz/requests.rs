@@ -1,5 +1,5 @@
-//! Every call of the coordinator, through its real rpc layer, on a coordinator with a store in memory. Its participants answer
-//! at random; its clock is moved on a little with each input, so that phase one ends and retries come.
+//! Fuzzes all calls of the coordinator through its real rpc layer. The store is in memory and the participants answer at random.
+//! The clock moves forward with each input, so that phase one times out and retries happen.
 
 use std::{
     collections::BTreeMap,
@@ -26,12 +26,12 @@ use tonic::Code;
 
 use super::{Round, random::Random, wire};
 
-/// A call that may rightly wait is given up by its caller after this.
+/// The caller gives up on a call after this time, if the call is one that may wait.
 const PATIENCE: Duration = Duration::from_millis(10);
-/// Xids that are asked about again.
+/// Xids kept for later requests about the same transactions.
 const REMEMBERED: usize = 64;
 
-/// Participants that answer something else each time.
+/// Participants that give a different answer each time.
 #[derive(Debug, Default)]
 struct Moody(AtomicU64);
 
@@ -64,7 +64,7 @@ impl Dispatch for Moody {
     }
 }
 
-/// A coordinator on `store`, and its services.
+/// A coordinator and its services.
 pub(super) struct Rig {
     pub(super) services: Services,
     pub(super) clock: ManualClock,
@@ -156,14 +156,14 @@ fn judge_stream(round: &mut Round, frames: &[bytes::Bytes]) {
     }
 }
 
-/// Makes requests.
+/// Generates requests.
 struct Asking<'r> {
     random: &'r mut Random,
     xids: &'r [String],
 }
 
 impl Asking<'_> {
-    /// Where a call goes, whether it may wait, and its messages.
+    /// The path of a call, whether the call may wait, and its messages.
     fn call(&mut self) -> (&'static str, bool, Vec<Vec<u8>>) {
         let one = |message: Vec<u8>| vec![message];
         match self.random.below(14) {

@@ -1,4 +1,4 @@
-//! A gRPC call to a service in this process, from the bytes of its frames to the status: everything but the socket.
+//! Calls a gRPC service within this process. Only the socket is missing: the call starts with encoded frames and ends with a status.
 
 use std::convert::Infallible;
 
@@ -9,15 +9,15 @@ use tower::Service;
 
 use super::{Round, random::Random};
 
-/// What a call came to.
+/// The response to a call.
 pub(super) struct Answered {
     pub(super) code: Code,
     pub(super) message: String,
-    /// The messages of the response.
+    /// Messages of the response.
     pub(super) frames: Vec<Bytes>,
 }
 
-/// Puts messages into frames, and now and then breaks them.
+/// Encodes messages as gRPC frames, and sometimes corrupts the frames.
 pub(super) fn frames(random: &mut Random, messages: &[Vec<u8>]) -> Bytes {
     let mut body = BytesMut::new();
     for message in messages {
@@ -37,7 +37,7 @@ pub(super) fn frames(random: &mut Random, messages: &[Vec<u8>]) -> Bytes {
     body.freeze()
 }
 
-/// Metadata of ours, and of nobody.
+/// Metadata, some with our keys and some with unknown keys.
 pub(super) fn metadata(random: &mut Random, xids: &[String]) -> Vec<(&'static str, Vec<u8>)> {
     let mut metadata = Vec::new();
     let keys = [
@@ -74,7 +74,7 @@ where
         .header("content-type", "application/grpc")
         .header("te", "trailers");
     for (key, value) in metadata {
-        // What HTTP cannot carry does not arrive.
+        // Skip values that HTTP cannot carry.
         if let Ok(value) = http::HeaderValue::from_bytes(value) {
             request = request.header(*key, value);
         }
@@ -110,7 +110,8 @@ fn messages(mut body: Bytes) -> Vec<Bytes> {
     messages
 }
 
-/// Bad input gets a clear error, and one that does not blame us. (gRPC itself wants INTERNAL for bytes that are no message.)
+/// Bad input must get an error with a message and a code that does not blame us.
+/// The exception is bytes that are not a valid message: gRPC itself requires INTERNAL for them.
 pub(super) fn judge(round: &mut Round, path: &str, code: Code, message: &str) {
     let of_grpc = [
         "failed to decode Protobuf message",

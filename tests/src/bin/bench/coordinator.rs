@@ -1,4 +1,4 @@
-//! The coordinator as its users run it: a process of its own, with its log in a file, so that reading it costs this program nothing.
+//! The coordinator as its users run it: in a process of its own. Its log goes to a file, which this program reads only at the end.
 
 use std::{
     fs::File,
@@ -17,12 +17,12 @@ use serde_json::Value;
 use tokio::process::{Child, Command};
 use tonic::transport::{Channel, Endpoint};
 
-/// How often a file or a list is looked at while something is awaited.
+/// Polling interval for files and lists while the benchmark waits for something.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// Transactions asked for at a time.
+/// Page size when listing transactions.
 const PAGE: u32 = 1000;
 
-/// A coordinator that is running. Killed when it is dropped.
+/// A running coordinator process. Dropping it kills the process.
 #[derive(Debug)]
 pub(crate) struct Coordinator {
     child: Child,
@@ -31,10 +31,10 @@ pub(crate) struct Coordinator {
     log: PathBuf,
 }
 
-/// What it says of itself at its end.
+/// The totals that the coordinator logs when it stops.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Recorded {
-    /// Durable commits, and those of them that somebody waited for.
+    /// Durable commits. `awaited` counts the ones that a caller waited for.
     pub(crate) batches: u64,
     pub(crate) awaited: u64,
     pub(crate) statements: u64,
@@ -42,7 +42,7 @@ pub(crate) struct Recorded {
 }
 
 impl Coordinator {
-    /// Starts one on this store, with these keys of its configuration, and waits until it serves.
+    /// Starts a coordinator on `store` with these configuration keys. Returns once it serves.
     pub(crate) async fn start(
         store: &str,
         settings: &[(String, String)],
@@ -78,7 +78,7 @@ impl Coordinator {
         Ok(Self { child, pid, url: format!("http://{address}"), log })
     }
 
-    /// Waits until it knows of no open transaction.
+    /// Waits until the coordinator has no open transaction.
     pub(crate) async fn until_none_is_open(&self, patience: Duration) -> anyhow::Result<()> {
         let waiting = async {
             while !self.open().await?.is_empty() {
@@ -90,7 +90,7 @@ impl Coordinator {
         in_time.context("the coordinator still has open transactions")?
     }
 
-    /// Makes what waits for its backoff due now.
+    /// Retries all branches that are in backoff now.
     pub(crate) async fn retry_all(&self) -> anyhow::Result<()> {
         let mut client = AdminServiceClient::new(self.channel()?);
         for Transaction { xid, .. } in self.open().await? {
@@ -99,7 +99,7 @@ impl Coordinator {
         Ok(())
     }
 
-    /// The newest open ones.
+    /// The newest page of open transactions.
     async fn open(&self) -> anyhow::Result<Vec<Transaction>> {
         let request =
             ListTransactionsRequest { show: Show::Open.into(), limit: PAGE, ..Default::default() };
@@ -112,7 +112,7 @@ impl Coordinator {
         Ok(Endpoint::from_shared(self.url.clone())?.connect_lazy())
     }
 
-    /// Ends it in order, and gives what it says about itself.
+    /// Shuts the coordinator down gracefully and returns the totals from its log.
     pub(crate) async fn stop(mut self) -> anyhow::Result<Recorded> {
         let kill = Command::new("sh").args(["-c", &format!("kill -TERM {}", self.pid)]).status();
         anyhow::ensure!(kill.await?.success(), "the coordinator has ended before");
@@ -130,7 +130,7 @@ impl Coordinator {
     }
 }
 
-/// The last line of a log with this message. It is near the end: only that is read.
+/// The last line of the log with this message. Reads only the end of the file, because the line is near the end.
 fn last_line(log: &Path, message: &str) -> anyhow::Result<Option<Value>> {
     use std::io::{Read as _, Seek as _, SeekFrom};
     const END: u64 = 64 * 1024;

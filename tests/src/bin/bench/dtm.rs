@@ -1,8 +1,8 @@
-//! The same load for a server that speaks DTM's HTTP protocol (DTM itself, dtmrs), as a client of DTM drives it: prepare; for each
-//! branch, registerBranch and then its Try; submit. Trys and Confirms come to a server of ours, which answers at once.
+//! The same load for a server that speaks DTM's HTTP protocol (DTM itself, dtmrs). The requests are those of a DTM client:
+//! prepare; for each branch, registerBranch and then its Try; submit. This program is the participant and answers all calls at once.
 //!
-//! It is treated well: newGid is left out (the gid is ours), its participants keep no fence, and logs and reads of its own are its
-//! business.
+//! The comparison favours that server. Its clients skip newGid (we make the gid), and its participants keep no fence.
+//! How it logs and what it reads back is left to its own settings.
 
 use std::{
     convert::Infallible,
@@ -31,25 +31,25 @@ use super::{
     ledger::{Ledger, Name},
 };
 
-/// Bytes of an answer that are read.
+/// At most this many bytes of a response are read.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
-/// An initiator of DTM.
+/// Runs transactions against a server that speaks DTM's protocol.
 #[derive(Debug)]
 pub(crate) struct DtmInitiator {
     client: Client<HttpConnector, Full<Bytes>>,
     /// `http://host:port/api/dtmsvr`
     server: String,
-    /// Where Trys and Confirms come.
+    /// Address of the participant that receives Trys and Confirms.
     participant: SocketAddr,
     branches: u16,
     ledger: Arc<Ledger>,
-    /// Names of this run begin with it, so that the server has never seen one.
+    /// Prefix of all transaction names in this run. The server has never seen a name with it.
     run: u32,
     next: AtomicU64,
 }
 
-/// The server of ours. Stops when it is dropped.
+/// The participant of all DTM branches. Stops when it is dropped.
 #[derive(Debug)]
 pub(crate) struct DtmParticipant(JoinHandle<()>);
 
@@ -59,7 +59,7 @@ impl Drop for DtmParticipant {
     }
 }
 
-/// An initiator for `server`, and the participant of all its branches.
+/// Returns an initiator for `server`, and the participant of all its branches.
 pub(crate) async fn start(
     server: &str,
     branches: u16,
@@ -83,9 +83,9 @@ pub(crate) async fn start(
 }
 
 impl DtmInitiator {
-    /// Runs a transaction up to the answer to submit.
+    /// Runs a transaction until the server answers submit.
     pub(crate) async fn decide(&self, meant: Instant) -> anyhow::Result<Decided> {
-        // As long as the ledger wants names: what differs is above the lowest 32 bits.
+        // The ledger picks a shard from the bits above the lowest 32, so the number goes there.
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let name = (Name::from(self.run) << 96) | (Name::from(number) << 32);
         let gid = format!("{name:032x}");
@@ -139,13 +139,13 @@ async fn serve(listener: TcpListener, ledger: Arc<Ledger>) {
         let ledger = ledger.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request| answer(request, ledger.clone()));
-            // That a connection ends in the middle of something is seen by whoever waits for an answer.
+            // A connection error is ignored here: the caller that waits for the response sees it.
             drop(http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
         });
     }
 }
 
-/// Every call succeeds, and a Confirm is counted.
+/// Answers every call with success and counts Confirms.
 async fn answer(
     request: Request<Incoming>,
     ledger: Arc<Ledger>,

@@ -1,11 +1,12 @@
-//! What participants with a database sell, if they are told to: a table of goods, whose rows they all change. It must add up in the end.
+//! The optional business data of participants with a database: a table of goods. All transactions update the same rows.
+//! At the end the pieces must add up.
 
 use handfast::fence::FenceDb;
 use sqlx::{
     Database, Error, MySql, MySqlConnection, MySqlPool, Sqlite, SqliteConnection, SqlitePool,
 };
 
-/// Pieces of each: more than are sold in a run.
+/// Pieces of each kind of goods at the start. A run never sells this many.
 const PIECES: i64 = 1_000_000_000;
 
 const MAKE: &str = "CREATE TABLE goods
@@ -13,15 +14,15 @@ const MAKE: &str = "CREATE TABLE goods
 const STOCK_UP: &str = "INSERT INTO goods VALUES (?, ?, 0, 0)";
 const SUMS: &str = "SELECT CAST(SUM(free) AS SIGNED), CAST(SUM(held) AS SIGNED), CAST(SUM(sold) AS SIGNED) FROM goods";
 
-/// A Try, a Confirm, a Cancel.
+/// The statements of Try, Confirm and Cancel.
 pub(crate) const HOLD: &str = "UPDATE goods SET free = free - ?, held = held + ? WHERE sku = ?";
 pub(crate) const SELL: &str = "UPDATE goods SET held = held - ?, sold = sold + ? WHERE sku = ?";
 pub(crate) const GIVE_BACK: &str =
     "UPDATE goods SET held = held - ?, free = free + ? WHERE sku = ?";
 
-/// A database in which goods can be.
+/// A database that can hold the table of goods.
 pub(crate) trait Shelves: FenceDb {
-    /// Does one of the three.
+    /// Runs one of the three statements.
     fn change(
         connection: &mut <Self as Database>::Connection,
         change: &'static str,
@@ -54,7 +55,7 @@ impl Shelves for Sqlite {
     }
 }
 
-/// The goods of one participant.
+/// The table of goods of one participant.
 #[derive(Debug)]
 pub(crate) enum Goods {
     Sqlite(SqlitePool),
@@ -62,7 +63,7 @@ pub(crate) enum Goods {
 }
 
 impl Goods {
-    /// Puts them on their shelves.
+    /// Creates the table and fills it.
     pub(crate) async fn stock_up(&self, goods: u32) -> Result<(), Error> {
         match self {
             Self::Sqlite(pool) => sqlx::raw_sql(MAKE).execute(pool).await.map(drop)?,
@@ -81,7 +82,7 @@ impl Goods {
         Ok(())
     }
 
-    /// How many pieces were sold. An error in words if some are held still, or have vanished.
+    /// The number of pieces sold. Fails if pieces are still held or are missing.
     pub(crate) async fn sold(&self, goods: u32) -> anyhow::Result<i64> {
         let (free, held, sold): (i64, i64, i64) = match self {
             Self::Sqlite(pool) => sqlx::query_as(SUMS).fetch_one(pool).await?,

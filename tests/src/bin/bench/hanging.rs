@@ -1,4 +1,4 @@
-//! A participant that can be told to hang: it tries, and answers no Confirm until it is let go.
+//! A participant that can be told to hang: it serves Trys, and answers no Confirm until it is released.
 
 use std::sync::Arc;
 

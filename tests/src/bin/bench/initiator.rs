@@ -1,4 +1,4 @@
-//! One transaction after the other, as an initiator runs them: with the SDK, or as a client of DTM does.
+//! Runs single transactions, either with the SDK or as a DTM client would.
 
 use std::{
     sync::{
@@ -21,55 +21,55 @@ use super::{
     participants::{Work, name_of},
 };
 
-/// How long the last Confirm of a decided transaction is waited for.
+/// Deadline for the last Confirm of a decided transaction.
 const COMPLETION_PATIENCE: Duration = Duration::from_secs(60);
-/// How long phase one of a transaction may take that is held open.
+/// Phase-one timeout of transactions that are held open.
 const HELD_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Whoever runs transactions. Cheap to clone.
+/// Runs transactions. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) enum Initiator {
     Sdk(SdkInitiator),
     Dtm(Arc<DtmInitiator>),
 }
 
-/// With the SDK.
+/// Runs transactions with the SDK.
 #[derive(Debug, Clone)]
 pub(crate) struct SdkInitiator {
     pub(crate) handfast: Handfast,
-    /// A branch goes to each.
+    /// The participants. Each transaction has one branch at each of them.
     pub(crate) remotes: Arc<[Remote]>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) drive: Drive,
-    /// How many it has begun: each is about the next one of the goods.
+    /// Transactions begun so far. Each one orders the next kind of goods.
     pub(crate) orders: Arc<AtomicU32>,
 }
 
-/// Holds transactions between their Trys and their decision.
+/// Keeps transactions open between their Trys and their decision.
 #[derive(Debug)]
 pub(crate) struct Hold {
-    /// So many are held, or were.
+    /// Transactions that have reached the hold. Never decreases.
     pub(crate) held: AtomicU64,
-    /// So many may go on.
+    /// One permit for each transaction that may be decided.
     pub(crate) let_go: Semaphore,
 }
 
-/// A transaction that is confirmed, and perhaps not everywhere yet.
+/// A transaction whose decision is confirm. Some of its branches may not be confirmed yet.
 #[derive(Debug)]
 pub(crate) struct Decided {
-    /// It should have begun.
+    /// When the transaction was scheduled to begin.
     pub(crate) meant: Instant,
-    /// Begin was answered; all Trys were. `None`: the initiator does not see that.
+    /// When Begin was answered, and when the last Try was. `None` if the initiator cannot see that step.
     pub(crate) begun: Option<Instant>,
     pub(crate) tried: Option<Instant>,
-    /// The decision was.
+    /// When the decision was answered.
     pub(crate) decided: Instant,
-    /// Tells of the last Confirm.
+    /// Fires at the last Confirm.
     pub(crate) completion: oneshot::Receiver<()>,
 }
 
 impl Initiator {
-    /// Runs a transaction up to its decision. It should have begun at `meant`.
+    /// Runs a transaction up to its decision. `meant` is when it was scheduled to begin.
     pub(crate) async fn decide(
         &self,
         meant: Instant,
@@ -94,7 +94,7 @@ impl SdkInitiator {
         }
         let confirmed = transaction.run(async |global| {
             let calls = self.remotes.iter().map(|remote| global.call::<Work>(remote, Json(order)));
-            // Polled together with the calls, the question for the xid is answered when Begin with all branches is.
+            // Begin carries all branches because `begun` is polled together with the calls. It resolves when Begin is answered.
             let (begun, _) = tokio::try_join!(self.begun(global), async {
                 Ok::<_, WorkError>(try_join_all(calls).await?)
             })?;

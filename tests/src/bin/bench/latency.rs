@@ -1,4 +1,4 @@
-//! How long initiators waited, for what.
+//! Latencies of transactions, step by step.
 
 use std::{
     collections::BTreeMap,
@@ -8,33 +8,33 @@ use std::{
 
 use hdrhistogram::Histogram;
 
-/// Longest wait that is told apart.
+/// Longer latencies are counted as this one.
 const LONGEST: Duration = Duration::from_secs(600);
-/// Digits that are kept of each.
+/// Significant digits kept of each latency.
 const DIGITS: u8 = 3;
 
-/// When a transaction had come how far. `None`: it does not have that step.
+/// When a transaction completed each step. `None`: its protocol does not have that step.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Steps {
-    /// It should have begun; a load of so many a second may have been late.
+    /// When the transaction was scheduled to begin. At a fixed rate, the load may have begun it later.
     pub(crate) meant: Instant,
-    /// Begin, with its branches, was answered.
+    /// When Begin, with all its branches, was answered.
     pub(crate) begun: Option<Instant>,
-    /// All Trys were answered.
+    /// When the last Try was answered.
     pub(crate) tried: Option<Instant>,
-    /// The decision was answered.
+    /// When the decision was answered.
     pub(crate) decided: Instant,
-    /// The last Confirm was served.
+    /// When the participant served the last Confirm.
     pub(crate) completed: Instant,
 }
 
-/// The waits of many transactions.
+/// The latencies of many transactions.
 #[derive(Debug)]
 pub(crate) struct Latencies {
     by_step: Mutex<BTreeMap<&'static str, Histogram<u64>>>,
 }
 
-/// What is told of each step.
+/// The percentiles reported for each step.
 const PERCENTILES: [(&str, f64); 4] =
     [("p50", 50.0), ("p99", 99.0), ("p999", 99.9), ("max", 100.0)];
 
@@ -59,7 +59,7 @@ impl Latencies {
         self.steps().entry(step).or_insert_with(empty).saturating_record(micros);
     }
 
-    /// By step and percentile, in milliseconds: `begin_p50`.
+    /// Milliseconds by step and percentile, such as `begin_p50`.
     pub(crate) fn figures(&self) -> BTreeMap<String, f64> {
         let mut figures = BTreeMap::new();
         for (step, histogram) in &*self.steps() {

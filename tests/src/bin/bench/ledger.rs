@@ -1,6 +1,7 @@
-//! Which branches were confirmed, of which transactions: a transaction counts when all of its confirms came.
+//! Records which branches were confirmed. A transaction counts as completed once all of its branches are confirmed.
 //!
-//! Initiators say what they expect, participants what they confirm, in whatever order and over whatever it has come.
+//! Initiators say which confirms they expect, and participants report the confirms they serve. The order of the two does not matter.
+//! Neither does the protocol that carried the Confirm.
 
 use std::{
     collections::BTreeMap,
@@ -12,7 +13,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-/// Locks, so that several cores seldom wait for each other.
+/// The ledger has many locks so that threads seldom wait for each other.
 const SHARDS: usize = 64;
 
 /// A transaction's name in the ledger: the bytes of an xid, as a number.
@@ -26,9 +27,9 @@ pub(crate) struct Ledger {
 
 #[derive(Debug)]
 struct Account {
-    /// A bit for each branch that is not confirmed. All of them, until it is known how many there are.
+    /// A bit for each branch that is not confirmed. All bits are set until the initiator says how many branches there are.
     missing: u64,
-    /// Who waits for the last one.
+    /// Notifies the initiator of the last confirm.
     completed: Option<oneshot::Sender<()>>,
 }
 
@@ -38,7 +39,7 @@ impl Ledger {
         Self { shards, completed: AtomicU64::new(0) }
     }
 
-    /// Expects a confirm of each branch from 1 to `branches`, of which some may have come. The receiver hears of the last one.
+    /// Expects a confirm of each branch from 1 to `branches`. Some may have arrived already. The receiver fires at the last one.
     pub(crate) fn expect(&self, name: Name, branches: u16) -> oneshot::Receiver<()> {
         let (completed, receiver) = oneshot::channel();
         self.change(name, |account| {
@@ -48,7 +49,7 @@ impl Ledger {
         receiver
     }
 
-    /// The branch was confirmed. Said twice it counts once.
+    /// Records that the branch was confirmed. Idempotent.
     pub(crate) fn confirmed(&self, name: Name, branch: u16) {
         self.change(name, |account| account.missing &= !(1 << (branch - 1)));
     }
@@ -61,18 +62,18 @@ impl Ledger {
             let account = shard.remove(&name).expect("it is there");
             drop(shard);
             self.completed.fetch_add(1, Ordering::Relaxed);
-            // Whoever waited may have given up.
+            // The initiator may have stopped waiting.
             account.completed.map(|completed| completed.send(()));
         }
     }
 
-    /// Transactions whose confirms have all come.
+    /// The number of transactions whose branches are all confirmed.
     pub(crate) fn completed(&self) -> u64 {
         self.completed.load(Ordering::Relaxed)
     }
 
     fn shard(&self, name: Name) -> MutexGuard<'_, BTreeMap<Name, Account>> {
-        // An xid ends in a nonce, which all of a partition share; what is before that counts.
+        // The last 32 bits of an xid are a nonce that is the same for a whole partition. The shard comes from the bits before it.
         let shard = (name >> 32) % SHARDS as u128;
         let shard = usize::try_from(shard).expect("less than the number of shards");
         self.shards[shard].lock().expect("nothing panics while it is locked")

@@ -1,6 +1,6 @@
-//! Who begins when. A closed load has so many transactions under way, from Begin to the last Confirm, and begins one when one is
-//! completed: it shows the most that can be done. An open load begins so many a second, whatever comes of them, and counts their
-//! waits from when each was meant to begin: it shows what users wait for.
+//! Decides when transactions begin. A closed load keeps a fixed number of transactions in flight, from Begin to the last Confirm.
+//! It begins a new one when one completes, and so shows the maximum throughput. An open load begins transactions at a fixed rate,
+//! however many are still in flight. It counts latency from the scheduled beginning, and so shows what users wait for.
 
 use std::{
     sync::{
@@ -18,21 +18,21 @@ use super::{
     latency::Latencies,
 };
 
-/// Transactions of an open load under way at a time. What is begun late for that has its wait counted all the same.
+/// Limit of transactions in flight in an open load. If the limit delays a transaction, the delay counts as latency.
 const UNDER_WAY_MAX: usize = 20_000;
-/// Transactions a second that need a participant which may hang, beside those that do not.
+/// Transactions per second that need the participant that may hang. They run beside the transactions that do not.
 pub(crate) const HINDERED_RATE: u32 = 100;
 
-/// What came of a load.
+/// Counts and latencies of a load.
 #[derive(Debug)]
 pub(crate) struct Tally {
     pub(crate) latencies: Latencies,
-    /// What begins now is measured.
+    /// Whether transactions that begin now are measured.
     measured: AtomicBool,
-    /// No transaction is begun any more.
+    /// Set when no further transaction may begin.
     stopped: AtomicBool,
     begun: AtomicU64,
-    /// Of the load that is measured.
+    /// Completed transactions among those that were measured.
     completed: AtomicU64,
     failed: AtomicU64,
     first_failure: Mutex<Option<String>>,
@@ -71,13 +71,13 @@ impl Tally {
         self.completed.load(Ordering::Relaxed)
     }
 
-    /// How many failed, and how the first of them did.
+    /// The number of failed transactions, and the first error.
     pub(crate) fn failed(&self) -> (u64, Option<String>) {
         let first = self.first_failure.lock().expect("nothing panics while it is locked").clone();
         (self.failed.load(Ordering::Relaxed), first)
     }
 
-    /// Counts what came of another load too; what was measured stays what it was.
+    /// Adds the begun and failed transactions of another load. Measured figures do not change.
     pub(crate) fn take_in(&self, other: &Self) {
         self.begun.fetch_add(other.begun(), Ordering::Relaxed);
         if let (failed @ 1.., Some(first)) = other.failed() {
@@ -117,7 +117,7 @@ impl Tally {
     }
 }
 
-/// Begins one as soon as one is completed.
+/// Keeps `concurrency` transactions in flight: begins the next one when one completes.
 pub(crate) fn closed(
     tally: &Arc<Tally>,
     initiators: &[Initiator],
@@ -136,7 +136,7 @@ pub(crate) fn closed(
     tasks
 }
 
-/// Begins so many a second.
+/// Begins `rate` transactions per second.
 pub(crate) fn open(tally: &Arc<Tally>, initiators: &[Initiator], rate: u32) -> TaskTracker {
     let initiators = initiators.to_vec();
     at_rate(tally, rate, move |tally, n, meant| {
@@ -145,7 +145,7 @@ pub(crate) fn open(tally: &Arc<Tally>, initiators: &[Initiator], rate: u32) -> T
     })
 }
 
-/// Begins a few a second that need a participant which may hang, and waits for no Confirm of them.
+/// Begins [`HINDERED_RATE`] transactions per second that need the participant that may hang. Does not wait for their Confirms.
 pub(crate) fn hindered(tally: &Arc<Tally>, initiator: &Initiator) -> TaskTracker {
     let initiator = initiator.clone();
     at_rate(tally, HINDERED_RATE, move |tally, _, meant| {
@@ -182,7 +182,7 @@ where
     tasks
 }
 
-/// The moments at which something is meant to begin. From a thread of its own: tokio's timers are a millisecond late.
+/// Sends the scheduled moment of each beginning. Uses a thread of its own, because tokio's timers are up to a millisecond late.
 fn moments(tally: &Arc<Tally>, rate: u32) -> mpsc::UnboundedReceiver<Instant> {
     let (tell, moments) = mpsc::unbounded_channel();
     let tally = tally.clone();
@@ -199,7 +199,7 @@ fn moments(tally: &Arc<Tally>, rate: u32) -> mpsc::UnboundedReceiver<Instant> {
     moments
 }
 
-/// Begins `held` transactions, so many at a time, which wait for `hold` before they are decided.
+/// Begins `held` transactions, of which `at_a_time` may be in phase one at once. Each waits for `hold` before it is decided.
 pub(crate) fn held(
     tally: &Arc<Tally>,
     initiators: &[Initiator],

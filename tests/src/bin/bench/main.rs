@@ -1,7 +1,7 @@
-//! What does the coordinator do in a second, what do initiators wait for, and what does it cost? `bench --help` says what can be
-//! asked; docs/benchmarks.md how it is measured and what the figures are worth.
+//! Measures the coordinator's throughput, the latencies that initiators see, and the cost. `bench --help` lists the options.
+//! docs/benchmarks.md explains how it measures and how far to trust the figures.
 //!
-//! Read `run.rs` for what a run is, `world.rs` for what is started, `initiator.rs` for what is timed.
+//! `run.rs` defines a run, `world.rs` starts the processes, and `initiator.rs` takes the times.
 
 #![expect(
     clippy::print_stdout,
@@ -42,13 +42,13 @@ use self::{
     report::Outcome,
 };
 
-/// As in the coordinator. Initiators and participants that have it too leave more of the machine to what is measured.
+/// The coordinator's allocator. Initiators and participants use it too, so that they leave more of the machine to the coordinator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    // As the coordinator, for the same reason.
+    // The coordinator's runtime, for the same reason.
     let runtime = server::runtime().map_err(anyhow::Error::from);
     let measured = runtime.and_then(|runtime| runtime.block_on(measure(&options)));
     match measured {
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// All columns once, then all of them again: what changes on the machine meanwhile meets them all.
+/// Runs all columns once, then all of them again. A change in the machine's speed then affects every column.
 async fn measure(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let mut outcomes: Vec<_> = options.columns().into_iter().map(Outcome::new).collect();
     for n in 1..=options.runs {

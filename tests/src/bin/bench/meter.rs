@@ -1,15 +1,15 @@
-//! What processes and the database server have used so far: processor time, memory, statements, rows and bytes.
+//! Resource use of processes and of the database server: processor time, memory, statements, rows and bytes.
 
 use std::{collections::BTreeMap, fs, time::Duration};
 
 use anyhow::Context as _;
 use sqlx::{Connection as _, MySqlConnection};
 
-/// Length of the unit in which Linux tells processor time to programs: USER_HZ is 100 everywhere.
+/// The unit in which Linux reports processor time. `USER_HZ` is 100 on all platforms.
 const TICK: Duration = Duration::from_millis(10);
 
-/// What is counted of a server of MySQL, and what we call it. MariaDB has counters of rows for all of its engines together only, where
-/// reading the counters counts too, a little.
+/// Status variables of MySQL or MariaDB, and our name for each. MariaDB counts rows only for all of its storage engines together.
+/// There, reading the counters adds a little to them.
 const STATUS: [(&[&str], &str); 6] = [
     (&["Com_commit"], "server_commits"),
     (&["Questions"], "server_statements"),
@@ -19,21 +19,21 @@ const STATUS: [(&[&str], &str); 6] = [
     (&["Bytes_received"], "server_bytes"),
 ];
 
-/// Processor time of a process, of all its threads, those that have ended too.
+/// Processor time of all threads of a process, including threads that have ended.
 pub(crate) fn processor_time(pid: u32) -> anyhow::Result<Duration> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("the process is gone")?;
-    // After the name, which is in brackets and may have spaces in it, field 3 comes first; 14 and 15 are user and system time.
+    // The name is in brackets and may contain spaces. The next field is number 3; 14 and 15 are user and system time.
     let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
     let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u32>);
     Ok(TICK * ticks.sum::<Result<u32, _>>()?)
 }
 
-/// Time of all processors since the machine started, in ticks.
+/// Processor time of the whole machine since it started, in ticks.
 #[derive(Debug)]
 pub(crate) struct Processors {
     all: f64,
     idle: f64,
-    /// Another machine on the same host had them.
+    /// Time that the hypervisor gave to other virtual machines.
     stolen: f64,
 }
 
@@ -49,14 +49,14 @@ impl Processors {
         Ok(Self { all: ticks.iter().sum(), idle: idle + waiting, stolen })
     }
 
-    /// What was idle, and what was stolen, since `before`: percent.
+    /// Percentages of idle and of stolen time since `before`.
     pub(crate) fn since(&self, before: &Self) -> (f64, f64) {
         let percent = |part: f64| 100.0 * part / (self.all - before.all).max(1.0);
         (percent(self.idle - before.idle), percent(self.stolen - before.stolen))
     }
 }
 
-/// Memory of a process that is in RAM.
+/// Resident memory of a process.
 pub(crate) fn resident_bytes(pid: u32) -> anyhow::Result<u64> {
     let kilobytes = field(pid, "status", "VmRSS:")?;
     Ok(kilobytes * 1024)
@@ -74,11 +74,11 @@ fn field(pid: u32, file: &str, name: &str) -> anyhow::Result<u64> {
     Ok(number.parse()?)
 }
 
-/// A server of MySQL or MariaDB that records.
+/// The MySQL or MariaDB server in which the measured coordinator stores its transactions.
 #[derive(Debug)]
 pub(crate) struct Server {
     connection: MySqlConnection,
-    /// If it runs on this machine and lets us see it.
+    /// `None` if the server runs on another machine or its pid file cannot be read.
     pid: Option<u32>,
     pub(crate) version: String,
 }
@@ -92,7 +92,7 @@ impl Server {
         Ok(Self { connection, pid, version })
     }
 
-    /// All that is counted, by our names. Processor time in microseconds.
+    /// All counters under our names, with processor time in microseconds.
     pub(crate) async fn counters(&mut self) -> anyhow::Result<BTreeMap<&'static str, f64>> {
         let rows: Vec<(String, String)> =
             sqlx::query_as("SHOW GLOBAL STATUS").fetch_all(&mut self.connection).await?;
@@ -110,7 +110,7 @@ impl Server {
     }
 }
 
-/// As figures are told.
+/// A time in microseconds, the unit of processor time in the figures.
 pub(crate) fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }

@@ -1,4 +1,4 @@
-//! What can be asked for, and what becomes columns of the table.
+//! Command-line options, and the columns of the table that follow from them.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -29,11 +29,11 @@ Examples:
       --concurrency 256 --runs 5
   bench --store mysql://root@127.0.0.1:3306 --versus http://127.0.0.1:36789/api/dtmsvr --runs 5";
 
-/// How long a load runs before it is measured.
+/// Default length of the warm-up before the measurement.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// With a shorter retention than this, the purge is part of what is measured.
+/// Below this retention, the warm-up lasts until the purge has begun, so that the purge is measured too.
 const SHORT_RETENTION: Duration = Duration::from_secs(300);
-/// So long after the retention of the first transactions, the purge is at work: it looks every five seconds.
+/// The purge begins within this time after the first retention ends: it checks every five seconds.
 const PURGE_BEGINS: Duration = Duration::from_secs(7);
 
 /// Measures what a coordinator does and what it costs: a real coordinator process with a real store; initiators and participants
@@ -121,11 +121,11 @@ pub(crate) struct Options {
     pub(crate) keep: bool,
 }
 
-/// Where something is recorded.
+/// Where a coordinator stores transactions, or a participant its fence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
     Memory,
-    /// `None`: in the run's temporary folder.
+    /// Path of the file. `None`: a file in the run's temporary folder.
     Sqlite(Option<String>),
     MySql(String),
 }
@@ -180,27 +180,27 @@ fn setting(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// One way to run, and one column of the table.
+/// One configuration to measure: a column of the table.
 #[derive(Debug, Clone)]
 pub(crate) struct Column {
     pub(crate) subject: Subject,
     pub(crate) branches: u16,
     pub(crate) load: Load,
-    /// `None`: nobody asked.
+    /// `None` if `--phase-two` was not given.
     pub(crate) phase_two: Option<PhaseTwo>,
 }
 
-/// Whose work is measured.
+/// The server that is measured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Subject {
-    /// Ours, with a store here.
+    /// Our coordinator, with this store.
     Handfast(Place),
-    /// A server that speaks DTM's protocol, which runs already: its URL, and where it is known to record.
+    /// A running server that speaks DTM's protocol: its URL, and its store if `--store` names one.
     Dtm(String, Place),
 }
 
 impl Subject {
-    /// Where it records.
+    /// The store of the measured server.
     pub(crate) fn store(&self) -> &Place {
         match self {
             Self::Handfast(store) | Self::Dtm(_, store) => store,
@@ -208,16 +208,16 @@ impl Subject {
     }
 }
 
-/// What is asked of the coordinator.
+/// The load on the measured server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Load {
-    /// So many transactions at a time.
+    /// This many transactions in flight.
     Closed(u32),
-    /// So many transactions a second.
+    /// This many transactions begun per second.
     Open(u32),
-    /// So many transactions that are begun, and decided much later.
+    /// This many transactions begun and held open; all are decided at the end.
     Held(u32),
-    /// So many at a time, beside some that need a participant which may hang.
+    /// `concurrency` transactions in flight, beside others that need the participant that may hang. `hangs`: whether it does.
     Beside { concurrency: u32, hangs: bool },
 }
 

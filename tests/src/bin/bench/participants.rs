@@ -1,5 +1,5 @@
-//! The participants: they report each Confirm to the ledger and do no work of their own, or as little as an UPDATE of a row. What is left
-//! is what taking part costs: a call, and a fence.
+//! The participants report each Confirm to the ledger. They do no work of their own, or only an UPDATE of one row.
+//! The benchmark therefore measures the cost of taking part: a call and a fence.
 
 use std::{collections::BTreeMap, marker::PhantomData, path::Path, sync::Arc, time::Duration};
 
@@ -25,12 +25,12 @@ use super::{
     options::{Options, PhaseTwo, Place, Transport, Trys},
 };
 
-/// Connections of one participant to its database.
+/// Pool size: database connections of one participant.
 const POOL: u32 = 8;
-/// How long what a participant has confirmed is kept in memory, and how often it looks: a fence of a benchmark must not grow for ever.
+/// Retention of the memory fence, and the interval of its clean-up. Without a clean-up the fence would grow without limit.
 const KEPT: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(1)];
 
-/// What is asked of a participant.
+/// The contract of all participants.
 #[derive(Debug)]
 pub(crate) struct Work;
 
@@ -42,7 +42,7 @@ impl Contract for Work {
 
 struct Reports<Db> {
     ledger: Arc<Ledger>,
-    /// How many there are to sell. None: nothing is sold.
+    /// Kinds of goods to sell. 0: nothing is sold.
     goods: u32,
     db: PhantomData<fn() -> Db>,
 }
@@ -58,7 +58,7 @@ impl<Db> Reports<Db> {
     }
 }
 
-/// An xid in the ledger.
+/// The ledger's name for an xid.
 pub(crate) fn name_of(xid: handfast::Xid) -> Name {
     Name::from_be_bytes(xid.to_bytes())
 }
@@ -142,7 +142,7 @@ impl MemoryAction for Reports<()> {
     }
 }
 
-/// A participant that listens.
+/// A participant that is listening.
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) remote: Remote,
@@ -152,7 +152,7 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    /// The `n`th. While `hangs` says so it answers no Confirm.
+    /// Starts participant number `n`. It answers no Confirm while `hangs` is true.
     pub(crate) async fn start(
         n: u16,
         options: &Options,
@@ -241,7 +241,7 @@ fn action<Db: Shelves>(
     }
 }
 
-/// As durable as the coordinator's own.
+/// Opens the database with the same durability settings as the coordinator's store.
 async fn sqlite(file: &Path) -> anyhow::Result<SqlitePool> {
     let options = SqliteConnectOptions::new()
         .filename(file)

@@ -1,26 +1,26 @@
-//! The table as a picture: what is completed in a second, what initiators wait for, and what it costs. SVG that reads in light and dark.
+//! Draws the table as SVG: throughput, latency and cost. Works on light and on dark pages.
 
 use std::collections::BTreeMap;
 
 use super::{options::Load, report::Outcome};
 
-/// Width of a panel and its height, and the space around what is drawn in it, for numbers and names.
+/// Width and height of a panel. The margins below hold numbers and names.
 const PANEL: [f64; 2] = [420.0, 260.0];
 const LEFT: f64 = 62.0;
 const RIGHT: f64 = 16.0;
 const TOP: f64 = 34.0;
 const BOTTOM: f64 = 40.0;
-/// Height of a line of the legend.
+/// Line height of the legend.
 const LINE: f64 = 18.0;
-/// Lines across a panel, beside the one at 0.
+/// Grid lines in a panel, not counting the one at 0.
 const GRID: u32 = 4;
-/// Told apart by everybody, on white and on black.
+/// A palette that colour-blind readers can tell apart, on white and on black.
 const COLOURS: [&str; 6] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"];
-/// Text and lines take the colours of the page.
+/// Text and lines follow the colour scheme of the page.
 const STYLE: &str = "<style>text{font:12px system-ui,sans-serif;fill:#444}line{stroke:#ccc}.title{font-weight:600}\
                      @media(prefers-color-scheme:dark){text{fill:#ccc}line{stroke:#555}}</style>";
 
-/// A panel: its title, and its figures with what the legend says of each.
+/// The panels: a title, and the figures to draw with their legend texts.
 const PANELS: [(&str, &[(&str, &str)]); 3] = [
     ("transactions completed a second", &[("completed_per_second", "")]),
     ("initiators wait, ms", &[("whole_p50", "p50"), ("whole_p99", "p99")]),
@@ -30,14 +30,14 @@ const PANELS: [(&str, &[(&str, &str)]); 3] = [
     ),
 ];
 
-/// A line through a panel: its points, from left to right, each at one of the places of the axis.
+/// One line in a panel: its points from left to right. Each point is at one place of the axis.
 #[derive(Debug)]
 struct Line {
     name: String,
     points: Vec<(usize, f64)>,
 }
 
-/// What is along the axis: the load if it varies, else the branches.
+/// The value on the horizontal axis: the load if it varies, otherwise the number of branches.
 fn place(outcome: &Outcome, by_load: bool) -> u32 {
     if !by_load {
         return outcome.column.branches.into();
@@ -141,7 +141,7 @@ fn panel(svg: &mut String, title: &str, axis: &str, places: &[u32], lines: &[Lin
     }
 }
 
-/// A number that is easy to read, not below this one: 1, 2 or 5, and noughts.
+/// Rounds up to 1, 2 or 5 times a power of ten.
 fn round_up(value: f64) -> f64 {
     let unit = 10_f64.powf(value.max(1e-3).log10().floor());
     let steps = [1.0, 2.0, 5.0, 10.0];

@@ -1,4 +1,4 @@
-//! What the figures are called, and the table, the Markdown and the JSON that they become.
+//! Names the figures and prints them as a table, Markdown or JSON.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +10,7 @@ use super::{
     run::Sample,
 };
 
-/// What the table tells: a figure's name, what it means, and how many digits after the point are worth telling. JSON has more.
+/// The figures of the table: name, meaning, and number of decimals. JSON has more figures and all decimals.
 const FIGURES: [(&str, &str, usize); 36] = [
     ("completed_per_second", "transactions completed a second", 0),
     ("ratio", "  times the column before", 2),
@@ -50,7 +50,7 @@ const FIGURES: [(&str, &str, usize); 36] = [
     ("violations", "violations", 0),
 ];
 
-/// One column with all its runs.
+/// A column and the samples of all its runs.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) column: Column,
@@ -66,7 +66,7 @@ impl Outcome {
         self.samples.iter().flat_map(|sample| &sample.violations)
     }
 
-    /// The median of all runs, figure by figure.
+    /// The median of each figure over all runs.
     pub(crate) fn medians(&self) -> BTreeMap<&str, f64> {
         let names: BTreeSet<_> =
             self.samples.iter().flat_map(|sample| sample.figures.keys()).collect();
@@ -97,7 +97,7 @@ impl Outcome {
         format!("{subject}\n{branches} branches\n{load}{}{}", self.phase_two(), self.hang())
     }
 
-    /// The same for all columns that differ in their load alone; or, without `branches`, in their branches.
+    /// Name of this column's line in the plot. It leaves out the load and, without `branches`, also the number of branches.
     pub(crate) fn series(&self, branches: bool) -> String {
         let branches =
             if branches { format!(", {} branches", self.column.branches) } else { String::new() };
@@ -105,7 +105,7 @@ impl Outcome {
         format!("{subject}{branches}{phase_two}{}", self.hang()).replace('\n', ", ")
     }
 
-    /// What is measured.
+    /// Name of the measured server.
     fn subject(&self) -> String {
         let server = self.samples.first().and_then(|sample| sample.server.as_ref());
         let mysql = if server.is_some_and(|version| version.contains("MariaDB")) {
@@ -184,7 +184,7 @@ pub(crate) fn json(options: &Options, outcomes: &[Outcome]) -> Value {
     })
 }
 
-/// What it ran on, in a line.
+/// One line about the machine of this run.
 pub(crate) fn machine() -> String {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let (processors, memory, kernel) =

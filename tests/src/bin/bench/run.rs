@@ -1,4 +1,4 @@
-//! One run of one column: start everything, warm up, measure, stop, and check that every transaction was confirmed everywhere.
+//! One run of one column: start everything, warm up, measure, stop. Then check that every branch of every transaction was confirmed.
 
 use std::{
     collections::BTreeMap,
@@ -20,22 +20,22 @@ use super::{
     world::World,
 };
 
-/// How often the coordinator's memory is looked at.
+/// Sampling interval of the coordinator's memory.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How long the coordinator may take to hear the last answers, and to finish what waited for its backoff.
+/// Deadline for the coordinator to receive the last answers and to finish the branches that were in backoff.
 const END_PATIENCE: Duration = Duration::from_secs(120);
-/// Transactions begun, and later decided, at a time, where many are held open.
+/// Transactions begun at once, and later decided at once, when many are held open.
 const HELD_AT_A_TIME: usize = 256;
-/// How long a coordinator that does nothing is left alone before its memory is looked at.
+/// How long the coordinator is idle before its memory is read.
 const REST: Duration = Duration::from_millis(500);
 
-/// What a run found, by the names in `report.rs`.
+/// The figures of one run, under the names in `report.rs`.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sample {
     pub(crate) figures: BTreeMap<String, f64>,
-    /// What should not have been, in sentences.
+    /// Broken guarantees, as sentences.
     pub(crate) violations: Vec<String>,
-    /// The version of the store's server.
+    /// Version of the store's database server.
     pub(crate) server: Option<String>,
 }
 
@@ -148,7 +148,7 @@ async fn put_under_load(
         tasks.wait().await;
     }
     if let Load::Beside { .. } = load {
-        // What could not be confirmed while the participant hung waits for its backoff.
+        // Branches that could not be confirmed while the participant hung are in backoff. Retry them now.
         world.coordinator.as_ref().expect("ours is measured").retry_all().await?;
         tally.take_in(&others);
     }
@@ -156,7 +156,7 @@ async fn put_under_load(
     Ok(())
 }
 
-/// Begins `held` transactions, looks at the coordinator's memory while nothing happens, and decides them all.
+/// Begins `held` transactions, reads the coordinator's memory while it is idle, and then decides them all.
 async fn hold(
     world: &World,
     tally: &Arc<Tally>,
@@ -189,7 +189,7 @@ async fn hold(
     Ok(())
 }
 
-/// What was used so far: processor time in microseconds, and what the store's server counts.
+/// Resources used so far: processor time in microseconds, and the counters of the store's server.
 async fn used(world: &mut World) -> anyhow::Result<BTreeMap<&'static str, f64>> {
     let mut used = match &mut world.server {
         Some(server) => server.counters().await?,

@@ -1,4 +1,4 @@
-//! What is there for one run, and is new for each: a store, a coordinator, participants.
+//! The processes and databases of one run: a store, a coordinator and participants. Each run gets new ones.
 
 use std::sync::Arc;
 
@@ -19,18 +19,18 @@ use super::{
 };
 
 pub(crate) struct World {
-    /// `None`: another server is measured.
+    /// `None` when another server is measured.
     pub(crate) coordinator: Option<Coordinator>,
-    /// The process that is measured, if it is known.
+    /// Process id of the measured server, if known.
     pub(crate) pid: Option<u32>,
     pub(crate) ledger: Arc<Ledger>,
-    /// Initiators, each with a connection of its own.
+    /// Each initiator has its own connection.
     pub(crate) initiators: Vec<Initiator>,
-    /// One whose transactions need a participant that may hang.
+    /// The initiator whose transactions need the participant that may hang.
     pub(crate) hindered: Option<Initiator>,
-    /// Says whether that participant hangs.
+    /// Tells that participant whether to hang.
     pub(crate) hangs: watch::Sender<bool>,
-    /// Of the store.
+    /// The store's database server.
     pub(crate) server: Option<Server>,
     participants: Vec<Served>,
     peer: Option<DtmParticipant>,
@@ -97,7 +97,7 @@ impl World {
         let (hangs, hanging) = watch::channel(false);
         let mut participants = Vec::new();
         for n in 0..=column.branches {
-            // One more than are needed: the last one may hang, and transactions that need it have it in place of the first.
+            // One participant more than there are branches. The last one may hang; some transactions use it instead of the first.
             let hanging = (n == column.branches).then(|| hanging.clone());
             let (way, folder) = (column.phase_two, folder.path());
             let served = Served::start(n, options, way, &ledger, folder, hanging).await;
@@ -137,7 +137,7 @@ impl World {
         })
     }
 
-    /// How many pieces all participants have sold, if they sell any.
+    /// Pieces sold by all participants together. `None` if they sell nothing.
     pub(crate) async fn sold(&self, goods: u32) -> anyhow::Result<Option<i64>> {
         let mut all = None;
         for goods_of_one in self.participants.iter().filter_map(|served| served.goods.as_ref()) {
@@ -146,7 +146,7 @@ impl World {
         Ok(all)
     }
 
-    /// Ends all of it, in order.
+    /// Stops everything in order and returns the coordinator's totals.
     pub(crate) async fn stop(self, keep: bool) -> anyhow::Result<Option<Recorded>> {
         let recorded = match self.coordinator {
             Some(coordinator) => coordinator.stop().await.map(Some),
@@ -166,7 +166,7 @@ impl World {
     }
 }
 
-/// The coordinator's configuration, beside its flags.
+/// The coordinator's configuration keys, in addition to its flags.
 fn settings(options: &Options, column: &Column) -> Vec<(String, String)> {
     let mut settings = vec![("retention".to_owned(), options.retention.to_string())];
     if options.transport == Transport::Unary {

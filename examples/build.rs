@@ -1,4 +1,4 @@
-//! Compiles shop.proto with protox, so that nobody needs protoc; nothing else.
+//! Compiles shop.proto with protox, so that protoc need not be installed.
 
 use std::error::Error;
 

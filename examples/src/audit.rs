@@ -1,22 +1,23 @@
-//! All or nothing, checked order by order: do the three services tell the same story? Books and answers in, violations out.
+//! Checks for every order that it happened in all three services or in none. Takes the tables and the answers, and returns the
+//! violations.
 
 use std::collections::BTreeMap;
 
 use crate::books::{Account, Books, Deduction, OrderRow, Stock};
 
-/// What was told to the one who ordered. It must be the truth for ever.
+/// What the customer was told about an order. It must stay true.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// It is placed.
+    /// The order is placed.
     Placed,
-    /// A service has said no.
+    /// A service refused.
     Refused,
-    /// Something failed, and nothing has happened.
+    /// A call failed, and the order had no effect.
     Cancelled,
 }
 
-/// What is wrong, in sentences; empty if nothing is. `before` is what the books said before the first order, `after` what they say
-/// now, when no transaction is open any more.
+/// Returns the violations, one sentence each; empty if there are none. `before` holds the tables before the first order. `after`
+/// holds them at the end, when no transaction is open.
 #[must_use]
 pub fn audit(before: &Books, after: &Books, answers: &BTreeMap<i64, Answer>) -> Vec<String> {
     let mut violations = Vec::new();
@@ -85,7 +86,7 @@ fn points(before: &Books, after: &Books, violations: &mut Vec<String>) {
     }
 }
 
-/// Whether its three services and the answer agree.
+/// Checks that the three services and the answer agree about one order.
 fn order(id: i64, books: &Books, answer: Option<&Answer>) -> Result<(), String> {
     let (deduction, booking) = (books.deductions.get(&id), books.bookings.get(&id));
     let order = books.orders.get(&id);
@@ -139,7 +140,7 @@ mod tests {
     use super::*;
     use crate::{books::Booking, store::Service};
 
-    /// One order of two mice, which is placed; one that was cancelled.
+    /// Two orders: one of two mice, which was placed, and one that was cancelled.
     fn before() -> Books {
         let mut books = Books::default();
         books.stock.insert("mouse".to_owned(), Stock { available: 10, frozen: 0, sold: 0 });
@@ -173,7 +174,7 @@ mod tests {
         BTreeMap::from([(1, Answer::Placed), (2, Answer::Refused), (3, Answer::Cancelled)])
     }
 
-    /// What is found after `change`.
+    /// Applies `change` and checks which violations the audit reports.
     fn check(change: impl Fn(&mut Books, &mut BTreeMap<i64, Answer>), expected: &[&str]) {
         let (mut after, mut answers) = (after(), answers());
         change(&mut after, &mut answers);
@@ -216,7 +217,7 @@ mod tests {
 
     #[test]
     fn sums_that_fit_do_not_hide_orders_that_do_not() {
-        // The stock was sold for the order that was cancelled.
+        // The stock was sold for a cancelled order.
         check(
             |after, _| {
                 let sold = after.deductions.remove(&1).unwrap();

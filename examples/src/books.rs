@@ -1,4 +1,4 @@
-//! What the three services have written down, read straight from their databases.
+//! The contents of the three services' tables, read straight from their databases.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -9,77 +9,77 @@ use crate::{
     store::{Service, Store, Stores},
 };
 
-/// All of it.
+/// All rows that the audit needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Books {
-    /// By SKU.
+    /// Stock, by SKU.
     pub stock: BTreeMap<String, Stock>,
-    /// By order.
+    /// Deductions, by order id.
     pub deductions: BTreeMap<i64, Deduction>,
-    /// By customer.
+    /// Points accounts, by customer.
     pub accounts: BTreeMap<String, Account>,
-    /// By order.
+    /// Points bookings, by order id.
     pub bookings: BTreeMap<i64, Booking>,
-    /// By number.
+    /// Orders, by id.
     pub orders: BTreeMap<i64, OrderRow>,
-    /// By service: branches whose fence says that they are tried, and neither confirmed nor cancelled.
+    /// By service: how many branches are recorded in its fence as tried, and neither confirmed nor cancelled.
     pub tried: BTreeMap<Service, i64>,
 }
 
-/// Pieces of one SKU.
+/// The stock of one SKU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stock {
-    /// On the shelf.
+    /// Pieces that can be sold.
     pub available: i64,
-    /// Kept for orders that are being placed.
+    /// Pieces that are reserved for open orders.
     pub frozen: i64,
-    /// Gone.
+    /// Pieces that were sold.
     pub sold: i64,
 }
 
-/// What an order took.
+/// The pieces that one order took.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Deduction {
-    /// Of what.
+    /// The SKU.
     pub sku: String,
-    /// How many.
+    /// The number of pieces.
     pub quantity: i64,
-    /// frozen or sold.
+    /// `frozen` or `sold`.
     pub state: String,
 }
 
 /// A customer's points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Account {
-    /// What can be spent.
+    /// Points that the customer can spend.
     pub balance: i64,
-    /// Of orders that are being placed.
+    /// Points of orders that are still open.
     pub pending: i64,
 }
 
-/// What an order earned.
+/// The points that one order earned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Booking {
-    /// Whose.
+    /// The customer who earned them.
     pub customer: String,
-    /// How many.
+    /// The number of points.
     pub points: i64,
-    /// pending or booked.
+    /// `pending` or `booked`.
     pub state: String,
 }
 
-/// An order.
+/// A row of the order service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OrderRow {
-    /// Whose.
+    /// The customer.
     pub customer: String,
-    /// Of what.
+    /// The SKU that was ordered.
     pub sku: String,
-    /// How many.
+    /// The number of pieces.
     pub quantity: i64,
-    /// What it costs.
+    /// The total price in cents.
     pub amount_cents: i64,
-    /// pending, placed or cancelled.
+    /// `pending`, `placed` or `cancelled`.
     pub status: String,
 }
 
@@ -98,7 +98,7 @@ impl fmt::Display for Booking {
 }
 
 impl Books {
-    /// Reads what is there now. Read when nothing is under way: each table is read at a moment of its own.
+    /// Reads the current contents. Call it only when no order is in flight: the tables are not read in one snapshot.
     ///
     /// # Errors
     ///
@@ -116,12 +116,12 @@ impl Books {
     }
 }
 
-/// Puts goods on the shelves (SKU and pieces) and customers into the books, before anybody orders. The services have made their
-/// tables: they do when they start.
+/// Fills the stock (SKU and pieces) and creates the customers, before the first order. The tables must exist; each service
+/// creates its own when it starts.
 ///
 /// # Errors
 ///
-/// When they are there already, or a database cannot be written.
+/// When the rows exist already, or a database cannot be written.
 pub async fn fill(
     stores: &Stores,
     stock: &[(&str, i64)],

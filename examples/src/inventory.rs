@@ -1,7 +1,7 @@
-//! The inventory service: how many pieces are on the shelf, and for whom they are kept.
+//! The inventory service. It keeps the stock, and reserves pieces for orders.
 //!
-//! Its one action, `inventory.deduct`: Try moves pieces from available to frozen, Confirm from frozen to sold, Cancel back to
-//! available. That each of them counts once, whatever the network does, is not its business: the fence sees to it.
+//! Its one action is `inventory.deduct`. Try moves pieces from available to frozen. Confirm moves them from frozen to sold.
+//! Cancel moves them back to available. The fence makes each call idempotent, so this file does not have to.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,7 +15,7 @@ use tonic::transport::Server;
 use super::Db; // sqlx::Sqlite or sqlx::MySql: see sqlite.rs and mysql.rs
 use crate::{Deduct, DeductStock, Setup, all_rows, one_row};
 
-/// Its tables.
+/// The service's tables.
 pub const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS stock (
     sku       VARCHAR(64) NOT NULL PRIMARY KEY,
@@ -97,7 +97,7 @@ impl Action for Inventory {
     }
 }
 
-/// Everybody buys the same mouse: orders that are confirmed at the same moment are one UPDATE of its row.
+/// Many orders buy the same product. Orders that are confirmed at the same moment share one UPDATE of its stock row.
 impl ActionInBatches for Inventory {
     async fn on_confirm_many(
         &self,
@@ -129,7 +129,7 @@ impl ActionInBatches for Inventory {
     }
 }
 
-/// How many of each SKU. Sorted: who locks several rows does so in the same order as everybody else.
+/// How many pieces of each SKU these branches took. Sorted by SKU, so that all batches lock rows in the same order.
 fn pieces(tried: &[Tried<Json<Deduct>>]) -> BTreeMap<&str, i64> {
     let mut pieces = BTreeMap::new();
     for Tried { args: Json(deduct), .. } in tried {
@@ -138,7 +138,7 @@ fn pieces(tried: &[Tried<Json<Deduct>>]) -> BTreeMap<&str, i64> {
     pieces
 }
 
-/// Changes the deductions of these orders, all of which are frozen.
+/// Updates the state of these orders' deductions. All of them must be frozen.
 async fn note(
     tx: &mut Tx<Db>,
     change: &'static str,
@@ -153,18 +153,18 @@ async fn note(
     all_rows(note.build().execute(&mut **tx).await?.rows_affected(), tried.len())
 }
 
-/// Serves it until SIGTERM.
+/// Serves the inventory service until SIGTERM.
 ///
 /// # Errors
 ///
-/// When the database cannot be used, or the address is not to be had.
+/// When the database cannot be used, or the listen address cannot be bound.
 pub async fn serve(setup: &Setup, pool: Pool<Db>) -> anyhow::Result<()> {
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
     fence.create_table_if_missing().await?;
     let participant =
         Participant::builder("inventory").action_in_batches(&fence, Inventory).build();
-    // Nothing stays for ever: neither what the fence remembers, nor a reservation that nobody asks for any more.
+    // Background tasks delete old fence rows, and settle reservations whose Confirm or Cancel never came.
     let _clean_up = fence.clean_up_every(HOUR);
     let _inquiries = participant.inquire_every(HOUR, &Handfast::connect(&setup.coordinator)?);
     setup.serve(Server::builder().add_service(participant.into_service())).await
@@ -179,7 +179,7 @@ mod tests {
         *,
     };
 
-    /// Available, frozen, sold; and the deductions.
+    /// Stock (available, frozen, sold), and the deductions.
     type State = ((i64, i64, i64), Vec<(i64, i64, String)>);
 
     #[tokio::test]

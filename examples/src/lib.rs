@@ -1,10 +1,10 @@
-//! The services of the shop, the contracts between them, and how each one starts. No database is in the contracts, so in a shop of
-//! your own they would be a crate by themselves, and each service another.
+//! The services of the shop, the contracts between them, and how each service starts.
 //!
 //! The services are [`order`](sqlite::order), [`inventory`](sqlite::inventory) and [`points`](sqlite::points). Each is a program
-//! (in `src/bin`) with a database of its own. Their text is compiled twice: for SQLite, and for MySQL and MariaDB.
+//! (in `src/bin`) with its own database. Their code is compiled twice: for SQLite, and for MySQL and MariaDB. The contracts do
+//! not depend on a database. In a shop of your own, put the contracts into one crate and each service into another.
 //!
-//! [`audit`](audit::audit) tells from the tables of the three whether every order is all or nothing.
+//! [`audit`](audit::audit) reads the tables of all three services and checks that every order happened completely or not at all.
 
 pub mod mysql;
 pub mod sqlite;
@@ -23,7 +23,7 @@ use tonic::transport::server::{Router, TcpIncoming};
 
 use crate::store::Store;
 
-/// The generated code of `shop.proto`: the door of the order service.
+/// The code generated from `shop.proto`: the API of the order service.
 #[allow(
     missing_docs,
     unused_qualifications,
@@ -36,44 +36,44 @@ pub mod v1 {
     tonic::include_proto!("shop.v1");
 }
 
-/// An order, as it is asked for. Money is whole cents, here and everywhere.
+/// An order request. All amounts of money are whole cents.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Order {
-    /// Its number, chosen by whoever orders.
+    /// The order id, chosen by the client.
     pub id: i64,
-    /// Who orders.
+    /// The customer who orders.
     pub customer: String,
-    /// What.
+    /// The product.
     pub sku: String,
-    /// How many of it.
+    /// The number of pieces.
     pub quantity: i64,
-    /// What all of it costs.
+    /// The total price in cents.
     pub amount_cents: i64,
 }
 
-/// Stock for an order.
+/// The stock that an order needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deduct {
-    /// For which.
+    /// The order id.
     pub order_id: i64,
-    /// Of what.
+    /// The product.
     pub sku: String,
-    /// How many.
+    /// The number of pieces.
     pub quantity: i64,
 }
 
-/// Points for an order.
+/// The points that an order earns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Earn {
-    /// For which.
+    /// The order id.
     pub order_id: i64,
-    /// Who gets them.
+    /// The customer who gets the points.
     pub customer: String,
-    /// How many.
+    /// The number of points.
     pub points: i64,
 }
 
-/// Writes an order down. Refuses one that is there already.
+/// Stores an order. Refuses an order id that exists already.
 #[derive(Debug)]
 pub struct CreateOrder;
 
@@ -83,7 +83,7 @@ impl Contract for CreateOrder {
     type Reply = ();
 }
 
-/// Takes goods off the shelf, or refuses if there are too few. The reply says how many are left.
+/// Reserves pieces of a product, or refuses if there are too few. The reply is the number of pieces left.
 #[derive(Debug)]
 pub struct DeductStock;
 
@@ -93,7 +93,7 @@ impl Contract for DeductStock {
     type Reply = Json<i64>;
 }
 
-/// Books points for a customer. Refuses nobody who is known.
+/// Reserves points for a customer. Refuses only unknown customers.
 #[derive(Debug)]
 pub struct EarnPoints;
 
@@ -104,19 +104,19 @@ impl Contract for EarnPoints {
 }
 
 impl Order {
-    /// The idempotency key of its global transaction: one order is one transaction, however often it is asked for.
+    /// The idempotency key of the order's global transaction. A repeated request for the same order finds the same transaction.
     #[must_use]
     pub fn key(&self) -> String {
         format!("order-{}", self.id)
     }
 
-    /// The stock that it needs.
+    /// The stock that the order needs.
     #[must_use]
     pub fn stock(&self) -> Deduct {
         Deduct { order_id: self.id, sku: self.sku.clone(), quantity: self.quantity }
     }
 
-    /// The points that it earns: one for each 100 cents.
+    /// The points that the order earns: one for each 100 cents.
     #[must_use]
     pub fn points(&self) -> Earn {
         Earn { order_id: self.id, customer: self.customer.clone(), points: self.amount_cents / 100 }
@@ -138,7 +138,7 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Where others reach this service.
+    /// The URL at which other services reach this one.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.listen)
@@ -148,7 +148,7 @@ impl Setup {
     ///
     /// # Errors
     ///
-    /// When the address is not to be had.
+    /// When the listen address cannot be bound.
     pub async fn serve(&self, service: Router) -> anyhow::Result<()> {
         let incoming = TcpIncoming::bind(self.listen);
         let incoming = incoming.with_context(|| format!("cannot listen on {}", self.listen))?;
@@ -162,26 +162,26 @@ impl Setup {
     }
 }
 
-/// Logs go to stdout, one JSON object in each line. The walk-through draws its timelines from them.
+/// Logs to stdout, one JSON object per line. The walk-through draws its timelines from these lines.
 pub fn log_to_stdout() {
     tracing_subscriber::fmt().json().flatten_event(true).with_span_list(false).init();
 }
 
-/// Passes if a statement has met exactly one row. If it has not, this service has lost track of its own data: then a Confirm or a
-/// Cancel must fail, where somebody sees it, and not do nothing.
+/// Passes if a statement matched exactly one row. Otherwise the service's data is inconsistent. A Confirm or Cancel must then
+/// fail visibly; it must not silently do nothing.
 ///
 /// # Errors
 ///
-/// If it has not.
+/// When the statement matched another number of rows.
 pub fn one_row(rows: u64) -> Result<(), sqlx::Error> {
     all_rows(rows, 1)
 }
 
-/// The same for a statement that is to meet several.
+/// As [`one_row`], for a statement that must match `expected` rows.
 ///
 /// # Errors
 ///
-/// If it has not.
+/// When the statement matched another number of rows.
 pub fn all_rows(rows: u64, expected: usize) -> Result<(), sqlx::Error> {
     if usize::try_from(rows) == Ok(expected) { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
 }

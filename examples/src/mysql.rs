@@ -1,6 +1,6 @@
-//! The services on MySQL and MariaDB. Their text is the same for each database (see sqlite.rs): it keeps to SQL that all of them
-//! know, and is compiled for this one here. A service of your own has one database, says `Sqlite` or `MySql` where those say `Db`,
-//! and needs none of this.
+//! The services on MySQL and MariaDB. The same service code is compiled once per database (see sqlite.rs); this module compiles
+//! it for MySQL. The code uses only SQL that all of these databases accept. Your own service has one database: write `Sqlite` or
+//! `MySql` where the code says `Db`, and leave this module out.
 
 use std::time::Duration;
 
@@ -21,12 +21,13 @@ pub mod points;
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 pub(crate) mod tables;
 
-/// Connections of one service: more calls than these wait for their turn.
+/// Connections in each service's pool. Further calls wait for a free connection.
 const CONNECTIONS: u32 = 16;
-/// How long. Less than the deadline of a call, so that who waits hears why.
+/// How long a call waits for a connection. Shorter than the call's deadline, so that the caller gets an error that names the
+/// cause.
 const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where a database is.
+/// The location of a service's database.
 pub(crate) type Place = str;
 
 /// Opens the database of a service.
@@ -39,7 +40,7 @@ pub async fn open(url: &str) -> sqlx::Result<MySqlPool> {
     pool.connect(url).await
 }
 
-/// Opens the database of a service that is there already.
+/// Opens a service's database, which must exist already.
 pub(crate) async fn connect(url: &str) -> sqlx::Result<MySqlConnection> {
     MySqlConnection::connect(url).await
 }
@@ -56,7 +57,7 @@ pub(crate) mod testing {
         pool: MySqlPool,
     }
 
-    /// One on each server that TEST_MYSQL_SERVERS names: `scripts/test` starts some, and sets it.
+    /// One database on each server in TEST_MYSQL_SERVERS. `scripts/test` starts the servers and sets the variable.
     pub(crate) async fn databases(schema: &'static str) -> Vec<Database> {
         let servers = std::env::var("TEST_MYSQL_SERVERS").unwrap_or_default();
         let mut databases = Vec::new();
@@ -77,7 +78,7 @@ pub(crate) mod testing {
     }
 
     impl Database {
-        /// The same database, without a row: to make a new one takes too long.
+        /// Deletes all rows and returns the same database. Creating a new database takes too long.
         pub(crate) async fn emptied(&self) -> MySqlPool {
             let mut connection = self.pool.acquire().await.unwrap();
             let tables: Vec<String> = sqlx::query_scalar(
@@ -98,7 +99,7 @@ pub(crate) mod testing {
     }
 
     impl Drop for Database {
-        /// From a thread of its own: what is dropped cannot wait.
+        /// Drops the database from a separate thread, because `drop` cannot await.
         fn drop(&mut self) {
             let (server, sql) = (self.server.clone(), format!("DROP DATABASE {}", self.name));
             let dropped = std::thread::spawn(move || {

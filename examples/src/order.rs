@@ -1,5 +1,5 @@
-//! The order service. It keeps the orders, and here an order begins: `PlaceOrder` runs one global transaction across three
-//! services, this one among them.
+//! The order service. It stores orders and starts the global transactions. `PlaceOrder` runs one global transaction across three
+//! services; the order service is itself a participant in it.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-/// Its tables.
+/// The service's tables.
 pub const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS orders (
     id           BIGINT      NOT NULL PRIMARY KEY,
@@ -31,10 +31,11 @@ CREATE TABLE IF NOT EXISTS orders (
 )";
 
 const HOUR: Duration = Duration::from_secs(3600);
-/// How long it may take to reserve everything, if the customer does not say.
+/// Default timeout of phase one, if the customer sets none.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What takes part: `order.create`. Try writes the order down as pending; it is placed or cancelled later.
+/// The participant, with the action `order.create`. Try inserts the order as pending. Confirm marks it placed; Cancel marks it
+/// cancelled.
 struct Orders;
 
 impl Action for Orders {
@@ -89,7 +90,7 @@ impl Action for Orders {
     }
 }
 
-/// Orders that are placed at the same moment, together.
+/// Orders that are confirmed at the same moment share one UPDATE.
 impl ActionInBatches for Orders {
     async fn on_confirm_many(
         &self,
@@ -108,7 +109,7 @@ impl ActionInBatches for Orders {
     }
 }
 
-/// What customers talk to.
+/// The gRPC service that customers call.
 struct Checkout {
     handfast: Handfast,
     orders: Remote,
@@ -116,11 +117,11 @@ struct Checkout {
     points: Remote,
 }
 
-/// Its global transaction, and what is left in stock, if this call placed it.
+/// The transaction's xid, and how many pieces are left in stock. The count is known only if this call placed the order.
 type Placed = Result<(Xid, Option<i64>), TransactionError>;
 
 impl Checkout {
-    /// Calls the three services from here, all at once, and has the coordinator confirm what they reserved.
+    /// Calls the Try of the three services from this process, all at once. The coordinator then confirms the reservations.
     async fn place(&self, order: Order, patience: Duration) -> Placed {
         let confirmed = self
             .handfast
@@ -141,7 +142,7 @@ impl Checkout {
         Ok((confirmed.xid, confirmed.value))
     }
 
-    /// The same, but the coordinator calls the three services: one call from here, and it is on its way.
+    /// As `place`, but the coordinator calls the Trys. This process makes a single call to the coordinator.
     async fn execute(&self, order: Order, patience: Duration) -> Placed {
         let (stock, points) = (order.stock(), order.points());
         let executed = self
@@ -192,7 +193,7 @@ impl OrderService for Checkout {
     }
 }
 
-/// Each way that it can end means something else to the customer.
+/// Translates each outcome of the transaction into the answer for the customer.
 fn answer(placed: Placed) -> PlaceOrderResponse {
     let error = match placed {
         Ok((xid, left)) => {
@@ -218,11 +219,11 @@ fn answer(placed: Placed) -> PlaceOrderResponse {
     PlaceOrderResponse { outcome: outcome.into(), xid, reason, message, left: None }
 }
 
-/// Serves it until SIGTERM. `inventory` and `points` are the URLs of the services that it calls.
+/// Serves the order service until SIGTERM. `inventory` and `points` are the URLs of the two services that it calls.
 ///
 /// # Errors
 ///
-/// When the database cannot be used, or the address is not to be had.
+/// When the database cannot be used, or the listen address cannot be bound.
 pub async fn serve(
     setup: &Setup,
     pool: Pool<Db>,
@@ -272,7 +273,7 @@ mod tests {
             let participant =
                 Participant::builder("order").action_in_batches(&fence, Orders).build();
             World::new(participant, async move || -> Vec<(i64, String)> {
-                // That an order was cancelled is remembered; to everybody else it is as if it had never been.
+                // A cancelled order keeps its row, but for customers it does not exist.
                 let orders = "SELECT id, status FROM orders WHERE status <> 'cancelled'";
                 sqlx::query_as(orders).fetch_all(&pool).await.unwrap()
             })

@@ -1,7 +1,7 @@
-//! The points service: what customers have earned. One point for each 100 cents, theirs once the order is placed.
+//! The points service. Customers earn one point for each 100 cents, once their order is placed.
 //!
-//! Its one action, `points.earn`: Try notes points as pending, Confirm adds them to the balance, Cancel forgets them. Pending
-//! points cannot be spent, so nobody spends what an order takes back.
+//! Its one action is `points.earn`. Try records the points as pending. Confirm adds them to the balance. Cancel deletes them.
+//! Pending points cannot be spent, so a cancelled order never takes back points that were spent.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,7 +15,7 @@ use tonic::transport::Server;
 use super::Db; // sqlx::Sqlite or sqlx::MySql: see sqlite.rs and mysql.rs
 use crate::{Earn, EarnPoints, Setup, all_rows, one_row};
 
-/// Its tables.
+/// The service's tables.
 pub const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS account (
     customer VARCHAR(64) NOT NULL PRIMARY KEY,
@@ -92,7 +92,7 @@ impl Action for Points {
     }
 }
 
-/// Points of several orders, together: one UPDATE for each customer.
+/// Orders that are confirmed at the same moment share one UPDATE per customer.
 impl ActionInBatches for Points {
     async fn on_confirm_many(
         &self,
@@ -123,7 +123,7 @@ impl ActionInBatches for Points {
     }
 }
 
-/// What each customer has earned. Sorted: who locks several rows does so in the same order as everybody else.
+/// The points that each customer earned in these branches. Sorted by customer, so that all batches lock rows in the same order.
 fn earned(tried: &[Tried<Json<Earn>>]) -> BTreeMap<&str, i64> {
     let mut earned = BTreeMap::new();
     for Tried { args: Json(earn), .. } in tried {
@@ -132,7 +132,7 @@ fn earned(tried: &[Tried<Json<Earn>>]) -> BTreeMap<&str, i64> {
     earned
 }
 
-/// Changes the bookings of these orders, all of which are pending.
+/// Updates the state of these orders' bookings. All of them must be pending.
 async fn note(
     tx: &mut Tx<Db>,
     change: &'static str,
@@ -147,11 +147,11 @@ async fn note(
     all_rows(note.build().execute(&mut **tx).await?.rows_affected(), tried.len())
 }
 
-/// Serves it until SIGTERM.
+/// Serves the points service until SIGTERM.
 ///
 /// # Errors
 ///
-/// When the database cannot be used, or the address is not to be had.
+/// When the database cannot be used, or the listen address cannot be bound.
 pub async fn serve(setup: &Setup, pool: Pool<Db>) -> anyhow::Result<()> {
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
@@ -171,7 +171,7 @@ mod tests {
         *,
     };
 
-    /// Balance and pending; and the bookings.
+    /// Points (balance, pending), and the bookings.
     type State = ((i64, i64), Vec<(i64, i64, String)>);
 
     #[tokio::test]

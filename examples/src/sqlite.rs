@@ -1,4 +1,5 @@
-//! The services on SQLite. Their text is the same for each database (see mysql.rs), and is compiled for this one here.
+//! The services on SQLite. The same service code is compiled once per database (see mysql.rs); this module compiles it for
+//! SQLite.
 
 use std::path::Path;
 
@@ -18,24 +19,24 @@ pub mod points;
 #[path = "tables.rs"]
 pub(crate) mod tables;
 
-/// Where a database is.
+/// The location of a service's database.
 pub(crate) type Place = Path;
 
 /// Opens the database of a service.
 ///
 /// # Errors
 ///
-/// When it is none.
+/// When the file cannot be opened as a database.
 pub async fn open(file: &Path) -> sqlx::Result<SqlitePool> {
     let options = SqliteConnectOptions::new()
         .filename(file)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal);
-    // SQLite has one writer at a time. Waiting for a turn in the pool is fair; waiting for the file's lock is not.
+    // SQLite has one writer at a time. The pool serves waiters in order; SQLite's file lock does not.
     SqlitePoolOptions::new().max_connections(1).connect_with(options).await
 }
 
-/// Opens the database of a service that is there already.
+/// Opens a service's database, which must exist already.
 pub(crate) async fn connect(file: &Path) -> sqlx::Result<SqliteConnection> {
     SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(file)).await
 }
@@ -53,13 +54,13 @@ pub(crate) mod testing {
         latest: Mutex<Option<handfast::testing::Database>>,
     }
 
-    /// One is enough here; elsewhere there is one for each kind of server.
+    /// Returns one database. The server modules return one for each server.
     pub(crate) async fn databases(schema: &'static str) -> Vec<Database> {
         vec![Database { schema, latest: Mutex::default() }]
     }
 
     impl Database {
-        /// A new file.
+        /// Creates a new, empty database file.
         pub(crate) async fn emptied(&self) -> SqlitePool {
             let database = handfast::testing::Database::new(self.schema).await;
             let pool = database.pool();

@@ -1,10 +1,10 @@
-//! Where a service keeps its tables: a file of SQLite, or a database on a server of MySQL or MariaDB.
+//! The location of a service's tables: an SQLite file, or a database on a MySQL or MariaDB server.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
 use sqlx::mysql::MySqlConnectOptions;
 
-/// See the module's comment. Shown without the password; [`Store::url`] has it.
+/// The location of one database. `Display` and `Debug` leave out the password; [`Store::url`] includes it.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Store {
     /// `sqlite:FILE`
@@ -13,10 +13,10 @@ pub enum Store {
     MySql(String),
 }
 
-/// One of the three.
+/// One of the three services.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Service {
-    /// Keeps the orders, and places them.
+    /// Stores and places orders.
     Order,
     /// Keeps the stock.
     Inventory,
@@ -24,7 +24,7 @@ pub enum Service {
     Points,
 }
 
-/// Where each of them keeps its tables.
+/// The location of each service's database.
 #[derive(Debug, Clone)]
 pub struct Stores {
     /// The order service.
@@ -36,7 +36,7 @@ pub struct Stores {
 }
 
 impl Store {
-    /// As it is written in arguments.
+    /// The location as it is written on the command line, with its password.
     #[must_use]
     pub fn url(&self) -> String {
         match self {
@@ -63,7 +63,7 @@ impl FromStr for Store {
         match text.split_once(':') {
             Some(("sqlite", file)) if !file.is_empty() => Ok(Self::Sqlite(PathBuf::from(file))),
             Some(("mysql" | "mariadb", rest)) if rest.starts_with("//") => {
-                // No error repeats the text: there may be a password in it.
+                // Errors do not quote the text, because it may contain a password.
                 let options: MySqlConnectOptions =
                     text.parse().map_err(|error| format!("it is no URL: {error}"))?;
                 match options.get_database() {
@@ -93,7 +93,7 @@ impl fmt::Debug for Store {
     }
 }
 
-/// A server's or a database's URL, for people.
+/// The URL without its password.
 #[must_use]
 pub fn without_password(url: &str) -> String {
     let Ok(options) = url.parse::<MySqlConnectOptions>() else { return "mysql://…".to_owned() };

@@ -1,4 +1,4 @@
-//! The tables of the services, as the audit reads them, and as they are filled before anybody orders.
+//! Reads the services' tables for the audit, and fills them before the first order.
 
 use sqlx::Connection as _;
 
@@ -10,7 +10,7 @@ use crate::{
 
 type Connection = <Db as sqlx::Database>::Connection;
 
-/// Writes into `books` what a service has written down.
+/// Reads one service's tables into `books`.
 pub(crate) async fn read(service: Service, place: &Place, books: &mut Books) -> sqlx::Result<()> {
     let mut db = connect(place).await?;
     match service {
@@ -61,7 +61,7 @@ async fn read_points(db: &mut Connection, books: &mut Books) -> sqlx::Result<()>
     Ok(())
 }
 
-/// Puts goods on the shelves of the inventory service.
+/// Adds stock to the inventory service.
 pub(crate) async fn add_stock(place: &Place, stock: &[(&str, i64)]) -> sqlx::Result<()> {
     let mut db = connect(place).await?;
     for (sku, pieces) in stock {
@@ -71,7 +71,7 @@ pub(crate) async fn add_stock(place: &Place, stock: &[(&str, i64)]) -> sqlx::Res
     db.close().await
 }
 
-/// Puts customers into the books of the points service.
+/// Adds customers to the points service.
 pub(crate) async fn add_customers(place: &Place, customers: &[&str]) -> sqlx::Result<()> {
     let mut db = connect(place).await?;
     for customer in customers {

@@ -1,8 +1,8 @@
-//! Where a server listens: `http://host:port`.
+//! The address of a server: `http://host:port`.
 //!
-//! There is one way to read an address, [`Address::from_str`], and it is strict. Requests, configuration and stored branches all go
-//! through it; the rules of the coordinator's allow-list read their hosts with the same [`Host`]. An [`Address`] carries the URI that
-//! is dialled, so what was checked and what is dialled cannot differ.
+//! [`Address::from_str`] is the only parser, and it is strict. Requests, configuration and stored branches all use it. The
+//! coordinator's allow-list parses hosts with the same [`Host`]. An [`Address`] contains the URI that is dialled, so the checked
+//! address and the dialled address cannot differ.
 
 use std::{
     cmp::Ordering,
@@ -13,13 +13,13 @@ use std::{
 
 use tonic::transport::Uri;
 
-/// Longest name of a host, and of one label of it, in bytes (RFC 1035).
+/// Longest host name, and longest label in it, in bytes (RFC 1035).
 const NAME_BYTES_MAX: [usize; 2] = [253, 63];
 
 /// A name, or an IP address.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Host {
-    /// Lower-case labels of letters, digits, `-` and `_`, with dots between them. The last label is no number, because resolvers
+    /// Lower-case labels of letters, digits, `-` and `_`, separated by dots. The last label is not a number, because resolvers
     /// read `2130706433` and `127.1` as IP addresses.
     Name(String),
     /// `127.0.0.1`
@@ -39,7 +39,7 @@ impl fmt::Display for Host {
 }
 
 impl FromStr for Host {
-    /// Why it is none.
+    /// Why the text is not a host.
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, &'static str> {
@@ -77,18 +77,18 @@ impl FromStr for Host {
     }
 }
 
-/// Reads a port from 1 to 65535, in decimal digits and nothing else.
+/// Parses a port from 1 to 65535. Only decimal digits are allowed.
 ///
 /// # Errors
 ///
-/// When it is none, and why.
+/// When the text is not a port. The error says why.
 pub fn port(text: &str) -> Result<u16, &'static str> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let port = text.parse().ok().filter(|port| digits && *port != 0);
     port.ok_or("its port must be a number from 1 to 65535")
 }
 
-/// `http://host:port`, such as `http://inventory:7001` or `http://[::1]:7001`. Can always be dialled.
+/// `http://host:port`, such as `http://inventory:7001` or `http://[::1]:7001`. Every value can be dialled.
 #[derive(Debug, Clone)]
 pub struct Address {
     host: Host,
@@ -97,19 +97,19 @@ pub struct Address {
 }
 
 impl Address {
-    /// What is dialled.
+    /// The URI to dial.
     #[must_use]
     pub fn uri(&self) -> &Uri {
         &self.uri
     }
 
-    /// Who listens there.
+    /// The host of the server.
     #[must_use]
     pub fn host(&self) -> &Host {
         &self.host
     }
 
-    /// On which port.
+    /// The port of the server.
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
@@ -146,7 +146,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// The text is not the address of a server.
+/// The text is not a server address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is no address ({why}): one looks like http://127.0.0.1:7001")]
 pub struct InvalidAddress {
@@ -171,7 +171,7 @@ impl FromStr for Address {
             if authority.contains('@') {
                 return Err("it has a user");
             }
-            // Behind an IPv6 address without a port stands its bracket.
+            // If an IPv6 address has no port, the text after its last colon ends with a bracket.
             let (host, digits) = match authority.rsplit_once(':') {
                 Some((host, digits)) if !digits.ends_with(']') => (host, digits),
                 Some(_) | None => return Err("it has no port"),

@@ -103,7 +103,7 @@ pub use pb::branch_stream_request::Call as BranchRequest;
 pub struct BranchAnswer {
     /// The reply to a Try.
     pub reply: Option<pb::Payload>,
-    /// Branches that were registered below this one and tried with success. Not checked: they may be any texts.
+    /// Branches that were registered below this one and whose Try succeeded. The ids are not validated.
     pub nested_branch_ids: Vec<String>,
 }
 
@@ -170,7 +170,7 @@ impl Streamed for ToParticipant {
     }
 }
 
-/// A reply that is larger than the contract allows is no clear answer: it is kept nowhere, and reaches no initiator.
+/// A reply above the limit of the contract is an error. It is not stored, and it never reaches an initiator.
 fn within_limits(reply: Option<pb::Payload>) -> Result<Option<pb::Payload>, Status> {
     let Some(pb::Payload { data, content_type }) = &reply else { return Ok(reply) };
     for (what, bytes, max) in [
@@ -186,7 +186,7 @@ fn within_limits(reply: Option<pb::Payload>) -> Result<Option<pb::Payload>, Stat
     Ok(reply)
 }
 
-/// Serves `BranchStream`: each call on the stream is served by the unary method of `service`, side by side.
+/// Serves `BranchStream`. Each call on the stream goes to the unary method of `service`; calls run concurrently.
 pub fn serve_branches<P: ParticipantService>(
     service: Arc<P>,
     request: Request<Streaming<pb::BranchStreamRequest>>,
@@ -199,8 +199,8 @@ pub fn serve_branches<P: ParticipantService>(
         move |request: pb::BranchStreamRequest| failed(request.number, stream::too_many_calls());
     let answer = move |request: pb::BranchStreamRequest| {
         let (service, number) = (service.clone(), request.number);
-        // A task for each call, so that one that computes long or panics does not disturb the others. The task ends with its stream,
-        // as a unary call ends with its connection.
+        // Each call has its own task, so that one that computes long or panics does not disturb the others. The task is
+        // cancelled when its stream ends, as a unary call is when its connection ends.
         let answer = tokio::spawn(async move { serve_branch(&*service, request).await });
         let answer = AbortOnDropHandle::new(answer);
         async move {
@@ -213,7 +213,7 @@ pub fn serve_branches<P: ParticipantService>(
     Response::new(answers)
 }
 
-/// The answers of [`serve_branches`].
+/// The response stream of [`serve_branches`].
 pub type BranchAnswers = stream::Answers<pb::BranchStreamResponse>;
 
 async fn serve_branch<P: ParticipantService>(
@@ -244,10 +244,10 @@ async fn serve_branch<P: ParticipantService>(
     pb::BranchStreamResponse { number, answer, nested_branch_ids }
 }
 
-/// A Try whose metadata names the branch below which the participant may register branches of its own.
+/// A Try request. If `may_join` is set, its metadata names the branch below which the participant may register branches.
 fn joinable(call: pb::TryBranchRequest, may_join: bool) -> Request<pb::TryBranchRequest> {
     let below = call.context.as_ref().filter(|_| may_join);
-    // An invalid xid or branch id is left out here; the service refuses the call and names the field.
+    // Invalid ids are left out of the metadata. The service refuses the call later and names the field.
     let below = below
         .and_then(|context| Some((context.xid.parse().ok()?, context.branch_id.parse().ok()?)));
     let mut request = Request::new(call);

@@ -1,4 +1,4 @@
-//! How both sides connect: the coordinator to participants, and the SDK to both.
+//! Connection settings for both sides: the coordinator connects to participants, and the SDK to both.
 
 use std::{
     error::Error,
@@ -23,16 +23,16 @@ use crate::address::Address;
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a connection with calls on it may be silent before it is pinged.
+/// How long a connection with calls in flight may be silent before it is pinged.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// How long the other end may take to answer a ping before the connection is closed.
+/// How long the peer may take to answer a ping before the connection is closed.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The deadline that is sent with a call is later than the caller's own by this much, so that the caller's timer always fires
-/// first. tonic's timers, on either end, would report CANCELLED instead of DEADLINE_EXCEEDED.
+/// The deadline sent with a call is this much later than the caller's own, so that the caller's timer always fires first.
+/// tonic's timers, on either end, would report CANCELLED instead of DEADLINE_EXCEEDED.
 pub const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
 
-/// The server at `address`, with the settings that every connection has, over whatever network. Does not connect yet.
+/// The endpoint for `address`, with the settings that every connection uses. Does not connect yet.
 #[must_use]
 pub fn endpoint(address: &Address) -> Endpoint {
     Endpoint::from(address.uri().clone())
@@ -42,9 +42,9 @@ pub fn endpoint(address: &Address) -> Endpoint {
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
 }
 
-/// A channel to the server at `address`. It connects when it is first used, and again when the connection is lost. `at` is what the
-/// name was looked up as; without it, each connection looks the name up and begins with the first IP address. Call it within a
-/// tokio runtime.
+/// A channel to the server at `address`. It connects on first use, and reconnects when the connection is lost. `at` is the
+/// result of the name lookup. Without `at`, each connection looks the name up and tries the first IP address first. Call this
+/// within a tokio runtime.
 #[must_use]
 pub fn channel(address: &Address, at: Option<SocketAddr>) -> Channel {
     let endpoint = endpoint(address);
@@ -52,24 +52,24 @@ pub fn channel(address: &Address, at: Option<SocketAddr>) -> Channel {
     endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| connect(at)))
 }
 
-/// A connection for a channel that makes its own.
+/// Opens a connection, for channels that manage their own connections.
 ///
 /// # Errors
 ///
-/// When there is no connection.
+/// When the connection fails.
 pub async fn connect(at: SocketAddr) -> io::Result<TokioIo<Http2>> {
     let stream = TcpStream::connect(at).await?;
     stream.set_nodelay(true)?;
     Ok(TokioIo::new(Http2 { stream, is_sure: false }))
 }
 
-/// Whether there was no connection to make a call on, so that it cannot have arrived.
+/// Whether the call failed because it had no connection. Then the call cannot have arrived.
 #[must_use]
 pub fn is_not_connected(status: &Status) -> bool {
     causes(status).any(|cause| cause.is::<ConnectError>())
 }
 
-/// The words for what becomes of connections.
+/// How I/O errors are worded for people.
 const IO_WORDS: [(io::ErrorKind, &str); 8] = [
     (io::ErrorKind::ConnectionRefused, "connection refused"),
     (io::ErrorKind::ConnectionReset, "connection reset"),
@@ -81,8 +81,8 @@ const IO_WORDS: [(io::ErrorKind, &str); 8] = [
     (io::ErrorKind::NetworkUnreachable, "network unreachable"),
 ];
 
-/// Why a call has no answer, in a few words for people: `connection refused`. The errors of the libraries below say "transport
-/// error", and what is wrong stands at the end of their chain.
+/// Why a call has no answer, in a few words: `connection refused`. The libraries below report "transport error", and the cause
+/// is at the end of the error chain.
 #[must_use]
 pub fn in_words(error: &(dyn Error + 'static)) -> String {
     let io = causes(error).filter_map(|cause| cause.downcast_ref::<io::Error>()).last();
@@ -97,7 +97,7 @@ pub fn in_words(error: &(dyn Error + 'static)) -> String {
     }
 }
 
-/// An error and what caused it, one after the other.
+/// Iterates over an error and its causes.
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     let mut next = Some(error);
     std::iter::from_fn(move || {
@@ -107,7 +107,7 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
     })
 }
 
-/// A connection that says what the other end speaks, if that is not HTTP/2. The first bytes tell.
+/// A connection that reports which protocol the peer speaks, if it is not HTTP/2. It looks at the first bytes.
 #[derive(Debug)]
 pub struct Http2 {
     stream: TcpStream,

@@ -1,9 +1,10 @@
-//! Where a process can be made to die, as if somebody had killed it at that very place: `CRASH_POINT=batch.after_commit:3` in its
-//! environment is SIGKILL when it comes by `crash_point!("batch.after_commit")` for the third time; with `:stop` at the end it is
-//! SIGSTOP, and SIGCONT lets it go on from there. This is for what breaks things on purpose (`chaos`, and tests of processes);
-//! without the feature `crash-points` nothing of it is compiled, here or where it is used.
+//! Crash points: named places at which a process can be made to die, as if it had been killed there.
+//!
+//! With `CRASH_POINT=batch.after_commit:3` in its environment, the process sends itself SIGKILL when it reaches
+//! `crash_point!("batch.after_commit")` for the third time. With `:stop` appended it sends SIGSTOP, and SIGCONT resumes it.
+//! Fault injection uses this (`chaos`, and tests of processes). Without the feature `crash-points`, none of it is compiled.
 
-/// Dies here, if the process was told to; see the module [`crash`](crate::crash).
+/// Dies here if the environment says so; see the module [`crash`](crate::crash).
 #[cfg(feature = "crash-points")]
 #[macro_export]
 macro_rules! crash_point {
@@ -12,7 +13,7 @@ macro_rules! crash_point {
     };
 }
 
-/// Nothing: this was built without the feature `crash-points`.
+/// Does nothing: this was built without the feature `crash-points`.
 #[cfg(not(feature = "crash-points"))]
 #[macro_export]
 macro_rules! crash_point {
@@ -21,11 +22,11 @@ macro_rules! crash_point {
     };
 }
 
-/// Counts, and dies or stops when it is time.
+/// Counts the visits, and dies or stops at the right one.
 ///
 /// # Panics
 ///
-/// When `CRASH_POINT` is no name and number.
+/// When `CRASH_POINT` is malformed.
 #[cfg(feature = "crash-points")]
 pub fn come_by(name: &str) {
     use rustix::process::{Signal, getpid, kill_process};
@@ -37,7 +38,7 @@ pub fn come_by(name: &str) {
         time::Duration,
     };
 
-    /// Where, at which time, and with what.
+    /// The name of the crash point, the number of the visit, and the signal.
     fn parse(text: &str) -> Option<(String, u64, Signal)> {
         let (text, signal) = match text.strip_suffix(":stop") {
             Some(text) => (text, Signal::STOP),
@@ -58,7 +59,7 @@ pub fn come_by(name: &str) {
         && TIMES.fetch_add(1, Ordering::Relaxed) + 1 == *nth
     {
         kill_process(getpid(), *signal).expect("everybody may do so to themselves");
-        // Another thread may be the one that receives it; this one must not go on before all have stopped.
+        // Another thread may receive the signal. This one must not continue before all threads have stopped.
         std::thread::sleep(Duration::from_millis(100));
     }
 }

@@ -1,4 +1,4 @@
-//! How a failed call is told to people: the code by the name in gRPC's specification, and the text.
+//! Formats a failed call for people: the name of its gRPC code, and its message.
 
 use tonic::{Code, Status};
 

@@ -1,8 +1,8 @@
-//! Holds a request back until each of its messages has arrived whole, and bounds what is held.
+//! Delays each request message until it has arrived completely, and limits the memory for incomplete messages.
 //!
-//! tonic reserves memory for the length that a message announces: a thousand calls that announce 2 MiB and send a byte each would
-//! cost 2 GiB. Here a message costs what has arrived of it. One that takes longer than [`MESSAGE_WITHIN`], or would exceed what
-//! its connection or the process may hold, ends its call.
+//! tonic allocates the length that a message announces. A thousand calls that announce 2 MiB and send one byte each would cost 2
+//! GiB. Here, a message costs only the bytes that have arrived. A call fails if its message takes longer than
+//! [`MESSAGE_WITHIN`], or exceeds the budget of its connection or of the process.
 
 use std::{
     collections::VecDeque,
@@ -26,14 +26,14 @@ use crate::limits;
 
 /// How long a message may take from its first byte to its last.
 pub const MESSAGE_WITHIN: Duration = Duration::from_secs(30);
-/// Bytes that may be held of messages of one connection: sixteen of the largest requests.
+/// Bytes of incomplete messages per connection: sixteen of the largest requests.
 pub const CONNECTION_BYTES_MAX: usize = 16 * limits::REQUEST_BYTES_MAX;
-/// Bytes that may be held of messages of all connections.
+/// Bytes of incomplete messages over all connections.
 pub const ALL_BYTES_MAX: usize = 8 * CONNECTION_BYTES_MAX;
-/// A message begins with a flag and four bytes of length.
+/// The header of a message: a flag and four bytes of length.
 const HEADER_BYTES: usize = 5;
 
-/// How much may be held of messages that have not arrived whole. Clones share it.
+/// A memory budget for incomplete messages. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Budget(Arc<Shared>);
 
@@ -44,7 +44,7 @@ struct Shared {
 }
 
 impl Budget {
-    /// `max` bytes.
+    /// A budget of `max` bytes.
     #[must_use]
     pub fn new(max: usize) -> Self {
         Self(Arc::new(Shared { held: AtomicUsize::new(0), max }))
@@ -64,7 +64,7 @@ impl Budget {
     }
 }
 
-/// A service whose requests are gathered before it sees them.
+/// A service that receives each request message only once it is complete.
 #[derive(Debug, Clone)]
 pub struct Gather<S> {
     inner: S,
@@ -73,7 +73,7 @@ pub struct Gather<S> {
 }
 
 impl<S> Gather<S> {
-    /// `all` is what all connections may hold together; `of_connection` finds what the connection of a request may.
+    /// `all` is the budget of all connections together. `of_connection` finds the budget of a request's connection.
     pub fn new(
         inner: S,
         all: Budget,
@@ -103,18 +103,18 @@ impl<S: NamedService> NamedService for Gather<S> {
     const NAME: &'static str = S::NAME;
 }
 
-/// A request whose messages leave whole.
+/// A request body that yields only complete messages.
 struct Gathered {
     body: Body,
-    /// What has arrived of a message that is not whole.
+    /// The bytes of an incomplete message.
     held: Vec<u8>,
-    /// Bytes that this message still lacks, once its header is there.
+    /// How many bytes are missing from this message. `None` until its header has arrived.
     lacks: Option<usize>,
     budgets: [Option<Budget>; 2],
     deadline: Option<Pin<Box<Sleep>>>,
-    /// Whole messages, and what follows the last one.
+    /// Complete messages, and the trailers.
     ready: VecDeque<Frame<Bytes>>,
-    /// What comes is no message that tonic will take; it says why.
+    /// The header is invalid. Bytes are passed on unchanged, so that tonic reports the error.
     is_given_up: bool,
 }
 
@@ -132,7 +132,7 @@ impl Gathered {
     }
 
     fn take(&mut self, mut data: Bytes) -> Result<(), Status> {
-        // First the rest of the message that is held.
+        // First complete the message that is held.
         while !self.held.is_empty() && !data.is_empty() && !self.is_given_up {
             let wanted = self.lacks.unwrap_or_else(|| HEADER_BYTES - self.held.len());
             let part = data.split_to(wanted.min(data.len()));
@@ -146,7 +146,7 @@ impl Gathered {
                 self.release();
             }
         }
-        // Then whole messages, as they are.
+        // Then pass on complete messages without copying.
         let mut whole = 0;
         while !self.is_given_up && data.len() - whole >= HEADER_BYTES {
             match self.read(&data[whole..]) {
@@ -174,7 +174,7 @@ impl Gathered {
         Ok(())
     }
 
-    /// The length that a header announces; `None` if tonic will refuse it.
+    /// The length that a header announces. `None` if the header is invalid or the length is above the limit.
     fn read(&self, header: &[u8]) -> Option<usize> {
         let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
         (header[0] <= 1 && length <= limits::REQUEST_BYTES_MAX).then_some(length)
@@ -204,7 +204,7 @@ impl Gathered {
         Ok(())
     }
 
-    /// Lets go of what is held: it is whole, or nothing more comes.
+    /// Releases the held bytes: the message is complete, or no more bytes will come.
     fn release(&mut self) {
         self.is_given_up |= self.is_bad();
         let held = std::mem::take(&mut self.held);
@@ -292,7 +292,7 @@ mod tests {
         [0].into_iter().chain(header).chain(content).collect()
     }
 
-    /// What leaves when these chunks arrive; a body that ends, or one of which nothing more ever comes.
+    /// What the body yields when these chunks arrive. If `ends` is false, the body stays open and nothing more arrives.
     async fn gathered(
         chunks: Vec<Vec<u8>>,
         ends: bool,
@@ -342,7 +342,7 @@ mod tests {
                 assert_eq!(gathered(chunks, true, [None, None]).await.unwrap().concat(), bad);
             }
         }
-        // Half a message: tonic says that its end is missing.
+        // Half a message: tonic reports that the end is missing.
         let half = message(10)[..9].to_vec();
         assert_eq!(gathered(vec![half.clone()], true, [None, None]).await.unwrap().concat(), half);
     }

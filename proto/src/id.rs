@@ -4,17 +4,17 @@ use std::{fmt, str::FromStr};
 
 /// The name of a global transaction, made by the coordinator at Begin.
 ///
-/// Printed `3-7-1042-9f3c01d2`: partition, epoch, sequence, nonce. It tells any node whom to ask, and within a partition it
-/// sorts by age, so that inserts go to the end of the index. As 16 bytes, big-endian, it sorts the same way.
+/// Printed `3-7-1042-9f3c01d2`: partition, epoch, sequence, nonce. The partition tells any node which coordinator to ask. Within
+/// a partition, xids sort by age, so that inserts go to the end of the index. The 16 bytes, big-endian, sort the same way.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Xid {
-    /// The slice of all transactions that it belongs to.
+    /// The partition that the transaction belongs to.
     pub partition: u16,
-    /// Which ownership of the partition made it: 1, 2, 3, …
+    /// The ownership of the partition in which the xid was made: 1, 2, 3, …
     pub epoch: u32,
-    /// Counts the transactions of one epoch: 1 to 2^48 - 1.
+    /// Numbers the transactions of one epoch: 1 to 2^48 - 1.
     pub sequence: u64,
-    /// Random at each takeover, so that a store that was deleted or restored never repeats an xid.
+    /// Random at each takeover, so that xids do not repeat after a store was deleted or restored.
     pub nonce: u32,
 }
 
@@ -22,7 +22,7 @@ impl Xid {
     /// The largest sequence number: 48 bits.
     pub const SEQUENCE_MAX: u64 = (1 << 48) - 1;
 
-    /// The 16 bytes kept in databases.
+    /// The 16 bytes that databases store.
     #[must_use]
     pub fn to_bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
@@ -33,7 +33,7 @@ impl Xid {
         bytes
     }
 
-    /// Reads what [`Xid::to_bytes`] wrote.
+    /// Parses what [`Xid::to_bytes`] returned.
     #[must_use]
     pub fn from_bytes(bytes: [u8; 16]) -> Self {
         let number = u128::from_be_bytes(bytes);
@@ -61,7 +61,7 @@ impl fmt::Debug for Xid {
     }
 }
 
-/// A text is no xid.
+/// The text is not an xid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} is no xid: one looks like 3-7-1042-9f3c01d2 (partition, epoch, sequence, eight hexadecimal digits)"
@@ -74,7 +74,7 @@ pub struct InvalidXid(
 impl FromStr for Xid {
     type Err = InvalidXid;
 
-    /// Takes only what [`Xid`] prints, so that one transaction has one name.
+    /// Accepts only the printed form of an [`Xid`], so that each transaction has exactly one name.
     fn from_str(text: &str) -> Result<Self, InvalidXid> {
         fn parse(text: &str) -> Option<Xid> {
             let mut parts = text.split('-');
@@ -84,7 +84,7 @@ impl FromStr for Xid {
                 sequence: parts.next()?.parse().ok()?,
                 nonce: u32::from_str_radix(parts.next()?, 16).ok()?,
             };
-            // Printing it again refuses leading zeros, signs, capitals and a fifth part in one go.
+            // Comparing with the printed form rejects leading zeros, signs, capitals and a fifth part at once.
             (xid.sequence <= Xid::SEQUENCE_MAX && xid.to_string() == text).then_some(xid)
         }
         parse(text).ok_or_else(|| InvalidXid(text.chars().take(64).collect()))
@@ -93,13 +93,13 @@ impl FromStr for Xid {
 
 /// The name of a branch within its global transaction: 1 to 32 bytes of `[a-z0-9._-]`.
 ///
-/// Chosen by whoever registers the branch, and the same in every repeat. A nested service puts the id that it was called
-/// with in front: [`BranchId::child`].
+/// Whoever registers the branch chooses the id, and uses the same id in every retry. A nested service puts the id of its own
+/// branch in front: [`BranchId::child`].
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BranchId(String);
 
 impl BranchId {
-    /// The longest, in bytes.
+    /// The longest id, in bytes.
     pub const BYTES_MAX: usize = 32;
 
     /// The id as text.
@@ -112,12 +112,12 @@ impl BranchId {
     ///
     /// # Errors
     ///
-    /// When the result is longer than [`BranchId::BYTES_MAX`]: services are nested too deep.
+    /// When the result is longer than [`BranchId::BYTES_MAX`], because services are nested too deeply.
     pub fn child(&self, n: usize) -> Result<Self, InvalidBranchId> {
         format!("{self}.{n}").parse()
     }
 
-    /// The id as 32 bytes, filled up with zeros: a fixed-width key for databases.
+    /// The id padded with zeros to 32 bytes: a fixed-width key for databases.
     #[must_use]
     pub fn to_fixed(&self) -> [u8; Self::BYTES_MAX] {
         let mut bytes = [0; Self::BYTES_MAX];
@@ -138,7 +138,7 @@ impl fmt::Debug for BranchId {
     }
 }
 
-/// A text is no branch id.
+/// The text is not a branch id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no branch id: those are 1 to 32 bytes of a-z, 0-9, dot, dash and underscore")]
 pub struct InvalidBranchId(

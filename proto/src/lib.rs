@@ -1,9 +1,9 @@
-//! The contract of Handfast: the generated messages, clients and servers of `handfast.v1`, and the few words that both
-//! sides must spell alike: [`Xid`], [`BranchId`], [`metadata`] keys, error [`reason`]s, [`limits`]; and
-//! how [`calls`] share a [`stream`].
+//! The contract of Handfast. It contains the generated messages, clients and servers of `handfast.v1`. It also contains what
+//! both sides must spell alike: [`Xid`], [`BranchId`], [`metadata`] keys, error [`reason`]s and [`limits`]. [`calls`] shows how
+//! calls share a [`stream`].
 //!
-//! The `.proto` files say what each call guarantees once it returns, what a repeat does, and which codes it gives. Start
-//! with `handfast/v1/coordinator.proto`.
+//! The `.proto` files say for each call what is guaranteed once it returns, what a repeat does, and which codes it returns.
+//! Start with `handfast/v1/coordinator.proto`.
 
 pub mod address;
 pub mod calls;

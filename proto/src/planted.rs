@@ -1,28 +1,27 @@
-//! Bugs on purpose. A machine that is to find bugs must be seen to find some, so seven can be planted here, one at a time, in a
-//! program that was built for it: with the cargo feature `planted-bugs`, which no release has, and told to at run time. Without
-//! the feature nothing of this is compiled: every question is a constant no.
+//! Deliberate bugs, to prove that the test tools find bugs. One of seven bugs can be planted at run time, and only in a program
+//! built with the cargo feature `planted-bugs`. No release has this feature. Without it, every check is the constant `false`.
 
-/// A guard that is taken away.
+/// A safeguard that is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bug {
-    /// Decisions are told, and phase two begins, before they are durable.
+    /// Decisions are reported, and phase two begins, before they are durable.
     DecideBeforeDurable = 1,
-    /// The store takes batches of owners that have been replaced.
+    /// The store accepts batches from coordinators that no longer own the partition.
     SkipEpochCheck = 2,
-    /// What is found undecided after a restart is left alone.
+    /// Transactions that are undecided after a restart are never finished.
     ForgetTrying = 3,
-    /// A participant does not remember a Cancel that came before its Try.
+    /// A participant does not record a Cancel that arrived before its Try.
     DropEmptyRollback = 4,
-    /// An initiator that has no answer to its Confirm says cancelled.
+    /// An initiator that got no answer to its Confirm reports "cancelled".
     UnknownIsRefused = 5,
-    /// A read is believed although it does not show what is known to be durable.
+    /// A read is trusted although it misses records that are known to be durable.
     BelieveOldRead = 6,
-    /// A store that has lost batches is believed in what it says, and in what it does not say, about the time before.
+    /// A store that has lost batches is trusted about the time before the loss.
     ForgetLoss = 7,
 }
 
 impl Bug {
-    /// All of them, by the names that people type.
+    /// All bugs, with their names on the command line.
     pub const ALL: [(&'static str, Self); 7] = [
         ("decide-before-durable", Self::DecideBeforeDurable),
         ("skip-epoch-check", Self::SkipEpochCheck),
@@ -33,7 +32,7 @@ impl Bug {
         ("forget-loss", Self::ForgetLoss),
     ];
 
-    /// Whether it was planted in this process.
+    /// Whether this bug is planted in this process.
     #[must_use]
     pub fn is_planted(self) -> bool {
         #[cfg(feature = "planted-bugs")]
@@ -42,7 +41,7 @@ impl Bug {
         false
     }
 
-    /// Plants it, for the rest of this process.
+    /// Plants this bug until the process ends.
     #[cfg(feature = "planted-bugs")]
     pub fn plant(self) {
         PLANTED.store(self as u8, std::sync::atomic::Ordering::Relaxed);

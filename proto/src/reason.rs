@@ -1,60 +1,61 @@
-//! Reasons of errors, for programs: `google.rpc.ErrorInfo.reason` beside [`DOMAIN`]. The text beside them is for people and
-//! may change; these do not.
+//! Machine-readable reasons of errors: `google.rpc.ErrorInfo.reason`, in the domain [`DOMAIN`]. These strings never change. The
+//! status message next to them is for people and may change.
 
-/// `ErrorInfo.domain` of what the coordinator itself says. (A participant's refusal has the participant's.)
+/// The `ErrorInfo.domain` of errors that the coordinator itself raises. A participant's refusal carries the participant's
+/// domain.
 pub const DOMAIN: &str = "handfast";
 
 /// NOT_FOUND: nothing was ever recorded under this xid, so nothing was tried.
 pub const NEVER_RECORDED: &str = "NEVER_RECORDED";
-/// NOT_FOUND: there may have been such a transaction, deleted after its retention.
+/// NOT_FOUND: the transaction may have existed and been deleted after its retention.
 pub const FORGOTTEN: &str = "FORGOTTEN";
-/// NOT_FOUND: the store has lost records of the xid's time, as its owner noticed. There may have been such a transaction, and its
-/// outcome may have been told.
+/// NOT_FOUND: the store has lost records from the time of this xid. The transaction may have existed, and its outcome may have
+/// been reported.
 pub const LOST: &str = "LOST";
 /// NOT_FOUND: no transaction has this idempotency key.
 pub const KEY_UNKNOWN: &str = "KEY_UNKNOWN";
 /// NOT_FOUND: the transaction has no such branch.
 pub const BRANCH_UNKNOWN: &str = "BRANCH_UNKNOWN";
-/// FAILED_PRECONDITION: a decision stands. Metadata: [`XID`], [`DECISION`], and of a Cancel [`CANCEL_CAUSE`].
+/// FAILED_PRECONDITION: the transaction is already decided. Metadata: [`XID`], [`DECISION`], and for a Cancel [`CANCEL_CAUSE`].
 pub const ALREADY_DECIDED: &str = "ALREADY_DECIDED";
-/// FAILED_PRECONDITION: Confirm named another set than the registered one. Metadata: [`NOT_NAMED`], [`NOT_REGISTERED`].
+/// FAILED_PRECONDITION: Confirm named other branches than the registered ones. Metadata: [`NOT_NAMED`], [`NOT_REGISTERED`].
 pub const BRANCHES_DIFFER: &str = "BRANCHES_DIFFER";
-/// FAILED_PRECONDITION: the coordinator itself calls this transaction's Trys and decides; only Cancel may be asked for.
+/// FAILED_PRECONDITION: the coordinator itself calls this transaction's Trys and decides it. Clients may only ask for Cancel.
 pub const COORDINATOR_DRIVEN: &str = "COORDINATOR_DRIVEN";
 /// FAILED_PRECONDITION: there is no decision yet.
 pub const NOT_DECIDED: &str = "NOT_DECIDED";
-/// FAILED_PRECONDITION: the participant has acknowledged this branch itself.
+/// FAILED_PRECONDITION: the participant itself has already acknowledged this branch.
 pub const ALREADY_ACKNOWLEDGED: &str = "ALREADY_ACKNOWLEDGED";
-/// ALREADY_EXISTS: the idempotency key belongs to a transaction with other content. Metadata: [`XID`].
+/// ALREADY_EXISTS: another transaction, with other content, uses the idempotency key. Metadata: [`XID`].
 pub const KEY_TAKEN: &str = "KEY_TAKEN";
-/// ALREADY_EXISTS: the branch id belongs to a branch with other content.
+/// ALREADY_EXISTS: another branch, with other content, uses the branch id.
 pub const BRANCH_TAKEN: &str = "BRANCH_TAKEN";
 /// INVALID_ARGUMENT: a field is wrong; `google.rpc.BadRequest` names it.
 pub const INVALID_FIELD: &str = "INVALID_FIELD";
-/// RESOURCE_EXHAUSTED: as many transactions are open as the coordinator takes.
+/// RESOURCE_EXHAUSTED: the coordinator has reached its limit of open transactions.
 pub const TOO_MANY_OPEN: &str = "TOO_MANY_OPEN";
-/// RESOURCE_EXHAUSTED: as many calls wait as the coordinator takes.
+/// RESOURCE_EXHAUSTED: the coordinator has reached its limit of waiting calls.
 pub const TOO_MANY_CALLS: &str = "TOO_MANY_CALLS";
-/// UNAVAILABLE: the coordinator is stopping.
+/// UNAVAILABLE: the coordinator is shutting down.
 pub const STOPPING: &str = "STOPPING";
-/// UNAVAILABLE: the store has not answered in time. What was asked may or may not take effect.
+/// UNAVAILABLE: the store did not answer in time. The request may or may not take effect.
 pub const STORE_SILENT: &str = "STORE_SILENT";
-/// UNAVAILABLE: the xid belongs to a partition or an epoch that another coordinator owns.
+/// UNAVAILABLE: another coordinator owns the partition or the epoch of the xid.
 pub const OWNED_ELSEWHERE: &str = "OWNED_ELSEWHERE";
-/// INTERNAL: a record in the store makes no sense.
+/// INTERNAL: a record in the store is corrupt.
 pub const CORRUPT_RECORD: &str = "CORRUPT_RECORD";
 
 /// A participant's ABORTED: the branch was cancelled before its Try arrived.
 pub const CANCELLED_BEFORE: &str = "CANCELLED_BEFORE";
-/// A participant's ABORTED: the Try arrived after the end of phase one.
+/// A participant's ABORTED: the Try arrived after phase one had ended.
 pub const EXPIRED: &str = "EXPIRED";
-/// A participant's FAILED_PRECONDITION: the branch was tried before, with another payload.
+/// A participant's FAILED_PRECONDITION: an earlier Try of the branch had another payload.
 pub const PAYLOAD_DIFFERS: &str = "PAYLOAD_DIFFERS";
 /// A participant's FAILED_PRECONDITION to Confirm: there is no Try to confirm.
 pub const NEVER_TRIED: &str = "NEVER_TRIED";
-/// A participant's FAILED_PRECONDITION: the branch has been confirmed, or cancelled, and the opposite is asked.
+/// A participant's FAILED_PRECONDITION: the branch is already confirmed and a Cancel arrived, or the other way round.
 pub const OPPOSITE_DONE: &str = "OPPOSITE_DONE";
-/// A participant's FAILED_PRECONDITION to Confirm or Cancel: its author asks for a person.
+/// A participant's FAILED_PRECONDITION to Confirm or Cancel: its code reports that a person must intervene.
 pub const NEEDS_ATTENTION: &str = "NEEDS_ATTENTION";
 /// UNIMPLEMENTED: the participant does not serve this action.
 pub const ACTION_UNKNOWN: &str = "ACTION_UNKNOWN";
@@ -65,7 +66,7 @@ pub const XID: &str = "xid";
 pub const DECISION: &str = "decision";
 /// Metadata key: the name of a `CancelCause`, without its prefix.
 pub const CANCEL_CAUSE: &str = "cancel_cause";
-/// Metadata key: branch ids that are registered and were not named, joined by commas.
+/// Metadata key: branch ids that are registered but were not named, joined by commas.
 pub const NOT_NAMED: &str = "not_named";
-/// Metadata key: branch ids that were named and are not registered, joined by commas.
+/// Metadata key: branch ids that were named but are not registered, joined by commas.
 pub const NOT_REGISTERED: &str = "not_registered";

@@ -13,10 +13,10 @@ use crate::{
 /// Bytes of a refusal's reason.
 const REASON_BYTES_MAX: usize = 128;
 
-/// The refusal that a status carries; `None` if its code says something else.
+/// Reads the refusal from a status. `None` if the code is not FAILED_PRECONDITION.
 ///
-/// FAILED_PRECONDITION is always a refusal, also from a participant that does not send `google.rpc.ErrorInfo`: its reason is
-/// then `FAILED_PRECONDITION`. No other code is one.
+/// FAILED_PRECONDITION is always a refusal. If the participant sent no `google.rpc.ErrorInfo`, the reason is
+/// `FAILED_PRECONDITION`.
 #[must_use]
 pub fn read(status: &Status) -> Option<Refusal> {
     if status.code() != Code::FailedPrecondition {
@@ -34,7 +34,7 @@ pub fn read(status: &Status) -> Option<Refusal> {
     }))
 }
 
-/// A status that carries this refusal.
+/// Builds a status that carries this refusal.
 #[must_use]
 pub fn status(code: Code, refusal: Refusal) -> Status {
     let Refusal { reason, domain, message, metadata } = within_limits(refusal);
@@ -42,7 +42,7 @@ pub fn status(code: Code, refusal: Refusal) -> Status {
     Status::with_error_details_vec(code, message, [info.into()])
 }
 
-/// The same refusal within the limits of the contract: texts are cut, and metadata that does not fit is left out.
+/// Fits a refusal into the limits of the contract. Texts are truncated; metadata that does not fit is left out.
 #[must_use]
 pub fn within_limits(refusal: Refusal) -> Refusal {
     let mut short = Refusal {
@@ -55,7 +55,7 @@ pub fn within_limits(refusal: Refusal) -> Refusal {
     let mut room = limits::REFUSAL_BYTES_MAX - texts;
     for (key, value) in refusal.metadata {
         let value = cut(value, limits::LABEL_VALUE_BYTES_MAX);
-        // A key is never cut: half of one would be another one.
+        // Keys are never truncated, because half a key would be a different key.
         if let Some(left) = room.checked_sub(key.len() + value.len()) {
             room = left;
             short.metadata.insert(key, value);

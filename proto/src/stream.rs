@@ -1,19 +1,19 @@
-//! Many calls on one stream: a call by itself costs both ends about 60 µs of processor, a message on an open stream about 1 µs.
+//! Many calls on one stream. A unary call costs both ends about 60 µs of CPU time; a message on an open stream costs about 1 µs.
 //!
-//! A [`Line`] is the caller's end. It opens a stream when it is first used, and again when that one has ended. If the other end has
-//! no streams (a participant in another language, a proxy in between) it makes unary calls, and tries a stream again later.
-//! [`serve`] is the other end. What a call guarantees, what a repeat does, and its codes are the same either way.
+//! A [`Line`] is the caller's end. It opens a stream on first use, and a new one when the old one has ended. If the peer does
+//! not support streams (a participant in another language, a proxy in between), the line makes unary calls and tries a stream
+//! again later. [`serve`] is the server's end. Guarantees, idempotency and status codes are the same for both kinds of call.
 //!
-//! A stream that breaks leaves its calls without an answer, as a connection that breaks does: UNAVAILABLE, with a source. No
-//! status of a stream is ever taken for the answer to a call.
+//! When a stream breaks, its calls have no answer, as with a broken connection. They fail with UNAVAILABLE and a source. The
+//! status of a stream is never taken for the answer to a call.
 //!
-//! A stream has at most [`CALLS_MAX`] calls without an answer, counting those whose caller has given up; a further one waits here
-//! until there is room, and [`serve`] refuses it. This keeps the connection alive: HTTP/2 servers close one on which small frames
-//! pile up unread. Rust's h2 lets unread frames below 256 bytes waste half of the connection's window, 512 KiB by default, which
-//! about 2,500 of our smallest calls do, and ends the connection with `too_many_data_frames`.
+//! A stream has at most [`CALLS_MAX`] unanswered calls, including those whose caller has given up. The line delays further calls
+//! until there is room, and [`serve`] refuses them. The limit keeps the connection alive: HTTP/2 servers close a connection when
+//! small frames pile up unread. Rust's h2 allows unread frames below 256 bytes to waste half of the connection's window (512 KiB
+//! by default). About 2,500 of our smallest calls exceed that, and h2 closes the connection with `too_many_data_frames`.
 //!
-//! Streams are short-lived ([`AGE`]) and idle ones are closed. A server that stops in good order waits until its streams have ended,
-//! and the next stream goes to a server that is running then.
+//! A stream takes calls only for [`AGE`], and idle streams are closed. A server that shuts down gracefully waits until its
+//! streams have ended. The next stream then reaches a running server.
 
 use std::{
     collections::BTreeMap,
@@ -37,19 +37,19 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::{connection, limits, v1::Failure};
 
-/// Calls of one stream that may be without an answer at a time. See the module's comment.
+/// Unanswered calls per stream. See the module's comment.
 pub const CALLS_MAX: usize = 1024;
-/// A stream takes calls for this long; then a new one is opened.
+/// How long a stream takes calls. After that, a new stream is opened.
 pub const AGE: Duration = Duration::from_secs(5);
-/// Bytes around a call on a stream: its number, its timeout.
+/// Bytes that a stream adds to a call: its number and its timeout.
 const NUMBER_BYTES_MAX: usize = 64;
-/// How long the other end may take to accept a stream.
+/// How long the peer may take to accept a stream.
 const OPEN_WITHIN: Duration = Duration::from_secs(2);
-/// How long calls are unary after the other end has said that it has no streams.
+/// How long calls are unary after the peer has said that it does not support streams.
 const UNARY_FOR: Duration = Duration::from_secs(60);
-/// How long calls are unary after a stream had no answer at all: a proxy in between may not let streams pass.
+/// How long calls are unary after opening a stream got no answer. A proxy in between may block streams.
 const UNARY_AFTER_SILENCE: Duration = Duration::from_secs(10);
-/// How often an old stream is checked for callers that still wait for an answer.
+/// How often an old stream is checked for callers that still wait.
 const OLD_STREAM_CHECK: Duration = Duration::from_secs(1);
 
 /// A service whose calls can share a stream.
@@ -63,7 +63,7 @@ pub trait Streamed: Send + Sync + 'static {
     /// An answer with its number.
     type Response: Send + 'static;
 
-    /// Bytes of a call, as it is sent.
+    /// The encoded size of a call, in bytes.
     fn bytes(call: &Self::Call) -> usize;
 
     /// Opens a stream.
@@ -72,17 +72,17 @@ pub trait Streamed: Send + Sync + 'static {
         requests: impl Stream<Item = Self::Request> + Send + 'static,
     ) -> impl Future<Output = Result<Streaming<Self::Response>, Status>> + Send;
 
-    /// Makes a call by itself. The other end is told to give up after `timeout`.
+    /// Makes a unary call. The peer is told to give up after `timeout`.
     fn unary(
         channel: Channel,
         call: Self::Call,
         timeout: Duration,
     ) -> impl Future<Output = Result<Self::Answer, Status>> + Send;
 
-    /// Puts a call on a stream.
+    /// Wraps a call for a stream.
     fn request(number: u64, timeout_millis: u32, call: Self::Call) -> Self::Request;
 
-    /// Takes an answer from a stream.
+    /// Unwraps an answer from a stream.
     fn answer(response: Self::Response) -> (u64, Result<Self::Answer, Status>);
 }
 
@@ -90,18 +90,18 @@ pub trait Streamed: Send + Sync + 'static {
 pub struct Line<S: Streamed> {
     channel: Channel,
     slot: Arc<Mutex<Slot<S>>>,
-    /// A permit for each call on a stream that has no answer. Old streams count too: they share a connection.
+    /// Each unanswered call on a stream holds a permit. Old streams count too, because they share the connection.
     unanswered: Arc<Semaphore>,
 }
 
 /// How the next call is made.
 enum Slot<S: Streamed> {
-    /// On a new stream.
+    /// Open a new stream.
     Closed,
     Open(Arc<Open<S>>),
-    /// Unary until then.
+    /// Make unary calls until this time.
     Unary(Instant),
-    /// Unary, always.
+    /// Always make unary calls.
     AlwaysUnary,
 }
 
@@ -109,41 +109,41 @@ struct Open<S: Streamed> {
     requests: mpsc::Sender<S::Request>,
     pending: Arc<Mutex<Pending<S>>>,
     next: AtomicU64,
-    /// The other end has accepted it.
+    /// Whether the peer has accepted the stream.
     accepted: Arc<AtomicBool>,
 }
 
-/// The callers that wait for an answer, by the number of their call.
+/// The callers that wait for an answer, by call number.
 struct Pending<S: Streamed> {
     callers: BTreeMap<u64, Caller<S>>,
-    /// Why there will be no further answer.
+    /// Why no further answer will come, once the stream has ended.
     ended: Option<NoAnswer>,
 }
 
-/// A call without an answer. It stays when its caller gives up, because the other end is still busy with it.
+/// An unanswered call. The entry stays when the caller gives up, because the peer is still working on the call.
 struct Caller<S: Streamed> {
     told: oneshot::Sender<Told<S>>,
     _unanswered: OwnedSemaphorePermit,
 }
 
-/// What the other end answered, or that it will not.
+/// The peer's answer, or why there is none.
 type Told<S> = Result<Result<<S as Streamed>::Answer, Status>, NoAnswer>;
 
 #[derive(Debug, Clone)]
 enum NoAnswer {
-    /// The other end has no streams: make the call unary.
+    /// The peer does not support streams: make the call unary.
     MakeUnary,
     Broken(Status),
 }
 
 impl<S: Streamed> Line<S> {
-    /// Calls over `channel`. Call it, and make the calls, within a tokio runtime.
+    /// Makes calls over `channel`. Create and use the line within a tokio runtime.
     #[must_use]
     pub fn new(channel: Channel) -> Self {
         Self::over(channel, Slot::Closed)
     }
 
-    /// The same, but every call is unary.
+    /// As `new`, but every call is unary.
     #[must_use]
     pub fn without_streams(channel: Channel) -> Self {
         Self::over(channel, Slot::AlwaysUnary)
@@ -154,7 +154,7 @@ impl<S: Streamed> Line<S> {
         Self { channel, slot, unanswered }
     }
 
-    /// The same over another channel.
+    /// A line with the same settings over another channel.
     #[must_use]
     pub fn with_channel(&self, channel: Channel) -> Self {
         match &*lock(&self.slot) {
@@ -163,36 +163,36 @@ impl<S: Streamed> Line<S> {
         }
     }
 
-    /// The same over the same channel, but every call is unary.
+    /// A line over the same channel whose calls are all unary.
     #[must_use]
     pub fn to_unary(&self) -> Self {
         Self::without_streams(self.channel.clone())
     }
 
-    /// The channel that it makes calls over.
+    /// The channel that the line uses.
     #[must_use]
     pub fn channel(&self) -> &Channel {
         &self.channel
     }
 
-    /// Makes a call. The other end is told to give up after `timeout`; giving up here is the caller's business.
+    /// Makes a call. The peer is told to give up after `timeout`. The caller must enforce its own deadline.
     ///
     /// # Errors
     ///
-    /// The other end's status. A status with a source was made on this side: there is no answer.
+    /// The peer's status. A status with a source was made on this side: there is no answer.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, the call may or may not be carried out.
+    /// If the future is dropped, the call may or may not be executed.
     pub async fn call(&self, call: S::Call, timeout: Duration) -> Result<S::Answer, Status> {
-        // A call that is too large would break the stream for the others.
+        // An oversized call would break the stream for all other calls.
         let fits = S::bytes(&call) <= limits::REQUEST_BYTES_MAX - NUMBER_BYTES_MAX;
         let unanswered = self.unanswered.clone().acquire_owned().await.expect("never closed");
         let Some(open) = fits.then(|| self.open()).flatten() else {
             drop(unanswered);
             return self.unary(call, timeout).await;
         };
-        // Until the stream is accepted, this call may have to be made again as a unary one.
+        // Until the peer accepts the stream, this call may have to be retried as a unary call.
         let spare = (!open.accepted.load(Ordering::Relaxed)).then(|| call.clone());
         match (open.call(call, timeout, unanswered).await, spare) {
             (Ok(answer), _) => answer,
@@ -207,7 +207,7 @@ impl<S: Streamed> Line<S> {
         answer.map_err(|status| match status.source() {
             None => status,
             Some(why) => {
-                // tonic's own words are "transport error".
+                // tonic's own text is only "transport error".
                 let mut worded = Status::new(status.code(), connection::in_words(why));
                 worded.set_source(Arc::new(status));
                 worded
@@ -215,7 +215,7 @@ impl<S: Streamed> Line<S> {
         })
     }
 
-    /// The stream for the next call, if there is to be one.
+    /// The stream for the next call. `None` if the call must be unary.
     fn open(&self) -> Option<Arc<Open<S>>> {
         let mut slot = lock(&self.slot);
         match &*slot {
@@ -256,13 +256,13 @@ impl<S: Streamed> Open<S> {
             pending.callers.insert(number, Caller { told, _unanswered: unanswered });
         }
         let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
-        // There is room for all calls without an answer. If the stream has ended, the driver tells every waiting caller why.
+        // The channel has room for all unanswered calls. If the stream has ended, the driver tells every waiting caller why.
         drop(self.requests.try_send(S::request(number, millis, call)));
         answer.await.unwrap_or_else(|_| Err(NoAnswer::Broken(broken("the program is stopping"))))
     }
 }
 
-/// Opens one stream and hands its answers to the waiting callers, until the stream ends.
+/// Opens one stream, and passes its answers to the waiting callers until the stream ends.
 struct Driver<S: Streamed> {
     slot: Arc<Mutex<Slot<S>>>,
     pending: Arc<Mutex<Pending<S>>>,
@@ -281,7 +281,7 @@ impl<S: Streamed> Driver<S> {
                 }
                 NoAnswer::Broken(why)
             }
-            // A status without a source came from the other end: it has no streams, or refuses this one.
+            // A status without a source came from the peer: it does not support streams, or refuses this one.
             Ok(Err(status)) if status.source().is_none() => {
                 self.set_slot(Slot::Unary(Instant::now() + UNARY_FOR));
                 NoAnswer::MakeUnary
@@ -299,7 +299,7 @@ impl<S: Streamed> Driver<S> {
         }
     }
 
-    /// Returns how many answers there were, and why there will be no further one.
+    /// Returns how many answers arrived, and why no further one will.
     async fn take_answers(&self, mut responses: Streaming<S::Response>) -> (u64, Status) {
         let mut answers = 0;
         let old_at = tokio::time::sleep(AGE);
@@ -309,7 +309,8 @@ impl<S: Streamed> Driver<S> {
             tokio::select! {
                 biased; // so that a simulated run can be repeated
                 () = &mut old_at => {
-                    // No further call is sent on it. The other end sees our side closed, and ends the stream after its last answer.
+                    // The stream takes no further calls. The peer sees that our side is closed, and ends the stream after its
+                    // last answer.
                     self.set_slot(Slot::Closed);
                     if old && lock(&self.pending).callers.values().all(|it| it.told.is_closed()) {
                         return (answers, broken("the stream was closed"));
@@ -333,7 +334,7 @@ impl<S: Streamed> Driver<S> {
         }
     }
 
-    /// Says how the next call is made, unless another stream has taken the place of this one.
+    /// Sets how the next call is made, unless another stream has replaced this one.
     fn set_slot(&self, next: Slot<S>) {
         let mut slot = lock(&self.slot);
         if let Slot::Open(open) = &*slot
@@ -344,9 +345,9 @@ impl<S: Streamed> Driver<S> {
     }
 }
 
-/// Answers the calls of a stream, up to [`CALLS_MAX`] at a time, each as soon as it has its answer. A further one is answered by
-/// `refuse`, with the status [`too_many_calls`]. When the caller closes its side, or `closing` completes, the stream ends after the last
-/// answer.
+/// Answers up to [`CALLS_MAX`] calls of a stream concurrently, each as soon as its answer is ready. Further calls are answered
+/// by `refuse`, with the status [`too_many_calls`]. When the caller closes its side, or `closing` completes, the stream ends
+/// after the last answer.
 pub fn serve<Q, R, F>(
     requests: Streaming<Q>,
     closing: impl Future<Output = ()> + Send + 'static,
@@ -358,7 +359,7 @@ where
     R: Send + 'static,
     F: Future<Output = R> + Send + 'static,
 {
-    // When the connection breaks, the calls on it are given up, as unary calls would be.
+    // When the connection breaks, its calls are cancelled, as unary calls would be.
     let requests = requests
         .take_until(Box::pin(closing))
         .take_while(|request| ready(request.is_ok()))
@@ -374,11 +375,11 @@ where
         }
         Err(_) => Either::Right(ready(refuse(request))),
     });
-    // Those that are refused do not wait behind those that are being answered.
+    // Refusals need not wait for the calls that are being served.
     Box::pin(answers.buffer_unordered(2 * CALLS_MAX).map(Ok))
 }
 
-/// What a call is answered that comes while [`CALLS_MAX`] others of its stream have no answer.
+/// The status for a call that arrives while [`CALLS_MAX`] other calls of its stream are unanswered.
 #[must_use]
 pub fn too_many_calls() -> Status {
     Status::resource_exhausted(format!(
@@ -386,10 +387,10 @@ pub fn too_many_calls() -> Status {
     ))
 }
 
-/// The answers of [`serve`].
+/// The response stream of [`serve`].
 pub type Answers<R> = Pin<Box<dyn Stream<Item = Result<R, Status>> + Send>>;
 
-/// Waits for the answer to one call of a stream, as long as its caller does. 0: without a limit.
+/// Limits a call on a stream to its caller's timeout. 0 means no limit.
 pub async fn within<T>(
     timeout_millis: u32,
     answer: impl Future<Output = Result<T, Status>>,
@@ -415,13 +416,13 @@ impl From<Status> for Failure {
 
 impl From<Failure> for Status {
     fn from(Failure { code, message, details }: Failure) -> Self {
-        // A failure with code OK makes no sense, so its call has no answer.
+        // A failure with the code OK is invalid, so the code becomes UNKNOWN.
         let code = if code == Code::Ok as i32 { Code::Unknown } else { Code::from_i32(code) };
         Self::with_details(code, message, details.into())
     }
 }
 
-/// The status of a call without an answer.
+/// The status of a call that got no answer.
 fn broken(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Status {
     let why: Arc<dyn std::error::Error + Send + Sync> = why.into().into();
     let mut status = Status::unavailable(connection::in_words(&*why));

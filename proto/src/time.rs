@@ -1,4 +1,4 @@
-//! Times on the wire and inside: UTC milliseconds since 1970.
+//! Conversions between wire types and internal times: UTC milliseconds since 1970.
 
 use std::{
     ops::{Add, Sub},
@@ -36,13 +36,13 @@ pub fn timestamp(millis: i64) -> prost_types::Timestamp {
     prost_types::Timestamp { seconds: millis.div_euclid(1000), nanos }
 }
 
-/// Milliseconds since 1970, UTC; what is finer is cut off, what is out of range is the nearest that is not.
+/// Milliseconds since 1970, UTC. Fractions are cut off; values out of range are clamped.
 #[must_use]
 pub fn millis(timestamp: &prost_types::Timestamp) -> i64 {
     timestamp.seconds.saturating_mul(1000).saturating_add(i64::from(timestamp.nanos) / 1_000_000)
 }
 
-/// A length of time for the wire.
+/// Converts a duration to its wire type.
 #[must_use]
 pub fn wire_duration(duration: Duration) -> prost_types::Duration {
     prost_types::Duration {
@@ -51,7 +51,7 @@ pub fn wire_duration(duration: Duration) -> prost_types::Duration {
     }
 }
 
-/// A length of time from the wire; `None` if it is negative or out of range.
+/// Converts a duration from its wire type. `None` if it is negative or out of range.
 #[must_use]
 pub fn duration(wire: &prost_types::Duration) -> Option<Duration> {
     let nanos = u32::try_from(wire.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;

@@ -1,4 +1,4 @@
-//! The inventory service as a program. What it does is in `src/inventory.rs`.
+//! The inventory service as a program. Its code is in `src/inventory.rs`.
 
 use anyhow::Context as _;
 use clap::Parser;

@@ -1,4 +1,4 @@
-//! The order service as a program. What it does is in `src/order.rs`.
+//! The order service as a program. Its code is in `src/order.rs`.
 
 use anyhow::Context as _;
 use clap::Parser;

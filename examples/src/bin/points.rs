@@ -1,4 +1,4 @@
-//! The points service as a program. What it does is in `src/points.rs`.
+//! The points service as a program. Its code is in `src/points.rs`.
 
 use anyhow::Context as _;
 use clap::Parser;

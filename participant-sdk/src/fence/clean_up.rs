@@ -1,8 +1,11 @@
-//! Deletes rows of the fence that no call can need any more.
+//! Deletes fence rows that no call can need any more.
 //!
-//! A row is deleted when three things hold, by the clock of its own database. It is in a final state: a row that is `tried` stays,
-//! or its reservation would stay for ever. It has not changed for the retention time. And phase one ended a margin ago, so that a
-//! Try without its row is rejected for being late; that is checked by the same clock, so the two cannot contradict each other.
+//! A row is deleted when three conditions hold, by the clock of its own database:
+//!
+//! 1. It is in a final state. A `tried` row stays; without it, its reservation would stay for ever.
+//! 2. It has not changed for the retention time.
+//! 3. Phase one ended at least the margin ago. A Try that arrives after the deletion is therefore rejected as expired. The same
+//!    clock decides both, so they cannot contradict each other.
 
 use std::{fmt, io::ErrorKind, time::Duration};
 
@@ -17,28 +20,28 @@ use super::{
     tx::Tx,
 };
 
-/// How long a row stays after its last change, unless [`Fence::retention`] says something else.
+/// How long a row stays after its last change, unless [`Fence::retention`] sets another time.
 pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
-/// How long a row stays at least after the end of phase one. A database's clock may be set back by this much without harm.
+/// How long a row stays at least after the end of phase one. The database's clock may be set back by this much without harm.
 pub const EXPIRY_MARGIN: Duration = Duration::from_secs(3600);
 
-/// Rows of one local transaction: few enough that other work does not wait for it.
+/// Rows per local transaction: few, so that other work does not wait for the locks.
 const BATCH: u32 = 500;
-/// Pause between two local transactions, for other writers (SQLite has one writer at a time).
+/// Pause between two local transactions, so that other writers get their turn (SQLite has one writer at a time).
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long one local transaction may take. The next pass repeats it, so giving up costs nothing.
+/// How long one local transaction may take. The next pass retries, so giving up costs nothing.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl<DB: FenceDb> Fence<DB> {
-    /// Deletes all rows that are old enough, in small batches, and tells how many they were.
+    /// Deletes all rows that are old enough, in small batches, and returns how many were deleted.
     ///
     /// # Errors
     ///
-    /// When the database fails or does not answer. Rows that were deleted before stay deleted; the next pass deletes the rest.
+    /// When the database fails or does not respond. Rows that were deleted stay deleted; the next pass deletes the rest.
     ///
     /// # Cancel safety
     ///
-    /// As after an error.
+    /// The same as after an error.
     pub async fn clean_up(&self) -> Result<u64, Error> {
         let mut deleted = 0;
         loop {
@@ -69,7 +72,7 @@ impl<DB: FenceDb> Fence<DB> {
         }
     }
 
-    /// Some branches of this action that are still tried though phase one ended [`EXPIRY_MARGIN`] ago, the oldest first.
+    /// Some branches of this action that are still tried although phase one ended [`EXPIRY_MARGIN`] ago, oldest first.
     pub(crate) async fn overdue(&self, action: &str) -> Result<Vec<(Xid, BranchId)>, Error> {
         let overdue =
             Overdue { action, margin_millis: millis(EXPIRY_MARGIN), limit: i64::from(BATCH) };
@@ -79,8 +82,8 @@ impl<DB: FenceDb> Fence<DB> {
         Ok(rows?.iter().filter_map(|(xid, branch_id)| Key::read(xid, branch_id)).collect())
     }
 
-    /// Cleans up in the background: one pass after each `interval` (an hour is a good one), until the guard is dropped. Several
-    /// processes may do so at once.
+    /// Cleans up in the background: one pass per `interval` (an hour is a good value), until the guard is dropped. Several
+    /// processes may do this at the same time.
     pub fn clean_up_every(&self, interval: Duration) -> CleanUp {
         let fence = self.clone();
         let task = tokio::spawn(async move {

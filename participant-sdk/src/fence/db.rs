@@ -1,5 +1,5 @@
-//! What the fence asks of a database. Its answers are in `sqlite.rs`, `mysql.rs` and `postgres.rs`, one file each: all SQL of
-//! this crate is there and in `schema/`.
+//! The interface between the fence and a database. The implementations are in `sqlite.rs`, `mysql.rs` and `postgres.rs`. All SQL
+//! of this crate is in these files and in `schema/`.
 
 #![expect(
     missing_debug_implementations,
@@ -16,8 +16,8 @@ use sqlx::{Database, Error, Pool, pool::PoolConnection};
 use super::verdict::State;
 use crate::branch::Branch;
 
-/// How long a statement in a local transaction waits for a lock. Shorter than the deadline of a call. Otherwise ten Cancels whose
-/// callers have given up would block the whole pool on one row.
+/// How long a statement in a local transaction waits for a lock. Shorter than the deadline of a call. Otherwise, ten Cancels
+/// whose callers have given up could occupy the whole pool while they wait for one row.
 pub const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// A database that can hold a fence: [`Sqlite`](sqlx::Sqlite), [`MySql`](sqlx::MySql) (MariaDB too) or
@@ -28,9 +28,9 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(3);
 )]
 pub trait FenceDb: Statements {}
 
-/// The statements. Each of them is harmless if it is carried out late, after its caller has given up.
+/// The statements. Each is harmless if it is executed late, after its caller has given up.
 ///
-/// All times are UTC milliseconds since 1970 by the clock of this database.
+/// All times are UTC milliseconds since 1970, by the clock of this database.
 pub trait Statements: Database {
     /// Begins a local transaction that waits for locks no longer than [`LOCK_WAIT`].
     const BEGIN: &'static str;
@@ -38,89 +38,92 @@ pub trait Statements: Database {
     const SCHEMA: &'static str;
     /// The file that [`Statements::SCHEMA`] comes from.
     const SCHEMA_FILE: &'static str;
-    /// The table's columns: name, and type as [`Statements::columns`] tells it. The first two are the primary key.
+    /// The table's columns: the name, and the type as [`Statements::columns`] reports it. The first two are the primary key.
     const COLUMNS: [(&'static str, &'static str); 11];
 
-    /// Batches of one action and phase that run side by side.
+    /// How many batches of one action and phase run concurrently.
     const BATCHES_AT_A_TIME: usize;
 
-    /// A connection from the pool.
+    /// Takes a connection from the pool.
     fn acquire(
         pool: &Pool<Self>,
     ) -> impl Future<Output = Result<PoolConnection<Self>, Error>> + Send {
         pool.acquire()
     }
 
-    /// Try and Cancel: inserts the row, or counts one more call if it exists; locks it; reads it.
+    /// Try and Cancel: inserts the row, or increments `seen` if it exists. Locks the row and reads it.
     ///
-    /// It inserts first and does not read first. If two repeats both read nothing and then insert, MySQL kills one of them.
+    /// Inserting comes first. If two repeats read first, both could find nothing and insert, and MySQL would abort one of them
+    /// (deadlock).
     fn claim(
         connection: &mut Self::Connection,
         claim: &Claim<'_>,
     ) -> impl Future<Output = Result<Record, Error>> + Send;
 
-    /// Confirm: counts one more call if the row exists; locks it; reads it.
+    /// Confirm: increments `seen` if the row exists. Locks the row and reads it.
     fn find(
         connection: &mut Self::Connection,
         key: &Key,
     ) -> impl Future<Output = Result<Option<Record>, Error>> + Send;
 
-    /// Confirm and Cancel of several branches: as [`Statements::find`] for each, in the order of the keys, which are all different. A
-    /// row that another local transaction holds may be left out, and is never waited for where others could wait for this one.
+    /// Confirm and Cancel of several branches: as [`Statements::find`] for each of the keys, which are sorted and all different.
+    /// May leave out rows that another local transaction has locked. Must not wait for such a row while others could be waiting
+    /// for this batch.
     fn find_many(
         connection: &mut Self::Connection,
         keys: &[Key],
     ) -> impl Future<Output = Result<Vec<Option<Record>>, Error>> + Send;
 
-    /// Writes what was done, and the reply if there is one. Returns how many rows it wrote: one, or none if the row does not have the
-    /// `seen` that this local transaction gave it.
+    /// Writes the new state, and the reply if there is one. Returns the number of rows written: one, or none if the row no
+    /// longer has the `seen` that this local transaction gave it.
     fn settle(
         connection: &mut Self::Connection,
         settle: &Settle<'_>,
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
-    /// As [`Statements::settle`] for each, all with the same state and no reply. Returns how many rows it wrote.
+    /// As [`Statements::settle`] for several rows, all with the same state and without a reply. Returns the number of rows
+    /// written.
     fn settle_many(
         connection: &mut Self::Connection,
         settles: &[Settle<'_>],
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
-    /// The time by the database's clock.
+    /// The current time by the database's clock.
     fn now(connection: &mut Self::Connection) -> impl Future<Output = Result<i64, Error>> + Send;
 
-    /// Runs statements that have no values and no answer.
+    /// Executes statements without parameters and results.
     fn execute(
         connection: &mut Self::Connection,
         sql: &'static str,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Deletes some of the rows that no call can need any more. Returns how many.
+    /// Deletes some of the rows that no call can need any more. Returns their number.
     fn delete_old(
         connection: &mut Self::Connection,
         old: &Old,
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
-    /// Some of the rows of an action that are still tried, though phase one ended `margin` ago or longer: xid and branch id.
+    /// Some rows of an action that are still tried although phase one ended at least `margin` ago: xid and branch id.
     fn overdue(
         connection: &mut Self::Connection,
         overdue: &Overdue<'_>,
     ) -> impl Future<Output = Result<Vec<KeyRow>, Error>> + Send;
 
-    /// The existing table: each column's name, its type, and whether it is in the primary key. Empty: there is no table.
+    /// The columns of the existing table: name, type, and whether it is in the primary key. Empty if there is no table.
     fn columns(
         connection: &mut Self::Connection,
     ) -> impl Future<Output = Result<Vec<(String, String, bool)>, Error>> + Send;
 
-    /// Runs [`Statements::SCHEMA`], one process at a time.
+    /// Runs [`Statements::SCHEMA`]. A lock prevents that several processes do so at once.
     fn create(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Restores after a local transaction what [`Statements::BEGIN`] has set for the whole connection, because other work of the
-    /// author runs on it next.
+    /// Undoes, after a local transaction, the session settings that [`Statements::BEGIN`] has changed. The author's other work
+    /// uses the connection next.
     fn restore(connection: &mut Self::Connection)
     -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Ends a local transaction that was dropped, perhaps in the middle of a statement: rolls it back, and frees its place in the pool
-    /// in bounded time. The connection is reused only if its state is beyond doubt.
+    /// Ends a local transaction that was dropped, perhaps in the middle of a statement. Rolls it back, and frees its place in
+    /// the pool in bounded time. The connection is reused only if its state is beyond doubt.
     fn abandon(connection: PoolConnection<Self>);
 }
 
@@ -136,7 +139,7 @@ impl Key {
         Self { xid: branch.xid.to_bytes(), branch_id: branch.branch_id.to_fixed() }
     }
 
-    /// The branch that a row belongs to. `None`: the SDK did not write this row.
+    /// Parses the key of a row. `None`: the SDK did not write this row.
     pub(crate) fn read(xid: &[u8], branch_id: &[u8]) -> Option<(Xid, BranchId)> {
         let text = branch_id.split(|byte| *byte == 0).next().unwrap_or_default();
         let branch_id = std::str::from_utf8(text).ok()?.parse().ok()?;
@@ -144,10 +147,10 @@ impl Key {
     }
 }
 
-/// A [`Key`] as it is selected: xid and branch id.
+/// A [`Key`] as selected from the table: xid and branch id.
 pub(crate) type KeyRow = (Vec<u8>, Vec<u8>);
 
-/// The row that a Try or a Cancel inserts, unless it exists.
+/// The row that a Try or a Cancel inserts if there is none.
 pub struct Claim<'a> {
     pub(crate) key: &'a Key,
     pub(crate) state: State,
@@ -157,49 +160,49 @@ pub struct Claim<'a> {
     pub(crate) expires_at: Option<i64>,
 }
 
-/// What is written to a row once the work is done.
+/// The changes to a row once the work is done.
 pub struct Settle<'a> {
     pub(crate) key: &'a Key,
     pub(crate) state: State,
-    /// `None`: keep the present one.
+    /// `None`: leave the reply unchanged.
     pub(crate) reply: Option<&'a [u8]>,
-    /// [`Record::seen`].
+    /// Only a row with this [`Record::seen`] is written.
     pub(crate) seen: i64,
 }
 
-/// Which rows are old: in a final state, changed at least `retention` ago, and expired at least `margin` ago.
+/// Selects old rows: in a final state, last changed at least `retention` ago, and expired at least `margin` ago.
 #[derive(Debug)]
 pub struct Old {
     pub(crate) retention_millis: i64,
     pub(crate) margin_millis: i64,
-    /// At most so many of them.
+    /// The maximum number of rows.
     pub(crate) limit: i64,
 }
 
-/// Which rows are overdue: of this action, still tried, and expired at least `margin` ago.
+/// Selects overdue rows: of this action, still tried, and expired at least `margin` ago.
 #[derive(Debug)]
 pub struct Overdue<'a> {
     pub(crate) action: &'a str,
     pub(crate) margin_millis: i64,
-    /// At most so many of them.
+    /// The maximum number of rows.
     pub(crate) limit: i64,
 }
 
-/// A row as a call finds it.
+/// A row as a call reads it.
 pub struct Record {
     pub(crate) state: State,
     pub(crate) action: String,
-    /// The payload that Try got. Read only of a row that is still tried.
+    /// The payload of the branch's Try. Read only if the row is still tried.
     pub(crate) payload: Option<Vec<u8>>,
     pub(crate) reply: Option<Vec<u8>>,
     pub(crate) digest: Option<Vec<u8>>,
-    /// How many calls have come for this branch, this one included. 1: this call made the row.
+    /// How many calls have arrived for this branch, including this one. 1: this call inserted the row.
     pub(crate) seen: i64,
-    /// The time, read when the row's lock was held.
+    /// The database's time, read after the row was locked.
     pub(crate) now: i64,
 }
 
-/// A [`Record`] as it is selected.
+/// A [`Record`] as selected from the table.
 pub(crate) type RecordRow =
     (i16, String, Option<Vec<u8>>, Option<Vec<u8>>, Option<Vec<u8>>, i64, i64);
 
@@ -215,12 +218,12 @@ impl TryFrom<RecordRow> for Record {
     }
 }
 
-/// What [`Statements::find_many`] reads of a row: its [`KeyRow`], and of the [`Record`] what phase two needs: state, action, payload, seen,
-/// now.
+/// A row of [`Statements::find_many`]: its [`KeyRow`], and the parts of the [`Record`] that phase two needs (state, action,
+/// payload, seen, now).
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 pub(crate) type FoundRow = (Vec<u8>, Vec<u8>, i16, String, Option<Vec<u8>>, i64, i64);
 
-/// Brings the rows that were found into the order of the keys.
+/// Sorts the rows that were found into the order of the keys.
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 pub(crate) fn in_order(keys: &[Key], rows: Vec<FoundRow>) -> Result<Vec<Option<Record>>, Error> {
     let mut found = BTreeMap::new();

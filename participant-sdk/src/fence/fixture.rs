@@ -1,4 +1,4 @@
-//! What the tests of this crate ask of a small shop with a fence, and what must come of it. The shop itself is in `tests/shop.rs`.
+//! Test cases for a small shop with a fence: calls, and their expected results. The shop itself is in `tests/shop.rs`.
 
 use handfast_proto::reason;
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use crate::{Answer, Branch, Contract, Json, Payload as _, Phase, Xid};
 
 pub(crate) const STOCK: i64 = 10;
 
-/// What is asked for. `how` makes the shop misbehave: `refuse`, `fail`, `attention`, `panic`, `hang`, `long`, `end`.
+/// The arguments of a Try. `how` makes the shop misbehave: `refuse`, `fail`, `attention`, `panic`, `hang`, `long`, `end`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Deduct {
     pub(crate) quantity: i64,
@@ -37,17 +37,17 @@ pub(crate) fn branch(n: u64, phase: Phase) -> Branch {
     Branch::new(xid, "1".parse().unwrap(), DeductStock::NAME, phase)
 }
 
-/// Free, held, sold.
+/// Pieces that are free, held and sold.
 pub(crate) type Shelf = (i64, i64, i64);
 
 pub(crate) const UNTOUCHED: Shelf = (STOCK, 0, 0);
 const TRIED: Shelf = (STOCK - 2, 2, 0);
 const CONFIRMED: Shelf = (STOCK - 2, 0, 2);
 
-/// What came before, what is asked, the answer, the shelf after it, the row after it.
+/// The earlier calls, the call, its answer, the shelf afterwards, the row's state afterwards.
 type Cell = (&'static [Phase], Phase, &'static str, Shelf, Option<&'static str>);
 
-/// The fence's table, for a branch that takes two.
+/// The table of the fence, for a branch that takes two pieces.
 pub(crate) const CELLS: [Cell; 15] = {
     use Phase::{Cancel, Confirm, Try};
     [
@@ -69,7 +69,7 @@ pub(crate) const CELLS: [Cell; 15] = {
     ]
 };
 
-/// `Done`, or the reason of a no.
+/// `Done`, or the reason of the refusal, or the kind of the answer.
 pub(crate) fn word(answer: &Answer) -> &str {
     match answer {
         Answer::Done(_) => "Done",
@@ -82,13 +82,13 @@ pub(crate) fn word(answer: &Answer) -> &str {
     }
 }
 
-/// Which way into the SDK a test takes.
+/// The API of the SDK through which a test makes its calls.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Level {
     Enter,
     Run,
     Action,
-    /// As [`Level::Action`], and phase two as a batch of one, which is otherwise never made.
+    /// As [`Level::Action`], but phase two runs as a batch of one, which does not happen otherwise.
     Batch,
 }
 

@@ -1,4 +1,5 @@
-//! One log line for each call, from which a program can reconstruct what happened when. Payloads and replies are never in it.
+//! Writes one log line per call, from which a program can reconstruct the course of events. Payloads and replies are never
+//! logged.
 
 use std::time::Duration;
 
@@ -10,13 +11,13 @@ use crate::{
     branch::{Branch, Phase},
 };
 
-/// `verdict`: `None` if the call did not get that far.
+/// `verdict`: `None` if the call failed before there was a verdict.
 pub(crate) fn log(branch: &Branch, verdict: Option<Verdict>, answer: &Answer, took: Duration) {
     let Branch { xid, branch_id, action, phase, attempt, .. } = branch;
     let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     let (level, message) = headline(*phase, verdict, answer);
     let verdict = verdict.map_or("none", Verdict::as_str);
-    // A refusal's message is left out: it may name a customer.
+    // A refusal's message is not logged: it may contain a customer's name.
     let (reason, error) = match answer {
         Answer::Done(_) => (None, None),
         Answer::Refused(refusal) | Answer::TooLate(refusal) | Answer::NotServed(refusal) => {
@@ -25,7 +26,7 @@ pub(crate) fn log(branch: &Branch, verdict: Option<Verdict>, answer: &Answer, to
         Answer::Unknown(error) | Answer::Retry(error) => (None, Some(error.as_str())),
         Answer::Invalid { field, .. } => (None, Some(*field)),
     };
-    // A macro, because the level of a line must be known when it is compiled.
+    // A macro, because tracing needs the level at compile time.
     macro_rules! line {
         ($level:expr) => {
             tracing::event!(

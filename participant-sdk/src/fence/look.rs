@@ -1,4 +1,4 @@
-//! What a call finds in the fence, the answer if its work must not run, and what it writes there.
+//! Finds a call's row in the fence, decides what to do, and writes the result to the row.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -20,18 +20,18 @@ use crate::{
     error::Refusal,
 };
 
-/// What a call finds, and what to do with it. While the local transaction lasts, the row is locked.
+/// The row of a call, and the verdict. The row stays locked until the local transaction ends.
 pub(crate) struct Look {
     pub(crate) verdict: Verdict,
     key: Key,
-    /// The row, with this call counted. `None`: a Confirm found no row.
+    /// The row, including this call in its count. `None`: a Confirm found no row.
     record: Option<Record>,
     /// The time in the database.
     now: i64,
 }
 
 impl<DB: FenceDb> Fence<DB> {
-    /// Locks the row, and decides.
+    /// Locks the row, and decides on the verdict.
     pub(crate) async fn look(
         &self,
         connection: &mut DB::Connection,
@@ -70,13 +70,14 @@ impl<DB: FenceDb> Fence<DB> {
 }
 
 impl Look {
-    /// Decides on a call of phase two whose row is there.
+    /// Decides on a Confirm or Cancel whose row exists.
     pub(crate) fn of_phase_two(branch: &Branch, record: Record, retention: Duration) -> Self {
         let now = record.now;
         Self::new(branch, &[0; 32], Some(record), now, retention)
     }
 
-    /// Decides. `record`: the row as this call found or made it; `digest`: of this call's action and payload, if it is a Try.
+    /// Decides. `record` is the row that this call found or inserted. `digest` covers this call's action and payload, if it is a
+    /// Try.
     pub(crate) fn new(
         branch: &Branch,
         digest: &[u8; 32],
@@ -84,7 +85,7 @@ impl Look {
         now: i64,
         retention: Duration,
     ) -> Self {
-        // A row that counts one call was inserted by this call.
+        // If the count is 1, this call has inserted the row.
         let before = record.as_ref().filter(|record| record.seen > 1);
         let same = before.is_none_or(|record| match branch.phase {
             Phase::Try => record.digest.as_deref() == Some(&digest[..]),
@@ -99,7 +100,7 @@ impl Look {
         Self { verdict, key: Key::of(branch), record, now }
     }
 
-    /// What to answer if the work must not run; `None` if it must.
+    /// The answer, if the verdict is not to run the work. `None`: run it.
     pub(crate) fn answer(&self, branch: &Branch) -> Option<Answer> {
         let Branch { xid, branch_id, action, phase, .. } = branch;
         let answer = match self.verdict {
@@ -148,7 +149,7 @@ impl Look {
         Some(answer)
     }
 
-    /// The usual reason is clocks that differ. So the text says by how much it is late, and by whose clock.
+    /// The usual cause is a difference between clocks. So the text says how late the call is, and by which clock.
     fn how_late(&self, branch: &Branch) -> String {
         let expires_at = branch.expires_at.unwrap_or(self.now);
         format!(
@@ -160,7 +161,7 @@ impl Look {
         )
     }
 
-    /// The payload for the work: the one that Try got.
+    /// The payload for the work: the payload of the branch's Try.
     pub(crate) fn take_payload(&mut self, phase: Phase, asked: &[u8]) -> Bytes {
         match phase {
             Phase::Try => Bytes::copy_from_slice(asked),
@@ -171,7 +172,7 @@ impl Look {
         }
     }
 
-    /// Writes that the work of this phase is done. A Try without a reply writes too: see [`write`].
+    /// Records that the work of this phase is done. A Try without a reply writes too; see [`write`].
     pub(crate) async fn settle<DB: FenceDb>(
         &self,
         connection: &mut DB::Connection,
@@ -181,7 +182,7 @@ impl Look {
         write::<DB>(connection, &self.settled(phase, reply)).await
     }
 
-    /// The row when the work of this phase is done.
+    /// The changes to the row once the work of this phase is done.
     pub(crate) fn settled<'a>(&'a self, phase: Phase, reply: &'a [u8]) -> Settle<'a> {
         let (state, reply) = match phase {
             Phase::Try => (State::Tried, Some(reply)),
@@ -191,7 +192,7 @@ impl Look {
         Settle { key: &self.key, state, reply, seen: self.seen() }
     }
 
-    /// Writes that no later Try may have an effect.
+    /// Records that no later Try may take effect.
     pub(crate) async fn suspend<DB: FenceDb>(
         &self,
         connection: &mut DB::Connection,
@@ -207,9 +208,10 @@ impl Look {
 
 /// Writes to the row, if this local transaction still holds it.
 ///
-/// Some errors end the whole local transaction (a deadlock on MySQL, a full disk on SQLite). If the author's code goes on after one,
-/// COMMIT would keep only the work after it, and say OK. The work before it is gone, and so is this call's count in the row. So the
-/// row is not found here. PostgreSQL refuses every statement after an error, this one too, but COMMIT would say OK.
+/// Some errors end the whole local transaction (a deadlock on MySQL, a full disk on SQLite). If the author's code continues
+/// after such an error, COMMIT would keep only the later work, and report success. The earlier work is rolled back, and so is
+/// this call's count in the row. So this write does not find the row, and fails. After an error, PostgreSQL refuses every
+/// further statement, including this one; its COMMIT alone would report success.
 pub(crate) async fn write<DB: FenceDb>(
     connection: &mut DB::Connection,
     settle: &Settle<'_>,
@@ -217,7 +219,7 @@ pub(crate) async fn write<DB: FenceDb>(
     wrote_all(DB::settle(connection, settle).await?, 1)
 }
 
-/// As [`write`], to several rows.
+/// As [`write`], for several rows.
 pub(crate) async fn write_many<DB: FenceDb>(
     connection: &mut DB::Connection,
     settles: &[Settle<'_>],
@@ -235,7 +237,8 @@ fn wrote_all(written: u64, rows: usize) -> Result<(), Error> {
     ))
 }
 
-/// When the row of a branch that expired at `expires_at` may have been cleaned up. Before that, no row means that there was no Try.
+/// When the row of a branch that expired at `expires_at` may have been cleaned up. Before that time, a missing row means that
+/// there was no Try.
 fn horizon(expires_at: i64, retention: Duration) -> i64 {
     expires_at.saturating_add(millis(EXPIRY_MARGIN)).saturating_add(millis(retention))
 }
@@ -248,13 +251,13 @@ fn too_late(reason: &str, message: String) -> Answer {
     Answer::TooLate(Refusal::of_handfast(reason, message))
 }
 
-/// The error text for a payload or a reply that is longer than a row keeps.
+/// The error text for a payload or reply that is too long for a row.
 pub(crate) fn too_long(bytes: &[u8]) -> Option<String> {
     let max = limits::PAYLOAD_BYTES_MAX;
     (bytes.len() > max).then(|| format!("has {} bytes; at most {max} are kept", bytes.len()))
 }
 
-/// SHA-256 of action and payload. The action's length is in front, so that no two pairs have the same bytes.
+/// SHA-256 of action and payload. The action's length comes first, so that different pairs never have the same input bytes.
 pub(crate) fn digest(action: &str, payload: &[u8]) -> [u8; 32] {
     let action_bytes = u64::try_from(action.len()).expect("a length in memory fits 64 bits");
     let digest = Sha256::new().chain_update(action_bytes.to_be_bytes());

@@ -1,9 +1,9 @@
 //! Several Confirms, or several Cancels, in one local transaction.
 //!
-//! A batch serves only the common case: a branch whose row exists and is not locked, and whose work must run or was done before. All other
-//! branches are left to [`Fence::run`]: those without a row, with a locked row, or with a verdict that refuses. If the local transaction of
-//! a batch fails, all of it is rolled back, and each of its branches is run alone. The table of verdicts is the same, and a branch is
-//! answered done only once that is durable.
+//! A batch handles only the common case: the branch's row exists and is not locked, and its work must run or was done before.
+//! All other branches go to [`Fence::run`]: those without a row, with a locked row, or with a verdict that refuses. If the local
+//! transaction of a batch fails, it is rolled back, and each of its branches runs alone. Batches use the same table of verdicts.
+//! A branch is answered "done" only once that is durable.
 
 use std::{sync::atomic::Ordering, time::Instant};
 
@@ -26,16 +26,16 @@ use crate::{
     error::{Failed, chain},
 };
 
-/// The branches whose work must run: their position in the batch, and the payload that their Try got.
+/// The branches whose work must run: the position in the batch, and the payload of the branch's Try.
 pub(crate) type ToRun = Vec<(usize, Bytes)>;
 
 impl<DB: FenceDb> Fence<DB> {
-    /// As [`Fence::run`] for each of these calls: all of one phase, Confirm or Cancel, and each for another branch. `work` gets all
-    /// branches that must run. `None` in the place of an answer: nothing was done for this call, and it must be run by itself.
+    /// As [`Fence::run`] for each of these calls. They are all Confirm or all Cancel, each for a different branch. `work` gets
+    /// all branches that must run. An answer of `None` means that nothing was done for this call; it must run alone.
     ///
     /// # Cancel safety
     ///
-    /// As [`Fence::run`], for all of them at once.
+    /// As [`Fence::run`], for the whole batch.
     pub(crate) async fn run_many<F>(
         &self,
         phase: Phase,
@@ -69,7 +69,7 @@ impl<DB: FenceDb> Fence<DB> {
         let mut tx = match Tx::begin(&self.pool).await {
             Ok(tx) => tx,
             Err(error) => {
-                // Run alone they would have to wait just as long again.
+                // Run alone, each call would wait just as long again. So all of them fail now.
                 let answer = Answer::failed(phase, chain(&error));
                 return branches.iter().map(|_| Some((None, answer.clone()))).collect();
             }
@@ -79,12 +79,12 @@ impl<DB: FenceDb> Fence<DB> {
             Err(failed) => {
                 tx.rollback().await;
                 self.failed_batches.fetch_add(1, Ordering::Relaxed);
-                // A branch that fails will report its error again when it is run alone. Batches that block each other are seen only here.
+                // A failing branch logs its error again when it runs alone. Batches that block each other are visible only here.
                 let (branches, error) = (
                     branches.len(),
                     match failed {
                         Failed::Retry(error) => chain(&*error),
-                        // Its text may name a customer.
+                        // The error's text may contain a customer's name.
                         Failed::NeedsAttention(_) => "one needs attention".to_owned(),
                     },
                 );
@@ -102,7 +102,7 @@ impl<DB: FenceDb> Fence<DB> {
         verdicts.into_iter().map(|verdict| verdict.map(answered)).collect()
     }
 
-    /// The three steps inside the local transaction. `None` in the place of a verdict: this branch must be run alone.
+    /// The three steps inside the local transaction. A verdict of `None` means that this branch must run alone.
     async fn within_many<F>(
         &self,
         tx: &mut Tx<DB>,
@@ -117,7 +117,7 @@ impl<DB: FenceDb> Fence<DB> {
         let records = DB::find_many(tx, &keys).await?;
         let mut looks: Vec<_> = (branches.iter().zip(records))
             .map(|(branch, record)| Some(Look::of_phase_two(branch, record?, self.retention)))
-            // The rows of the others count this call now, and count it again when it is run alone. That is harmless.
+            // The other branches' rows have counted this call, and count it again when it runs alone. That is harmless.
             .map(|look| look.filter(|look| matches!(look.verdict, Verdict::Run | Verdict::Repeat)))
             .collect();
         let to_run: ToRun = (looks.iter_mut().enumerate())

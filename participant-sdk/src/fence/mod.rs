@@ -1,8 +1,8 @@
-//! The fence: a participant's own record of what it did for each branch, so that a call may arrive twice, late, or in the wrong
-//! order, and still has the right effect.
+//! The fence: a participant's record of what it did for each branch. It makes calls idempotent: a call may arrive twice, late,
+//! or out of order, and still has the right effect.
 //!
-//! There is one row for each branch, in the participant's own database. One local transaction holds the row and the
-//! participant's work, in this order:
+//! There is one row per branch, in the participant's own database. One local transaction contains the row and the participant's
+//! work, in this order:
 //!
 //! 1. The row comes first: Try and Cancel insert it (or find it), Confirm finds it. From here on its lock is held, so of two
 //!    calls for one branch the second waits, and then sees what the first has done.
@@ -10,8 +10,8 @@
 //! 3. The row is written again: what was done, and Try's reply. COMMIT. If anything fails, all of it is rolled back, the row
 //!    included.
 //!
-//! Every call counts itself in the row (`seen`). From the count a call learns whether it has inserted the row or found it. Before
-//! COMMIT it learns from it whether the local transaction that it began has ended meanwhile.
+//! Every call increments a counter in the row (`seen`). From the counter, a call learns whether it inserted the row or found it.
+//! Before COMMIT, the call checks the counter again, to learn whether its local transaction has ended meanwhile.
 //!
 //! | recorded ↓ asked → | Try | Confirm | Cancel |
 //! |---|---|---|---|
@@ -21,8 +21,8 @@
 //! | cancelled | too late | refuse: opposite done | done |
 //! | suspended | too late (suspension) | refuse: opposite done | done |
 //!
-//! Three levels, each usable alone: [`Fence::enter`] if you have a local transaction of your own (level 0), [`Fence::run`] if you
-//! have a handler of your own (level 1), and [`Action`](crate::Action) if you want to be served (level 2).
+//! There are three levels, each usable alone. [`Fence::enter`] is for callers with their own local transaction (level 0).
+//! [`Fence::run`] is for callers with their own handler (level 1). [`Action`](crate::Action) is served by the SDK (level 2).
 
 use std::{
     fmt,
@@ -85,7 +85,7 @@ use verdict::State;
 
 /// The fence of one database. Cheap to clone.
 ///
-/// All programs that serve the same actions on the same database share one fence, because a repeat may reach another of them.
+/// All programs that serve the same actions on the same database share one fence, because a retry may reach any of them.
 pub struct Fence<DB: FenceDb> {
     pool: Pool<DB>,
     retention: Duration,
@@ -93,28 +93,28 @@ pub struct Fence<DB: FenceDb> {
     failed_batches: Arc<AtomicU64>,
 }
 
-/// What [`Fence::enter`] says.
+/// The result of [`Fence::enter`].
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Entered {
     /// Do the work now, on the same connection, and commit. If it fails or you refuse, roll back.
     #[non_exhaustive]
     Run {
-        /// What Try got, whatever the request of a Confirm or Cancel carries.
+        /// The payload of the branch's Try. The payload of a Confirm or Cancel request is ignored.
         payload: Bytes,
     },
-    /// Do not do the work. Commit, and give this answer.
+    /// Do not do the work. Commit, and return this answer.
     #[non_exhaustive]
     Answer {
-        /// Why.
+        /// The reason for the answer.
         verdict: Verdict,
-        /// What to answer.
+        /// The answer to return.
         answer: Answer,
     },
 }
 
 impl<DB: FenceDb> Fence<DB> {
-    /// A fence whose table is in the database of this pool. Nothing is asked of it yet: see [`Fence::verify`].
+    /// A fence whose table is in the database of this pool. Does not access the database yet; see [`Fence::verify`].
     #[must_use]
     pub fn new(pool: Pool<DB>) -> Self {
         Self {
@@ -125,24 +125,25 @@ impl<DB: FenceDb> Fence<DB> {
         }
     }
 
-    /// Sets how long rows are kept after their last change, in the place of [`RETENTION`]. Every program that shares the fence must
-    /// use the same: a Confirm that finds no row is refused as never tried, unless the row may have been cleaned up.
+    /// Sets how long rows are kept after their last change; the default is [`RETENTION`]. All programs that share the fence must
+    /// use the same value. A Confirm that finds no row is refused as never tried, unless the row may already have been cleaned
+    /// up.
     #[must_use]
     pub fn retention(self, retention: Duration) -> Self {
         Self { retention, ..self }
     }
 
-    /// Level 1: runs `work` for this call, if it must run, in one local transaction with the fence.
+    /// Level 1: runs `work` for this call, if it must run, in one local transaction together with the fence.
     ///
-    /// `payload` is what came with a Try; Confirm and Cancel find it in [`Tx::payload`]. The error of `work` becomes the answer:
-    /// [`TryError`](crate::TryError) and [`Failed`](crate::Failed) do, and so does any type of yours that is `Into<Answer>`.
+    /// `payload` is the payload of a Try; Confirm and Cancel read it from [`Tx::payload`]. An error of `work` becomes the
+    /// answer: [`TryError`](crate::TryError), [`Failed`](crate::Failed), or any type of yours that is `Into<Answer>`.
     ///
-    /// Once this returns [`Answer::Done`], the work is durable, done now or before; a repeat gives the same answer and does not
-    /// run `work`. With any other answer this call has done nothing, with one exception: after a failed COMMIT (`Unknown`,
-    /// `Retry`) it is not known whether the work is done. The repeat finds out.
+    /// Once this returns [`Answer::Done`], the work is durable, whether this call or an earlier one did it. A repeat gets the
+    /// same answer and does not run `work`. With any other answer this call has changed nothing, with one exception: after a
+    /// failed COMMIT (`Unknown`, `Retry`), the outcome is unknown. A retry finds out.
     ///
-    /// Do only in `work` what can be rolled back. It uses one connection of the pool from beginning to end, so it should not wait
-    /// for other services.
+    /// Do only what can be rolled back in `work`. It holds one connection of the pool from beginning to end, so it should not
+    /// wait for other services.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")]
@@ -165,8 +166,8 @@ impl<DB: FenceDb> Fence<DB> {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, all is rolled back, or, once COMMIT was sent, all or nothing is done. The connection goes back
-    /// to the pool or is closed; it is not lost.
+    /// If the future is dropped, everything is rolled back. Once COMMIT was sent, either everything or nothing is done. The
+    /// connection returns to the pool or is closed; it does not leak.
     pub async fn run<F, E>(&self, branch: &Branch, payload: &[u8], work: F) -> Answer
     where
         F: for<'t> AsyncFunc<&'t mut Tx<DB>, Result<(), E>, Future: Send>,
@@ -182,11 +183,11 @@ impl<DB: FenceDb> Fence<DB> {
         answer
     }
 
-    /// Closes a branch that was settled by hand: records the `phase` of `branch`, Confirm or Cancel, and runs no code of the author.
-    /// For an operator's tool, after `handfast resolve` and after the data was mended. Without this the branch stays tried, is
-    /// reported as overdue for ever, and a late Cancel would run its code.
+    /// Closes a branch that was settled by hand: records the `phase` of `branch`, Confirm or Cancel, without running the
+    /// author's code. It is meant for an operator's tool, after `handfast resolve` and after the data was repaired. Without it,
+    /// the branch would stay tried and be reported as overdue for ever, and a late Cancel would run the author's code.
     ///
-    /// [`Answer::Done`]: it is recorded, now or before. A repeat gives the same answer.
+    /// Returns [`Answer::Done`] once it is recorded, by this call or an earlier one. A repeat gets the same answer.
     pub async fn close(&self, branch: &Branch) -> Answer {
         if branch.phase == Phase::Try {
             let message = "is a Try; a branch is closed as confirmed or as cancelled".to_owned();
@@ -195,8 +196,7 @@ impl<DB: FenceDb> Fence<DB> {
         self.run(branch, &[], async |_| Ok::<_, crate::Failed>(())).await
     }
 
-    /// One local transaction, from BEGIN to COMMIT or ROLLBACK. Work that is answered done is committed; all other work is rolled
-    /// back.
+    /// One local transaction, from BEGIN to COMMIT or ROLLBACK. It commits if the answer is done, and rolls back otherwise.
     async fn attempt<F, E>(
         &self,
         branch: &Branch,
@@ -222,7 +222,7 @@ impl<DB: FenceDb> Fence<DB> {
         result.map(|(verdict, answer)| (Some(verdict), answer))
     }
 
-    /// The three steps inside the local transaction.
+    /// The three steps inside the local transaction; see the module's comment.
     async fn within<F, E>(
         &self,
         tx: &mut Tx<DB>,
@@ -243,7 +243,7 @@ impl<DB: FenceDb> Fence<DB> {
         if let Err(error) = work(tx).await {
             let mut answer = error.into();
             if let Answer::Done(_) = answer {
-                // A conversion of the author's own says "done". Only a commit below may say that.
+                // The author's own `Into<Answer>` returned "done" for an error. Only a commit may result in "done".
                 answer = Answer::failed(
                     branch.phase,
                     "the work failed with an error that means done".to_owned(),
@@ -259,22 +259,22 @@ impl<DB: FenceDb> Fence<DB> {
         Ok((look.verdict, Answer::Done(reply)))
     }
 
-    /// Level 0: enters the fence in a local transaction that you began and that you end.
+    /// Level 0: enters the fence within your own local transaction.
     ///
-    /// Call it before any other statement. On SQLite, begin with `BEGIN IMMEDIATE`. How long it waits for a lock is up to you too;
-    /// see [`LOCK_WAIT`] for what the other levels do.
+    /// Call it before any other statement. On SQLite, begin with `BEGIN IMMEDIATE`. You set the lock timeout yourself;
+    /// [`LOCK_WAIT`] documents what the other levels use.
     ///
-    /// Once you have committed, the call counts as done. A repeat waits for that and then gets [`Entered::Answer`]. Only those
-    /// answers are logged: the fence does not learn what becomes of [`Entered::Run`].
+    /// Once you have committed, the call counts as done. A repeat waits for your commit and then gets [`Entered::Answer`]. Only
+    /// those answers are logged, because the fence does not learn what becomes of [`Entered::Run`].
     ///
     /// # Errors
     ///
-    /// When the database fails: roll back. On PostgreSQL mind that COMMIT after a failed statement rolls back and does not say so.
+    /// When the database fails. Roll back. On PostgreSQL, COMMIT after a failed statement rolls back without reporting an error.
     ///
     /// # Cancel safety
     ///
-    /// Roll back. (Mind that `sqlx::Transaction` loses a connection to MySQL, and its place in the pool, for ever if it is dropped in
-    /// the middle of a statement. The other levels do not use it.)
+    /// Roll back. (If a `sqlx::Transaction` on MySQL is dropped in the middle of a statement, its connection and its place in
+    /// the pool are lost for ever. The other levels do not use it.)
     pub async fn enter(
         &self,
         connection: &mut DB::Connection,
@@ -288,25 +288,25 @@ impl<DB: FenceDb> Fence<DB> {
         let mut look = self.look(connection, branch, payload).await?;
         if let Some(answer) = look.answer(branch) {
             if look.verdict == Verdict::Expired {
-                // This Try has inserted a row, which the caller commits. It must not look like a reservation.
+                // This Try has inserted a row, and the caller will commit it. The row must not look like a reservation.
                 look.suspend::<DB>(connection).await?;
             }
             log::log(branch, Some(look.verdict), &answer, began.elapsed());
             return Ok(Entered::Answer { verdict: look.verdict, answer });
         }
         if branch.phase != Phase::Try {
-            // Written now, because the caller does not come back here when the work is done.
+            // Written now, because the caller does not call the fence again after the work.
             look.settle::<DB>(connection, branch.phase, &[]).await?;
         }
         Ok(Entered::Run { payload: look.take_payload(branch.phase, payload) })
     }
 
-    /// Level 0: keeps the reply of a Try that has just been run, for its repeats. Call it before you commit.
+    /// Level 0: stores the reply of a Try that has just run, so that repeats return it. Call it before you commit.
     ///
     /// # Errors
     ///
-    /// When this is not the local transaction in which [`Fence::enter`] said [`Entered::Run`] to this Try; when the reply is
-    /// longer than 64 KiB; when the database fails. Roll back.
+    /// When this is not the local transaction in which [`Fence::enter`] returned [`Entered::Run`] for this Try; when the reply
+    /// is longer than 64 KiB; when the database fails. Roll back.
     ///
     /// # Cancel safety
     ///
@@ -321,25 +321,25 @@ impl<DB: FenceDb> Fence<DB> {
             return Err(Error::InvalidArgument(format!("the reply {message}")));
         }
         let (key, state, reply) = (&Key::of(branch), State::Tried, Some(reply));
-        // Only the Try that made the row has seen it as the first and holds its lock.
+        // Only the Try that inserted the row has `seen` 1 and holds the row's lock.
         look::write::<DB>(connection, &Settle { key, state, reply, seen: 1 }).await
     }
 
-    /// How many Confirms were answered done because their row may have been cleaned up long ago. The log has a line for each.
+    /// How many Confirms without a row were answered "done", because the row may have been cleaned up long ago. Each is logged.
     #[must_use]
     pub fn forgotten_confirms(&self) -> u64 {
         self.forgotten_confirms.load(Ordering::Relaxed)
     }
 
-    /// How many batches (see [`ActionInBatches`](crate::ActionInBatches)) were rolled back, so that their branches were run alone. The log
-    /// has a line with the error for each. Many of them mean that batches block each other, or other calls.
+    /// How many batches (see [`ActionInBatches`](crate::ActionInBatches)) were rolled back and had their branches run alone.
+    /// Each is logged with its error. A high number means that batches block each other, or other calls.
     #[must_use]
     pub fn failed_batches(&self) -> u64 {
         self.failed_batches.load(Ordering::Relaxed)
     }
 }
 
-/// A length of time as the database counts it.
+/// Converts a duration to milliseconds for the database.
 pub(crate) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -1,8 +1,8 @@
-//! The fence on MySQL (8.0 or newer) and MariaDB (10.6 or newer), with the same text for both: no `INSERT … AS new`, no
-//! `RETURNING`.
+//! The fence on MySQL (8.0 or newer) and MariaDB (10.6 or newer). Both run the same SQL, so it uses neither `INSERT … AS new`
+//! nor `RETURNING`.
 //!
-//! It does not matter whether the isolation level is REPEATABLE READ or READ COMMITTED: nothing here is read before its lock is
-//! held, and a locking read opens no snapshot, so the author's first SELECT sees what the lock waited for.
+//! The isolation level may be REPEATABLE READ or READ COMMITTED. The fence reads no row before it holds the row's lock. A
+//! locking read opens no snapshot, so the author's first SELECT sees the changes that the lock waited for.
 
 use std::sync::LazyLock;
 
@@ -13,8 +13,8 @@ use super::db::{
     in_order,
 };
 
-// The time is UTC_TIMESTAMP, that is when its statement began. So it is read by statements that follow the one which may wait;
-// and unlike UNIX_TIMESTAMP(SYSDATE(3)) it is not an hour off in the night when the session's time zone ends summer time.
+// UTC_TIMESTAMP is the time at which its statement began. So the time is read by a statement after the one that may wait for a
+// lock. UNIX_TIMESTAMP(SYSDATE(3)) would be an hour off in the night when the session's time zone ends daylight saving time.
 
 const CLAIM: &str = "
 INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
@@ -35,8 +35,8 @@ SET state = ?, reply = COALESCE(?, reply),
     changed_at = TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000
 WHERE xid = ? AND branch_id = ? AND seen = ?";
 
-// Of several rows. The index is forced: a plan that reads the whole table would lock the whole table. A row that others hold is skipped, so
-// this waits for nobody, and no two batches wait for each other.
+// Locks several rows. The index is forced, because a full scan would lock the whole table. Rows that are locked by others are
+// skipped. So this statement never waits, and batches never wait for each other.
 const HOLD_MANY: &str = "
 SELECT xid, branch_id, state, action, CASE WHEN state = 1 THEN payload END, seen + 1,
     TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000
@@ -53,12 +53,12 @@ WHERE {rows}";
 const ROW: &str = "(xid = ? AND branch_id = ?)";
 const ROW_AS_SEEN: &str = "(xid = ? AND branch_id = ? AND seen = ?)";
 
-/// How many rows a statement names. Few sizes, so that few statements are prepared: what is too few is filled up with the last row once
-/// more, which changes nothing, and what is too many is told in several.
+/// How many rows a statement can name. There are few sizes, so that few statements are prepared. A shorter list is padded by
+/// repeating its last row, which changes nothing. A longer list is split over several statements.
 const SIZES: [usize; 4] = [1, 4, 16, ROWS_MAX];
 const ROWS_MAX: usize = 64;
 
-/// Hold, count and settle, for each size.
+/// The statements HOLD_MANY, COUNT_MANY and SETTLE_MANY for each size.
 static MANY: LazyLock<[[String; 3]; 4]> = LazyLock::new(|| {
     SIZES.map(|size| {
         [(HOLD_MANY, ROW), (COUNT_MANY, ROW), (SETTLE_MANY, ROW_AS_SEEN)]
@@ -68,8 +68,8 @@ static MANY: LazyLock<[[String; 3]; 4]> = LazyLock::new(|| {
 
 const NOW: &str = "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000";
 
-// Two statements, so that only what is deleted is locked. In one, a server that takes the table for small would read and lock all of it,
-// and wait for the rows of calls that are under way.
+// Two statements, so that only the deleted rows are locked. With a single DELETE, the server may scan and lock the whole table
+// if it believes the table is small. It would then wait for rows of calls in flight.
 const FIND_OLD: &str = "
 SELECT HEX(xid), HEX(branch_id), changed_at FROM handfast_fence
 WHERE state <> 1
@@ -78,7 +78,7 @@ AND (expires_at IS NULL
     OR expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?)
 ORDER BY changed_at LIMIT ?";
 
-// For the same reason no `IN (…)`. A row that is not as it was found is a new one.
+// A join and not `IN (…)`, for the same reason. If `changed_at` differs, the row has been replaced since it was found.
 const DELETE: &str = "
 DELETE f FROM JSON_TABLE(?, '$[*]' COLUMNS (
     xid CHAR(32) PATH '$[0]', branch_id CHAR(64) PATH '$[1]', changed_at BIGINT PATH '$[2]')) AS old
@@ -100,8 +100,8 @@ const RESTORE: &str = "SET SESSION innodb_lock_wait_timeout = @handfast_lock_wai
 impl FenceDb for MySql {}
 
 impl Statements for MySql {
-    // One packet, one round trip. There is no such limit for a local transaction alone; `restore` gives the session its own back.
-    // (To MySQL the least of two integers is no integer; it has to be made one again.)
+    // One packet, one round trip. MySQL cannot set this lock timeout for a single local transaction, so `restore` resets it for
+    // the session. (In MySQL, LEAST of two integers does not have an integer type, so it is cast.)
     const BEGIN: &'static str = "
 SET @handfast_lock_wait = @@SESSION.innodb_lock_wait_timeout;
 SET SESSION innodb_lock_wait_timeout = CAST(LEAST(3, @@SESSION.innodb_lock_wait_timeout) AS SIGNED);
@@ -135,7 +135,7 @@ BEGIN";
             .bind(claim.expires_at)
             .execute(&mut *connection)
             .await?;
-        // Whether the row is new is in `seen`, not in the count of affected rows, which depends on the client's flags.
+        // `seen` tells whether the row is new. The count of affected rows does not: it depends on the client's flags.
         read(connection, claim.key).await
     }
 
@@ -194,7 +194,7 @@ BEGIN";
     }
 
     async fn settle(connection: &mut MySqlConnection, settle: &Settle<'_>) -> Result<u64, Error> {
-        // sqlx sets CLIENT_FOUND_ROWS, so a row that was found counts, also if it already said all this.
+        // sqlx sets CLIENT_FOUND_ROWS, so a row that matches counts even if nothing in it changed.
         let done = sqlx::query(SETTLE)
             .bind(settle.state.code())
             .bind(settle.reply)
@@ -261,15 +261,16 @@ BEGIN";
         Self::execute(connection, RESTORE).await
     }
 
-    /// The connection is closed. It may be in the middle of a statement, and sqlx says itself that such a one should not be
-    /// used again: a reply that belongs to what was dropped would be taken for that of ROLLBACK. The server rolls back when it
-    /// notices.
+    /// Closes the connection. It may be in the middle of a statement, and sqlx advises against reusing such a connection: the
+    /// reply to the dropped statement would be taken for the reply to ROLLBACK. The server rolls back when it notices the closed
+    /// connection.
     fn abandon(mut connection: PoolConnection<Self>) {
         connection.close_on_drop();
     }
 }
 
-/// The smallest size that holds these rows: they, filled up, and its statements. At least one row, at most [`ROWS_MAX`].
+/// Picks the smallest size that holds these rows. Returns the padded rows and the statements of that size. `rows` has 1 to
+/// [`ROWS_MAX`] entries.
 fn filled<T>(rows: &[T]) -> (impl Iterator<Item = &T>, [&'static str; 3]) {
     let size = SIZES.iter().position(|size| rows.len() <= *size).unwrap_or(SIZES.len() - 1);
     let last = rows.len() - 1;

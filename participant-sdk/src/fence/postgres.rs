@@ -7,7 +7,8 @@ use super::db::{
     in_order,
 };
 
-// `clock_timestamp()` and not `now()`: that is the time when the local transaction began, which may be before it waited.
+// `clock_timestamp()` and not `now()`: `now()` is the time when the local transaction began, possibly before it waited for a
+// lock.
 
 const CLAIM: &str = "
 INSERT INTO handfast_fence AS f
@@ -28,7 +29,7 @@ UPDATE handfast_fence
 SET state = $3, reply = coalesce($4, reply), changed_at = (extract(epoch FROM clock_timestamp()) * 1000)::bigint
 WHERE xid = $1 AND branch_id = $2 AND seen = $5";
 
-// A row that others hold is skipped, so this waits for nobody, and no two batches wait for each other.
+// Rows that are locked by others are skipped. So this statement never waits, and batches never wait for each other.
 const FIND_MANY: &str = "
 WITH held AS (
     SELECT xid, branch_id FROM handfast_fence
@@ -47,7 +48,7 @@ WHERE f.xid = seen.xid AND f.branch_id = seen.branch_id AND f.seen = seen.seen";
 
 const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
 
-// `now()` here, and not the clock: it does not change within the statement, so the index can be used.
+// `now()` and not `clock_timestamp()`: it is constant within the statement, so the index can be used.
 const DELETE_OLD: &str = "
 DELETE FROM handfast_fence WHERE (xid, branch_id) IN (
     SELECT xid, branch_id FROM handfast_fence
@@ -67,7 +68,8 @@ SELECT a.attname::text, format_type(a.atttypid, NULL), coalesce(a.attnum = ANY (
 FROM pg_attribute a LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
 WHERE a.attrelid = to_regclass('handfast_fence') AND a.attnum > 0 AND NOT a.attisdropped";
 
-// Two processes that both find no table would both make it, and one would fail: IF NOT EXISTS looks, and then makes.
+// Without this lock, two processes could both find no table and both create it, and one would fail. IF NOT EXISTS does not
+// prevent that.
 const CREATE_ONE_AT_A_TIME: &str = "SELECT pg_advisory_xact_lock(hashtext('handfast_fence'))";
 
 impl FenceDb for Postgres {}
@@ -188,19 +190,19 @@ impl Statements for Postgres {
         Self::execute(connection, Self::SCHEMA).await
     }
 
-    /// SET LOCAL ends with the local transaction.
+    /// Nothing to restore: SET LOCAL ends with the local transaction.
     async fn restore(_: &mut PgConnection) -> Result<(), Error> {
         Ok(())
     }
 
-    /// The connection is closed. It may be in the middle of a statement, and sqlx says itself that such a one should not be
-    /// used again. The server rolls back when it notices.
+    /// Closes the connection. It may be in the middle of a statement, and sqlx advises against reusing such a connection. The
+    /// server rolls back when it notices the closed connection.
     fn abandon(mut connection: PoolConnection<Self>) {
         connection.close_on_drop();
     }
 }
 
-/// Keys as two arrays.
+/// The keys as two arrays: xids and branch ids.
 fn columns<'a>(keys: impl Iterator<Item = &'a Key>) -> (Vec<&'a [u8]>, Vec<&'a [u8]>) {
     keys.map(|key| (&key.xid[..], &key.branch_id[..])).unzip()
 }

@@ -1,7 +1,7 @@
-//! The fence on SQLite (3.42 or newer; the one that comes with the feature `sqlite` is).
+//! The fence on SQLite (3.42 or newer; the feature `sqlite` bundles one).
 //!
-//! A local transaction begins with `BEGIN IMMEDIATE`: it has the write lock from the start, so nothing in it waits or fails for a
-//! lock later. How long it waits for that lock is the pool's `busy_timeout` (sqlx: 5 s unless set); SQLite has no other.
+//! A local transaction begins with `BEGIN IMMEDIATE`. It has the write lock from the start, so no later statement waits or fails
+//! for a lock. The pool's `busy_timeout` limits the wait for that lock (sqlx: 5 s unless set); SQLite has no other lock timeout.
 
 use sqlx::{Connection as _, Error, Pool, Sqlite, SqliteConnection, pool::PoolConnection};
 use sqlx_core::transaction::TransactionManager as _;
@@ -67,11 +67,11 @@ impl Statements for Sqlite {
         ("seen", "integer"),
     ];
 
-    // There is one writer.
+    // SQLite allows one writer at a time.
     const BATCHES_AT_A_TIME: usize = 1;
 
-    /// In a task of its own, which goes on when its caller has given up: sqlx closes a connection whose user goes away while it is
-    /// pinged before use, and a connection of `sqlite::memory:` is the database.
+    /// Acquires in a separate task that continues when the caller gives up. sqlx pings a connection before use, and closes it if
+    /// its user is dropped meanwhile. With `sqlite::memory:`, closing the connection would delete the database.
     async fn acquire(pool: &Pool<Self>) -> Result<PoolConnection<Self>, Error> {
         let pool = pool.clone();
         let acquired = tokio::spawn(async move { pool.acquire().await });
@@ -102,7 +102,7 @@ impl Statements for Sqlite {
             .transpose()
     }
 
-    // No server, no round trips: one after the other costs little.
+    // There is no server and no round trip, so one query per row costs little.
     async fn find_many(
         connection: &mut SqliteConnection,
         keys: &[Key],
@@ -182,9 +182,11 @@ impl Statements for Sqlite {
         Ok(())
     }
 
-    /// The connection survives, for the same reason. It can, because a thread of its own carries out all that is asked of it, in order and to the end. Of what was under way
-    /// when the future was dropped, this rolls back the rest, and the ping is answered after that. It must be `start_rollback`
-    /// and no other ROLLBACK: the thread remembers a COMMIT that nobody waited for and skips exactly one of these.
+    /// Rolls back and keeps the connection: closing it could delete an in-memory database.
+    ///
+    /// Reuse is safe, because sqlx runs the connection's commands on a separate thread, in order and to completion. The thread
+    /// first finishes what was in progress when the future was dropped. Then it rolls back, and then it answers the ping. The
+    /// rollback must be `start_rollback`: if a COMMIT was abandoned, the thread skips exactly one such ROLLBACK.
     fn abandon(mut connection: PoolConnection<Self>) {
         <Self as sqlx::Database>::TransactionManager::start_rollback(&mut connection);
         tokio::spawn(async move {

@@ -1,4 +1,4 @@
-//! The fence's table: its schema, and the check that it exists as this version needs it.
+//! The fence's table: its schema, and the check that the existing table fits this version.
 
 use sqlx::Error;
 
@@ -15,40 +15,40 @@ pub const SCHEMA_POSTGRES: &str = include_str!("../../schema/postgres.sql");
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TableError {
-    /// The database that the pool is connected to has no such table.
+    /// The database of the pool has no such table.
     #[error(
         "no table `handfast_fence` here ({database}): call `fence.create_table_if_missing()`, or run {schema_file} of crate \
          `handfast`"
     )]
     Missing {
-        /// The kind of database.
+        /// The kind of database, for the message.
         database: &'static str,
         /// The file that creates it.
         schema_file: &'static str,
     },
-    /// The table exists, and is not what this version needs.
+    /// The table exists, but does not fit this version.
     #[error(
         "table `handfast_fence` is not as this version of Handfast needs it: {differences}. Compare it with {schema_file} of \
          crate `handfast`; `fence.create_table_if_missing()` makes a new one, but leaves one that is there alone"
     )]
     Differs {
-        /// Each difference, in words.
+        /// The differences, in words.
         differences: String,
-        /// The file that makes it.
+        /// The file with the right schema.
         schema_file: &'static str,
     },
-    /// The database did not answer.
+    /// The database failed or did not respond.
     #[error("cannot look at table `handfast_fence`")]
     Database(#[from] Error),
 }
 
 impl<DB: FenceDb> Fence<DB> {
-    /// Checks that the table exists with all columns and the right key. Call it when your program starts; otherwise the first call
-    /// fails.
+    /// Checks that the table exists with all columns and the right primary key. Call it when your program starts. Otherwise a
+    /// wrong table shows only when the first call fails.
     ///
     /// # Errors
     ///
-    /// When it is not, saying what is wrong and what to do; or when the database does not answer.
+    /// When the table is missing or wrong; the error says what to do. When the database does not respond.
     ///
     /// # Cancel safety
     ///
@@ -69,7 +69,7 @@ impl<DB: FenceDb> Fence<DB> {
                 Some(_) => {}
             }
         }
-        // With another primary key, repeats would not be found, and MySQL would report no error.
+        // With another primary key, the fence would not find the rows of repeated calls, and MySQL would report no error.
         let in_key = |name: &str| found.iter().any(|(found, _, key)| *key && found == name);
         let key_columns = found.iter().filter(|(_, _, key)| *key).count();
         if key_columns != 2 || !in_key("xid") || !in_key("branch_id") {
@@ -84,12 +84,12 @@ impl<DB: FenceDb> Fence<DB> {
         })
     }
 
-    /// Creates the table, its index and its readable view, unless the table exists. Several processes may call it at once. A
-    /// program whose database user may not create tables can call it too, once the table exists.
+    /// Creates the table, its index and its readable view, unless the table exists. Several processes may call it at the same
+    /// time. Once the table exists, a database user without the right to create tables may call it too.
     ///
     /// # Errors
     ///
-    /// As [`Fence::verify`], which has the last word here.
+    /// As [`Fence::verify`], which runs at the end.
     ///
     /// # Cancel safety
     ///
@@ -111,7 +111,7 @@ impl<DB: FenceDb> Fence<DB> {
 mod tests {
     use super::*;
 
-    /// The columns that are looked for are those that the schema makes.
+    /// The check expects exactly the columns that the schema creates.
     fn check<DB: FenceDb>() {
         let columns: Vec<Vec<String>> = (DB::SCHEMA.lines())
             .skip_while(|line| !line.starts_with("CREATE TABLE"))

@@ -1,7 +1,7 @@
 //! A local transaction that cannot be left half done.
 //!
-//! `sqlx::Transaction` is not used: if one is dropped while its server is silent, its connection waits for an answer for ever,
-//! and its place in the pool is lost (sqlx #4349). A [`Tx`] that is dropped hands its connection to
+//! `sqlx::Transaction` is not used. If one is dropped while its server is silent, its connection waits for ever, and its place
+//! in the pool is lost (sqlx #4349). A dropped [`Tx`] hands its connection to
 //! [`Statements::abandon`](super::db::Statements::abandon), which ends the wait in bounded time.
 
 use std::{
@@ -16,19 +16,19 @@ use sqlx_core::transaction::TransactionManager as _;
 
 use super::db::FenceDb;
 
-/// How long each step may take that gives a connection back to its pool, such as ROLLBACK. After that the connection is closed.
-/// That ends its local transaction too, but later.
+/// How long each step of returning a connection to its pool may take, such as ROLLBACK. After that, the connection is closed.
+/// Closing ends the local transaction too, but later.
 pub(super) const GIVE_BACK_WITHIN: Duration = Duration::from_secs(2);
 
-// A savepoint ends with the local transaction in which it was made.
+// A savepoint is gone once its local transaction has ended. So its absence shows that the transaction has ended.
 const MARK: &str = "SAVEPOINT handfast";
 const MARK_AGAIN: &str = "RELEASE SAVEPOINT handfast; SAVEPOINT handfast";
 
-/// The local transaction in which the fence and your own statements are one.
+/// The local transaction that the fence and your own statements share.
 ///
-/// Write to your database through `&mut **tx`, and only through that: what goes over another connection is not undone with the
-/// rest. You cannot commit or roll back; the fence does, after you return. Savepoints (`tx.begin()` of
-/// [`sqlx::Connection`]) are yours.
+/// Write to your database only through `&mut **tx`. Writes through another connection are not rolled back with the rest. You
+/// cannot commit or roll back; the fence does it after you return. You may use savepoints (`tx.begin()` of
+/// [`sqlx::Connection`]).
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")]
@@ -41,7 +41,7 @@ const MARK_AGAIN: &str = "RELEASE SAVEPOINT handfast; SAVEPOINT handfast";
 /// # }
 /// ```
 pub struct Tx<DB: FenceDb> {
-    /// `None` only after the local transaction has ended.
+    /// `None` only once the local transaction has ended.
     connection: Option<PoolConnection<DB>>,
     payload: Bytes,
     reply: Bytes,
@@ -49,15 +49,15 @@ pub struct Tx<DB: FenceDb> {
 }
 
 impl<DB: FenceDb> Tx<DB> {
-    /// The payload that Try got, also in Confirm and Cancel, whatever their request carries. In a batch it is empty: each
-    /// [`Tried`](crate::Tried) has its own.
+    /// The payload of the branch's Try, in Confirm and Cancel too; their requests' own payload is ignored. In a batch it is
+    /// empty: each [`Tried`](crate::Tried) has its own.
     #[must_use]
     pub fn payload(&self) -> &Bytes {
         &self.payload
     }
 
-    /// Sets what a Try answers, at most 64 KiB. The fence keeps it, and a repeated Try answers the same. Confirm and Cancel
-    /// have no reply; what they set is dropped.
+    /// Sets the reply of a Try, at most 64 KiB. The fence stores it, and a repeated Try returns it. Confirm and Cancel have no
+    /// reply; one that they set is dropped.
     pub fn reply(&mut self, reply: impl Into<Bytes>) {
         self.reply = reply.into();
     }
@@ -70,24 +70,24 @@ impl<DB: FenceDb> Tx<DB> {
         mem::take(&mut self.reply)
     }
 
-    /// Fails if the local transaction of the last mark has ended.
+    /// Sets a mark. Fails if the local transaction of the last mark has ended.
     pub(crate) async fn mark(&mut self) -> Result<(), Error> {
         let sql = if self.marked { MARK_AGAIN } else { MARK };
         self.marked = true;
         DB::execute(self, sql).await
     }
 
-    /// Waits for a connection, and begins.
+    /// Waits for a connection, and begins a local transaction.
     pub(super) async fn begin(pool: &Pool<DB>) -> Result<Self, Error> {
         let connection = Some(DB::acquire(pool).await?);
         let mut tx = Self { connection, payload: Bytes::new(), reply: Bytes::new(), marked: false };
-        // Through sqlx's own counter of nested transactions, so that the author's `tx.begin()` makes a savepoint. Had we sent a
-        // plain BEGIN, theirs would be a second one, and on MySQL that commits the first.
+        // BEGIN goes through sqlx's own counter of nested transactions, so that the author's `tx.begin()` creates a savepoint.
+        // After a BEGIN that sqlx does not know of, it would send a second BEGIN, and MySQL would commit the first.
         DB::TransactionManager::begin(&mut tx, Some(DB::BEGIN.into_sql_str())).await?;
         Ok(tx)
     }
 
-    /// Once this returns `Ok`, the work is durable. After an error it is not known whether it is.
+    /// Once this returns `Ok`, the work is durable. After an error, it may or may not be durable.
     pub(super) async fn commit(mut self) -> Result<(), Error> {
         DB::TransactionManager::commit(&mut self).await?;
         if self.is_in_transaction() {
@@ -97,7 +97,7 @@ impl<DB: FenceDb> Tx<DB> {
         Ok(())
     }
 
-    /// Once this returns, nothing that was done here has an effect, now or later.
+    /// Once this returns, nothing that was done in this local transaction takes effect, now or later.
     pub(super) async fn rollback(mut self) {
         let rollback = DB::TransactionManager::rollback(&mut self);
         if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, rollback).await {
@@ -105,7 +105,8 @@ impl<DB: FenceDb> Tx<DB> {
         }
     }
 
-    /// Gives the connection back after the local transaction has ended. If its settings cannot be restored, it is abandoned.
+    /// Returns the connection to the pool after the local transaction has ended. If its settings cannot be restored, it is
+    /// abandoned.
     async fn give_back(mut self) {
         let restore = DB::restore(&mut self);
         if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, restore).await {

@@ -1,12 +1,12 @@
-//! What to do with a call, from what is recorded of its branch: the whole protocol of a participant in one `match`.
+//! Decides what to do with a call, from the branch's record. One `match` contains the whole protocol of a participant.
 //!
-//! Nothing is touched here: no database, no clock. Whatever arrives, however often and in whatever order, these must hold:
-//! the effect of Try, of Confirm and of Cancel each happens at most once; Confirm and Cancel never both; and a Try that comes
-//! after its Cancel has no effect.
+//! The decision uses no database and no clock. Calls may arrive any number of times, in any order. These must always hold: Try,
+//! Confirm and Cancel each take effect at most once; Confirm and Cancel never both take effect; a Try that arrives after its
+//! Cancel has no effect.
 
 use crate::branch::Phase;
 
-/// What the fence row says was done. Its number is what the database keeps.
+/// The state in a fence row. The database stores its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     /// Try reserved.
@@ -15,7 +15,7 @@ pub(crate) enum State {
     Confirmed = 2,
     /// Cancel released the reservation. Final.
     Cancelled = 3,
-    /// Cancel came and there was no reservation: an empty rollback. Final; a Try that still comes is suspended for good.
+    /// Cancel arrived before any Try: an empty rollback. Final. A Try that still arrives is rejected for ever (suspension).
     Suspended = 4,
 }
 
@@ -35,30 +35,30 @@ impl State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// Nobody has done it: the author's code must run.
+    /// The work has not been done: run the author's code.
     Run,
-    /// It was done before: answer the same.
+    /// The work was done by an earlier call: give the same answer.
     Repeat,
-    /// A Cancel of what was never tried: record that, run nothing, answer done.
+    /// A Cancel of a branch that was never tried: record it, run nothing, answer "done".
     EmptyRollback,
-    /// A Confirm of what may have been confirmed so long ago that the row has been cleaned up: run nothing, answer done.
+    /// A Confirm without a row, when the row may have been cleaned up long ago: run nothing, answer "done".
     Forgotten,
-    /// A Try after the Cancel of an earlier delivery of it: too late.
+    /// A Try that arrives after the branch was tried and cancelled: too late.
     CancelledBefore,
-    /// A Try after a Cancel that found nothing: too late.
+    /// A Try that arrives after an empty rollback: too late.
     Suspension,
-    /// A first Try after the end of phase one: too late.
+    /// A first Try after phase one has ended: too late.
     Expired,
-    /// The branch was tried with another payload, or for another action: a mistake of the caller. Refused.
+    /// The branch was tried with another payload or for another action. The caller made a mistake; refused.
     Differs,
-    /// A Confirm and no Try: a mistake of the caller. Refused.
+    /// A Confirm without a Try. The caller made a mistake; refused.
     NeverTried,
-    /// A Confirm of what was cancelled, or a Cancel of what was confirmed: a broken coordinator. Refused.
+    /// A Confirm after a Cancel, or a Cancel after a Confirm. The coordinator is broken; refused.
     OppositeDone,
 }
 
 impl Verdict {
-    /// The word in logs.
+    /// The verdict's name in logs.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -78,10 +78,10 @@ impl Verdict {
 
 /// The verdict on a call.
 ///
-/// - `recorded`: what was there before the call; `None` is nothing.
-/// - `same`: the call agrees with the record. Of a Try: action and payload; of Confirm and Cancel: the action.
-/// - `late`: by the clock of the fence's database, a first Try has expired, or a Confirm may have been forgotten. What is
-///   recorded is answered from the record, whatever the time.
+/// - `recorded`: the state before this call; `None` if there is no row.
+/// - `same`: the call matches the record. A Try must match in action and payload; Confirm and Cancel in the action.
+/// - `late`: a first Try has expired, or a Confirm's row may have been cleaned up, by the database's clock. It has no
+///   influence if there is a record.
 pub(crate) fn verdict(recorded: Option<State>, asked: Phase, same: bool, late: bool) -> Verdict {
     match (recorded, asked) {
         (None, Phase::Try) if late => Verdict::Expired,
@@ -123,14 +123,14 @@ mod tests {
     ];
     const ASKED: [Phase; 3] = [Phase::Try, Phase::Confirm, Phase::Cancel];
 
-    /// The table of the design, row by row: recorded; asked Try, Confirm, Cancel.
+    /// The table in the design document. One row per recorded state; columns Try, Confirm, Cancel.
     #[test]
     fn every_cell_of_the_table() {
         use Verdict::{
             CancelledBefore, Differs, EmptyRollback, Expired, Forgotten, NeverTried, OppositeDone,
             Repeat, Run, Suspension,
         };
-        // The same call, in time.
+        // The same call, not late.
         let same_in_time = [
             [Run, NeverTried, EmptyRollback],
             [Repeat, Run, Run],
@@ -138,10 +138,10 @@ mod tests {
             [CancelledBefore, OppositeDone, Repeat],
             [Suspension, OppositeDone, Repeat],
         ];
-        // What changes if it comes late: only what has no record.
+        // A late call differs only if there is no record.
         let mut same_late = same_in_time;
         same_late[0] = [Expired, Forgotten, EmptyRollback];
-        // What changes if it is another call: whatever would use or repeat what the first one did.
+        // A differing call is refused wherever the same call would use or repeat earlier work.
         let other = |mut table: [[Verdict; 3]; 5]| {
             table[1] = [Differs, Differs, Differs];
             table[2][0] = Differs;

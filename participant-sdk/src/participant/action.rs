@@ -1,4 +1,4 @@
-//! Level 2: you write three functions for each action; the local transaction and the fence around them are taken care of.
+//! Level 2: you write three functions for each action; the SDK runs the local transaction and the fence around them.
 
 use std::{error::Error, future::Future, time::Duration};
 
@@ -17,16 +17,15 @@ use crate::{
 
 /// What a participant does for one action.
 ///
-/// Write the three as plain `async fn`. Around them, the fence and the local transaction are taken care of, so you can rely on
-/// this:
+/// Write the three as plain `async fn`. The SDK runs the fence and the local transaction around them and guarantees:
 ///
-/// - each runs with effect at most once for a branch, however often the calls are repeated;
+/// - each takes effect at most once for a branch, however often its call is retried;
 /// - `on_confirm` and `on_cancel` run only after an `on_try` that returned `Ok`, and never both;
 /// - both get the arguments that Try got;
 /// - no `on_try` runs after its Cancel;
-/// - what is done through `tx` is kept if the function returns `Ok`, and undone otherwise.
+/// - changes made through `tx` are committed if the function returns `Ok`, and rolled back otherwise.
 ///
-/// Do nothing in them that cannot be rolled back with `tx`: no mail, no call to another service.
+/// Do only what `tx` can roll back: send no mail, and call no other service.
 ///
 /// If many branches change the same few rows, see [`ActionInBatches`](crate::ActionInBatches).
 ///
@@ -72,16 +71,17 @@ use crate::{
 /// # }
 /// ```
 pub trait Action: Send + Sync + 'static {
-    /// Name, arguments and reply.
+    /// The action's name, arguments and reply.
     type Contract: Contract;
-    /// Where the fence and the work are.
+    /// The database that holds the fence and the author's tables.
     type Db: FenceDb;
 
-    /// Reserves, or refuses. The reply is kept, and a repeated Try gives it again without coming here.
+    /// Reserves, or refuses. The reply is stored. A repeated Try returns it without running this function again.
     ///
     /// # Errors
     ///
-    /// A [`Refusal`](crate::Refusal) is a decided no. Any other error is unknown. Both roll back, and the global transaction will be cancelled.
+    /// A [`Refusal`](crate::Refusal) is a definite no. After any other error the outcome is unknown. Both roll back, and the
+    /// global transaction is cancelled.
     fn on_try(
         &self,
         tx: &mut Tx<Self::Db>,
@@ -89,11 +89,11 @@ pub trait Action: Send + Sync + 'static {
         args: &<Self::Contract as Contract>::Args,
     ) -> impl Future<Output = Result<<Self::Contract as Contract>::Reply, TryError>> + Send;
 
-    /// Uses what was reserved. It must succeed in the end: nobody is left to refuse to.
+    /// Uses what was reserved. It must succeed in the end, because the global transaction is already decided.
     ///
     /// # Errors
     ///
-    /// Rolls back; the call is repeated until this returns `Ok`.
+    /// An error rolls back; the call is retried until this returns `Ok`.
     fn on_confirm(
         &self,
         tx: &mut Tx<Self::Db>,
@@ -105,7 +105,7 @@ pub trait Action: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Rolls back; the call is repeated until this returns `Ok`.
+    /// An error rolls back; the call is retried until this returns `Ok`.
     fn on_cancel(
         &self,
         tx: &mut Tx<Self::Db>,
@@ -114,10 +114,10 @@ pub trait Action: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), Failed>> + Send;
 }
 
-/// An action without its types, so that a participant can keep several.
+/// An action with its types erased, so that a participant can hold several.
 pub(crate) trait Served: Send + Sync {
     fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer>;
-    /// Serves calls of one phase, Confirm or Cancel, each for another branch, as one batch.
+    /// Serves a batch of calls, all Confirm or all Cancel, each for a different branch.
     #[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
     fn handle_together<'a>(&'a self, branches: &'a [Branch]) -> BoxFuture<'a, Vec<Answer>> {
         Box::pin(join_all(branches.iter().map(|branch| self.handle(branch, &[]))))
@@ -140,7 +140,7 @@ impl ContentTypes {
     }
 }
 
-/// An action with its fence. It serves each call by itself.
+/// An action with its fence. It serves each call alone.
 pub(crate) struct Fenced<A: Action> {
     pub(crate) fence: Fence<A::Db>,
     pub(crate) action: A,
@@ -168,7 +168,7 @@ impl<A: Action> Served for Fenced<A> {
 
 impl<A: Action> Fenced<A> {
     async fn on_try(&self, branch: &Branch, payload: &[u8]) -> Answer {
-        // Before the local transaction begins: arguments that cannot be decoded now could never be confirmed.
+        // Checked before the local transaction begins: a Try whose arguments cannot be decoded could never be confirmed.
         let args = match Args::<A>::decode(payload) {
             Ok(args) => args,
             Err(error) => return unreadable::<Args<A>>(branch, &*error),
@@ -181,7 +181,7 @@ impl<A: Action> Fenced<A> {
         self.fence.run(branch, payload, work).await
     }
 
-    /// A Confirm or a Cancel.
+    /// Serves a Confirm or a Cancel.
     pub(crate) async fn phase_two(&self, branch: &Branch) -> Answer {
         let work = async |tx: &mut Tx<A::Db>| {
             let args = stored_args::<A>(tx)?;
@@ -194,7 +194,7 @@ impl<A: Action> Fenced<A> {
     }
 }
 
-/// The arguments that Try got. They could be decoded then; if they cannot now, the contract has changed in between.
+/// The arguments of the branch's Try. They could be decoded then. If they cannot be decoded now, the contract has changed since.
 fn stored_args<A: Action>(tx: &Tx<A::Db>) -> Result<Args<A>, Failed> {
     Args::<A>::decode(tx.payload()).map_err(|_| {
         unreadable_stored::<Args<A>>(<A::Contract as Contract>::NAME, tx.payload().len())
@@ -212,8 +212,8 @@ pub(crate) fn unreadable<Args: Payload>(branch: &Branch, error: &dyn Error) -> A
     answer
 }
 
-/// The arguments that Try got cannot be decoded any more. The decoder's error is left out: it may quote them, and this text goes to
-/// operators.
+/// The error when the arguments of the branch's Try can no longer be decoded. The decoder's error is left out: it may quote the
+/// arguments, and operators read this text.
 pub(crate) fn unreadable_stored<Args: Payload>(action: &str, bytes: usize) -> Failed {
     let kind = Args::CONTENT_TYPE;
     Failed::NeedsAttention(format!(

@@ -1,6 +1,6 @@
-//! Overdue reservations. A branch that is still tried long after the end of phase one should have been confirmed or cancelled by
-//! now. If the coordinator's store was restored from an older copy, no coordinator knows the branch any more. So the participant
-//! asks what became of the transaction, and no reservation stays for ever.
+//! Overdue reservations. A branch that is still tried long after the end of phase one should have been confirmed or cancelled.
+//! If the coordinator's store was restored from an older copy, no coordinator knows the branch any more. So the participant asks
+//! for the transaction's outcome, and no reservation stays for ever.
 
 use std::{fmt, time::Duration};
 
@@ -18,28 +18,28 @@ use crate::{
 pub struct Inquiry {
     /// Branches that were cancelled, because their transaction was cancelled or never recorded.
     pub cancelled: usize,
-    /// Branches that are left as they are, because their transaction is confirmed, undecided or forgotten. A person should look:
-    /// each is in the log.
+    /// Branches that were left alone, because their transaction is confirmed, undecided or forgotten. A person should check
+    /// them: each is logged.
     pub reported: usize,
 }
 
 impl Participant {
-    /// Asks the coordinator about branches that are still tried an hour after the end of phase one, and cancels those whose
-    /// transaction was cancelled or was never recorded. Never confirms: that is the coordinator's.
+    /// Asks the coordinator about branches that are still tried an hour after the end of phase one. Cancels those whose
+    /// transaction was cancelled or never recorded. Never confirms: only the coordinator does.
     ///
     /// # Errors
     ///
-    /// When the database does not answer, or the coordinator, about one or more of them. What was done stays done; the rest is
-    /// done another time.
+    /// When the database does not respond, or the coordinator does not respond for some of the branches. Branches that were
+    /// cancelled stay cancelled; a later call handles the rest.
     ///
     /// # Cancel safety
     ///
-    /// As after an error.
+    /// The same as after an error.
     pub async fn inquire(&self, handfast: &Handfast) -> Result<Inquiry, BoxError> {
         let mut inquiry = Inquiry::default();
         let mut unanswered = None;
         for branch in self.overdue().await? {
-            // A branch about which there is no answer must not stop the others from being settled.
+            // Without an answer for this branch, go on with the others.
             let outcome = match handfast.outcome(branch.xid).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
@@ -60,7 +60,7 @@ impl Participant {
         }
     }
 
-    /// Whether the branch has been cancelled.
+    /// Cancels the branch if its outcome allows that. Returns whether it was cancelled.
     async fn settle(&self, branch: &Branch, outcome: &Outcome) -> bool {
         let Branch { xid, branch_id, action, .. } = branch;
         match outcome {
@@ -89,8 +89,8 @@ impl Participant {
         }
     }
 
-    /// Inquires in the background, once in each `interval` (an hour is a good one), until the guard is dropped. Several processes
-    /// may do so at once.
+    /// Inquires in the background once per `interval` (an hour is a good value), until the guard is dropped. Several processes
+    /// may do this at the same time.
     pub fn inquire_every(&self, interval: Duration, handfast: &Handfast) -> InquiryTask {
         let (participant, handfast) = (self.clone(), handfast.clone());
         let task = tokio::spawn(async move {

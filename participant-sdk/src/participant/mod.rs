@@ -1,7 +1,7 @@
 //! The participant's side: it serves the Try, Confirm and Cancel of its actions.
 //!
-//! `action.rs` is what an author writes and what is put around it; `service.rs` puts a participant on the network; `batches/` runs
-//! Confirms together; `inquiry.rs` asks about reservations that were never settled.
+//! `action.rs` contains what an author writes, and the code that runs it. `service.rs` serves a participant over gRPC.
+//! `batches/` runs waiting Confirms together. `inquiry.rs` asks about reservations that were never settled.
 
 pub(crate) mod action;
 pub(crate) mod batches;
@@ -26,14 +26,14 @@ use action::{Action, ContentTypes, Fenced, Served};
 
 /// A program that serves actions. Cheap to clone.
 ///
-/// [`Participant::into_service`] puts it on the network; [`Participant::handle`] is the same without one.
+/// [`Participant::into_service`] serves it over gRPC; [`Participant::handle`] serves calls without a network.
 #[derive(Clone)]
 pub struct Participant {
     name: Arc<str>,
     actions: Arc<BTreeMap<&'static str, Box<dyn Served>>>,
 }
 
-/// Makes a [`Participant`].
+/// Builds a [`Participant`].
 #[must_use]
 pub struct ParticipantBuilder {
     name: Arc<str>,
@@ -41,7 +41,8 @@ pub struct ParticipantBuilder {
 }
 
 impl Participant {
-    /// Builds one with this name, of 1 to 64 bytes. Coordinators look up its address by it, and its refusals carry it.
+    /// Starts a builder for a participant of this name, 1 to 64 bytes long. Coordinators look up its address by the name, and
+    /// its refusals carry the name.
     ///
     /// # Panics
     ///
@@ -53,25 +54,26 @@ impl Participant {
         ParticipantBuilder { name, actions: BTreeMap::new() }
     }
 
-    /// Its name.
+    /// The participant's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The names of the actions that it serves, in alphabetical order.
+    /// The names of its actions, in alphabetical order.
     pub fn actions(&self) -> impl Iterator<Item = &'static str> {
         self.actions.keys().copied()
     }
 
-    /// Serves one call. `payload` is what came with a Try; Confirm and Cancel get what Try got, and theirs is ignored.
+    /// Serves one call. `payload` is the payload of a Try. Confirm and Cancel use the payload of the branch's Try, and ignore
+    /// `payload`.
     ///
-    /// What is guaranteed, and what a repeat does: see [`Fence::run`] and [`Action`].
+    /// For guarantees and repeats, see [`Fence::run`] and [`Action`].
     ///
     /// # Cancel safety
     ///
-    /// As [`Fence::run`]. A call that waits for a batch (see [`ActionInBatches`](crate::ActionInBatches)) may be carried out all the
-    /// same.
+    /// As [`Fence::run`]. If the call is waiting for a batch (see [`ActionInBatches`](crate::ActionInBatches)), it may still be
+    /// executed.
     pub async fn handle(&self, branch: &Branch, payload: &[u8]) -> Answer {
         let Some(served) = self.actions.get(branch.action.as_str()) else {
             let answer = Answer::NotServed(self.not_served(&branch.action));
@@ -87,7 +89,7 @@ impl Participant {
         answer
     }
 
-    /// Serves calls of one action and one phase, Confirm or Cancel, each for another branch, as one batch.
+    /// Serves a batch of calls of one action, all Confirm or all Cancel, each for a different branch.
     #[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
     pub(crate) async fn handle_together(&self, branches: &[Branch]) -> Vec<Answer> {
         self.actions[branches[0].action.as_str()].handle_together(branches).await
@@ -100,7 +102,7 @@ impl Participant {
         Refusal::of_handfast(reason::ACTION_UNKNOWN, message)
     }
 
-    /// The branches of every action that are still tried long after the end of phase one, as calls that cancel them.
+    /// Cancel calls for the branches, of all actions, that are still tried long after the end of phase one.
     pub(crate) async fn overdue(&self) -> Result<Vec<Branch>, sqlx::Error> {
         let mut overdue = Vec::new();
         for (name, served) in self.actions.iter() {
@@ -122,11 +124,11 @@ impl Participant {
 }
 
 impl ParticipantBuilder {
-    /// Serves one more action.
+    /// Adds an action.
     ///
     /// # Panics
     ///
-    /// When an action of this name is served already, or the name is empty or longer than 128 bytes.
+    /// When an action of this name exists already, or the name is empty or longer than 128 bytes.
     pub fn action<A: Action>(self, fence: &Fence<A::Db>, action: A) -> Self {
         let served = Fenced { fence: fence.clone(), action };
         self.serve(<A::Contract as Contract>::NAME, Box::new(served))
@@ -154,8 +156,8 @@ impl Local for Participant {
 }
 
 impl Remote {
-    /// A participant in this process: a service that takes part in a transaction that it begins or joins. `target` is where the
-    /// coordinator calls it.
+    /// A participant in this process, for a service that is itself a participant of a transaction that it begins or joins. The
+    /// coordinator calls it at `target`.
     #[must_use]
     pub fn here(participant: &Participant, target: &str) -> Self {
         Self::new(participant.name(), target, Reach::Here(Arc::new(participant.clone())))
@@ -219,7 +221,7 @@ mod tests {
         assert!(matches!(answer, Answer::Invalid { field: "payload.data", .. }), "{answer:?}");
         assert_eq!(shop.state(1).await, None);
 
-        // Tried with the contract of yesterday.
+        // The branch was tried under an older version of the contract.
         let work = async |_: &mut Tx<_>| Ok::<_, TryError>(());
         shop.fence.run(&branch(2, Phase::Try), b"\"hunter2\"", work).await;
         for phase in [Phase::Confirm, Phase::Cancel] {

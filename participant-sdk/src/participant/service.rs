@@ -1,4 +1,4 @@
-//! A participant on the network: `handfast.v1.ParticipantService`, as `participant.proto` says it.
+//! Serves a participant over gRPC: `handfast.v1.ParticipantService`, as defined in `participant.proto`.
 
 use std::sync::Arc;
 
@@ -22,12 +22,12 @@ use crate::{
     context,
 };
 
-/// How this program calls itself.
+/// The SDK's name and version, as reported to the coordinator.
 const SDK: &str = concat!("handfast-rust/", env!("CARGO_PKG_VERSION"));
 
 impl Participant {
-    /// The participant as a tonic service, for `Server::builder().add_service(…)`. A request costs memory for what has arrived of
-    /// it, not for what it announces.
+    /// The participant as a tonic service, for `Server::builder().add_service(…)`. A request uses memory only for the bytes that
+    /// have arrived, not for the length that it announces.
     #[must_use]
     pub fn into_service(self) -> Gather<ParticipantServiceServer<Self>> {
         let service = ParticipantServiceServer::new(self)
@@ -102,7 +102,7 @@ impl ParticipantService for Participant {
     }
 }
 
-/// The payload is not passed on: the fence has the one that Try got.
+/// Confirm and Cancel pass on no payload: the fence has the payload of the Try.
 async fn phase_two(
     participant: &Participant,
     context: Option<BranchContext>,
@@ -140,7 +140,7 @@ mod tests {
 
     type Client = Line<ToParticipant>;
 
-    /// A shop whose calls share a stream, and one whose calls go by themselves: what is answered must be the same.
+    /// Two identical shops: the calls to one share a stream, the calls to the other are unary. Both must give the same answers.
     async fn both_ways() -> [(Shop, Client); 2] {
         let (one, other) = (Shop::in_memory().await, Shop::in_memory().await);
         let lines = [Line::new(serve(&one).await), Line::without_streams(serve(&other).await)];
@@ -148,7 +148,7 @@ mod tests {
         [(one, streams), (other, alone)]
     }
 
-    /// A participant behind a real tonic server, without a port.
+    /// Serves a participant with a real tonic server over an in-memory connection.
     async fn serve(shop: &Shop) -> Channel {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let incoming = futures_util::stream::iter([Ok::<_, std::io::Error>(theirs)]);
@@ -342,7 +342,7 @@ mod tests {
             drop(other);
             cancel(client, context(1)).await.unwrap();
             assert_eq!(shop.shelf().await, (STOCK, 0, 0));
-            // On a busy machine the Try may have come first, and was cancelled.
+            // On a busy machine the Try may have arrived first and been cancelled.
             let state = shop.state(1).await.unwrap();
             assert!(["suspended", "cancelled"].contains(&state.as_str()), "{state}");
         }

@@ -1,5 +1,6 @@
-//! The real coordinator in this process: its own code, from the rpc methods to the journal, over a store in memory. It can be
-//! killed and started again; its clock stands still until the test moves it; participants fail when the test says so.
+//! The real coordinator in this process. It runs the production code, from the RPC methods to the journal, on an in-memory
+//! store. A test can kill and restart it. Its clock stands still until the test moves it, and calls to participants fail when
+//! the test says so.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -32,61 +33,61 @@ use tonic::{Request, Response, Status, Streaming};
 use super::network::Network;
 use crate::{Handfast, Outcome, Participant, Phase, Remote};
 
-/// The coordinator's name in the network.
+/// The coordinator's host name in the in-memory network.
 const COORDINATOR: &str = "coordinator.test";
-/// Deadline of a call to a participant, in real time: a test does not wait long for a participant that never answers.
+/// Deadline of a call to a participant, in real time. Short, so that a test does not wait long for a silent participant.
 const CALL_TIMEOUT: Duration = Duration::from_millis(300);
-/// Phase one, if the initiator does not say.
+/// Timeout of phase one, if the initiator sets none.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// How far the clock is moved on, at most, to bring a transaction to its end, and in which steps.
+/// [`Coordinator::finished`] moves the clock by at most the first of these, in steps of the second.
 const FINISH_WITHIN: [Duration; 2] = [Duration::from_secs(2 * 3600), Duration::from_secs(1)];
 
-/// What is to happen to one call to a participant.
+/// A fault of one call to a participant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
-    /// It goes well.
+    /// No fault.
     None,
-    /// It does not arrive.
+    /// The call fails and does not arrive.
     Unavailable,
-    /// It takes effect, and the answer is lost.
+    /// The call takes effect, and its answer is lost.
     AnswerLost,
-    /// It does not arrive, and nobody says so: the caller's deadline has to pass.
+    /// The call does not arrive, and the caller gets no error: its deadline must pass.
     Silence,
-    /// It takes effect, and the answer is garbage.
+    /// The call takes effect, and its answer is garbage.
     Garbage,
 }
 
 type Script = Arc<Mutex<BTreeMap<(String, &'static str), VecDeque<Fault>>>>;
 
-/// See the module's comment: the coordinator of one test.
+/// A coordinator for one test: the real code, in this process.
 #[derive(Debug)]
 pub struct Coordinator {
     network: Network,
     store: Arc<MemoryStore>,
     clock: ManualClock,
     script: Script,
-    /// Calls share streams.
+    /// Whether calls share streams.
     streams: bool,
-    /// Everything that is the coordinator's runs here, so that it can be killed: at once, whatever it is doing.
+    /// The runtime of all the coordinator's tasks. Shutting it down kills the coordinator at once, in the middle of anything.
     process: Option<Runtime>,
 }
 
 impl Coordinator {
-    /// Starts one, with these participants at their names in its network.
+    /// Starts a coordinator. The participants are reachable by their names in its network.
     ///
     /// # Panics
     ///
-    /// When there is no tokio runtime around it.
+    /// When it is not called within a tokio runtime.
     pub async fn start(participants: impl IntoIterator<Item = Participant>) -> Self {
         Self::start_with(participants, true).await
     }
 
-    /// The same, where every call is made by itself: no call shares a stream with others.
+    /// As [`Coordinator::start`], but all calls are unary.
     ///
     /// # Panics
     ///
-    /// When there is no tokio runtime around it.
+    /// When it is not called within a tokio runtime.
     pub async fn without_streams(participants: impl IntoIterator<Item = Participant>) -> Self {
         Self::start_with(participants, false).await
     }
@@ -112,11 +113,11 @@ impl Coordinator {
         coordinator
     }
 
-    /// Kills the coordinator, whatever it is doing, and starts another one on the same store.
+    /// Kills the coordinator in the middle of anything, and starts another one on the same store.
     ///
     /// # Panics
     ///
-    /// When there are no threads to be had.
+    /// When no threads can be created.
     pub async fn restart(&mut self) {
         self.kill();
         let process = tokio::runtime::Builder::new_multi_thread()
@@ -164,7 +165,7 @@ impl Coordinator {
         self.process = Some(process);
     }
 
-    /// Kills the coordinator, whatever it is doing. Nobody answers until [`Coordinator::restart`].
+    /// Kills the coordinator in the middle of anything. Calls fail until [`Coordinator::restart`].
     pub fn kill(&mut self) {
         drop(self.network.host(COORDINATOR));
         if let Some(process) = self.process.take() {
@@ -172,18 +173,18 @@ impl Coordinator {
         }
     }
 
-    /// From now on the store needs so long for each batch of changes.
+    /// From now on, the store takes this long for each batch of changes.
     pub fn delay_store(&self, each: Duration) {
         self.store.delay(each);
     }
 
-    /// A channel to it, for calls without the SDK.
+    /// A channel to the coordinator, for calls without the SDK.
     #[cfg(all(test, feature = "sqlite"))]
     pub(super) fn channel(&self) -> tonic::transport::Channel {
         self.network.connect(COORDINATOR)
     }
 
-    /// A connection to it.
+    /// Connects the SDK to the coordinator.
     #[must_use]
     pub fn handfast(&self) -> Handfast {
         let (calls, waits) = (self.network.connect(COORDINATOR), self.network.connect(COORDINATOR));
@@ -191,7 +192,7 @@ impl Coordinator {
         if self.streams { handfast } else { handfast.without_streams() }
     }
 
-    /// One of its participants, for an initiator to call.
+    /// One of the coordinator's participants, for an initiator to call.
     #[must_use]
     pub fn remote(&self, name: &str) -> Remote {
         let host = host(name);
@@ -200,27 +201,27 @@ impl Coordinator {
         if self.streams { remote } else { remote.without_streams() }
     }
 
-    /// What is to happen to the next calls of this action and phase, in order; to those after them, nothing.
+    /// Sets the faults of the next calls of this action and phase, in order. Later calls have no faults.
     ///
     /// # Panics
     ///
-    /// Never, unless a test has panicked here before.
+    /// Only if a test has panicked here before.
     pub fn script(&self, action: &str, phase: Phase, faults: impl IntoIterator<Item = Fault>) {
         let mut script = self.script.lock().expect("nothing panics while it is locked");
         script.entry((action.to_owned(), phase.as_str())).or_default().extend(faults);
     }
 
-    /// Moves the coordinator's clock on: pauses between attempts end, timeouts pass. (Participants' databases have clocks of
-    /// their own; a Try that is sent after this has more time by them, not less.)
+    /// Moves the coordinator's clock forward, so that retries become due and timeouts expire. (Participants' databases have
+    /// their own clocks. By those, a Try that is sent afterwards has more time, not less.)
     pub fn advance(&self, by: Duration) {
         self.clock.advance(by);
     }
 
-    /// Brings a transaction to its end, and moves the clock on as far as that takes.
+    /// Brings a transaction to its end, moving the clock forward as far as necessary.
     ///
     /// # Panics
     ///
-    /// When it does not end within two hours of the coordinator's time, or is not known.
+    /// When the transaction does not end within two hours of the coordinator's clock, or is unknown.
     pub async fn finished(&self, xid: Xid) -> Outcome {
         let handfast = self.handfast();
         let steps = FINISH_WITHIN[0].as_secs() / FINISH_WITHIN[1].as_secs();
@@ -238,7 +239,7 @@ impl Coordinator {
                 }
             }
             self.advance(FINISH_WITHIN[1]);
-            // Calls under way take real time.
+            // Calls in flight take real time.
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         panic!("{xid} does not end: {last:?}");
@@ -263,7 +264,7 @@ struct Scripted {
 }
 
 impl Scripted {
-    /// Lets `call` through, or not.
+    /// Lets `call` through, or applies the next fault.
     async fn meet<T>(
         &self,
         context: Option<&pb::BranchContext>,

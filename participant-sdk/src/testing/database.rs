@@ -6,8 +6,8 @@ use sqlx::{
 };
 use tempfile::TempDir;
 
-/// A SQLite database in a temporary folder, with a pool of a few connections. Fast rather than durable; gone when it is
-/// dropped. Panics when it cannot be made: it is for tests.
+/// A temporary SQLite database with a pool of a few connections. It is fast rather than durable, and is deleted when dropped.
+/// Panics when it cannot be created, because it is only for tests.
 #[derive(Debug)]
 pub struct Database {
     pool: SqlitePool,
@@ -15,11 +15,11 @@ pub struct Database {
 }
 
 impl Database {
-    /// A new one, in which `schema` was run.
+    /// Creates a database and runs `schema` in it.
     ///
     /// # Panics
     ///
-    /// When the schema does not run.
+    /// When the database cannot be created or the schema fails.
     pub async fn new(schema: &'static str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let options = SqliteConnectOptions::new()
@@ -36,7 +36,7 @@ impl Database {
         Self { pool, _folder: folder }
     }
 
-    /// Its pool.
+    /// The connection pool.
     #[must_use]
     pub fn pool(&self) -> SqlitePool {
         self.pool.clone()

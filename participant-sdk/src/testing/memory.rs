@@ -1,9 +1,10 @@
-//! A fence without a database, for simulations and benchmarks: the same verdicts, replies, digests and deadlines, in memory.
+//! A fence without a database, for simulations and benchmarks. It has the same verdicts, replies, digests and deadlines, in
+//! memory.
 //!
-//! One synchronous critical section stands for the local transaction: while a call is served, its row and the author's code have
-//! the lock of its shard, so of two calls for one branch the second waits and then sees what the first has done; and a host that
-//! "crashes" in a simulation has done all of a call or nothing. What there is no stand-in for is a rollback of the author's own
-//! memory: see [`MemoryAction`].
+//! A synchronous critical section replaces the local transaction. While a call is served, it holds the lock of its row's shard.
+//! Of two calls for one branch, the second waits and then sees what the first has done. When a simulated host "crashes", each
+//! call has been done completely or not at all. There is no replacement for the rollback of the author's own memory: see
+//! [`MemoryAction`].
 
 use std::{
     collections::BTreeMap,
@@ -39,22 +40,22 @@ use crate::{
     },
 };
 
-/// Locks, so that several cores seldom wait for each other.
+/// The number of locks: many, so that several cores seldom wait for each other.
 const SHARDS: u8 = 64;
 
-/// What a participant does for one action when its world is in memory: as [`Action`](crate::Action), without a database.
+/// A participant's code for one action with in-memory data: as [`Action`](crate::Action), without a database.
 ///
-/// Each function runs in the critical section that stands for the local transaction: it must not block, and when it returns an
-/// error it must have changed nothing.
+/// Each function runs inside the critical section that replaces the local transaction. It must not block. When it returns an
+/// error, it must have changed nothing.
 pub trait MemoryAction: Send + Sync + 'static {
-    /// Name, arguments and reply.
+    /// The action's name, arguments and reply.
     type Contract: Contract;
 
     /// Reserves, or refuses.
     ///
     /// # Errors
     ///
-    /// A [`Refusal`](crate::Refusal) is a decided no. Any other error is unknown.
+    /// A [`Refusal`](crate::Refusal) is a definite no. After any other error the outcome is unknown.
     fn on_try(
         &self,
         branch: &Branch,
@@ -65,7 +66,7 @@ pub trait MemoryAction: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// The call is repeated until this returns `Ok`.
+    /// After an error, the call is retried until this returns `Ok`.
     fn on_confirm(
         &self,
         branch: &Branch,
@@ -76,7 +77,7 @@ pub trait MemoryAction: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// The call is repeated until this returns `Ok`.
+    /// After an error, the call is retried until this returns `Ok`.
     fn on_cancel(
         &self,
         branch: &Branch,
@@ -84,7 +85,8 @@ pub trait MemoryAction: Send + Sync + 'static {
     ) -> Result<(), Failed>;
 }
 
-/// See the module's comment. Cheap to clone; all clones are one fence. It survives whoever serves it, as a database does.
+/// An in-memory fence. Cheap to clone; clones share the same rows. As with a database, the rows survive a restart of the
+/// participant.
 #[derive(Clone)]
 pub struct MemoryFence {
     shards: Arc<[Mutex<BTreeMap<Name, Row>>]>,
@@ -93,13 +95,13 @@ pub struct MemoryFence {
     forgotten_confirms: Arc<AtomicU64>,
 }
 
-/// Xid and branch id, as a database keeps them.
+/// Xid and branch id in their database encoding.
 type Name = ([u8; 16], [u8; 32]);
 
 struct Row {
     state: State,
     action: Box<str>,
-    /// Of a row that is tried: nobody else needs it.
+    /// Kept only while the row is tried. No other state needs it.
     payload: Bytes,
     reply: Bytes,
     digest: [u8; 32],
@@ -114,7 +116,7 @@ impl Default for MemoryFence {
 }
 
 impl MemoryFence {
-    /// An empty one, on this clock.
+    /// An empty fence on this clock.
     #[must_use]
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
         Self {
@@ -131,7 +133,7 @@ impl MemoryFence {
         Self { retention, ..self }
     }
 
-    /// Deletes all rows that are old enough, as [`Fence::clean_up`](crate::Fence::clean_up) does, and tells how many they were.
+    /// Deletes all rows that are old enough, as [`Fence::clean_up`](crate::Fence::clean_up) does. Returns how many were deleted.
     #[must_use]
     pub fn clean_up(&self) -> u64 {
         let now = self.clock.now().0;
@@ -151,25 +153,25 @@ impl MemoryFence {
         u64::try_from(deleted).unwrap_or(u64::MAX)
     }
 
-    /// How many Confirms were answered done because their row may have been cleaned up long ago.
+    /// How many Confirms without a row were answered "done", because the row may have been cleaned up long ago.
     #[must_use]
     pub fn forgotten_confirms(&self) -> u64 {
         self.forgotten_confirms.load(Ordering::Relaxed)
     }
 
-    /// Rows.
+    /// The number of rows.
     #[must_use]
     pub fn len(&self) -> usize {
         self.shards.iter().map(|shard| locked(shard).len()).sum()
     }
 
-    /// Whether there is none.
+    /// Whether there are no rows.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// What is recorded of a branch, in the word of the table's readable view: `tried`, `confirmed`, `cancelled`, `suspended`.
+    /// The recorded state of a branch, as in the table's readable view: `tried`, `confirmed`, `cancelled`, `suspended`.
     #[must_use]
     pub fn recorded(&self, xid: Xid, branch_id: &BranchId) -> Option<&'static str> {
         let name = (xid.to_bytes(), branch_id.to_fixed());
@@ -181,7 +183,7 @@ impl MemoryFence {
         })
     }
 
-    /// As [`Fence::run`](super::Fence::run). `work` gets what Try got and gives what Try replies.
+    /// As [`Fence::run`](super::Fence::run). `work` gets the payload of the Try, and returns the Try's reply.
     fn run(
         &self,
         branch: &Branch,
@@ -202,7 +204,7 @@ impl MemoryFence {
         answer
     }
 
-    /// The critical section. Nothing is written before the work is done, so there is nothing to undo.
+    /// The critical section. It writes nothing until the work is done, so there is nothing to roll back.
     fn within(
         &self,
         branch: &Branch,
@@ -251,7 +253,7 @@ impl MemoryFence {
         (look.verdict, Answer::Done(Bytes::new()))
     }
 
-    /// Branches of this action that are still tried though phase one ended [`EXPIRY_MARGIN`] ago.
+    /// Branches of this action that are still tried although phase one ended [`EXPIRY_MARGIN`] ago.
     fn overdue(&self, action: &str) -> Vec<(Xid, BranchId)> {
         let expired_by = self.clock.now().0.saturating_sub(millis(EXPIRY_MARGIN));
         let mut overdue = Vec::new();
@@ -268,7 +270,7 @@ impl MemoryFence {
     }
 
     fn shard(&self, xid: Xid) -> &Mutex<BTreeMap<Name, Row>> {
-        // Transactions of one partition are numbered one after another.
+        // Transactions of a partition have consecutive sequence numbers, so they spread evenly over the shards.
         &self.shards[usize::try_from(xid.sequence % u64::from(SHARDS)).expect("below 64")]
     }
 }
@@ -278,7 +280,7 @@ fn locked(shard: &Mutex<BTreeMap<Name, Row>>) -> MutexGuard<'_, BTreeMap<Name, R
 }
 
 impl Row {
-    /// As a call finds it that is not the first.
+    /// The record as a later call reads it.
     fn record(&self, now: i64) -> Record {
         let tried = self.state == State::Tried;
         Record {
@@ -294,7 +296,7 @@ impl Row {
 }
 
 impl ParticipantBuilder {
-    /// Serves one more action, whose fence and work are in memory.
+    /// Adds an action whose fence and data are in memory.
     ///
     /// # Panics
     ///

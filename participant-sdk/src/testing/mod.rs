@@ -1,5 +1,5 @@
-//! For the tests of services that take part, and of initiators: the real coordinator in this process, without a port and on a
-//! clock that the test moves; participants that fail on demand; the laws that every action must keep; and a fence in memory.
+//! Test support for participants and initiators. It has the real coordinator in this process, without a port and on a clock that
+//! the test moves. It has participants that fail on demand, the laws that every action must obey, and an in-memory fence.
 //!
 //! ```
 //! # #[cfg(feature = "sqlite")]

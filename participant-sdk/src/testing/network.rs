@@ -1,4 +1,4 @@
-//! A network without ports: what is dialled is found by its host name, in this process.
+//! An in-memory network without ports. Hosts are found by name within this process.
 
 use std::{
     collections::BTreeMap,
@@ -15,17 +15,18 @@ use tokio::{io::DuplexStream, sync::mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-/// Bytes on their way in one direction of a connection.
+/// Capacity of each direction of a connection, in bytes.
 const BUFFER_BYTES: usize = 256 * 1024;
 
-/// Hosts by name. Cheap to clone.
+/// Hosts by name. Cheap to clone; clones are the same network.
 #[derive(Clone, Default)]
 pub(super) struct Network {
     hosts: Arc<Mutex<BTreeMap<String, mpsc::UnboundedSender<DuplexStream>>>>,
 }
 
 impl Network {
-    /// Becomes the host of this name: connections to it come out of the stream. Whoever had the name before gets none any more.
+    /// Registers a host of this name. The stream yields the connections to it. A previous host of the same name gets no further
+    /// connections.
     pub(super) fn host(
         &self,
         name: &str,
@@ -39,7 +40,7 @@ impl Network {
         UnboundedReceiverStream::new(receiver).map(|stream| Ok(Connection::new(stream, None)))
     }
 
-    /// A channel to the host of this name.
+    /// A channel to the host with this name.
     pub(super) fn connect(&self, name: &str) -> Channel {
         let hosts = self.hosts.clone();
         let connector = tower::service_fn(move |uri: Uri| {
@@ -61,7 +62,7 @@ impl Network {
     }
 }
 
-/// For the coordinator's calls.
+/// The coordinator dials participants through it.
 impl Dialler for Network {
     fn channel(&self, destination: &Destination) -> Channel {
         self.connect(destination.address.uri().host().unwrap_or_default())

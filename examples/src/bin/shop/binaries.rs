@@ -1,4 +1,4 @@
-//! Builds the programs that the walk starts, and finds them: the coordinator, and the three services.
+//! Builds and locates the programs that the walk starts: the coordinator and the three services.
 
 use std::{
     env,
@@ -10,20 +10,20 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::process::Command;
 
-/// Where the programs are.
+/// The folder of the programs.
 #[derive(Debug, Clone)]
 pub(crate) struct Binaries {
     folder: PathBuf,
 }
 
-/// How the variables begin that describe the package that is run.
+/// Prefixes of the environment variables with which cargo describes the running package.
 const ABOUT_THIS_PACKAGE: [&[u8]; 3] = [b"CARGO_PKG_", b"CARGO_MANIFEST_", b"OUT_DIR"];
 
 const PROGRAMS: [&str; 4] = ["handfast", "order", "inventory", "points"];
 
 impl Binaries {
-    /// Builds what is missing or old, with the cargo that has started this program and into the same folder. Cargo shows its own
-    /// progress, on stderr.
+    /// Builds the programs that are missing or outdated, with the same cargo and target folder as this program. Cargo shows its
+    /// progress on stderr.
     pub(crate) async fn build() -> anyhow::Result<Self> {
         let this = env::current_exe().context("cannot tell where this program is")?;
         let folder = this.parent().context("this program is in no folder")?.to_owned();
@@ -48,7 +48,8 @@ impl Binaries {
 }
 
 async fn build(cargo: &OsStr, folder: &Path) -> anyhow::Result<()> {
-    // target/debug and target/release are profiles `dev` and `release`; others are called as their folders are.
+    // The folders target/debug and target/release belong to the profiles `dev` and `release`. Other folders have their profile's
+    // name.
     let profile = match folder.file_name().and_then(OsStr::to_str) {
         Some("debug") | None => "dev",
         Some(profile) => profile,
@@ -62,8 +63,8 @@ async fn build(cargo: &OsStr, folder: &Path) -> anyhow::Result<()> {
         .args(["--bin", "points", "--target-dir"])
         .arg(target)
         .current_dir(env!("CARGO_MANIFEST_DIR"));
-    // `cargo run` tells this program of its own package. Build scripts that look at that would run, and all that stands on them be
-    // built, again.
+    // `cargo run` sets variables about this package. Build scripts that read them would run again, and all dependents would be
+    // rebuilt. So remove the variables.
     for (name, _) in env::vars_os() {
         if ABOUT_THIS_PACKAGE.iter().any(|start| name.as_encoded_bytes().starts_with(start)) {
             command.env_remove(name);

@@ -1,4 +1,4 @@
-//! Step 8: many orders at once, on few SKUs; and while they run the coordinator may be killed, again and again.
+//! Step 8: many concurrent orders for few SKUs. Meanwhile the coordinator may be killed repeatedly.
 
 use std::{
     sync::{
@@ -20,27 +20,28 @@ use super::{
     world::{COORDINATOR, World},
 };
 
-/// What it is about: few, so that orders meet.
+/// The SKUs that are ordered: few, so that orders compete for the same rows.
 pub(crate) const BURST_SKUS: [&str; 3] = ["lamp", "mug", "pen"];
 
-/// How big it is.
+/// The size of the burst.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Size {
     pub(crate) orders: u32,
-    /// At a time.
+    /// Orders in flight at a time.
     pub(crate) concurrency: u16,
-    /// How often the coordinator is killed meanwhile.
+    /// How often the coordinator is killed during the burst.
     pub(crate) kills: u32,
 }
 
-/// How often progress is shown: on a terminal, and elsewhere.
+/// How often progress is shown: first on a terminal, then elsewhere.
 const PROGRESS: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
-/// A kill comes up to so long after the order that triggers it, so that it meets others at any point.
+/// A kill follows the order that triggers it after a random delay of up to this many milliseconds. So other orders are hit at
+/// any point.
 const KILL_WITHIN_MS: u64 = 40;
-/// Columns of the bar.
+/// Width of the progress bar.
 const BAR: usize = 24;
 
-/// What came of one order. `None`: it is not known.
+/// The order id, its answer, and how long it took. The answer is `None` if it is unknown.
 type Told = (i64, Option<Answer>, Duration);
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -52,7 +53,7 @@ struct Counts {
     unknown: usize,
 }
 
-/// Runs it, and notes all answers.
+/// Runs the burst, and records all answers.
 pub(crate) async fn run(walk: &mut Walk<'_>, size: Size) -> anyhow::Result<()> {
     walk.world.call_directly().await?;
     walk.world.events.ignore(true); // nobody draws thousands of timelines
@@ -102,14 +103,14 @@ pub(crate) async fn run(walk: &mut Walk<'_>, size: Size) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The nth order. Deterministic: what is random in a burst is who comes first.
+/// The nth order. Deterministic: only the order of execution is random in a burst.
 fn nth(walk: &mut Walk<'_>, n: usize) -> PlaceOrderRequest {
     let sku = BURST_SKUS[n % BURST_SKUS.len()];
     let quantity = [1, 2, 3][n / BURST_SKUS.len() % 3];
     request(walk.new_order(CUSTOMERS[n % CUSTOMERS.len()], sku, quantity))
 }
 
-/// So many customers at a time, each of whom orders again as soon as it has an answer.
+/// Runs this many customers concurrently. Each orders again as soon as it has an answer.
 fn place_all(
     world: &World,
     requests: Vec<PlaceOrderRequest>,
@@ -125,7 +126,7 @@ fn place_all(
         workers.spawn(async move {
             while let Some(request) = requests.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let (id, began) = (request.order_id, Instant::now());
-                // Without an answer nobody knows.
+                // Without an answer the outcome is unknown.
                 let answer = match orders.place_order(request.clone()).await {
                     Ok(response) => answer(response.get_ref()),
                     Err(_) => None,
@@ -139,7 +140,7 @@ fn place_all(
     Ok(workers)
 }
 
-/// Kills the coordinator at random moments, spread over the burst, and starts it again at once.
+/// Kills the coordinator at random moments spread over the burst, and restarts it each time.
 async fn kill_now_and_then(
     world: &mut World,
     size: Size,
@@ -149,7 +150,7 @@ async fn kill_now_and_then(
         (0..size.kills).map(|_| rand::random_range(0..size.orders as usize)).collect();
     moments.sort_unstable();
     for moment in moments {
-        // An error means that all have been answered already.
+        // An error means that all orders have been answered.
         let _all_answered = progress.wait_for(|counts| counts.answered >= moment).await.is_err();
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..KILL_WITHIN_MS))).await;
         world.kill(COORDINATOR).await?;
@@ -216,7 +217,7 @@ fn per_second(count: usize, took: Duration) -> u128 {
     count as u128 * 1000 / took.as_millis().max(1)
 }
 
-/// In a few lines.
+/// The result of the burst, in a few lines.
 fn summary(counts: Counts, times: &[Duration], took: Duration, kills: u32) -> Vec<String> {
     let Counts { answered, placed, refused, cancelled, unknown } = counts;
     let mut outcomes = format!("{placed} placed, {refused} refused");

@@ -1,5 +1,5 @@
-//! Where the coordinator and the services keep their tables: each in a database of its own, which is there for this run only. A
-//! file of SQLite, or a database on a server of MySQL or MariaDB that is there already.
+//! The databases of the coordinator and of the services, created for this run only. Each is an SQLite file, or a database on an
+//! existing MySQL or MariaDB server.
 
 use std::{collections::BTreeMap, path::Path, str::FromStr, time::Duration};
 
@@ -9,24 +9,25 @@ use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection, mysql::MySqlConnectO
 
 use super::world::{INVENTORY, NAMES, ORDER, POINTS};
 
-/// How long the server may take to answer.
+/// How long the server may take to respond.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A server, as it is given on the command line: `mysql://user:password@host:3306`.
+/// The server's URL from the command line: `mysql://user:password@host:3306`.
 #[derive(Clone)]
 pub(crate) struct Server(String);
 
-/// See the module's comment.
+/// The databases of one run.
 #[derive(Debug)]
 pub(crate) struct Databases {
     server: Option<Server>,
     stores: BTreeMap<&'static str, Store>,
-    /// Some may be on the server.
+    /// Whether databases may have been created on the server.
     made: bool,
 }
 
 impl Databases {
-    /// Says where they will be. None is made yet: those on a server are by [`Databases::make`], a file by whoever opens it first.
+    /// Chooses the locations and creates nothing. [`Databases::make`] creates databases on a server; an SQLite file is created
+    /// when it is first opened.
     pub(crate) fn new(server: Option<Server>, folder: &Path) -> Self {
         let run = rand::random::<u32>();
         let store = |name: &str| match &server {
@@ -39,19 +40,19 @@ impl Databases {
         Self { server, stores, made: false }
     }
 
-    /// Where one of them is.
+    /// The location of one database.
     pub(crate) fn store(&self, name: &str) -> &Store {
         &self.stores[name]
     }
 
-    /// Where those of the three services are.
+    /// The locations of the three services' databases.
     pub(crate) fn of_services(&self) -> Stores {
         let [order, inventory, points] =
             [ORDER, INVENTORY, POINTS].map(|name| self.stores[name].clone());
         Stores { order, inventory, points }
     }
 
-    /// Makes those that a server has to be asked for.
+    /// Creates the databases that are on a server.
     pub(crate) async fn make(&mut self) -> anyhow::Result<()> {
         let Some(server) = &self.server else { return Ok(()) };
         let connection = server.connect().await?;
@@ -59,7 +60,7 @@ impl Databases {
         self.each("CREATE DATABASE", connection).await
     }
 
-    /// Takes them away again, with all that is in them.
+    /// Drops the databases and all their data.
     pub(crate) async fn drop(&self) -> anyhow::Result<()> {
         let Some(server) = self.server.as_ref().filter(|_| self.made) else { return Ok(()) };
         self.each("DROP DATABASE IF EXISTS", server.connect().await?).await
@@ -93,7 +94,7 @@ impl Server {
         }
     }
 
-    /// The URL of a database there.
+    /// The URL of a database on this server.
     fn database(&self, name: &str) -> String {
         let (server, parameters) = self.0.split_once('?').unwrap_or((&self.0, ""));
         let question = if parameters.is_empty() { "" } else { "?" };

@@ -1,5 +1,5 @@
-//! What happens, as the processes tell it in their log lines. Timelines are made from nothing else, beside what the walk itself
-//! does to the processes and to the calls between them.
+//! Events, read from the processes' log lines. Timelines are drawn only from these events, and from the faults that the walk
+//! itself causes.
 
 use std::{
     sync::{
@@ -14,25 +14,25 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use tokio::sync::watch;
 
-/// Something that happened.
+/// One event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Event {
-    /// When it was over, UTC microseconds since 1970. All processes share one clock.
+    /// When the event ended: UTC microseconds since 1970. All processes run on one machine and share its clock.
     pub(crate) at: i64,
     pub(crate) what: What,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum What {
-    /// The coordinator has begun a transaction.
+    /// The coordinator began a transaction.
     Begun { xid: String, branches: usize },
-    /// Somebody was asked to try, confirm or cancel.
+    /// A participant was called with Try, Confirm or Cancel.
     Called(Call),
     /// The decision is durable.
     Decided { xid: String, confirm: bool, cause: String },
-    /// Every participant has acknowledged.
+    /// Every participant has acknowledged the decision.
     Finished { xid: String, state: String },
-    /// Done from outside: a process was killed, say.
+    /// The walk caused this, for example by killing a process.
     Done(String),
 }
 
@@ -41,25 +41,25 @@ pub(crate) struct Call {
     pub(crate) xid: String,
     pub(crate) branch_id: String,
     pub(crate) action: String,
-    /// `try`, `confirm`, `cancel`
+    /// `try`, `confirm` or `cancel`.
     pub(crate) phase: String,
-    /// From 1.
+    /// Counts from 1.
     pub(crate) attempt: u32,
-    /// How the one who was called puts it: `branch tried`, `refused`, `empty rollback`.
+    /// The result in the callee's words: `branch tried`, `refused`, `empty rollback`.
     pub(crate) result: String,
-    /// Why, if there is a reason.
+    /// The reason for the result; empty if there is none.
     pub(crate) reason: String,
-    /// `None`: whoever tells of it has not waited for its end.
+    /// `None`: the log line was written before the call ended.
     pub(crate) took_ms: Option<i64>,
 }
 
 impl Event {
-    /// Something that happens now.
+    /// An event that happens now.
     pub(crate) fn now(what: What) -> Self {
         Self { at: Timestamp::now().as_microsecond(), what }
     }
 
-    /// The transaction it belongs to. What is done from outside belongs to none.
+    /// The transaction that the event belongs to. Events that the walk caused belong to none.
     pub(crate) fn xid(&self) -> Option<&str> {
         match &self.what {
             What::Begun { xid, .. } | What::Decided { xid, .. } | What::Finished { xid, .. } => {
@@ -70,7 +70,7 @@ impl Event {
         }
     }
 
-    /// Reads a log line. `None`: it is about something else.
+    /// Reads a log line. `None`: the line is not an event.
     pub(crate) fn read(line: &str) -> Option<Self> {
         let line: Line = serde_json::from_str(line).ok()?;
         let at = line.timestamp.parse::<Timestamp>().ok()?.as_microsecond();
@@ -97,7 +97,7 @@ impl Event {
     }
 }
 
-/// A line of the coordinator, or of the SDK in a service. All of them have time and message; the rest depends.
+/// A log line of the coordinator, or of the SDK in a service. Every line has time and message; the other fields are optional.
 #[derive(Deserialize)]
 struct Line {
     timestamp: String,
@@ -116,16 +116,16 @@ struct Line {
     took_ms: Option<i64>,
 }
 
-/// All that has happened so far. Cheap to clone.
+/// All events so far. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Events(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
     list: Mutex<Vec<Event>>,
-    /// How many there are.
+    /// The number of events; waiters watch it grow.
     grown: watch::Sender<usize>,
-    /// Nobody draws what happens now.
+    /// Set while no timeline will be drawn, so that events need not be kept.
     ignored: AtomicBool,
 }
 
@@ -136,7 +136,7 @@ impl Events {
         self.0.grown.send_replace(list.len());
     }
 
-    /// Takes in a log line, unless nobody would look at it.
+    /// Records the event of a log line, unless events are ignored now.
     pub(crate) fn read(&self, line: &str) {
         if !self.0.ignored.load(Ordering::Relaxed)
             && let Some(event) = Event::read(line)
@@ -145,17 +145,17 @@ impl Events {
         }
     }
 
-    /// From here on log lines are ignored, or not any more.
+    /// Sets whether log lines are ignored from now on.
     pub(crate) fn ignore(&self, ignored: bool) {
         self.0.ignored.store(ignored, Ordering::Relaxed);
     }
 
-    /// How many there are: a place to look from later.
+    /// The number of events so far. Use it as the start for a later search.
     pub(crate) fn len(&self) -> usize {
         self.list().len()
     }
 
-    /// Those of one transaction, and what was done from outside since it began; by time.
+    /// The events of one transaction, and those that the walk caused since it began, sorted by time.
     pub(crate) fn of(&self, xid: &str) -> Vec<Event> {
         let list = self.list();
         let mine = |event: &&Event| event.xid() == Some(xid);
@@ -168,14 +168,14 @@ impl Events {
         events
     }
 
-    /// Waits for an event that `fits`, also among those since `from`.
+    /// Waits for an event that `fits`. Events since index `from` count too.
     pub(crate) async fn wait(
         &self,
         from: usize,
         name: &str,
         fits: impl Fn(&Event) -> bool,
     ) -> anyhow::Result<Event> {
-        /// Longer than anything in the walk takes.
+        /// Longer than any step of the walk takes.
         const PATIENCE: Duration = Duration::from_secs(30);
         let mut grown = self.0.grown.subscribe();
         let found = async {

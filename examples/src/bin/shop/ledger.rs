@@ -1,10 +1,10 @@
-//! The books as a table, before and after. Books in, text out.
+//! Draws the services' tables as text, before and after.
 
 use handfast_shop::books::{Account, Books, Stock};
 
 use super::screen::Paint;
 
-/// What is there now, and what was there before where that differs.
+/// Each line shows the current value, and the value before where it differs.
 pub(crate) fn draw(before: &Books, after: &Books, paint: Paint) -> Vec<String> {
     let mut lines = Vec::new();
     let nothing = Stock { available: 0, frozen: 0, sold: 0 };

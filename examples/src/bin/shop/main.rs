@@ -1,7 +1,7 @@
-//! The walk through the shop: starts a coordinator and three services as processes of their own, places orders, breaks things on
-//! purpose, and checks in the services' databases that every order is all or nothing.
+//! The walk through the shop. It starts a coordinator and three services as processes, places orders, and breaks things on
+//! purpose. Then it checks in the services' databases that every order happened completely or not at all.
 //!
-//! Read `steps.rs` for what happens, and `../order.rs`, `../inventory.rs`, `../points.rs` for how a service is written.
+//! Read `steps.rs` for the steps, and `../order.rs`, `../inventory.rs`, `../points.rs` to see how a service is written.
 
 mod steps;
 
@@ -92,7 +92,7 @@ fn step(text: &str) -> Result<u8, String> {
 }
 
 impl Flags {
-    /// What is wrong beyond what each flag by itself can tell.
+    /// What is wrong with the combination of flags. Clap checks each flag by itself.
     fn problem(&self) -> Option<&'static str> {
         let burst = self.only.is_empty() || self.only.contains(&8);
         (self.kill > 0 && !burst)
@@ -116,7 +116,7 @@ async fn main() -> ExitCode {
         Flags::command().error(clap::error::ErrorKind::ArgumentConflict, problem).exit();
     }
     let screen = Screen::new(flags.json);
-    // Beside what runs, so that it can be taken down in order whatever that does.
+    // The world lives outside of `run`, so that it can be stopped in order however `run` ends.
     let (mut world, ended) = (None, Cell::new(None));
     let code = tokio::select! {
         walked = run(&flags, screen, &mut world, &ended) => match walked {
@@ -136,7 +136,8 @@ async fn main() -> ExitCode {
     code
 }
 
-/// Builds, starts, walks. Returns whether the audit holds; with `--keep` it tells that to `ended`, and never returns.
+/// Builds and starts the programs, and walks the steps. Returns whether the audit passed. With `--keep` it stores that result in
+/// `ended` and never returns.
 async fn run(
     flags: &Flags,
     screen: Screen,
@@ -225,7 +226,7 @@ fn keep(world: &World, screen: Screen) {
     }
 }
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Report<'w> {
     orders: usize,
@@ -233,7 +234,7 @@ struct Report<'w> {
     cancelled: usize,
     refused: usize,
     violations: &'w [String],
-    /// With one decimal.
+    /// Rounded to one decimal.
     seconds: f64,
 }
 
@@ -256,7 +257,7 @@ fn print_json(
     Ok(())
 }
 
-/// The name of a process that has died by itself.
+/// The name of the next process that exits unexpectedly.
 async fn death(died: &mut mpsc::Receiver<&'static str>) -> &'static str {
     match died.recv().await {
         Some(name) => name,
@@ -264,7 +265,7 @@ async fn death(died: &mut mpsc::Receiver<&'static str>) -> &'static str {
     }
 }
 
-/// Ctrl-C or SIGTERM, and the exit code that goes with it.
+/// Waits for Ctrl-C or SIGTERM, and returns the matching exit code.
 async fn stopped() -> ExitCode {
     let (Ok(mut interrupted), Ok(mut terminated)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))

@@ -1,4 +1,4 @@
-//! The network in front of a service, which does to its calls what networks do. The services know nothing of it.
+//! A proxy in front of a service that delays or fails calls on demand. The services do not know about it.
 
 use std::{
     collections::VecDeque,
@@ -22,19 +22,19 @@ use tonic::{
 
 use super::events::{Call, Event, Events, What};
 
-/// What happens to a call.
+/// What the proxy does to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// It fails at once, and does not get through.
+    /// The call fails at once and does not reach the service.
     Fail,
-    /// It gets through, but so much later.
+    /// The call reaches the service after this delay.
     Delay(Duration),
 }
 
-/// What is told of a call that is delayed.
+/// The result shown for a delayed call.
 pub(crate) const HELD_UP: &str = "held up on its way";
 
-/// One network. Calls pass through it unless it was told otherwise.
+/// One proxy. It forwards calls unchanged unless a fault was scheduled.
 #[derive(Debug)]
 pub(crate) struct Network {
     url: String,
@@ -42,11 +42,11 @@ pub(crate) struct Network {
     server: JoinHandle<Result<(), tonic::transport::Error>>,
 }
 
-/// What will happen to the next calls of a phase, in order.
+/// The scheduled faults, in order, each with the phase that it applies to.
 type Faults = Arc<Mutex<VecDeque<(&'static str, Fault)>>>;
 
 impl Network {
-    /// One that leads to the service at `channel`.
+    /// A proxy to the service at `channel`.
     pub(crate) fn to(channel: Channel, events: &Events) -> anyhow::Result<Self> {
         let incoming = TcpIncoming::bind(([127, 0, 0, 1], 0).into())?.with_nodelay(Some(true));
         let url = format!("http://{}", incoming.local_addr()?);
@@ -57,17 +57,17 @@ impl Network {
         Ok(Self { url, faults, server })
     }
 
-    /// Where its near end is.
+    /// The URL at which the proxy listens.
     pub(crate) fn url(&self) -> &str {
         &self.url
     }
 
-    /// Does `fault` to each of the next `times` calls of `phase`.
+    /// Applies `fault` to each of the next `times` calls of `phase`.
     pub(crate) fn next(&self, phase: &'static str, fault: Fault, times: usize) {
         lock(&self.faults).extend(std::iter::repeat_n((phase, fault), times));
     }
 
-    /// How many calls it still has something in mind for.
+    /// How many scheduled faults have not been applied yet.
     pub(crate) fn left(&self) -> usize {
         lock(&self.faults).len()
     }
@@ -83,7 +83,7 @@ impl Drop for Network {
     }
 }
 
-/// Where calls come in.
+/// The proxy's server side.
 #[derive(Debug, Clone)]
 struct Door {
     service: Channel,
@@ -92,7 +92,7 @@ struct Door {
 }
 
 impl Door {
-    /// Lets a call through, in the end.
+    /// Applies a scheduled fault, if there is one, and forwards the call.
     async fn pass(
         &self,
         phase: &'static str,

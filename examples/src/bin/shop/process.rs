@@ -1,4 +1,4 @@
-//! One child process: started, listened to, and gone when its handle is.
+//! One child process. It is started here, its output is read, and it is killed when its handle is dropped.
 
 use std::{
     collections::VecDeque,
@@ -22,17 +22,17 @@ use tokio::{
 
 use super::events::Events;
 
-/// Last lines of a log that are shown if its process dies.
+/// How many of the last log lines are shown if the process dies.
 const TAIL: usize = 12;
-/// How long a process may take until it serves.
+/// How long a process may take to start serving.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A process that was started here. It is killed when this is dropped.
+/// A child process. It is killed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Process {
     name: &'static str,
     child: Child,
-    /// Its end is no surprise.
+    /// Set before the process is stopped on purpose, so that its exit is not reported.
     ending: Arc<AtomicBool>,
     tail: Tail,
     serving: watch::Receiver<bool>,
@@ -40,7 +40,7 @@ pub(crate) struct Process {
 
 type Tail = Arc<Mutex<VecDeque<String>>>;
 
-/// What is done with what a process prints.
+/// Handles the output of a process.
 struct Listener {
     name: &'static str,
     file: File,
@@ -52,7 +52,8 @@ struct Listener {
 }
 
 impl Process {
-    /// Starts one, and returns when it serves. Its name is told to `deaths` if it ends without having been killed here.
+    /// Starts a process, and returns when it serves. If it exits without having been killed by this program, its name is sent to
+    /// `deaths`.
     pub(crate) async fn start(
         name: &'static str,
         mut command: Command,
@@ -106,13 +107,13 @@ impl Process {
         }
     }
 
-    /// SIGKILL. Once this returns it is gone.
+    /// Sends SIGKILL, and returns once the process has exited.
     pub(crate) async fn kill(mut self) -> anyhow::Result<()> {
         self.ending.store(true, Ordering::Relaxed);
         self.child.kill().await.with_context(|| format!("cannot kill {}", self.name))
     }
 
-    /// How it died, and what it said last.
+    /// How the process exited, and the last lines of its log.
     pub(crate) async fn obituary(&mut self) -> String {
         let status = tokio::time::timeout(Duration::from_secs(1), self.child.wait()).await;
         let status = match status {
@@ -155,7 +156,7 @@ impl Listener {
     }
 }
 
-/// What goes to stderr is for people: a panic, or a reason not to start.
+/// Collects stderr, which is meant for people: a panic, or the reason why the process did not start.
 async fn keep_tail(stderr: impl AsyncRead + Unpin, mut file: File, tail: Tail) {
     let mut lines = BufReader::new(stderr).lines();
     while let Ok(Some(line)) = lines.next_line().await {

@@ -1,21 +1,21 @@
-//! What people see: lines, in colour where that is wanted, and one line that is painted again and again while something runs.
+//! Terminal output: lines, with colour where supported, and one progress line that is repainted.
 
 use std::{
     env,
     io::{self, IsTerminal as _, Write as _},
 };
 
-/// Where the talk goes.
+/// The output stream.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Screen {
-    /// stdout is for a program.
+    /// Print to stderr, because stdout carries the JSON result.
     to_stderr: bool,
     is_terminal: bool,
-    /// How to paint for it.
+    /// How to colour text on this stream.
     pub(crate) paint: Paint,
 }
 
-/// Puts colour into texts, or leaves them alone.
+/// Colours text, or returns it unchanged.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Paint {
     pub(crate) colour: bool,
@@ -29,7 +29,7 @@ impl Screen {
         Self { to_stderr, is_terminal, paint: Paint { colour: is_terminal && !unwanted } }
     }
 
-    /// Whether a line can be painted again.
+    /// Whether a line can be repainted.
     pub(crate) fn repaints(self) -> bool {
         self.is_terminal
     }
@@ -38,23 +38,23 @@ impl Screen {
         self.write(&format!("{text}\n"));
     }
 
-    /// A line that belongs to the title above it.
+    /// Prints an indented line below a title.
     pub(crate) fn inner(self, text: &str) {
         self.line(&format!("   {text}"));
     }
 
-    /// A title, with some room before it.
+    /// Prints a title with a blank line before it.
     pub(crate) fn title(self, text: &str) {
         self.line(&format!("\n{}", self.paint.bold(text)));
     }
 
-    /// Replaces what was painted last. An empty text wipes it out.
+    /// Replaces the line that was painted last. An empty text erases it.
     pub(crate) fn repaint(self, text: &str) {
         self.write(&format!("\r\x1b[2K{}{text}", if text.is_empty() { "" } else { "   " }));
     }
 
     fn write(self, text: &str) {
-        // If nobody reads any more, there is nobody to tell.
+        // Write errors are ignored: the reader has closed the stream.
         let _nobody = if self.to_stderr {
             io::stderr().lock().write_all(text.as_bytes())
         } else {
@@ -81,12 +81,12 @@ impl Paint {
         self.with("31", text)
     }
 
-    /// For what is neither: refused, repeated, given back.
+    /// For results that are neither good nor bad: refused, repeated, given back.
     pub(crate) fn mixed(self, text: &str) -> String {
         self.with("33", text)
     }
 
-    /// For what was done from outside.
+    /// For events that the walk caused, such as a kill.
     pub(crate) fn outside(self, text: &str) -> String {
         self.with("35", text)
     }

@@ -1,4 +1,4 @@
-//! The eight steps: what each shows, and what must come of it.
+//! The eight steps: what each step shows, and what its outcome must be.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -23,13 +23,13 @@ use super::{
     world::{COORDINATOR, INVENTORY, ORDER, POINTS},
 };
 
-/// How many there are.
+/// The number of steps.
 pub(crate) const STEPS: u8 = 8;
-/// Longer than anybody waits in the walk.
+/// A timeout that is never reached in the walk.
 const VERY_LONG: Duration = Duration::from_secs(60);
 
 impl Walk<'_> {
-    /// Walks one step.
+    /// Runs one step.
     pub(crate) async fn step(&mut self, step: u8, burst: Size) -> anyhow::Result<()> {
         match step {
             1 => self.succeeds().await,
@@ -202,7 +202,7 @@ impl Walk<'_> {
         self.world.start_again(ORDER).await?;
         let told = placing.await?;
         self.draw(&xid).await?;
-        // The customer has heard nothing, so somebody asks.
+        // The customer got no answer, so we ask the coordinator.
         let answer = self.ask(id).await?;
         self.answers.insert(id, answer);
         self.conclude("the customer has heard nothing; asked by the order's key, the coordinator says: cancelled");
@@ -256,7 +256,7 @@ impl Walk<'_> {
         self.screen.inner(&self.screen.paint.dim(&text));
     }
 
-    /// Waits for a call of this transaction that `fits`, also among those since `from`.
+    /// Waits for a call of this transaction that `fits`. Events since index `from` count too.
     async fn called(
         &self,
         from: usize,
@@ -269,7 +269,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Places an order while other things happen.
+    /// Places an order in the background.
     fn place_meanwhile(
         &self,
         request: PlaceOrderRequest,
@@ -300,7 +300,7 @@ fn try_request<C: Contract>(
     })
 }
 
-/// What the customer is told.
+/// The customer's answer, in words.
 fn outcome(response: &PlaceOrderResponse) -> String {
     let PlaceOrderResponse { reason, message, left, .. } = response;
     match (response.outcome(), left) {

@@ -1,18 +1,18 @@
-//! The picture of one transaction: what happened when, a line for each. Events in, text out.
+//! Draws the timeline of one transaction from its events, one line per event.
 
 use super::{
     events::{Call, Event, What},
     screen::Paint,
 };
 
-/// Columns of who was asked.
+/// Width of the column that names the callee.
 const WHO: usize = 16;
-/// Columns of what came of it.
+/// Width of the column that shows the result.
 const RESULT: usize = 30;
-/// Columns of the bars on the right. All together it is 100.
+/// Width of the bars on the right. The whole line is 100 columns wide.
 const BAR: usize = 24;
 
-/// One line of the picture.
+/// One line of the timeline.
 struct Row {
     /// Microseconds since 1970.
     from: i64,
@@ -33,7 +33,7 @@ enum Mood {
     Outside,
 }
 
-/// Draws the events of one transaction, which come sorted by time. Empty if there are none.
+/// Draws the events of one transaction, which must be sorted by time. Returns no lines if there are no events.
 pub(crate) fn draw(events: &[Event], paint: Paint) -> Vec<String> {
     let mut rows: Vec<_> =
         events.iter().filter(|event| !told_twice(event, events)).map(row).collect();
@@ -44,7 +44,8 @@ pub(crate) fn draw(events: &[Event], paint: Paint) -> Vec<String> {
     rows.iter().map(|row| line(row, &scale, paint)).collect()
 }
 
-/// A call that failed is told by the one who failed it, and again by the coordinator. The first knows more.
+/// Whether the same failed call is also reported by its callee. Then the coordinator's event is dropped, because the callee's
+/// says more.
 fn told_twice(event: &Event, events: &[Event]) -> bool {
     let What::Called(call) = &event.what else { return false };
     let same = |other: &Call| {
@@ -103,7 +104,7 @@ fn row(event: &Event) -> Row {
     }
 }
 
-/// What came of a call, in words.
+/// The result of a call, in words.
 fn said(call: &Call) -> (String, Mood) {
     let Call { result, reason, .. } = call;
     let (words, mood) = match result.as_str() {
@@ -115,7 +116,7 @@ fn said(call: &Call) -> (String, Mood) {
         "suspension" => ("suspension: too late", Mood::Mixed),
         "refused" => return (format!("refused: {reason}"), Mood::Bad),
         COORDINATOR_SAYS => return (format!("{reason}; will retry"), Mood::Bad),
-        // The SDK's other words, and those of the network in front of a service, speak for themselves.
+        // Other results, from the SDK or from the proxies, are shown as they are.
         other if reason.is_empty() => (other, Mood::Bad),
         other => return (format!("{other}: {reason}"), Mood::Bad),
     };
@@ -128,7 +129,7 @@ struct Scale {
 }
 
 impl Scale {
-    /// The column of a moment, from 0 to `BAR - 1`.
+    /// The column of a moment in the bar, from 0 to `BAR - 1`.
     fn column(&self, at: i64) -> usize {
         let last = i64::try_from(BAR - 1).unwrap_or(0);
         usize::try_from((at - self.begin) * last / self.length).unwrap_or(0)
@@ -152,7 +153,7 @@ fn line(row: &Row, scale: &Scale, paint: Paint) -> String {
         _ => "━".repeat(to - from + 1),
     };
     let bar = format!("{}{}", paint.dim(&"·".repeat(from)), colour(&mark));
-    // What is about no branch may use the column of branches too.
+    // A line without a branch may also use the branch's column.
     let text = match row.who.as_str() {
         "" => colour(&fit(&row.result, WHO + 1 + RESULT)),
         who => format!("{} {}", fit(who, WHO), colour(&fit(&row.result, RESULT))),
@@ -162,7 +163,7 @@ fn line(row: &Row, scale: &Scale, paint: Paint) -> String {
     line.trim_end().to_owned()
 }
 
-/// Exactly so many columns.
+/// Pads or cuts the text to exactly this many columns.
 fn fit(text: &str, columns: usize) -> String {
     if text.chars().count() > columns {
         let cut: String = text.chars().take(columns - 1).collect();
@@ -191,7 +192,7 @@ mod tests {
         })
     }
 
-    /// Milliseconds, and what happened then.
+    /// `events` are pairs: milliseconds since the start, and what happened.
     fn check<const N: usize>(events: [(i64, What); N], expected: &str) {
         let events = events.map(|(ms, what)| Event { at: 1_000_000 + ms * 1000, what });
         assert_eq!(format!("\n{}", draw(&events, PLAIN).join("\n")), expected);

@@ -1,4 +1,4 @@
-//! The walk itself: what it knows, and what every step needs.
+//! The state of the walk, and the operations that all steps share.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -25,38 +25,39 @@ use super::{
     world::{COORDINATOR, World},
 };
 
-/// What is on the shelves at the beginning, beside what the burst needs.
+/// The initial stock, without the SKUs of the burst.
 const STOCK: [(&str, i64); 3] = [("keyboard", 100), ("mouse", 100), ("monitor", 2)];
-/// Who orders.
+/// The customers.
 pub(crate) const CUSTOMERS: [&str; 4] = ["ada", "ben", "cleo", "dan"];
 
-/// How long the coordinator may take to know what became of an order, and to finish what is open.
+/// How long the coordinator may take to report the outcome of an order, and to finish open transactions.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How often it is asked.
+/// The pause between two polls.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// See the module's comment.
+/// The state of the walk.
 #[derive(Debug)]
 pub(crate) struct Walk<'w> {
     pub(crate) world: &'w mut World,
     pub(crate) screen: Screen,
-    /// Before the first order.
+    /// The tables before the first order.
     before: Books,
-    /// What customers were told, by order.
+    /// What customers were told, by order id.
     pub(crate) answers: BTreeMap<i64, Answer>,
-    /// What went otherwise than it should.
+    /// What was not as it should be.
     violations: Vec<String>,
     latest_order: i64,
 }
 
 impl<'w> Walk<'w> {
-    /// Fills the shelves for the steps, and for a burst of so many orders.
+    /// Creates the stock for the steps, and for a burst of this many orders.
     pub(crate) async fn begin(
         world: &'w mut World,
         screen: Screen,
         burst_orders: u32,
     ) -> anyhow::Result<Self> {
-        // An order of the burst takes two pieces on average; so about one in five finds the shelf empty.
+        // An order of the burst takes two pieces on average. This stock covers four fifths of them, so about one in five is
+        // refused.
         let each = i64::from(burst_orders) * 2 * 4 / 5 / i64::try_from(BURST_SKUS.len())?;
         let burst = BURST_SKUS.map(|sku| (sku, each.max(1)));
         books::fill(&world.stores(), &[&STOCK[..], &burst].concat(), &CUSTOMERS).await?;
@@ -65,7 +66,7 @@ impl<'w> Walk<'w> {
         Ok(Self { world, screen, before, answers, violations, latest_order: 1000 })
     }
 
-    /// A new order, which nobody has placed yet.
+    /// Creates an order; does not place it.
     pub(crate) fn new_order(&mut self, customer: &str, sku: &str, quantity: i64) -> Order {
         self.latest_order += 1;
         let amount_cents = price_cents(sku) * quantity;
@@ -73,7 +74,8 @@ impl<'w> Walk<'w> {
         Order { id: self.latest_order, customer, sku, quantity, amount_cents }
     }
 
-    /// Asks the order service to place it, and notes what it says. If that is not known, asks the coordinator until it is.
+    /// Asks the order service to place the order, and records the answer. If the outcome is unknown, polls the coordinator until
+    /// it is known.
     pub(crate) async fn place(
         &mut self,
         request: PlaceOrderRequest,
@@ -84,7 +86,7 @@ impl<'w> Walk<'w> {
         Ok(response)
     }
 
-    /// Notes what a customer was told.
+    /// Records what a customer was told.
     pub(crate) async fn note(
         &mut self,
         id: i64,
@@ -98,7 +100,7 @@ impl<'w> Walk<'w> {
         Ok(())
     }
 
-    /// Asks the coordinator by the order's key, until it knows.
+    /// Polls the coordinator with the order's idempotency key until it knows the outcome.
     pub(crate) async fn ask(&self, id: i64) -> anyhow::Result<Answer> {
         let handfast = self.world.handfast()?;
         let patience_ends = Instant::now() + PATIENCE;
@@ -114,21 +116,21 @@ impl<'w> Walk<'w> {
         bail!("order {id}: within {PATIENCE:?} the coordinator has not said what became of it");
     }
 
-    /// Notes a violation unless it `holds`.
+    /// Records a violation unless `holds` is true.
     pub(crate) fn expect(&mut self, holds: bool, violation: impl Into<String>) {
         if !holds {
             self.violations.push(violation.into());
         }
     }
 
-    /// The transaction that begins next, after `from`.
+    /// The xid of the next transaction that begins after event index `from`.
     pub(crate) async fn begun(&self, from: usize) -> anyhow::Result<String> {
         let begun = |event: &super::events::Event| matches!(event.what, What::Begun { .. });
         let event = self.world.events.wait(from, "a transaction begins", begun).await?;
         Ok(event.xid().unwrap_or_default().to_owned())
     }
 
-    /// Waits until the transaction is over and everybody has said so, and draws it.
+    /// Waits until the transaction has ended and all its events have arrived, and draws it.
     pub(crate) async fn draw(&self, xid: &str) -> anyhow::Result<()> {
         let events = &self.world.events;
         let finished =
@@ -138,7 +140,7 @@ impl<'w> Walk<'w> {
             What::Begun { branches, .. } => Some(branches),
             What::Called(_) | What::Decided { .. } | What::Finished { .. } | What::Done(_) => None,
         });
-        // Each process has a pipe of its own, so the last words of a participant may come after those of the coordinator.
+        // Each process has its own pipe, so a participant's last log lines may arrive after the coordinator's.
         for branch in 1..=begun.unwrap_or(0) {
             let branch = branch.to_string();
             let over = |what: &What| match what {
@@ -163,12 +165,12 @@ impl<'w> Walk<'w> {
         Ok(())
     }
 
-    /// Says what came of a step.
+    /// Prints the conclusion of a step.
     pub(crate) fn conclude(&self, text: &str) {
         self.screen.inner(&format!("→ {text}"));
     }
 
-    /// The ledger and the audit. Returns what is wrong.
+    /// Prints the tables, and runs the audit. Returns the violations.
     pub(crate) async fn end(&mut self) -> anyhow::Result<Vec<String>> {
         self.settle().await?;
         let after = Books::read(&self.world.stores()).await?;
@@ -197,7 +199,7 @@ impl<'w> Walk<'w> {
         Ok(violations)
     }
 
-    /// Waits until the coordinator has nothing open.
+    /// Waits until the coordinator has no open transaction.
     async fn settle(&self) -> anyhow::Result<()> {
         let mut operator = AdminServiceClient::new(self.world.channel(COORDINATOR)?);
         let patience_ends = Instant::now() + PATIENCE;
@@ -215,7 +217,7 @@ impl<'w> Walk<'w> {
     }
 }
 
-/// What the order service says. `None`: it does not know.
+/// Translates the order service's response. `None`: the service does not know the outcome.
 pub(crate) fn answer(response: &PlaceOrderResponse) -> Option<Answer> {
     match response.outcome() {
         Outcome::Placed => Some(Answer::Placed),
@@ -225,7 +227,7 @@ pub(crate) fn answer(response: &PlaceOrderResponse) -> Option<Answer> {
     }
 }
 
-/// An order, as the order service takes it.
+/// The request that places this order.
 pub(crate) fn request(order: Order) -> PlaceOrderRequest {
     let Order { id, customer, sku, quantity, amount_cents } = order;
     PlaceOrderRequest {

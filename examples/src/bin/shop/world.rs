@@ -1,5 +1,5 @@
-//! The processes: a coordinator and three services on free ports of this machine, with their databases, and the networks in front of
-//! two of the services. Everything is gone after [`World::stop`].
+//! The processes: a coordinator and three services on free local ports, their databases, and the proxies in front of two of the
+//! services. [`World::stop`] removes all of them.
 
 use std::{
     collections::BTreeMap,
@@ -32,23 +32,23 @@ pub(crate) const COORDINATOR: &str = "coordinator";
 pub(crate) const ORDER: &str = "order";
 pub(crate) const INVENTORY: &str = "inventory";
 pub(crate) const POINTS: &str = "points";
-/// All of them, in the order in which they are started.
+/// All processes, in the order in which they are started.
 pub(crate) const NAMES: [&str; 4] = [COORDINATOR, INVENTORY, POINTS, ORDER];
 
-/// Ports are taken from here: below those that the system gives to outgoing connections, so that nobody takes the port of a
-/// process while it is down.
+/// Ports are chosen from this range. It lies below the system's range for outgoing connections, so a port stays free while its
+/// process is down.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
-/// How often one is looked for.
+/// How many random ports are tried before giving up.
 const PORT_ATTEMPTS_MAX: usize = 1000;
 
-/// See the module's comment. What is dropped first stands first: the folder goes last.
+/// All processes and what they need. Fields are dropped in this order, so the folder comes last.
 #[derive(Debug)]
 pub(crate) struct World {
     processes: BTreeMap<&'static str, Process>,
-    /// In front of inventory and points, as long as calls go through it.
+    /// The proxies in front of inventory and points, while calls go through them.
     networks: Option<Networks>,
     addresses: BTreeMap<&'static str, SocketAddr>,
-    /// All that the processes say.
+    /// All events that the processes have logged.
     pub(crate) events: Events,
     deaths: mpsc::Sender<&'static str>,
     binaries: Binaries,
@@ -63,7 +63,7 @@ pub(crate) struct Networks {
 }
 
 impl World {
-    /// One in which nothing runs yet. The name of a process that dies by itself comes out of the receiver.
+    /// Creates a world in which nothing runs yet. The receiver yields the name of each process that exits unexpectedly.
     pub(crate) fn new(
         binaries: Binaries,
         server: Option<Server>,
@@ -84,7 +84,7 @@ impl World {
         Ok((world, died))
     }
 
-    /// Makes the databases, and starts all.
+    /// Creates the databases, and starts all processes.
     pub(crate) async fn start(&mut self) -> anyhow::Result<()> {
         self.databases.make().await?;
         self.migrate().await?;
@@ -98,7 +98,7 @@ impl World {
         Ok(())
     }
 
-    /// SIGKILL for one of them.
+    /// Sends SIGKILL to one process.
     pub(crate) async fn kill(&mut self, name: &'static str) -> anyhow::Result<()> {
         let process = self.processes.remove(name);
         process.with_context(|| format!("{name} is not running"))?.kill().await?;
@@ -106,19 +106,19 @@ impl World {
         Ok(())
     }
 
-    /// Starts one that was killed: the same program, at the same place, on the same database.
+    /// Restarts a killed process: same program, same address, same database.
     pub(crate) async fn start_again(&mut self, name: &'static str) -> anyhow::Result<()> {
         self.start_process(name).await?;
         self.events.add(Event::now(What::Done(format!("{name} is started again"))));
         Ok(())
     }
 
-    /// The networks, to tell them what to do.
+    /// The proxies, to schedule faults on them.
     pub(crate) fn networks(&self) -> anyhow::Result<&Networks> {
         self.networks.as_ref().context("the services are called directly now")
     }
 
-    /// From here on the order service calls the others without a network between that costs time and does nothing.
+    /// From now on the order service calls the other services directly, without the proxies, which would only cost time.
     pub(crate) async fn call_directly(&mut self) -> anyhow::Result<()> {
         if self.networks.take().is_some() {
             self.kill(ORDER).await?;
@@ -127,7 +127,7 @@ impl World {
         Ok(())
     }
 
-    /// Ends all, the one that begins transactions first.
+    /// Stops all processes. The order service comes first, because it begins the transactions.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
         for name in NAMES.into_iter().rev() {
             if let Some(process) = self.processes.remove(name) {
@@ -138,7 +138,7 @@ impl World {
         self.folder.close().context("cannot remove the temporary folder")
     }
 
-    /// How a process died, and what it said last.
+    /// How a process exited, and the last lines of its log.
     pub(crate) async fn obituary(&mut self, name: &str) -> String {
         match self.processes.get_mut(name) {
             Some(process) => process.obituary().await,
@@ -166,7 +166,7 @@ impl World {
         self.binaries.path(name)
     }
 
-    /// A connection to one of them. It is made when it is first used, and again when it was lost.
+    /// A channel to one process. It connects on first use, and reconnects when the connection is lost.
     pub(crate) fn channel(&self, name: &str) -> anyhow::Result<Channel> {
         let endpoint = Endpoint::from_shared(self.url(name))?;
         Ok(endpoint.connect_timeout(Duration::from_secs(2)).tcp_nodelay(true).connect_lazy())
@@ -188,7 +188,8 @@ impl World {
         Ok(())
     }
 
-    /// The coordinator's tables. (On SQLite it makes them itself, as the services do everywhere.)
+    /// Creates the coordinator's tables on MySQL. On SQLite the coordinator creates them itself; the services always create
+    /// their own.
     async fn migrate(&self) -> anyhow::Result<()> {
         if let Store::Sqlite(_) = self.store(COORDINATOR) {
             return Ok(());
@@ -206,11 +207,12 @@ impl World {
         let store = self.store(name);
         let mut command = if name == COORDINATOR {
             let mut command = clean(self.program("handfast"));
-            // What the walk shows of the coordinator is in its log.
+            // The walk shows what the coordinator logs, so this level must be on.
             let log = "info,handfast_coordinator::partition=debug";
             command.args(["serve", "--log-format", "json", "--log", log]);
             if let Store::MySql(_) = store {
-                // The one before was killed here; else this one would first wait whether that shows any life.
+                // The previous coordinator was killed by this program, so the new one need not wait to see whether it is still
+                // alive.
                 command.arg("--take-over=always");
             }
             command
@@ -234,7 +236,7 @@ impl World {
     }
 }
 
-/// The demo is the same everywhere, whatever coordinator this shell is set up for.
+/// Clears this shell's coordinator settings, so that the demo runs the same everywhere.
 fn clean(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     for (variable, _) in env::vars_os() {
@@ -245,7 +247,7 @@ fn clean(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Addresses of this machine that nobody listens on.
+/// Local addresses that are not in use.
 fn free_addresses() -> anyhow::Result<Vec<SocketAddr>> {
     let mut held = Vec::new(); // until all are found, so that they differ
     for _ in 0..PORT_ATTEMPTS_MAX {

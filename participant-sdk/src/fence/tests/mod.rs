@@ -1,5 +1,5 @@
-//! The fence on real databases. One suite for all of them: it and its shop are compiled once for each. What differs is in the files of
-//! their names, as is what only one of them can do.
+//! The fence on real databases. The test suite and its shop are compiled once per database. Each database's own file contains
+//! its settings, and the tests that only this database can run.
 
 #[cfg(feature = "mysql")]
 mod mysql;

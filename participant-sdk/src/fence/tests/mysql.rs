@@ -1,4 +1,4 @@
-//! On MySQL and MariaDB: on every server of TEST_MYSQL_SERVERS.
+//! Fence tests on MySQL and MariaDB: on every server in TEST_MYSQL_SERVERS.
 
 pub(crate) use sqlx::MySql as Db;
 use sqlx::{AssertSqlSafe, MySqlPool as Pool, mysql::MySqlPoolOptions as PoolOptions};
@@ -27,34 +27,35 @@ use crate::{
     },
 };
 
-/// Where the servers are.
+/// The environment variable with the servers' URLs.
 const SERVERS: &str = "TEST_MYSQL_SERVERS";
-/// Levels at which a call may be given up, and whether in memory, which is nothing else here. At level 0 the local transaction is sqlx's, and that loses a connection of MySQL for ever
-/// if it is dropped in the middle of a statement.
+/// The levels at which calls are dropped, and whether the database is in memory (never, here). Level 0 is left out: its local
+/// transaction is sqlx's, and sqlx loses a MySQL connection for ever if it is dropped in the middle of a statement.
 const GIVEN_UP: [(Level, bool); 2] = [(Level::Action, false), (Level::Batch, false)];
-/// How a local transaction begins that is not the fence's.
+/// Begins a local transaction without the fence.
 const BEGIN: &str = "BEGIN";
-/// Isolation levels that a service may have set, as a statement for a new connection.
+/// The isolation levels that a service may use, each as a statement for a new connection.
 const ISOLATIONS: [&str; 2] = [
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
 ];
-/// At which of them a row that has changed since the local transaction began cannot be changed.
+/// The isolation level at which a row cannot be changed if it has changed since the local transaction began.
 const SERIALIZES: Option<&str> = None;
-/// What the database calls a deadlock.
+/// The database's error code for a deadlock.
 const DEADLOCK: &str = "1213";
 
-/// How a database is taken away. Who has left a local transaction open in it keeps it for ever, unless there is a limit.
+/// Drops a database. The time limit is for tests that left a local transaction open: without it, DROP would wait for ever.
 fn drop_database(name: &str) -> String {
     format!("SET lock_wait_timeout = 10; DROP DATABASE {name}")
 }
 
-/// A statement with a question mark for each value.
+/// Takes SQL with a question mark for each value.
 fn sql(text: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(text.to_owned())
 }
 
-/// DDL commits, and lets go of the fence's row in the middle of the work. What another call does with the branch then stands.
+/// DDL commits implicitly, which releases the fence's row in the middle of the work. What another call then does with the branch
+/// must stand.
 #[tokio::test]
 async fn work_that_commits_does_not_overwrite_what_others_have_done_meanwhile() {
     for place in places().await {

@@ -1,4 +1,4 @@
-//! On PostgreSQL: on every server of TEST_POSTGRES_SERVERS.
+//! Fence tests on PostgreSQL: on every server in TEST_POSTGRES_SERVERS.
 
 pub(crate) use sqlx::Postgres as Db;
 use sqlx::{AssertSqlSafe, PgPool as Pool, postgres::PgPoolOptions as PoolOptions};
@@ -20,29 +20,29 @@ use server::{Home, Place, places};
 
 use crate::fence::fixture::Level;
 
-/// Where the servers are.
+/// The environment variable with the servers' URLs.
 const SERVERS: &str = "TEST_POSTGRES_SERVERS";
-/// Levels at which a call may be given up, and whether in memory, which is nothing else here.
+/// The levels at which calls are dropped, and whether the database is in memory (never, here).
 const GIVEN_UP: [(Level, bool); 3] =
     [(Level::Enter, false), (Level::Action, false), (Level::Batch, false)];
-/// How a local transaction begins that is not the fence's.
+/// Begins a local transaction without the fence.
 const BEGIN: &str = "BEGIN";
-/// Isolation levels that a service may have set, as a statement for a new connection.
+/// The isolation levels that a service may use, each as a statement for a new connection.
 const ISOLATIONS: [&str; 2] = [
     "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED",
     "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 ];
-/// At which of them a row that has changed since the local transaction began cannot be changed.
+/// The isolation level at which a row cannot be changed if it has changed since the local transaction began.
 const SERIALIZES: Option<&str> = Some(ISOLATIONS[1]);
-/// What the database calls a deadlock.
+/// The database's error code for a deadlock.
 const DEADLOCK: &str = "40P01";
 
-/// How a database is taken away. The connections of a pool that was just dropped may still be there.
+/// Drops a database, even if connections of a dropped pool are still open.
 fn drop_database(name: &str) -> String {
     format!("DROP DATABASE {name} WITH (FORCE)")
 }
 
-/// A statement with a question mark for each value.
+/// Takes SQL with a question mark for each value.
 fn sql(text: &str) -> AssertSqlSafe<String> {
     let mut parts = text.split('?');
     let mut sql = parts.next().unwrap_or_default().to_owned();

@@ -1,5 +1,5 @@
-//! What only a server can show: calls for one branch and for its neighbours all at once, on many connections; and calls that wait for
-//! each other. The same text for each kind of server.
+//! Races that only a database server can show: concurrent calls for one branch and for its neighbours, on many connections, and
+//! calls that wait for each other. The code is compiled for each kind of server.
 
 use std::{
     sync::{
@@ -23,14 +23,15 @@ use crate::{
     participant::batches::in_sequence,
 };
 
-/// Transactions that race, each with three branches of this participant.
+/// Concurrent transactions, each with three branches of this participant.
 const TRANSACTIONS: u64 = 40;
 /// How often each call is delivered.
 const TIMES: usize = 3;
-/// How long connections may be busy with statements that wait for a lock. (To MySQL, one is closed when it has answered, which is when
-/// its statement has waited long enough; the server looks once a second.) Without a limit of ours it would be 50 s.
+/// How long connections may be occupied by statements that wait for a lock. (MySQL keeps a dropped connection until its
+/// statement has answered, that is, until the lock wait times out; the server checks once a second.) Without our own timeout it
+/// would take 50 s.
 const BUSY_MAX: Duration = Duration::from_secs(LOCK_WAIT.as_secs() * 3);
-/// How often a call is asked for again until it must have ended.
+/// How often a call is retried before the test fails.
 const REPEATS_MAX: usize = 400;
 
 struct Deduct;
@@ -43,11 +44,11 @@ impl Contract for Deduct {
 
 #[derive(Clone, Default)]
 struct Stock {
-    /// How many branches went together, of all batches.
+    /// How many branches have run in batches.
     together: Arc<AtomicUsize>,
 }
 
-/// One row for each branch, so that what is tested is the fence and not a hot row of the test's own.
+/// One row for each branch, so that the test measures the fence and not contention on a hot row.
 impl Action for Stock {
     type Contract = Deduct;
     type Db = Db;
@@ -106,17 +107,17 @@ fn name(branch: &Branch) -> String {
 }
 
 fn branch(n: u64, id: usize, phase: Phase) -> Branch {
-    // Next to each other in the primary key, as transactions of one moment are.
+    // Consecutive sequence numbers, so that the rows are neighbours in the primary key, as for concurrent transactions.
     let xid = Xid { partition: 3, epoch: 7, sequence: n, nonce: 0x9f3c_01d2 };
     Branch::new(xid, id.to_string().parse().unwrap(), Deduct::NAME, phase)
 }
 
-/// The end of a call, asked for again while its answer says so; and what was answered until then.
+/// Delivers a call and retries it until it has a final answer. Records all answers.
 async fn deliver(participant: &Participant, branch: &Branch, answers: &Mutex<Vec<Answer>>) {
     for _ in 0..REPEATS_MAX {
         let answer = participant.handle(branch, b"3").await;
         let again = matches!(answer, Answer::Unknown(_) | Answer::Retry(_))
-            // Here a Confirm may come before its Try; the coordinator never lets that happen.
+            // In this test a Confirm may arrive before its Try. The coordinator never lets that happen.
             || (branch.phase == Phase::Confirm && !matches!(answer, Answer::Done(_)));
         answers.lock().unwrap().push(answer);
         if !again {
@@ -142,7 +143,7 @@ async fn race(url: &str, isolation: &'static str) {
                 CREATE TABLE held (branch VARCHAR(64) PRIMARY KEY, pieces BIGINT NOT NULL, sold BIGINT NOT NULL)";
     sqlx::raw_sql(held).execute(&pool).await.unwrap();
 
-    // Two programs that serve the same: one in batches, the other one by one; and a third, in batches too.
+    // Three programs that serve the same action: two with batches, one without.
     let stock = Stock::default();
     let builder = || Participant::builder("stock");
     let participants = [
@@ -154,7 +155,7 @@ async fn race(url: &str, isolation: &'static str) {
     let mut calls = tokio::task::JoinSet::new();
     for n in 1..=TRANSACTIONS {
         for id in 1..=3 {
-            // Every other one is confirmed. A Try and a Cancel of the rest meet in any order, and so do their repeats.
+            // Every second transaction is confirmed. For the others, Try, Cancel and their repeats arrive in any order.
             let phases = [Phase::Try, if n % 2 == 0 { Phase::Confirm } else { Phase::Cancel }];
             for phase in phases.repeat(TIMES) {
                 let participant = participants[calls.len() % participants.len()].clone();
@@ -203,7 +204,8 @@ async fn neighbours_and_repeats_race_without_a_deadlock() {
     }
 }
 
-/// A Try hangs in its author's code, and its row is locked. Whoever waits for that row gives up, and others find connections.
+/// A Try hangs in its author's code while its row is locked. Calls that wait for that row time out, and other calls still get
+/// connections.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_hung_try_does_not_empty_the_pool() {
     for place in places().await {
@@ -235,7 +237,7 @@ async fn a_hung_try_does_not_empty_the_pool() {
         let answer = tokio::time::timeout(BUSY_MAX, neighbour).await.expect("the pool is empty");
         assert_eq!(word(&answer), "Done", "{answer:?}");
 
-        // Nor does it wait for as long as the caller would.
+        // A Cancel with a patient caller times out as well, long before its caller would.
         let began = Instant::now();
         let answer = shop.deliver(Level::Run, &cancel, &[]).await;
         assert_eq!(word(&answer), "Retry", "{answer:?}");
@@ -250,7 +252,7 @@ async fn a_hung_try_does_not_empty_the_pool() {
     }
 }
 
-/// Somebody else holds the row of one branch. Those that are confirmed with it do not wait for that.
+/// Another connection has locked one branch's row. The other branches of the batch do not wait for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_row_that_is_held_holds_up_its_own_branch_only() {
     for place in places().await {
@@ -270,7 +272,7 @@ async fn a_row_that_is_held_holds_up_its_own_branch_only() {
             let (shop, calls) = (shop.clone(), calls.clone());
             async move { shop.together(&calls).await }
         });
-        // What is together is committed at once; the one that is left waits alone.
+        // The rest of the batch is committed at once. The call of the locked row waits alone.
         let rest = async {
             while shop.state(last).await.as_deref() != Some("confirmed") {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -284,7 +286,7 @@ async fn a_row_that_is_held_holds_up_its_own_branch_only() {
     }
 }
 
-/// A Confirm hangs in its author's code. Those that wait for it do so for a while only.
+/// A Confirm hangs in its author's code. Confirms that queue behind it wait only for a limited time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_hung_confirm_does_not_hold_up_the_others() {
     for place in places().await {
@@ -319,7 +321,7 @@ async fn a_hung_confirm_does_not_hold_up_the_others() {
     }
 }
 
-/// A statement of a batch reads and locks the rows that it names, and no others: no plan may read the whole table.
+/// A batch's statements read and lock only the rows that they name: no query plan may scan the whole table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_batch_locks_no_rows_but_its_own() {
     for place in places().await {
@@ -329,7 +331,7 @@ async fn a_batch_locks_no_rows_but_its_own() {
             for n in 1..=10 {
                 shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(0)).await;
             }
-            // In the middle of a batch with the even ones, the odd ones are free.
+            // While a batch holds the even rows, the odd rows must not be locked.
             let even = (2..=10).step_by(2).map(|n| branch_of_shop(n, Phase::Confirm));
             let even: Vec<_> = even.collect();
             let free = shop.clone();
@@ -350,7 +352,7 @@ async fn a_batch_locks_no_rows_but_its_own() {
     }
 }
 
-/// Rows that are new are held by others. What is old is deleted all the same, and meanwhile new ones come.
+/// Other connections have locked new rows. The clean-up still deletes the old rows, and meanwhile new rows can be inserted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_clean_up_waits_for_nobody_and_nobody_for_it() {
     for place in places().await {

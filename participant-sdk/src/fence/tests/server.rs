@@ -1,5 +1,5 @@
-//! Databases on a server that somebody else has started (`scripts/test` does, and sets the variable that names it). To make one takes
-//! long, so one that a test no longer needs is used by its next shop.
+//! Databases on a running server. `scripts/test` starts the servers and sets the variable that names them. Creating a database
+//! is slow, so a test's later shops reuse the databases that its earlier shops no longer need.
 
 use std::sync::{Arc, Mutex};
 
@@ -9,16 +9,16 @@ use super::{Db, Pool, PoolOptions, SERVERS, drop_database, shop::Shop};
 
 type Connection = <Db as sqlx::Database>::Connection;
 
-/// A server, for one test.
+/// A server, as used by one test.
 pub(crate) struct Place {
     server: String,
-    /// All databases that were made here.
+    /// All databases that this test has created.
     made: Mutex<Vec<String>>,
-    /// Those that nobody uses.
+    /// Databases that are not in use.
     free: Arc<Mutex<Vec<String>>>,
 }
 
-/// A database. Clones are the same one; when all are dropped, it is free.
+/// A database. Clones share it; when all clones are dropped, it can be reused.
 #[derive(Clone)]
 pub(crate) struct Home(Arc<Taken>);
 
@@ -28,7 +28,7 @@ struct Taken {
     free: Arc<Mutex<Vec<String>>>,
 }
 
-/// All of them.
+/// All servers.
 pub(crate) async fn places() -> Vec<Place> {
     let servers = std::env::var(SERVERS).unwrap_or_default();
     let servers = servers.split(',').map(str::trim).filter(|url| !url.is_empty());
@@ -41,13 +41,13 @@ pub(crate) async fn places() -> Vec<Place> {
 }
 
 impl Place {
-    /// A shop with a pool of so many connections.
+    /// A shop whose pool has this many connections.
     pub(crate) async fn open(&self, connections: u32) -> Shop {
         let home = self.home().await;
         Shop::open(home.connect(connections).await, Some(home)).await
     }
 
-    /// One with a single connection.
+    /// A shop with a single connection.
     pub(crate) async fn alone(&self) -> Shop {
         self.open(1).await
     }
@@ -84,7 +84,7 @@ impl Drop for Taken {
 }
 
 impl Drop for Place {
-    /// From a thread of its own: what is dropped cannot wait.
+    /// Drops the databases on a separate thread, because `drop` cannot await.
     fn drop(&mut self) {
         let (server, made) = (self.server.clone(), std::mem::take(&mut *self.made.lock().unwrap()));
         let dropping = std::thread::spawn(move || {

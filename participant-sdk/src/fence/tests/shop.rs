@@ -1,4 +1,4 @@
-//! A small shop with a fence, for the tests of this crate: one shelf. The same text for each database.
+//! A small shop with a fence, for the tests of this crate. It has one shelf. The code is compiled for each database.
 
 use std::sync::{
     Arc,
@@ -26,14 +26,14 @@ pub(crate) struct Shop {
     pub(crate) fence: Fence<Db>,
     /// How often the author's code ran.
     pub(crate) runs: Arc<AtomicUsize>,
-    /// How often it was asked for several branches at once.
+    /// How often the author's code ran for a batch.
     pub(crate) batches: Arc<AtomicUsize>,
-    /// Its database. `None`: that is the only connection.
+    /// The shop's database. `None`: the database lives in the only connection.
     pub(crate) home: Option<Home>,
 }
 
 impl Shop {
-    /// Opens one in a database that is empty, or was used by another test.
+    /// Opens a shop in a database that is empty, or was used by another test.
     pub(crate) async fn open(pool: Pool<Db>, home: Option<Home>) -> Self {
         let fence = Fence::new(pool.clone());
         fence.create_table_if_missing().await.unwrap();
@@ -46,7 +46,7 @@ impl Shop {
         Self { pool, fence, runs: Arc::default(), batches: Arc::default(), home }
     }
 
-    /// Another program that serves the same.
+    /// A second process that serves the same shop.
     pub(crate) async fn second_process(&self) -> Self {
         let pool = self.home.as_ref().expect("a database of its own").connect(8).await;
         Self { fence: Fence::new(pool.clone()), pool, ..self.clone() }
@@ -56,12 +56,12 @@ impl Shop {
         Participant::builder("inventory").action(&self.fence, self.clone()).build()
     }
 
-    /// The same, and calls that wait together go together.
+    /// The shop's participant, with batches.
     pub(crate) fn participant_in_batches(&self) -> Participant {
         Participant::builder("inventory").action_in_batches(&self.fence, self.clone()).build()
     }
 
-    /// Delivers one call at one level. The work is the same at each.
+    /// Delivers one call through this level of the SDK. The work is the same at each level.
     pub(crate) async fn deliver(&self, level: Level, branch: &Branch, payload: &[u8]) -> Answer {
         match level {
             Level::Enter => {
@@ -87,7 +87,7 @@ impl Shop {
         }
     }
 
-    /// Delivers calls of phase two that have waited together.
+    /// Delivers Confirms or Cancels as if they had waited together.
     pub(crate) async fn together(&self, branches: &[Branch]) -> Vec<Answer> {
         self.participant_in_batches().handle_together(branches).await
     }
@@ -112,7 +112,7 @@ impl Shop {
         Ok(answer)
     }
 
-    /// Moves goods along the shelf. Of a Try the reply says how many are left.
+    /// Moves pieces on the shelf. The reply of a Try is the number of free pieces.
     async fn work(
         &self,
         connection: &mut Connection,
@@ -147,7 +147,7 @@ impl Shop {
             ("long", Phase::Try) => Ok(Json("x".repeat(64 * 1024)).encode().unwrap().to_vec()),
             ("panic", Phase::Confirm | Phase::Cancel) => panic!("as planned"),
             ("end", _) => {
-                // What an author might do by mistake; and what SQLite does by itself when the disk is full.
+                // A mistake that an author might make. SQLite does the same by itself when the disk is full.
                 sqlx::raw_sql("ROLLBACK").execute(connection).await?;
                 Ok(Vec::new())
             }
@@ -159,7 +159,7 @@ impl Shop {
         sqlx::query_as("SELECT free, held, sold FROM shelf").fetch_one(&self.pool).await.unwrap()
     }
 
-    /// The state of branch 1 of the `n`th transaction, in words.
+    /// The recorded state of branch 1 of the `n`th transaction.
     pub(crate) async fn state(&self, n: u64) -> Option<String> {
         sqlx::query_scalar(sql("SELECT state FROM handfast_fence_readable WHERE xid = ?"))
             .bind(branch(n, Phase::Try).xid.to_string())
@@ -168,7 +168,7 @@ impl Shop {
             .unwrap()
     }
 
-    /// Changes what Try of the `n`th transaction has left for its phase two.
+    /// Replaces the payload that the `n`th transaction's Try has stored for Confirm and Cancel.
     pub(crate) async fn change_payload(&self, n: u64, payload: Vec<u8>) {
         let change = sqlx::query(sql("UPDATE handfast_fence SET payload = ? WHERE xid = ?"));
         let xid = branch(n, Phase::Try).xid.to_bytes();

@@ -1,4 +1,4 @@
-//! On SQLite: each shop in a file of its own, or in memory.
+//! Fence tests on SQLite. Each shop has its own file, or is in memory.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,8 +24,8 @@ use crate::{
     },
 };
 
-/// Levels at which a call may be given up, and whether in memory. There the database is its connection, and sqlx may close it at level 0,
-/// where the local transaction is sqlx's.
+/// The levels at which calls are dropped, and whether the database is in memory. Level 0 with an in-memory database is left out:
+/// its local transaction is sqlx's, sqlx may close the connection, and the database would be gone.
 const GIVEN_UP: [(Level, bool); 7] = [
     (Level::Enter, false),
     (Level::Run, false),
@@ -35,10 +35,10 @@ const GIVEN_UP: [(Level, bool); 7] = [
     (Level::Batch, false),
     (Level::Batch, true),
 ];
-/// How a local transaction begins that is not the fence's.
+/// Begins a local transaction without the fence.
 const BEGIN: &str = "BEGIN IMMEDIATE";
 
-/// The one place there is.
+/// SQLite has no servers, so there is a single place.
 struct Place;
 
 /// A folder with a database file.
@@ -50,13 +50,13 @@ async fn places() -> [Place; 1] {
 }
 
 impl Place {
-    /// A shop with a pool of so many connections.
+    /// A shop whose pool has this many connections.
     async fn open(&self, connections: u32) -> Shop {
         let home = Home(Arc::new(tempfile::tempdir().unwrap()));
         Shop::open(home.connect(connections).await, Some(home)).await
     }
 
-    /// One with a single connection.
+    /// A shop with a single connection.
     async fn alone(&self) -> Shop {
         Shop::in_memory().await
     }
@@ -73,14 +73,14 @@ impl Home {
 }
 
 impl Shop {
-    /// A database that is its only connection.
+    /// A shop whose database lives in memory, in its only connection.
     pub(crate) async fn in_memory() -> Self {
         let pool = SqlitePoolOptions::new().max_connections(1);
         Self::open(pool.connect("sqlite::memory:").await.unwrap(), None).await
     }
 }
 
-/// A statement with a question mark for each value.
+/// Takes SQL with a question mark for each value.
 fn sql(text: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(text.to_owned())
 }
@@ -137,8 +137,8 @@ async fn verify_says_what_is_wrong_and_what_to_do() {
     fence.verify().await.unwrap();
 }
 
-/// Operators read the view with the SQLite that they have, and Debian 12 and its Python have 3.40. That one cannot read a hexadecimal
-/// number as JSON ("malformed JSON"), so the view uses no function of JSON.
+/// Operators read the view with their own SQLite; Debian 12 and its Python have 3.40. That version cannot parse hexadecimal
+/// numbers as JSON ("malformed JSON"), so the view uses no JSON function.
 #[tokio::test]
 async fn an_older_sqlite_can_read_the_view() {
     let shop = Shop::in_memory().await;

@@ -1,9 +1,9 @@
-//! Confirms, and Cancels, that wait at the same time are run as one batch: in one local transaction with one COMMIT, where the author
-//! may write one statement instead of many.
+//! Batches. Confirms (or Cancels) that wait at the same time run in one local transaction with one COMMIT. The author may then
+//! write one statement instead of many.
 //!
-//! What must hold: each call of a batch gets the answer that it would have got alone, whatever happens to the batch. So a batch that
-//! fails for any reason is rolled back, and each of its calls is run by itself ([`Fence::run`]) as if there had been no batch. Every
-//! waiting call is woken: by its answer, or by a dropped sender if there will be none, also when the batch panics.
+//! Invariant: each call of a batch gets the answer that it would have got alone, whatever happens to the batch. A batch that
+//! fails for any reason is rolled back, and each of its calls runs alone ([`Fence::run`]). Every waiting call is woken, even
+//! when the batch panics: by its answer, or by a dropped sender if there is no answer.
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
@@ -28,31 +28,31 @@ mod queue;
 
 use queue::{Arrival, Queue, Waiting};
 
-/// A call is run in batches for this many attempts. After that it is run alone, so that whatever makes it fail cannot fail other
-/// batches.
+/// After this many attempts, a call runs alone. Otherwise, a call that always fails would keep failing whole batches.
 const ATTEMPTS_IN_BATCHES_MAX: u32 = 3;
 
-/// A call that has waited this long for the workers starts another one. Many times what a batch takes, and less than its statements may
-/// wait for a lock.
+/// If a call has waited this long for a worker, it starts another one. This is many times the duration of a batch, and less than
+/// the lock timeout of its statements.
 const WAIT_MAX: Duration = Duration::from_millis(250);
 
 /// An [`Action`] whose Confirms, and whose Cancels, can be run several at a time. Served with
 /// [`ParticipantBuilder::action_in_batches`].
 ///
-/// Under load, calls wait for each other: for a connection, for a hot row, for the disk. Calls that wait at the same time are run in one
-/// local transaction: up to 64 branches, one COMMIT, and in your code one `UPDATE` of a hot row instead of 64. A call that comes when no
-/// other is being run goes at once and alone to `on_confirm` or `on_cancel`.
+/// Under load, calls wait: for a connection, for a hot row, for the disk. Calls that wait at the same time run in one local
+/// transaction: up to 64 branches, one COMMIT, and in your code one `UPDATE` of a hot row instead of 64. A call that arrives
+/// while no other is running goes to `on_confirm` or `on_cancel` at once, alone.
 ///
-/// All that [`Action`] promises holds for each branch. If a batch fails, it is rolled back, and each of its branches is run alone. So a
-/// branch that needs attention does not stop the others.
+/// All guarantees of [`Action`] hold for each branch. If a batch fails, it is rolled back, and each of its branches runs alone.
+/// So a branch that needs attention does not block the others.
 ///
-/// A batch keeps its locks until its end, so mind two things:
+/// A batch holds its locks until it ends, so follow two rules:
 ///
-/// - Change rows that other transactions change too always in the same order, such as that of their keys. Two local transactions that
-///   change the same two rows in opposite order are a deadlock.
-/// - Be quick. Long work is better done side by side, by a plain [`Action`].
+/// - Always update shared rows in the same order, such as the order of their keys. Two local transactions that change the same
+///   two rows in opposite order deadlock.
+/// - Be quick. Long work is better run concurrently, by a plain [`Action`].
 ///
-/// If you override nothing, the batch calls `on_confirm` or `on_cancel` for each branch in sequence: one COMMIT, but no fewer statements.
+/// The default implementations call `on_confirm` or `on_cancel` for each branch in sequence: one COMMIT, but no fewer
+/// statements.
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")]
@@ -85,11 +85,11 @@ const WAIT_MAX: Duration = Duration::from_millis(250);
 /// # }
 /// ```
 pub trait ActionInBatches: Action {
-    /// Uses what was reserved for all of these branches: what `on_confirm` does for each.
+    /// Uses what was reserved for these branches: what `on_confirm` does, for each of them.
     ///
     /// # Errors
     ///
-    /// Rolls back the whole batch; then each branch is run alone, by `on_confirm`.
+    /// An error rolls back the whole batch. Then each branch runs alone, through `on_confirm`.
     fn on_confirm_many(
         &self,
         tx: &mut Tx<Self::Db>,
@@ -98,11 +98,11 @@ pub trait ActionInBatches: Action {
         in_sequence(self, tx, tried)
     }
 
-    /// Releases what was reserved for all of these branches: what `on_cancel` does for each.
+    /// Releases what was reserved for these branches: what `on_cancel` does, for each of them.
     ///
     /// # Errors
     ///
-    /// Rolls back the whole batch; then each branch is run alone, by `on_cancel`.
+    /// An error rolls back the whole batch. Then each branch runs alone, through `on_cancel`.
     fn on_cancel_many(
         &self,
         tx: &mut Tx<Self::Db>,
@@ -112,8 +112,8 @@ pub trait ActionInBatches: Action {
     }
 }
 
-/// Runs the branches in sequence. After each it checks that the local transaction is still the one that began. If user code had ended it,
-/// the work of the branches after it would be committed, and done again when they are run alone.
+/// Runs the branches in sequence. After each branch, it checks that the original local transaction is still open. If the
+/// author's code had ended it, the work of the later branches would be committed, and then repeated when they run alone.
 pub(crate) async fn in_sequence<A: Action + ?Sized>(
     action: &A,
     tx: &mut Tx<A::Db>,
@@ -131,21 +131,21 @@ pub(crate) async fn in_sequence<A: Action + ?Sized>(
     Ok(())
 }
 
-/// A branch that was tried, and is confirmed or cancelled now.
+/// A tried branch that is now being confirmed or cancelled.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Tried<Args> {
-    /// The branch, with the phase that is asked for.
+    /// The branch, with the phase of this call.
     pub branch: Branch,
-    /// The arguments that its Try got.
+    /// The arguments of its Try.
     pub args: Args,
     /// The same arguments, encoded.
     pub payload: Bytes,
 }
 
 impl ParticipantBuilder {
-    /// Serves one more action, whose Confirms and Cancels are run in batches when they wait at the same time. Other programs may serve
-    /// the same action without batches.
+    /// Adds an action whose waiting Confirms and Cancels run in batches. Other programs may serve the same action without
+    /// batches.
     ///
     /// # Panics
     ///
@@ -161,13 +161,13 @@ impl ParticipantBuilder {
 struct InBatches<A: Action>(Arc<Queues<A>>);
 
 struct Queues<A: Action> {
-    /// Runs one call by itself.
+    /// Runs one call alone.
     alone: Fenced<A>,
     confirms: Queue,
     cancels: Queue,
 }
 
-/// One of the workers that a queue allows at a time: it runs a call, or a batch, and then the calls that have come meanwhile.
+/// A worker of a queue. It runs a call or a batch, and then the calls that have arrived meanwhile.
 struct Worker<A: ActionInBatches> {
     served: Arc<Queues<A>>,
     phase: Phase,
@@ -192,13 +192,13 @@ impl<A: ActionInBatches> InBatches<A> {
         }
     }
 
-    /// Waits for the answer from a batch. `None`: there will be none, and the call is run alone.
+    /// Waits for the answer from a batch. `None`: the batch gave no answer, and the call must run alone.
     async fn wait(&self, phase: Phase, mut answer: oneshot::Receiver<Answer>) -> Option<Answer> {
         loop {
             if let Ok(answer) = tokio::time::timeout(WAIT_MAX, &mut answer).await {
                 return answer.ok();
             }
-            // The workers hang, or wait for a row. One more worker takes the calls that are still in the queue.
+            // All workers are stuck or wait for a lock. One extra worker takes the calls that are still queued.
             if let Some(batch) = self.0.queue(phase).one_more() {
                 Worker { served: self.0.clone(), phase }.run(batch);
             }
@@ -211,7 +211,7 @@ impl<A: ActionInBatches> Queues<A> {
         if phase == Phase::Cancel { &self.cancels } else { &self.confirms }
     }
 
-    /// Serves these calls, all of one phase. A call that gets no answer here is run alone by its caller.
+    /// Serves a batch of calls of one phase. A call that gets no answer here is run alone by its caller.
     async fn serve(&self, phase: Phase, batch: Vec<Waiting>) {
         let (branches, callers): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|call| (call.branch, call.answer)).unzip();
@@ -251,17 +251,17 @@ fn tried<A: Action>(
 }
 
 impl<A: ActionInBatches> Worker<A> {
-    /// Runs the batch in a task of its own, so that a caller that is dropped does not stop the calls of others.
+    /// Runs the batch in its own task, so that a caller that is dropped does not stop the calls of others.
     fn run(self, batch: Vec<Waiting>) {
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move { self.served.serve(self.phase, batch).await });
         }
-        // Without a runtime no caller waits any more. The worker is dropped here, and so empties the queue batch by batch.
+        // If the runtime has stopped, no caller waits any more. The worker is dropped here, and its `drop` empties the queue.
     }
 }
 
 impl<A: ActionInBatches> Drop for Worker<A> {
-    /// Goes on with the calls that wait, however the work before ended.
+    /// Continues with the waiting calls, however the previous work ended.
     fn drop(&mut self) {
         let Self { served, phase } = self;
         let Some(batch) = served.queue(*phase).next() else { return };

@@ -1,5 +1,5 @@
-//! The queue of one action and phase. A call that comes while a worker is free is run at once, alone. Otherwise it waits, and the worker
-//! that is free next takes all waiting calls as one batch. If workers take too long, one more is started.
+//! The queue of one action and phase. If a worker is free when a call arrives, the call runs at once, alone. Otherwise it waits,
+//! and the next free worker takes all waiting calls as one batch. If the workers take too long, one more is started.
 
 use std::{
     collections::{BTreeMap, VecDeque, btree_map::Entry},
@@ -10,9 +10,9 @@ use tokio::sync::oneshot;
 
 use crate::{answer::Answer, branch::Branch};
 
-/// Branches of one batch. More of them would hold their locks for longer and save little: what they share is one COMMIT.
+/// Branches per batch. A larger batch would hold its locks longer and save little, because it already shares a single COMMIT.
 pub(super) const BATCH_MAX: usize = 64;
-/// Calls that wait at a time. Above this many, a call is run alone, as if there were no batches.
+/// Waiting calls at a time. Above this, a call runs alone, without a batch.
 const WAITING_MAX: usize = 1024;
 
 pub(super) struct Queue {
@@ -22,7 +22,7 @@ pub(super) struct Queue {
 
 #[derive(Default)]
 struct State {
-    /// Workers that are running. While there are fewer than `workers_max`, no call waits.
+    /// Running workers. While there are fewer than `workers_max`, no call waits.
     workers: usize,
     waiting: VecDeque<Waiting>,
 }
@@ -30,17 +30,17 @@ struct State {
 /// A call that waits.
 pub(super) struct Waiting {
     pub(super) branch: Branch,
-    /// Dropped without an answer: the caller runs the call alone.
+    /// If this is dropped without an answer, the caller runs the call alone.
     pub(super) answer: oneshot::Sender<Answer>,
 }
 
 /// How a call that has arrived is run.
 pub(super) enum Arrival {
-    /// At once, by its caller, who is a worker until it calls [`Queue::next`].
+    /// At once, by its caller. The caller counts as a worker until it calls [`Queue::next`].
     Work,
-    /// In a batch, which sends the answer.
+    /// In a batch. The batch sends the answer.
     Wait(oneshot::Receiver<Answer>),
-    /// At once, by its caller, who is not a worker.
+    /// At once, by its caller, without counting as a worker.
     Alone,
 }
 
@@ -63,16 +63,16 @@ impl Queue {
         Arrival::Wait(receiver)
     }
 
-    /// The next batch for a worker that is done. `None`: no call waits, and the worker ends.
+    /// The next batch for a worker that has finished. `None`: no call waits or there are too many workers, and this worker ends.
     pub(super) fn next(&self) -> Option<Vec<Waiting>> {
         let mut state = self.locked();
-        // If there are too many, this is one of those that took too long, and another one has its place.
+        // With too many workers, this worker is one that took too long and has been replaced. It ends.
         let batch = if state.workers > self.workers_max { None } else { state.batch() };
         state.workers -= usize::from(batch.is_none());
         batch
     }
 
-    /// The batch for one more worker, because the others take too long. `None`: no call waits.
+    /// A batch for one extra worker, because the others take too long. `None`: no call waits.
     pub(super) fn one_more(&self) -> Option<Vec<Waiting>> {
         let mut state = self.locked();
         let batch = state.batch();
@@ -86,8 +86,8 @@ impl Queue {
 }
 
 impl State {
-    /// Takes the first waiting calls, sorted by xid and branch id, each branch once. A repeat of a call in the batch stays in the queue.
-    /// The next batch answers it from the fence.
+    /// Takes the first waiting calls, sorted by xid and branch id, each branch once. A repeated call stays in the queue, and the
+    /// next batch answers it from the fence.
     fn batch(&mut self) -> Option<Vec<Waiting>> {
         let (mut batch, mut repeats) = (BTreeMap::new(), VecDeque::new());
         while batch.len() < BATCH_MAX

@@ -1,8 +1,9 @@
-//! The laws of an action. Whatever the network does, a branch ends in one of two ways: confirmed, once; or as if it had never been.
+//! The laws of an action. Whatever the network does, a branch has one of two outcomes: confirmed exactly once, or no trace at
+//! all.
 //!
-//! Here Try, Confirm and Cancel are delivered in every order that can happen: repeated, late, side by side, and with the author's
-//! future dropped in the middle. Each story is played in a new world, and the world's state must be one of the two in the end. The
-//! same holds for two branches whose phase two comes in one batch.
+//! The tests deliver Try, Confirm and Cancel in every order that can happen: repeated, late, concurrently, and with the author's
+//! future dropped in the middle. Each story is played in a new world, and the world's final state must be one of the two. The
+//! same must hold for two branches whose Confirms or Cancels run in one batch.
 
 mod play;
 mod world;
@@ -17,50 +18,50 @@ use play::{Play, Step};
 
 pub use world::World;
 
-/// More places at which one call can be dropped than any author's code has.
+/// Upper limit of suspensions in one call, far above what any action has.
 const SUSPENSIONS_MAX: usize = 1000;
-/// A call must end this often in a row before its nth suspension, to count as one that has fewer than n.
+/// A call counts as having fewer than n suspensions once it has completed this often in a row before its nth suspension.
 const THROUGH: usize = 3;
-/// How often stories with calls side by side are played: which call is first is up to chance.
+/// How often stories with concurrent calls are played, because their order is random.
 const ROUNDS: usize = 10;
 
-/// What was checked.
+/// The extent of the check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Report {
-    /// Stories that were played, each in a world of its own.
+    /// Stories played, each in its own world.
     pub stories: usize,
-    /// Calls that were delivered in them.
+    /// Calls delivered.
     pub deliveries: usize,
-    /// Calls that were given up in the middle.
+    /// Calls dropped before they had completed.
     pub given_up: usize,
 }
 
-/// An action breaks a law.
+/// A broken law of an action.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "{action} breaks a law.\n  story:    {story}\n  law:      {law}\n  expected: {expected}\n  found:    {found}"
 )]
 #[non_exhaustive]
 pub struct BrokenLaw {
-    /// Of which action.
+    /// The action's name.
     pub action: String,
-    /// What was delivered.
+    /// The calls that were delivered.
     pub story: String,
-    /// What must hold.
+    /// The law.
     pub law: String,
-    /// What was to be found.
+    /// The expected state or answer.
     pub expected: String,
-    /// What was found.
+    /// The actual state or answer.
     pub found: String,
 }
 
-/// Checks the action `C` with these arguments, in worlds that `new_world` makes: all alike, each with an action that can be tried
-/// at least twice. `invariant` must hold in every state, also in the middle of a transaction.
+/// Checks the laws for the action `C` with these arguments. `new_world` makes the worlds. They must all be alike, and in each
+/// the action must succeed at least twice. `invariant` must hold in every state, even in the middle of a transaction.
 ///
 /// # Errors
 ///
-/// With the first law that is broken, and the story in which it is.
+/// The first broken law, with the story that breaks it.
 pub async fn laws<C: Contract, S: PartialEq + Debug>(
     args: C::Args,
     new_world: impl AsyncFn() -> World<S>,
@@ -70,8 +71,8 @@ pub async fn laws<C: Contract, S: PartialEq + Debug>(
     check(C::NAME, [payload.clone(), payload], new_world, invariant).await
 }
 
-/// The same, for an action that cannot be tried twice with the same arguments: because an order has one row, say. Where there
-/// are two branches, the other one is tried with `neighbour`.
+/// As [`laws`], for an action that cannot be tried twice with the same arguments, for example because an order has a single row.
+/// In stories with two branches, the second one is tried with `neighbour`.
 ///
 /// # Errors
 ///
@@ -109,7 +110,7 @@ async fn check<S: PartialEq + Debug>(
         return Err(play.broken("try, confirm", law, "another state", &untouched));
     }
 
-    // As if it had never been.
+    // The branch leaves no trace.
     for story in [
         &[Try, Cancel][..],
         &[Try, Try, Cancel],
@@ -123,7 +124,7 @@ async fn check<S: PartialEq + Debug>(
     ] {
         play.ends_in(story, &untouched, "a cancelled branch leaves no trace").await?;
     }
-    // Confirmed, once.
+    // The branch is confirmed exactly once.
     for story in [
         &[Try, Confirm][..],
         &[Try, Try, Confirm],
@@ -133,7 +134,7 @@ async fn check<S: PartialEq + Debug>(
     ] {
         play.ends_in(story, &confirmed, "a confirmed branch counts once").await?;
     }
-    // Side by side, on two connections.
+    // Concurrent calls, on two connections.
     for _ in 0..ROUNDS {
         play.ends_in(&[TryTry, Cancel], &untouched, "a cancelled branch leaves no trace").await?;
         play.ends_in(&[TryTry, Confirm], &confirmed, "a confirmed branch counts once").await?;
@@ -143,7 +144,7 @@ async fn check<S: PartialEq + Debug>(
         play.ends_in(&[TryCancel, Cancel], &untouched, "a cancelled branch leaves no trace")
             .await?;
     }
-    // Given up at its first suspension, its second, … and then asked again, as callers do.
+    // The call is dropped at its first suspension, its second, and so on, and then retried as a caller would.
     for (before, phase, after, end) in [
         (&[][..], Phase::Try, &[Cancel][..], &untouched),
         (&[], Phase::Try, &[Try, Cancel], &untouched),
@@ -153,7 +154,7 @@ async fn check<S: PartialEq + Debug>(
         (&[], Phase::Cancel, &[Cancel, Try], &untouched),
     ] {
         let (mut suspension, mut through) = (1, 0);
-        // On a busy machine an answer may be there before it is waited for: one time through is not the end of it.
+        // On a busy machine, an answer may arrive before it is awaited. So a single completed call does not end the search.
         while through < THROUGH && suspension <= SUSPENSIONS_MAX {
             let steps: Vec<_> = before
                 .iter()
@@ -169,7 +170,7 @@ async fn check<S: PartialEq + Debug>(
             }
         }
     }
-    // Two branches: the one is cancelled, the other confirmed.
+    // Two branches: one is cancelled, the other confirmed.
     let neighbours = "what one branch does leaves its neighbour alone";
     let other_confirmed = play.story(&[], &[Try, Confirm]).await?.state;
     for other in [&[Try, Cancel][..], &[Cancel, Try], &[Try, Try, Cancel, Cancel]] {
@@ -180,7 +181,7 @@ async fn check<S: PartialEq + Debug>(
         }
     }
     play.together([&untouched, &confirmed, &other_confirmed]).await?;
-    // What was never tried cannot be confirmed.
+    // A branch that was never tried cannot be confirmed.
     let end = play.story(&[Step::StrayConfirm], &[]).await?.state;
     play.same("confirm", "what was never tried is not confirmed", &untouched, &end)?;
     Ok(play.report)

@@ -1,4 +1,4 @@
-//! Plays stories: delivers their steps, and compares how the world is afterwards.
+//! Plays stories: delivers their calls, and checks the state afterwards.
 
 use std::{
     fmt::{self, Debug},
@@ -14,11 +14,11 @@ use handfast_proto::{Xid, reason};
 use super::{BrokenLaw, ROUNDS, Report, SUSPENSIONS_MAX, THROUGH, World};
 use crate::{Answer, Branch, Phase};
 
-/// How often a call that has failed with a passing error is repeated.
+/// How often a call with a transient error is retried.
 const REPEATS_MAX: usize = 50;
-/// Pause before each of these repeats.
+/// Pause before each retry.
 const REPEAT_PAUSE: Duration = Duration::from_millis(5);
-/// A call that takes longer than this never ends.
+/// A call that takes longer than this counts as hung.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy)]
@@ -26,20 +26,20 @@ pub(super) enum Step {
     Try,
     Confirm,
     Cancel,
-    /// Two of them, side by side.
+    /// Two Trys, concurrently.
     TryTry,
     ConfirmConfirm,
     CancelCancel,
     TryCancel,
-    /// One that is dropped when it is suspended for the nth time.
+    /// A call that is dropped at its nth suspension.
     GiveUp(Phase, usize),
-    /// A Confirm of what nobody has tried.
+    /// A Confirm of a branch that was never tried.
     StrayConfirm,
-    /// One for each of the two branches, in one batch if the action is served in batches; or else side by side.
+    /// One call for each of the two branches: in one batch if the action is served in batches, otherwise concurrently.
     Both(Phase),
-    /// The same, beside one for the first branch alone.
+    /// As `Both`, concurrently with another such call for the first branch alone.
     BothBesideOne(Phase),
-    /// The same, dropped when it is suspended for the nth time.
+    /// As `Both`, dropped at the nth suspension.
     GiveUpBoth(Phase, usize),
 }
 
@@ -71,13 +71,13 @@ fn words(steps: &[Step]) -> String {
 
 pub(super) struct Played<S> {
     pub(super) state: S,
-    /// The call that was to be given up had not ended by itself.
+    /// Whether a call was dropped before it had completed.
     pub(super) gave_up: bool,
 }
 
 pub(super) struct Play<W, I> {
     pub(super) action: &'static str,
-    /// What the Try of the one branch gets, and that of the other.
+    /// The Try payloads of the first and of the second branch.
     pub(super) payloads: [Bytes; 2],
     pub(super) new_world: W,
     pub(super) invariant: I,
@@ -85,7 +85,7 @@ pub(super) struct Play<W, I> {
 }
 
 impl<W, I> Play<W, I> {
-    /// Plays the stories of two branches in a new world, one step of each at a time, and returns the state of the world then.
+    /// Plays the stories of two branches in a new world, alternating step by step. Returns the state of the world at the end.
     pub(super) async fn story<S>(
         &mut self,
         one: &[Step],
@@ -120,7 +120,8 @@ impl<W, I> Play<W, I> {
         Ok(Played { state: world.state().await, gave_up })
     }
 
-    /// Two branches whose phase two comes together. `ends`: untouched, the first one confirmed, the second one confirmed.
+    /// Tests batches: two branches whose Confirm or Cancel is delivered together. `ends` holds the states: untouched, only the
+    /// first branch confirmed, only the second branch confirmed.
     pub(super) async fn together<S>(&mut self, ends: [&S; 3]) -> Result<(), BrokenLaw>
     where
         S: PartialEq + Debug,
@@ -136,7 +137,7 @@ impl<W, I> Play<W, I> {
         for (one, other, end) in [
             (&[Try, Both(Confirmed)][..], &[Try][..], both_confirmed),
             (&[Try, Both(Cancelled)], &[Try], untouched),
-            // One that was done before, one that never was, and one that ended the other way.
+            // The first branch was done before, was never tried, or had the opposite outcome.
             (&[Try, Confirm, Both(Confirmed), Both(Confirmed)], &[Try], both_confirmed),
             (&[Try, Cancel, Both(Cancelled), Both(Cancelled)], &[Try], untouched),
             (&[Both(Cancelled), Try, Both(Cancelled)], &[], untouched),
@@ -199,7 +200,7 @@ impl<W, I> Play<W, I> {
         Ok(played)
     }
 
-    /// Delivers one step. Returns whether a call was given up.
+    /// Delivers one step. Returns whether a call was dropped before it had completed.
     async fn step<S>(
         &mut self,
         world: &World<S>,
@@ -267,9 +268,10 @@ impl<W, I> Play<W, I> {
         for (phase, answer) in answers {
             let fits = match (phase, &answer) {
                 (_, Answer::Done(_)) => true,
-                // Whether it is too late the story knows; that it had no effect, its end.
+                // A Try may be too late only if the story has a Cancel. That it had no effect shows in the state at the end.
                 (Phase::Try, Answer::TooLate(_)) => story.contains("cancel"),
-                // Of a batch, one may have ended the other way before: whether it has the story knows, too.
+                // In a batch, one branch may already have the opposite outcome. Whether it really has shows in the state at the
+                // end.
                 (_, Answer::Refused(refusal)) if matches!(step, Step::Both(_)) => {
                     refusal.reason == reason::OPPOSITE_DONE
                 }
@@ -290,7 +292,7 @@ impl<W, I> Play<W, I> {
         Ok(false)
     }
 
-    /// Delivers a call, and repeats it while its answer says that this may help.
+    /// Delivers a call, and retries it while the answer asks for that.
     async fn deliver<S>(&self, world: &World<S>, branch_id: &str, phase: Phase) -> Answer {
         let mut repeats = 0;
         loop {
@@ -306,7 +308,7 @@ impl<W, I> Play<W, I> {
         }
     }
 
-    /// Delivers a call of phase two to both branches, together, and repeats alone what is to be repeated.
+    /// Delivers a Confirm or Cancel to both branches together. Retries are delivered alone.
     async fn deliver_both<S>(&self, world: &World<S>, phase: Phase) -> Vec<(Phase, Answer)> {
         let both = ["1", "2"].map(|branch_id| self.branch(branch_id, phase));
         let together = world.participant.handle_together(&both);
@@ -380,7 +382,7 @@ async fn side_by_side(
     vec![(phase, one), (other_phase, other)]
 }
 
-/// Runs `call` until it is suspended for the `n`th time, and drops it there. Returns whether it ended before.
+/// Polls `call` until its `n`th suspension, and drops it there. Returns whether it completed before.
 async fn within_suspensions(call: impl Future, n: usize) -> bool {
     let mut call = pin!(call);
     let mut suspensions = 0;

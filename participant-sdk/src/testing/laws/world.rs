@@ -1,4 +1,4 @@
-//! The world in which a story is played.
+//! The environment in which a story is played: a participant and its state.
 
 use std::fmt::{self, Debug};
 
@@ -6,22 +6,22 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::Participant;
 
-/// How often the state is read at most until two reads agree.
+/// The state is read repeatedly until two reads agree, at most this often.
 const READS_MAX: usize = 20;
 
-/// A participant with a database of its own, and a way to look at the state that matters.
+/// A participant with its own database, and a function that reads the relevant state.
 pub struct World<S> {
     pub(super) participant: Participant,
     state: Box<dyn ReadState<S>>,
 }
 
 impl<S> World<S> {
-    /// `state` reads what the action changes: of all rows that it may touch. It is called often.
+    /// `state` reads what the action changes, in all rows that it may touch. It is called often.
     pub fn new(participant: Participant, state: impl AsyncFn() -> S + 'static) -> Self {
         Self { participant, state: Box::new(state) }
     }
 
-    /// Reads until two reads in a row agree: the COMMIT of a call that was dropped may be carried out a moment later, between two
+    /// Reads until two consecutive reads agree. The COMMIT of a dropped call may be executed a moment later, even between two
     /// queries of one read.
     pub(super) async fn state(&self) -> S
     where
@@ -39,7 +39,7 @@ impl<S> World<S> {
     }
 }
 
-/// An `async || state` closure, whatever its type.
+/// Erases the type of an `async || state` closure.
 trait ReadState<S> {
     fn read(&self) -> LocalBoxFuture<'_, S>;
 }

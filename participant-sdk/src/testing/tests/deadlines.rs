@@ -1,4 +1,5 @@
-//! Callers in other languages have deadlines of their own. A call whose deadline is shorter than its wait is answered before it.
+//! Callers in other languages set their own deadlines. If a call's deadline is shorter than its wait, it is answered before the
+//! deadline.
 
 use std::time::Duration;
 
@@ -48,7 +49,7 @@ async fn a_decision_is_told_before_the_callers_deadline_and_no_answer_reads_like
         open.call::<Deduct>(&east, Json(1)).await.unwrap();
         let xid = open.xid().await.unwrap();
         std::mem::forget(open);
-        // Nobody acknowledges, so both wait for as long as they may.
+        // No participant acknowledges, so both calls wait as long as they may.
         let alone = client.decide(within(until_completed(xid))).await;
         let alone = alone.map(|decided| decided.into_inner().transaction.unwrap().decision());
         let line: Line<ToCoordinator> = Line::new(channel.clone());
@@ -68,13 +69,13 @@ async fn a_decision_is_told_before_the_callers_deadline_and_no_answer_reads_like
                     assert_eq!(decision, pb::Decision::Confirm);
                     told += 1;
                 }
-                // On a machine that is too busy to answer within the margin.
+                // A busy machine may fail to answer within the margin.
                 Err(status) => assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}"),
             }
         }
     }
     assert!(told >= 6, "{told} of 12 were told the decision");
-    // Here is nothing to answer yet.
+    // There is no outcome to return yet.
     shop.coordinator.script(Deduct::NAME, Phase::Try, [Fault::Silence]);
     let target = east.target().to_owned();
     let branch = pb::BranchSpec {

@@ -1,11 +1,11 @@
-//! A participant asks about reservations that nobody comes for.
+//! A participant asks the coordinator about overdue reservations.
 
 use std::time::Duration;
 
 use super::*;
 use crate::{Answer, Outcome, Phase, Xid};
 
-/// Makes all rows of the fence look as if phase one had ended so long ago.
+/// Makes all fence rows look as if phase one had ended this long ago.
 async fn age(db: &Database, by: Duration) {
     let sql =
         "UPDATE handfast_fence SET expires_at = CAST(unixepoch('subsec') * 1000 AS INTEGER) - ?";
@@ -28,7 +28,7 @@ async fn what_was_cancelled_or_never_recorded_is_given_back_and_the_rest_is_left
     let coordinator = Coordinator::start([inventory.clone()]).await;
     let handfast = coordinator.handfast();
 
-    // A transaction that was never recorded: as if the coordinator's store had been lost with its last commits.
+    // A transaction that the store does not know, as if the store had lost its last commits.
     let open = handfast.transaction("order").begin().await.unwrap();
     let known = open.xid().await.unwrap();
     let lost = Xid { sequence: known.sequence + 7, ..known };
@@ -40,7 +40,7 @@ async fn what_was_cancelled_or_never_recorded_is_given_back_and_the_rest_is_left
     assert_eq!((inquiry.cancelled, inquiry.reported), (1, 0));
     assert_eq!(stock(&db.pool()).await, (10, 0, 0));
 
-    // One that was cancelled, and its Cancel never came here.
+    // A cancelled transaction whose Cancel never reached this participant.
     open.cancel("no longer wanted").await.unwrap();
     assert!(matches!(coordinator.finished(known).await, Outcome::Cancelled { .. }));
     reserve(&inventory, known).await;
@@ -48,7 +48,7 @@ async fn what_was_cancelled_or_never_recorded_is_given_back_and_the_rest_is_left
     assert_eq!(inventory.inquire(&handfast).await.unwrap().cancelled, 1);
     assert_eq!(stock(&db.pool()).await, (10, 0, 0));
 
-    // Confirmed, undecided, forgotten: not ours to settle.
+    // Confirmed, undecided and forgotten transactions: the participant must leave their branches alone.
     let confirmed = handfast.transaction("order").run(async |_| Ok(())).await.unwrap();
     let undecided = handfast.transaction("order").begin().await.unwrap();
     let forgotten = Xid { nonce: !known.nonce, ..known };
@@ -69,7 +69,7 @@ async fn a_branch_that_nobody_can_answer_for_does_not_stand_in_the_way_of_others
     let handfast = coordinator.handfast();
     let open = handfast.transaction("order").begin().await.unwrap();
     let known = open.xid().await.unwrap();
-    // The store is a new one: its epochs begin again.
+    // The coordinator's store is new, so its epochs start from the beginning.
     reserve(&inventory, Xid { epoch: known.epoch + 7, ..known }).await;
     age(&db, Duration::from_secs(3700)).await;
     reserve(&inventory, Xid { sequence: known.sequence + 7, ..known }).await;

@@ -1,4 +1,4 @@
-//! The laws hold for an action as it should be, and find the bugs that people write.
+//! A correct action passes the laws, and the laws find typical bugs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,15 +8,15 @@ use super::{
 };
 use crate::{ActionInBatches, Tried};
 
-/// What is wrong with an action that is otherwise as it should be.
+/// The one bug of an otherwise correct action.
 enum Bug {
     CancelGivesBackTooLittle,
     CancelGivesBackWhatItDoesNotHold,
-    /// It remembers beside the database that it has been done, so a repeat after a rollback does nothing.
+    /// It records outside the database that it ran. So after a rollback, a retry does nothing.
     ConfirmIsNotRepeatable(AtomicBool),
-    /// What it writes there stays when `tx` is rolled back.
+    /// It writes through another connection, so the write stays when `tx` is rolled back.
     TryWritesOutsideOfTx(SqlitePool),
-    /// In a third step the pieces are on no side.
+    /// Its Confirm removes the held pieces and does not count them as sold, so they disappear.
     ConfirmLosesPieces,
     ConfirmAlwaysFails,
     CancelWaitsForever,
@@ -72,7 +72,7 @@ impl Action for Buggy {
                 Inventory.on_cancel(tx, branch, &Json(args.0 - 1)).await
             }
             Bug::CancelGivesBackWhatItDoesNotHold => {
-                // All that is held, not only this branch's part: alone it looks right.
+                // It releases all held pieces, not only this branch's. With a single branch this looks right.
                 sqlx::query("UPDATE stock SET free = free + held, held = 0")
                     .execute(&mut **tx)
                     .await?;
@@ -106,14 +106,14 @@ async fn an_action_as_it_should_be_keeps_them() {
     assert!(report.given_up > 25, "each call was given up at each of its suspensions: {report:?}");
 }
 
-/// An action in batches that confirms in one statement.
+/// An action whose batches are confirmed by one statement.
 struct Batches(InBatches);
 
 enum InBatches {
     AsTheyShouldBe,
-    /// It takes all branches to be as the first one.
+    /// It treats all branches as if they were like the first one.
     OfOneOnly,
-    /// It remembers beside the database that it has been done.
+    /// It records outside the database that it ran.
     NotRepeatable(AtomicBool),
 }
 
@@ -231,7 +231,7 @@ async fn a_confirm_that_is_not_repeatable_is_found() {
 
 #[tokio::test]
 async fn code_that_writes_outside_the_given_transaction_is_found() {
-    // To another database, where nothing stops it: its tries are counted there, and part of the state.
+    // The action writes its number of tries into another database, which no lock protects. The number is part of the state.
     let new_world = async || {
         let db = Database::new(SCHEMA).await;
         let elsewhere =
@@ -241,7 +241,7 @@ async fn code_that_writes_outside_the_given_transaction_is_found() {
         World::new(participant, async move || {
             let sql = "SELECT tries FROM audit";
             let tries: i64 = sqlx::query_scalar(sql).fetch_one(&elsewhere.pool()).await.unwrap();
-            // Counting is not wrong as such; counting what was undone is.
+            // Counting is no bug in itself. Counting work that was rolled back is.
             let (free, ..) = stock(&db.pool()).await;
             (free, if free == 10 { tries } else { 0 })
         })
@@ -265,7 +265,7 @@ async fn code_that_writes_to_the_same_database_outside_the_transaction_is_found(
             participant("inventory", &db, Buggy(Bug::TryWritesOutsideOfTx(outside))).await;
         World::new(participant, async move || stock(&db.pool()).await)
     };
-    // SQLite has one writer, and that is `tx`: the other connection waits for it in vain.
+    // SQLite allows one writer, and `tx` is that writer. So the other connection's write times out.
     let broken = laws::<Deduct, _>(Json(2), new_world, nothing_is_lost).await.unwrap_err();
     assert!(broken.found.contains("locked"), "{broken}");
 }

@@ -1,4 +1,4 @@
-//! The fence in memory answers as the ones in databases do.
+//! The in-memory fence gives the same answers as the fences in databases.
 
 use std::{
     sync::{Arc, Mutex},
@@ -22,7 +22,7 @@ use crate::{
 
 const START: i64 = 1_700_000_000_000;
 
-/// A shelf in memory.
+/// Stock in memory.
 #[derive(Clone)]
 struct Shelf(Arc<Mutex<Stock>>);
 
@@ -83,7 +83,7 @@ impl Shop {
     }
 }
 
-/// Of the `n`th transaction; phase one ends in a minute.
+/// Branch of the `n`th transaction. Phase one ends in a minute.
 fn branch(n: u64, phase: Phase) -> Branch {
     let mut branch = crate::fence::fixture::branch(n, phase);
     branch.expires_at = Some(START + 60_000);

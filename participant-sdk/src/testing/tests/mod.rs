@@ -1,4 +1,4 @@
-//! The initiator's side of the SDK, and the test kit itself, over the real coordinator in this process.
+//! Tests of the initiator's side of the SDK, and of the test kit itself, with the real coordinator in this process.
 
 mod deadlines;
 #[path = "initiator/mod.rs"]
@@ -24,7 +24,7 @@ use crate::{
 const SCHEMA: &str = "CREATE TABLE stock (free INTEGER NOT NULL, held INTEGER NOT NULL, sold INTEGER NOT NULL); \
                       INSERT INTO stock VALUES (10, 0, 0)";
 
-/// Free, held, sold.
+/// Pieces that are free, held and sold.
 type Stock = (i64, i64, i64);
 
 struct Deduct;
@@ -35,7 +35,7 @@ impl Contract for Deduct {
     type Reply = Json<i64>;
 }
 
-/// As it should be.
+/// A correct action.
 struct Inventory;
 
 impl Action for Inventory {
@@ -85,7 +85,7 @@ async fn stock(pool: &SqlitePool) -> Stock {
     sqlx::query_as("SELECT free, held, sold FROM stock").fetch_one(pool).await.unwrap()
 }
 
-/// A participant `name` that serves `action` over a database of its own.
+/// A participant called `name` that serves `action` on its own database.
 async fn participant<A: Action<Db = Sqlite>>(
     name: &'static str,
     db: &Database,
@@ -96,7 +96,7 @@ async fn participant<A: Action<Db = Sqlite>>(
     Participant::builder(name).action(&fence, action).build()
 }
 
-/// Two inventories with ten pieces each, and a coordinator.
+/// Two inventories (east and west) with ten pieces each, and a coordinator.
 struct Shop {
     coordinator: Coordinator,
     east: Database,
@@ -153,7 +153,7 @@ impl Shop {
         [stock(&self.east.pool()).await, stock(&self.west.pool()).await]
     }
 
-    /// Waits until both are what they should be, and moves the clock on meanwhile.
+    /// Waits until both inventories have the expected stock, moving the clock forward meanwhile.
     async fn until(&self, expected: [Stock; 2]) {
         for _ in 0..1000 {
             if self.stocks().await == expected {
@@ -166,7 +166,7 @@ impl Shop {
     }
 }
 
-/// As both should be after an order of three pieces from the east and two from the west.
+/// The stock of both after a confirmed order of three pieces from the east and two from the west.
 const CONFIRMED: [Stock; 2] = [(7, 0, 3), (8, 0, 2)];
 
 const UNTOUCHED: [Stock; 2] = [(10, 0, 0), (10, 0, 0)];

@@ -1,4 +1,4 @@
-//! Several coordinators: one that is silent, or a standby, does not hold up the call.
+//! Several coordinators: a coordinator that is silent or on standby does not delay the call.
 
 use std::time::{Duration, Instant};
 
@@ -28,12 +28,12 @@ async fn serve(notes: Notes) -> String {
 async fn a_silent_coordinator_or_a_standby_does_not_hold_up_the_others() {
     let serving = serve(Notes::default()).await;
     let standby = serve(Notes::standby()).await;
-    // Connections to it are made, and nothing is answered on them.
+    // This server accepts connections and never answers.
     let (_frozen, frozen) = listen().await;
     let (gone, dead) = listen().await;
     drop(gone);
     for others in [vec![&frozen], vec![&standby], vec![&dead], vec![&frozen, &standby, &dead]] {
-        // Which one is tried first is up to chance.
+        // The client starts with a random coordinator, so try several times.
         for _ in 0..3 {
             let mut urls: Vec<_> = others.iter().map(|url| url.as_str()).collect();
             urls.insert(1, &serving);

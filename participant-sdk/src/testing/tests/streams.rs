@@ -1,4 +1,4 @@
-//! Calls that share a stream get in nobody's way, and what happens to the stream is never taken for an answer.
+//! Calls that share a stream do not disturb each other. The end of a stream is never taken for the answer to a call.
 
 use std::{
     sync::{
@@ -29,17 +29,17 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::super::network::Network;
 
-/// Longer than any call waits here.
+/// A timeout that is never reached here.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A participant that does what its action says.
+/// A participant that behaves as the action's name says.
 #[derive(Clone)]
 struct Odd {
-    /// What opening a stream ends with, if that is not a stream.
+    /// If set, opening a stream fails with this code.
     no_streams: Option<Code>,
-    /// So many streams end with the first call on them.
+    /// How many streams are still to end upon their first call.
     broken: Arc<AtomicUsize>,
-    /// Ends the stream that is open.
+    /// Ends the open stream.
     end_stream: Arc<Notify>,
 }
 
@@ -121,7 +121,7 @@ impl ParticipantService for Odd {
     }
 }
 
-/// Serves until told to stop; ends once it has.
+/// Starts the participant. The sender asks it to stop; the task ends once it has stopped.
 fn serve(network: &Network, odd: Odd) -> (oneshot::Sender<()>, JoinHandle<()>) {
     let (stop, stopped) = oneshot::channel();
     let serving = tonic::transport::Server::builder()
@@ -165,7 +165,7 @@ async fn calls_of_one_stream_do_not_wait_for_each_other() {
     assert_eq!(try_it(&line, "panic").await.unwrap_err().code(), Code::Internal);
     let late = with_payload(&line, "never", 0, Duration::from_millis(20)).await;
     assert_eq!(late.unwrap_err().code(), Code::DeadlineExceeded, "by the participant's own clock");
-    // Too large is that one call, and no other.
+    // Only the oversized call fails.
     let large = with_payload(&line, "fast", limits::REQUEST_BYTES_MAX, TIMEOUT).await;
     large.unwrap_err();
     try_it(&line, "fast").await.unwrap();
@@ -185,7 +185,7 @@ async fn a_stream_that_breaks_leaves_its_calls_without_an_answer() {
         let lost = lost.unwrap_err();
         assert!(is_broken(&lost), "what befell the stream is no answer to a call: {lost:?}");
     }
-    // A line whose streams bring no answers does without, for a while.
+    // If streams bring no answers, the line makes unary calls for a while.
     try_it(&line, "fast").await.unwrap();
     assert_eq!(format!("{line:?}"), "Line(unary)");
 }
@@ -198,7 +198,7 @@ async fn after_a_stream_that_broke_calls_go_over_another() {
     let line = Line::new(network.connect("odd"));
     try_it(&line, "fast").await.unwrap();
     odd.end_stream.notify_one();
-    // Until the line hears of it, calls are sent on the stream that has ended.
+    // Until the line notices that the stream has ended, it still sends calls on it.
     let mut lost = 0;
     while let Err(status) = try_it(&line, "fast").await {
         lost += 1;
@@ -256,7 +256,7 @@ async fn a_server_that_stops_in_good_order_is_not_held_up_by_idle_streams() {
     stop.send(()).unwrap();
     tokio::time::timeout(AGE * 3, serving).await.expect("it ends").unwrap();
     assert!(began.elapsed() < AGE * 2);
-    // And the line finds whoever has taken its place.
+    // The line then connects to the replacement.
     let _again = serve(&network, Odd::sound());
     try_it(&line, "fast").await.unwrap();
 }
@@ -278,7 +278,7 @@ async fn an_old_stream_answers_what_it_took_while_a_new_one_takes_further_calls(
     assert_eq!(slow.await.unwrap_err().code(), Code::DeadlineExceeded);
 }
 
-/// HTTP/2 ends a connection on which small frames pile up unread.
+/// HTTP/2 closes a connection when small frames pile up unread.
 #[tokio::test(start_paused = true)]
 async fn many_small_calls_that_wait_do_not_end_the_connection() {
     let network = Network::default();
@@ -320,7 +320,7 @@ async fn small_calls_whose_callers_give_up_do_not_end_the_connection() {
 async fn a_call_too_many_on_a_stream_is_refused_and_the_others_are_answered() {
     let network = Network::default();
     let _serving = serve(&network, Odd::sound());
-    // A caller that does not keep to the limit.
+    // A caller that exceeds the limit of unanswered calls.
     let (requests, receiver) = tokio::sync::mpsc::unbounded_channel();
     let channel = network.connect("odd");
     let responses = ToParticipant::open(channel, UnboundedReceiverStream::new(receiver));

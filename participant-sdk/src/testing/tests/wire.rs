@@ -1,4 +1,4 @@
-//! What travels to the coordinator, as a coordinator sees it that only takes notes.
+//! Checks what the SDK sends, with a fake coordinator that records every request.
 
 use std::{
     sync::{Arc, Mutex},
@@ -19,16 +19,16 @@ use tower_service::Service as _;
 use super::{super::network::Network, *};
 use crate::{Handfast, PropagateLayer, Remote};
 
-/// Takes notes, and says yes to everything.
+/// A fake coordinator that records every request and accepts it.
 #[derive(Clone, Default)]
 pub(super) struct Notes {
     calls: Arc<Mutex<Vec<String>>>,
-    /// So many calls are refused as unavailable before they are taken.
+    /// How many calls are still to be refused as unavailable, before they are recorded.
     unavailable: Arc<Mutex<usize>>,
 }
 
 impl Notes {
-    /// Refuses every call.
+    /// A coordinator that refuses every call, like a standby.
     pub(super) fn standby() -> Self {
         Self { unavailable: Arc::new(Mutex::new(usize::MAX)), ..Self::default() }
     }
@@ -191,8 +191,8 @@ async fn branch_ids_follow_the_order_of_the_calls_not_of_their_polls() {
     assert_eq!(notes.calls(), ["begin 2", "register 1", "Confirm 1,2"]);
 }
 
-/// An ordinary call has its branch id from the moment it is made. Else two calls that wait for the same Begin could change their ids in a
-/// repeat, and the branches below them with it.
+/// An ordinary call gets its branch id when it is created. Otherwise, two calls that wait for the same Begin could swap their
+/// ids in a retry, and the ids of nested branches would change with them.
 #[tokio::test]
 async fn ordinary_calls_have_branch_ids_in_the_order_of_the_calls() {
     let (notes, handfast, _) = rig().await;

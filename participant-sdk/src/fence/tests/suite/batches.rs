@@ -1,8 +1,8 @@
-//! Confirms and Cancels in batches have the answers and effects that they would have alone.
+//! Confirms and Cancels in batches have the same answers and effects as alone.
 
 use super::*;
 
-/// A shop in which these transactions have come so far, one piece each.
+/// A shop in which these transactions have received these calls, one piece each.
 async fn shop_after(place: &Place, before: &[(u64, &[Phase])]) -> Shop {
     let shop = place.open(8).await;
     for (n, phases) in before {
@@ -35,7 +35,7 @@ async fn those_who_come_together_get_the_answers_that_they_would_get_alone() {
         ] {
             let shop = shop_after(&place, before).await;
             let first = shop.runs();
-            // Twice: a repeat has the same answers and no further effect.
+            // Twice: a repeat gets the same answers and has no further effect.
             for _ in 0..2 {
                 let answers = shop.together(&calls(1..=6, phase)).await;
                 assert_eq!(answers.iter().map(word).collect::<Vec<_>>(), expected, "{phase}");
@@ -115,7 +115,7 @@ async fn a_batch_has_room_for_all_sizes() {
     }
 }
 
-/// While somebody else has all connections, calls come and wait, in this order. Then they can go on.
+/// Queues calls, in this order, while this function holds all connections. When it returns, the calls can proceed.
 async fn queue_up(
     shop: &Shop,
     participant: &Participant,
@@ -129,7 +129,7 @@ async fn queue_up(
     for call in calls {
         let participant = participant.clone();
         tasks.push(tokio::spawn(async move { participant.handle(&call, &[]).await }));
-        // The test has one thread, so the call comes as far as it can.
+        // The test has one thread, so the call runs until it waits.
         tokio::task::yield_now().await;
     }
     tasks
@@ -143,7 +143,8 @@ async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
         let shop = shop_after(&place, &before).await;
         let participant = shop.participant_in_batches();
 
-        // The first ones go at once. Of those who wait for them, one goes away and all others go together.
+        // The first calls run at once and the others wait. One waiting caller is dropped; the other waiting calls run as one
+        // batch.
         let calls_of = |of| calls(of, Phase::Confirm);
         let mut tasks = queue_up(&shop, &participant, calls_of(1..=turns + 3)).await;
         let gone = tasks.remove(tasks.len() - 2);
@@ -155,7 +156,7 @@ async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
         assert_eq!(shop.batches(), 1);
         assert_eq!(shop.state(turns + 2).await.as_deref(), Some("tried"));
 
-        // One whose code panics ends its own call, and no other.
+        // If the author's code panics for one branch, only that branch's call fails.
         shop.change_payload(turns + 4, payload_that(1, "panic")).await;
         let mut calls = calls_of(1..=turns);
         calls.extend(calls_of(turns + 4..=turns + 5));
@@ -165,7 +166,7 @@ async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
         assert_eq!(shop.batches(), 2);
         assert_eq!(shop.state(turns + 4).await.as_deref(), Some("tried"));
 
-        // And whoever comes then finds nobody at work.
+        // Afterwards no worker is running, so a late call runs at once.
         let late = participant.handle(&branch(turns + 2, Phase::Confirm), &[]).await;
         assert_eq!((word(&late), shop.batches()), ("Done", 2));
     }

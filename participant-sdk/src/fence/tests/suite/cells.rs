@@ -1,4 +1,4 @@
-//! The table of verdicts, what a repeat gets, and deadlines.
+//! The table of verdicts, the answers to repeats, and deadlines.
 
 use super::*;
 
@@ -11,7 +11,7 @@ async fn every_cell_of_the_table_at_every_level() {
                 for phase in before {
                     done(&shop.deliver(level, &branch(1, *phase), &payload(2)).await);
                 }
-                // Twice: a repeat has the same answer and no further effect.
+                // Twice: a repeat gets the same answer and has no further effect.
                 for _ in 0..2 {
                     let found = shop.deliver(level, &branch(1, asked), &payload(2)).await;
                     let cell = format!("{level:?}: {before:?}, then {asked}: {found:?}");
@@ -146,7 +146,7 @@ async fn a_new_try_after_its_deadline_is_rejected_and_a_recorded_one_is_answered
                     assert!(refusal.message.contains("clock of the participant's database"));
                 }
             }
-            // At level 0 the caller commits what the fence left there. It is no reservation.
+            // At level 0, the caller commits the row that the fence has written. That row must not be a reservation.
             assert_ne!(shop.state(1).await.as_deref(), Some("tried"), "{level:?}");
             done(&shop.deliver(level, &branch(1, Phase::Cancel), &[]).await);
 

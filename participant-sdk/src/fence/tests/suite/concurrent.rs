@@ -1,8 +1,8 @@
-//! Calls at the same time, and calls that are dropped half-way.
+//! Concurrent calls, and calls that are dropped half-way.
 
 use super::*;
 
-/// Delivers two calls at once, from two processes, many times.
+/// Delivers two calls concurrently, from two processes, many times.
 async fn race(
     place: &Place,
     level: Level,
@@ -72,8 +72,8 @@ async fn of_a_try_and_its_cancel_at_once_nothing_is_left() {
     }
 }
 
-/// Polls the future until it has been pending so many times, and drops it, at once or after the database has had time to do what
-/// it was asked.
+/// Polls the future until it has been pending this many times, and drops it. After each poll it pauses, so that the database can
+/// execute what it was sent.
 async fn give_up_after<F: Future>(
     pendings: usize,
     pause: Duration,
@@ -90,7 +90,7 @@ async fn give_up_after<F: Future>(
     None
 }
 
-/// Whether shelf and row agree, read in one statement.
+/// Checks that shelf and fence row agree. Reads both in one statement.
 async fn agree(shop: &Shop) -> String {
     let sql = "SELECT coalesce((SELECT state FROM handfast_fence_readable), 'nothing'), free, held, sold FROM shelf";
     let found: (String, i64, i64, i64) = sqlx::query_as(sql).fetch_one(&shop.pool).await.unwrap();
@@ -120,12 +120,12 @@ async fn a_call_given_up_at_any_point_leaves_no_half_work_and_the_pool_usable() 
                 }
             }
         }
-        // How many there are depends on whether an answer is there before it is waited for.
+        // The number of suspensions varies, because an answer may arrive before it is awaited.
         assert!(points >= 12 * GIVEN_UP.len(), "only {points} points");
     }
 }
 
-/// False: the call was over before.
+/// Returns false if the call completed before it could be dropped.
 async fn give_up_and_repeat(
     place: &Place,
     level: Level,
@@ -142,14 +142,14 @@ async fn give_up_and_repeat(
     let call = shop.deliver(level, &branch, &payload);
     let given_up = give_up_after(pendings, pause, call).await.is_none();
 
-    // Whoever wants the only connection has it soon, and it works as ever: also for a transaction of theirs that is dropped.
+    // The next user soon gets the only connection, and it works normally, even for a local transaction that is dropped.
     let next = tokio::time::timeout(Duration::from_secs(5), shop.pool.begin());
     let mut next = next.await.unwrap_or_else(|_| panic!("{level:?} {phase}, given up after {pendings} waits of {pause:?}: the connection is lost")).unwrap();
     sqlx::query("UPDATE shelf SET free = 0").execute(&mut *next).await.unwrap();
     drop(next);
     agree(&shop).await;
 
-    // And the repeat does what was asked, once.
+    // The retry does the work exactly once.
     done(&shop.deliver(level, &branch, &payload).await);
     let expected = match phase {
         Phase::Try => "tried",

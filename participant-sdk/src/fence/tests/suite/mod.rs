@@ -1,5 +1,5 @@
-//! The fence on a real database, the same tests for each. Calls arrive in any order, twice, at the same time, or are dropped half-way. In
-//! the end the shelf is as if each call had come once and in order.
+//! The fence on a real database; the same tests for each database. Calls arrive in any order, twice, concurrently, or are
+//! dropped half-way. At the end, the shelf is as if each call had arrived once and in order.
 
 use std::{
     future::Future,
@@ -52,7 +52,7 @@ fn expiring(mut branch: Branch, expires_at: i64) -> Branch {
     branch
 }
 
-/// Waits until the condition holds, at most ten seconds.
+/// Waits until the condition holds, for at most ten seconds.
 async fn until<F: Future<Output = bool>>(condition: impl Fn() -> F) {
     for _ in 0..1000 {
         if condition().await {

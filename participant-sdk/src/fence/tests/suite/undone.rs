@@ -1,4 +1,4 @@
-//! Work that is refused, fails, or cannot be committed leaves nothing behind.
+//! Work that is refused, that fails, or that cannot be committed leaves no changes behind.
 
 use super::*;
 
@@ -38,7 +38,7 @@ async fn an_error_undoes_everything_in_every_phase() {
             );
             assert_eq!((shop.shelf().await, shop.state(1).await), (UNTOUCHED, None));
 
-            // Of the row that stays, phase two finds a payload that makes it fail, until somebody mends it.
+            // The stored payload makes Confirm and Cancel fail until somebody repairs it. Meanwhile the row stays as it is.
             done(&shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await);
             let break_it = || sql("UPDATE handfast_fence SET payload = ?");
             sqlx::query(break_it())
@@ -63,7 +63,7 @@ async fn an_error_undoes_everything_in_every_phase() {
 async fn work_whose_local_transaction_has_ended_is_not_called_done() {
     for place in places().await {
         for level in [Level::Run, Level::Action, Level::Batch] {
-            // A connection whose transaction count is wrong must not stay in the pool, so a file, and not memory.
+            // The test needs a file, not a database in memory: a connection whose transaction count is wrong must be closed.
             let shop = place.open(1).await;
             let end = payload_that(2, "end");
             let answer = shop.deliver(level, &branch(1, Phase::Try), &end).await;
@@ -86,7 +86,7 @@ async fn work_whose_local_transaction_has_ended_is_not_called_done() {
 #[tokio::test]
 async fn run_borrows_what_it_likes_and_fits_into_tasks_and_handlers() {
     for place in places().await {
-        /// As tonic wants its handlers.
+        /// A handler trait as tonic generates it: its futures must be `Send`.
         #[tonic::async_trait]
         trait Handler {
             async fn deduct(&self, quantity: &str) -> Answer;

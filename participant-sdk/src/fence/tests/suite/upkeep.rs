@@ -1,8 +1,8 @@
-//! The clean-up, the making of the table, and log lines.
+//! The clean-up, the creation of the table, and log lines.
 
 use super::*;
 
-/// Delivers these calls for the `n`th transaction, and makes its row so many milliseconds old and expired.
+/// Delivers these calls for the `n`th transaction. Then makes its row this many milliseconds old, and sets when it expired.
 async fn aged(shop: &Shop, n: u64, calls: &[Phase], age: i64, expired: Option<i64>) {
     for phase in calls {
         done(&shop.deliver(Level::Run, &branch(n, *phase), &payload(0)).await);
@@ -61,7 +61,7 @@ async fn a_branch_that_was_settled_by_hand_is_closed_without_running_its_code() 
             }
             assert_eq!(shop.state(n).await.as_deref(), Some(state));
             assert!(shop.fence.overdue(&branch(n, phase).action).await.unwrap().is_empty());
-            // What comes late is answered from the row.
+            // A late call is answered from the row.
             done(&shop.deliver(Level::Action, &branch(n, phase), &[]).await);
             assert_eq!((shop.runs(), shop.shelf().await), (runs, shelf));
         }
@@ -151,7 +151,7 @@ async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
             .with_max_level(tracing::Level::TRACE)
             .with_writer(move || writer.clone())
             .finish();
-        // With one subscriber alone, tracing would forget those lines whose first use is in a test without one.
+        // With a single subscriber, tracing would disable log lines that were first reached in a test without a subscriber.
         let _second = tracing::Dispatch::new(tracing_subscriber::registry());
         let _guard = tracing::subscriber::set_default(subscriber);
 

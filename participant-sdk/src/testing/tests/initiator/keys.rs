@@ -1,4 +1,4 @@
-//! Idempotency keys: one key is one transaction, however often and by whomever it is run.
+//! Idempotency keys: one key is one transaction, however often and by whichever process it is run.
 
 use super::*;
 
@@ -27,7 +27,7 @@ async fn a_begin_without_an_answer_may_have_begun_what_its_key_leads_to() {
     let order = shop.order().idempotency_key("a").timeout(Duration::from_millis(300));
     let error = order
         .run(async |global| {
-            // The key was looked up before; from here on, or soon after, nobody answers.
+            // The key has already been looked up. From now on, the coordinator does not respond.
             shop.coordinator.kill();
             tokio::time::sleep(Duration::from_millis(100)).await;
             Ok(global.call::<Deduct>(&east, Json(3)).await?)
@@ -54,7 +54,7 @@ async fn the_same_key_runs_once() {
     let again = order("a", 3).await.unwrap();
     assert_eq!((first.xid, first.value, again.value), (again.xid, Some(7), None));
     assert_eq!(runs.load(Ordering::Relaxed), 1, "the closure ran again");
-    // A refusal stands too, and is told again.
+    // A refusal is final too, and a repeat reports it again.
     for _ in 0..2 {
         let error = order("b", 11).await.unwrap_err();
         let TransactionError::Refused { refusal, .. } = &error else { panic!("{error:?}") };
@@ -64,7 +64,7 @@ async fn the_same_key_runs_once() {
     let handfast = shop.coordinator.handfast();
     assert!(matches!(handfast.outcome_of_key("a").await.unwrap(), Outcome::Confirmed { .. }));
     assert!(matches!(handfast.outcome_of_key("b").await.unwrap(), Outcome::Cancelled { .. }));
-    // After a restart of the coordinator as well.
+    // Also after a restart of the coordinator.
     drop(handfast);
     shop.coordinator.restart().await;
     assert_eq!(
@@ -86,7 +86,7 @@ async fn two_runs_of_one_key_at_the_same_time_are_one_order() {
 #[tokio::test]
 async fn a_run_that_was_cut_off_is_taken_up_by_the_next_one_with_its_key() {
     let shop = Shop::new(streams()).await;
-    // The first initiator dies after its Trys: as if, by forgetting it.
+    // The first initiator dies after its Trys. Forgetting the transaction simulates that.
     let (east, west) = shop.remotes();
     let open = shop.order().idempotency_key("a").begin().await.unwrap();
     let (one, two) =
@@ -174,7 +174,7 @@ async fn a_key_with_other_arguments_is_told_so_before_anything_is_tried() {
     assert!(matches!(error, TransactionError::NotBegun { .. }), "{error:?}");
     assert!(error.to_string().contains("another fingerprint"), "{error}");
     shop.confirmed(first.xid).await;
-    // Also for a transaction that the coordinator runs.
+    // The same holds for a transaction that the coordinator runs.
     let (east, _) = shop.remotes();
     let execute = |pieces: i64| {
         let execute = shop.coordinator.handfast().execute("order").idempotency_key("b");

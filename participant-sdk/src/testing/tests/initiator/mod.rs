@@ -1,4 +1,4 @@
-//! What an initiator is told, and what is left in the participants' databases, whatever fails in between.
+//! What the initiator learns, and what remains in the participants' databases, whatever fails in between.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -11,7 +11,7 @@ use crate::{CallError, Phase};
 mod execute;
 mod keys;
 
-/// Whether calls share streams: this file is compiled twice.
+/// Whether calls share streams. This file is compiled twice, once for each value.
 fn streams() -> bool {
     !module_path!().contains("without_streams")
 }
@@ -137,7 +137,7 @@ async fn phase_one_that_takes_too_long_is_cancelled() {
     assert!(matches!(error, TransactionError::TimedOut { .. }), "{error:?}");
     shop.coordinator.finished(error.xid().unwrap()).await;
     assert_eq!(shop.stocks().await, UNTOUCHED);
-    // By the coordinator's clock, not by ours.
+    // The deadline is by the coordinator's clock, not by this process's clock.
     let run = shop.order().run(async |global| {
         global.call::<Deduct>(&east, Json(3)).await?;
         shop.coordinator.advance(Duration::from_secs(31));
@@ -171,7 +171,7 @@ async fn a_future_that_is_dropped_before_the_decision_cancels() {
         reason.contains("gave up"),
         "its time has run out, and nobody has cancelled it: {reason}"
     );
-    // Dropped while Begin is under way.
+    // The initiator is dropped while Begin is in flight.
     let run = shop.run(shop.order(), 2);
     assert!(tokio::time::timeout(Duration::ZERO, run).await.is_err());
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -232,7 +232,7 @@ async fn a_coordinator_that_stays_away_leaves_the_initiator_with_an_xid_to_ask_a
     let error = open.confirm().await.unwrap_err();
     let TransactionError::Unknown { xid, .. } = error else { panic!("{error:?}") };
     let xid = xid.unwrap();
-    // When it is back it can be asked: it was never told, so the transaction runs out of time.
+    // After the restart the coordinator has no decision, because it never received one. So the transaction times out.
     shop.coordinator.restart().await;
     assert_eq!(shop.coordinator.handfast().outcome(xid).await.unwrap(), Outcome::Undecided);
     assert!(matches!(shop.coordinator.finished(xid).await, Outcome::Cancelled { .. }));
@@ -300,7 +300,7 @@ async fn what_the_coordinator_does_not_take_is_told() {
         .await;
     let error = error.unwrap_err();
     assert!(error.to_string().contains("not allowed"), "{error}");
-    // The key of another operation.
+    // The key is already used by another operation.
     let keyed = || shop.order().idempotency_key("a");
     keyed().run(async |global| Ok(global.call::<Deduct>(&east, Json(1)).await?)).await.unwrap();
     let other = shop
@@ -322,7 +322,7 @@ async fn what_is_cancelled_is_not_told_confirmed_however_slow_the_store_is() {
     let open = shop.order().begin().await.unwrap();
     open.call::<Deduct>(&east, Json(3)).await.unwrap();
     open.call::<Deduct>(&west, Json(2)).await.unwrap();
-    // It has run out of time, and that is not durable for longer than anybody waits for completion.
+    // The transaction times out. The decision becomes durable only after callers have stopped waiting for completion.
     shop.coordinator.delay_store(Duration::from_secs(3));
     shop.coordinator.advance(Duration::from_secs(31));
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -340,7 +340,7 @@ async fn endless_patience_is_no_reason_to_panic() {
 #[tokio::test]
 async fn little_patience_beside_the_wait_for_acknowledgements_is_not_unknown() {
     let shop = Shop::new(streams()).await;
-    // No participant acknowledges while `run` waits: the pauses between attempts are of the clock that stands still.
+    // No participant acknowledges while `run` waits: the backoff between attempts uses the clock that stands still.
     shop.coordinator.script(Deduct::NAME, Phase::Confirm, [Fault::Unavailable; 4]);
     for patience in [300, 1000, 1500] {
         let order = shop.coordinator.handfast().transaction("order");
@@ -402,7 +402,7 @@ async fn the_time_for_one_try_is_the_contracts_or_the_calls_and_the_error_names_
     assert!(error.contains("DEADLINE_EXCEEDED: no answer within 200ms"), "{error}");
 }
 
-/// Its Try may take longer than the five seconds of other contracts.
+/// Its contract allows its Try longer than the usual five seconds.
 struct Slow;
 
 impl Contract for Slow {
@@ -412,7 +412,7 @@ impl Contract for Slow {
     const TRY_TIMEOUT: Duration = Duration::from_secs(7);
 }
 
-/// Takes this long.
+/// An action that takes this long.
 struct Counting(Duration);
 
 impl Action for Counting {

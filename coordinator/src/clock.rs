@@ -1,4 +1,4 @@
-//! The only door to time: wall-clock moments that never go back, and waiting for one.
+//! The only access to time: the present moment, which never goes back, and waiting for a moment.
 
 use std::{
     fmt,
@@ -10,21 +10,22 @@ use std::{
 use handfast_proto::time::Timestamp;
 use tokio::{sync::watch, time::Instant};
 
-/// Longest sleep before the time is looked at again.
+/// Longest sleep before the time is read again.
 const SLEEP_MAX: Duration = Duration::from_secs(10);
 
-/// Tells the time. Correctness never rests on it: a wrong clock can end phase one early, it cannot split a decision.
+/// The source of time. Correctness never depends on it: a wrong clock can end phase one early, but cannot lead to two
+/// decisions.
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
-    /// The present moment; never before one that was told earlier.
+    /// The present moment. Never earlier than a moment returned before.
     fn now(&self) -> Timestamp;
 
     /// Completes when [`Clock::now`] has reached `at`.
     fn sleep_until(&self, at: Timestamp) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
-/// The machine's clock, smoothed: when it jumps forward (after a suspend, say) this one follows at once, since deadlines that
-/// participants compare with their own clocks must not lag behind; when it jumps back this one runs on at nine tenths of its
-/// speed until the two agree, so that timers neither stand still nor fire twice.
+/// The machine's clock, smoothed. When it jumps forward (after a suspend, for example), this clock follows at once:
+/// participants compare deadlines with their own clocks. When it jumps back, this clock runs at nine tenths of its speed until
+/// the two agree. So timers neither stand still nor fire twice.
 #[derive(Clone)]
 pub struct SystemClock {
     last: Arc<Mutex<Told>>,
@@ -44,7 +45,7 @@ impl Default for SystemClock {
 }
 
 impl SystemClock {
-    /// The same over what another machine's clock says: a simulated one, that jumps.
+    /// A clock over another source of wall-clock time, such as a simulated machine whose clock jumps.
     pub fn of(wall: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
         let told = Told { instant: Instant::now(), at: wall() };
         Self { last: Arc::new(Mutex::new(told)), wall: Arc::new(wall) }
@@ -64,7 +65,7 @@ fn wall() -> Timestamp {
 }
 
 impl Told {
-    /// The moment to tell `elapsed` after this one, when the machine's clock says `wall`.
+    /// The moment that is `elapsed` after this one, when the machine's clock says `wall`.
     fn next(self, elapsed: Duration, wall: Timestamp) -> Timestamp {
         wall.max(self.at + elapsed * 9 / 10)
     }
@@ -76,7 +77,7 @@ impl Clock for SystemClock {
         let instant = Instant::now();
         let at = last.next(instant - last.instant, (self.wall)());
         if at > last.at {
-            // Below a millisecond nothing is told and nothing is forgotten.
+            // Less than a millisecond has passed: keep the old reading, so that fractions add up.
             *last = Told { instant, at };
         }
         last.at
@@ -90,33 +91,33 @@ impl Clock for SystemClock {
                 if now >= at {
                     return;
                 }
-                // Not all the way: while the machine is suspended tokio's clock may stand still, and this one does not.
+                // Sleep in steps: tokio's clock may stand still while the machine is suspended, but this clock does not.
                 tokio::time::sleep((at - now).min(SLEEP_MAX)).await;
             }
         })
     }
 }
 
-/// A clock that stands still until somebody moves it. For tests.
+/// A clock that moves only when it is told to. For tests.
 #[derive(Debug, Clone)]
 pub struct ManualClock {
     now: watch::Sender<Timestamp>,
 }
 
 impl ManualClock {
-    /// Stands at `now`.
+    /// A clock that stands at `now`.
     #[must_use]
     pub fn at(now: Timestamp) -> Self {
         Self { now: watch::Sender::new(now) }
     }
 
-    /// Stands at what the machine's clock says now, so that participants that look at their own agree.
+    /// A clock that stands at the machine's present time, so that participants with their own clocks agree.
     #[must_use]
     pub fn at_wall_time() -> Self {
         Self::at(wall())
     }
 
-    /// Moves it on. Whoever sleeps until then wakes.
+    /// Moves the clock on, and wakes every sleeper whose time has come.
     pub fn advance(&self, by: Duration) {
         self.now.send_modify(|now| *now = *now + by);
     }

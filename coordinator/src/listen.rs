@@ -1,5 +1,5 @@
-//! Takes connections, as many as there may be, sets the limits of each, and keeps file descriptors for what else the coordinator needs them for: calls to
-//! participants, and the store.
+//! Accepts connections up to a limit, and sets the limits of each. Reserves file descriptors for calls to participants and for
+//! the store.
 
 use std::{
     io,
@@ -19,19 +19,19 @@ use tracing::{info, warn};
 
 use crate::rpc::{Connection, STREAMS_MAX};
 
-/// Bytes of the headers of one request.
+/// Size of the headers of one request.
 const HEADERS_BYTES_MAX: u32 = 16 * 1024;
-/// How often an idle connection is asked whether it lives, and how long it may take to say so.
+/// How long a connection may be idle before it is pinged, and how long the client may take to answer.
 const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
-/// Pause after an accept that failed for want of something (file descriptors, memory): it would fail again at once.
+/// Pause after an accept that failed for lack of file descriptors or memory. It would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How often the log says that connections are refused.
+/// How often the log reports refused connections.
 const TOLD_EVERY: Duration = Duration::from_secs(10);
-/// File descriptors that callers never get, at least. Of many, a quarter.
+/// The least number of file descriptors that are reserved. If there are many, a quarter is reserved.
 const RESERVE_MIN: u64 = 64;
 
-/// How many connections there may be at a time: as configured, if the file descriptors suffice. Raises the limit of this process
-/// to what the system allows.
+/// The limit of connections: the configured one, if there are enough file descriptors. Raises this process's own limit of file
+/// descriptors to the highest that the system allows.
 pub(crate) fn connections_max(configured: usize) -> usize {
     let Some(descriptors) = raise_limit() else { return configured };
     let reserve = RESERVE_MIN.max(descriptors / 4);
@@ -64,19 +64,20 @@ fn raise_limit() -> Option<u64> {
     }
 }
 
-/// A server with the limits that gRPC does not have by itself.
+/// A server with the limits that gRPC does not set by itself.
 pub(crate) fn server() -> Server {
     Server::builder()
         .max_concurrent_streams(STREAMS_MAX)
         .concurrency_limit_per_connection(STREAMS_MAX as usize)
-        // After a pause of this process there may be as many calls that their callers have given up. That is no attack.
+        // After this process was suspended, many calls may have been cancelled by their callers. That is not an attack.
         .http2_max_pending_accept_reset_streams(Some(STREAMS_MAX as usize))
         .http2_max_header_list_size(HEADERS_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEP_ALIVE[0]))
         .http2_keepalive_timeout(Some(KEEP_ALIVE[1]))
 }
 
-/// Connections, `connections_max` at a time; one more is closed at once. A client that has said nothing ends with `closing`.
+/// Accepts `connections_max` connections at a time; further ones are closed at once. When `closing` is cancelled, connections
+/// whose client has sent nothing are closed.
 pub(crate) fn incoming(
     listener: TcpListener,
     connections_max: usize,
@@ -123,7 +124,7 @@ impl Accepting {
                         );
                     }
                 }
-                // Of one connection, not of all.
+                // The error concerns one connection, not the listener.
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -142,7 +143,7 @@ impl Accepting {
     }
 }
 
-/// Tells of something that may happen often.
+/// Limits how often a repeated event is logged.
 #[derive(Debug, Default)]
 struct Seldom {
     times: u64,
@@ -150,7 +151,7 @@ struct Seldom {
 }
 
 impl Seldom {
-    /// Counts once more. Returns how often it has happened since it was told last, if it is to be told now.
+    /// Counts the event. If it should be logged now, returns how often it has happened since it was last logged.
     fn tell(&mut self) -> Option<u64> {
         self.times += 1;
         if self.told_at.is_some_and(|at| at.elapsed() < TOLD_EVERY) {
@@ -173,7 +174,7 @@ mod tests {
     use super::*;
     use crate::rpc::HANDSHAKE_WITHIN;
 
-    /// The client's end of a connection to a server that has only health to tell of.
+    /// The client's end of a connection to a server with only the health service.
     fn connect(keep_alive: [Duration; 2]) -> DuplexStream {
         let (ours, theirs) = tokio::io::duplex(1024);
         let (_, health) = tonic_health::server::health_reporter();
@@ -187,7 +188,7 @@ mod tests {
         ours
     }
 
-    /// How long it takes until the server hangs up.
+    /// How long it takes until the server closes the connection.
     async fn hung_up_after(mut client: DuplexStream) -> Duration {
         let began = Instant::now();
         let mut bytes = Vec::new();
@@ -206,7 +207,7 @@ mod tests {
             let after = hung_up_after(client).await;
             assert!(after <= HANDSHAKE_WITHIN + Duration::from_secs(1), "{after:?}: {said:?}");
         }
-        // One that goes on in its own time, a byte a second, too.
+        // A slow client, which sends one byte a second.
         let (mut reads, mut writes) = tokio::io::split(connect(keep_alive));
         let writing = tokio::spawn(async move {
             for byte in preface {
@@ -220,7 +221,7 @@ mod tests {
         drop(reads.read_to_end(&mut Vec::new()).await);
         assert!(began.elapsed() <= HANDSHAKE_WITHIN + Duration::from_secs(1));
         writing.abort();
-        // And one that says it, and then nothing any more: it does not answer the keep-alive.
+        // A client that sends the preface and then nothing: it does not answer the keep-alive ping.
         let mut client = connect(keep_alive);
         client.write_all(preface).await.unwrap();
         client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap(); // SETTINGS

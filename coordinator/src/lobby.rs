@@ -1,5 +1,5 @@
-//! Answers callers before the coordinator has its store: while it starts, and as a standby. It is alive and not ready, and every
-//! call but for questions about health is answered UNAVAILABLE.
+//! Answers callers before the coordinator owns its store: while it starts, and while it is a standby. The process is alive but
+//! not ready. Every call except health checks is answered UNAVAILABLE.
 
 use std::{io, net};
 
@@ -18,7 +18,7 @@ pub(crate) struct Lobby {
 }
 
 impl Lobby {
-    /// Takes connections of `listener` from now on.
+    /// Starts to accept connections of `listener`.
     pub(crate) async fn open(listener: TcpListener, connections_max: usize) -> io::Result<Self> {
         let listener = listener.into_std()?;
         let closing = CancellationToken::new();
@@ -30,7 +30,7 @@ impl Lobby {
         Ok(Self { listener, closing, serving: tokio::spawn(serving) })
     }
 
-    /// Closes all connections: their clients connect again, to what serves from now on.
+    /// Closes all connections. The clients then reconnect to the coordinator itself.
     pub(crate) async fn close(self) -> io::Result<TcpListener> {
         self.closing.cancel();
         self.serving.abort();

@@ -1,9 +1,15 @@
-//! The process: builds the parts, joins them, serves, and stops them in order.
+//! The process: builds the parts of the coordinator, connects them, serves, and stops them in a fixed order.
 //!
-//! It stops in this order, within the grace period: health says not ready → no new connections, and open ones are asked to close
-//! → requests in flight finish → no further calls to participants, and those in flight return → changes that waited to be
-//! recorded with later ones are recorded → the partitions are handed back. A kill at any moment is just as safe, only slower to
-//! recover from.
+//! A shutdown goes in this order, within the grace period:
+//!
+//! 1. Health says not ready.
+//! 2. No new connections are accepted, and clients are asked to close theirs.
+//! 3. Requests in flight finish.
+//! 4. No new calls go to participants, and those in flight return.
+//! 5. The journal records all remaining changes.
+//! 6. The partitions are handed back.
+//!
+//! A kill at any moment is equally safe, but recovery takes longer.
 
 use std::{env, io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
@@ -42,21 +48,21 @@ use crate::{
     },
 };
 
-/// At the end, how long connections may take to send the last answers. Those of clients that are alive close by themselves before.
+/// At shutdown, how long connections may take to send the last answers. A responsive client closes its connection before that.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
-/// At the end, how often it is looked at whether the store still answers.
+/// At shutdown, how often the coordinator checks whether the store still answers.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// The runtime of the process: as many threads as TOKIO_WORKER_THREADS says, else half as many as there are processors. The work is
-/// many small pieces that wake each other, which costs a quarter more across threads than within one. The other processors are for
-/// the store's server and for other programs on this machine.
+/// The runtime of the process. It has as many threads as TOKIO_WORKER_THREADS says, otherwise half as many as there are
+/// processors. The work is many small tasks that wake each other, and that costs a quarter more across threads. The other
+/// processors are left to the store's server and to other programs on this machine.
 ///
 /// # Errors
 ///
-/// When the system has no threads to give.
+/// When the system cannot start the threads.
 pub fn runtime() -> io::Result<Runtime> {
     let mut builder = Builder::new_multi_thread();
-    // tokio reads it by itself.
+    // tokio reads the variable itself.
     if env::var_os("TOKIO_WORKER_THREADS").is_none() {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         builder.worker_threads((processors / 2).max(1));
@@ -64,10 +70,10 @@ pub fn runtime() -> io::Result<Runtime> {
     builder.enable_all().build()
 }
 
-/// What is told once the coordinator serves.
+/// What is announced once the coordinator serves.
 #[derive(Debug, Clone)]
 pub struct Started {
-    /// Where initiators connect.
+    /// The address that initiators connect to.
     pub grpc: SocketAddr,
     /// The store, for people.
     pub store: String,
@@ -76,18 +82,18 @@ pub struct Started {
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// In order, after a signal.
+    /// An orderly shutdown after a signal.
     Stopped,
     /// Another coordinator has taken over.
     Fenced,
-    /// The store holds what cannot be; a person must look.
+    /// The store holds damaged data; a person must look.
     Corrupt,
-    /// A task ended that should run for ever. Names it.
+    /// A task ended that should run for ever. Holds its name.
     Broken(&'static str),
 }
 
 impl Exit {
-    /// For the log.
+    /// The word for the log.
     fn as_str(self) -> &'static str {
         match self {
             Self::Stopped => "stopped",
@@ -101,25 +107,25 @@ impl Exit {
 /// Why the coordinator could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The store's file is not to be had.
+    /// The store's file cannot be opened.
     #[error(transparent)]
     OpenFile(#[from] sqlite::OpenError),
-    /// The store's server is not to be had, or not to be trusted.
+    /// The store's server cannot be reached, or cannot be trusted to keep what it acknowledges.
     #[error(transparent)]
     OpenServer(#[from] mysql::OpenError),
     /// The store does not answer.
     #[error("the store cannot be taken over: {0}")]
     Acquire(#[from] store::Error),
-    /// The address is not to be had.
+    /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     Listen {
-        /// Where.
+        /// The address.
         address: SocketAddr,
-        /// Why not.
+        /// The reason.
         #[source]
         source: io::Error,
     },
-    /// The server broke.
+    /// The gRPC server failed.
     #[error("the server failed: {0}")]
     Serve(#[from] tonic::transport::Error),
     /// Signals cannot be received.
@@ -130,20 +136,20 @@ pub enum Error {
 /// What to do if another coordinator owns the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TakeOver {
-    /// Wait until it hands the store back, or shows no life for a while.
+    /// Wait until the owner hands the store back, or shows no sign of life for a while.
     WhenFree,
-    /// Take over at once, unless the store was taken over too often lately. Then wait.
+    /// Take over at once. But if the store has been taken over too often lately, wait.
     AtOnce,
-    /// Take over at once, however often that was done.
+    /// Take over at once, however often the store has been taken over.
     Always,
 }
 
-/// Runs the coordinator until SIGTERM or SIGINT, or until it is replaced. `announce` is called once it serves. A second signal
-/// ends the process at once.
+/// Runs the coordinator until SIGTERM or SIGINT, or until another coordinator takes over. `announce` is called once it serves.
+/// A second signal ends the process at once.
 ///
 /// # Errors
 ///
-/// See [`Error`]; nothing is left half done.
+/// See [`Error`]. A failed start or stop leaves nothing half done.
 pub async fn run(
     config: Config,
     take_over: TakeOver,
@@ -157,7 +163,8 @@ pub async fn run(
     let lobby = Lobby::open(listener, connections_max).await.map_err(failed)?;
     let Ready { services, dispatch, mut running, coordinator } = tokio::select! {
         ready = start(&config, take_over) => ready?,
-        // Given up, whatever it waits for. The store carries out a takeover that has begun; the next owner takes over from it.
+        // Starting is abandoned, whatever it waits for. A takeover that has begun still completes in the store, and the next
+        // owner takes over from it.
         () = stop.cancelled() => {
             info!("stopped before it served");
             return Ok(Exit::Stopped);
@@ -185,7 +192,7 @@ pub async fn run(
         },
     };
     if let Exit::Broken(task) = exit {
-        // Half of a coordinator would hold its callers up. What is durable is carried on by the next one.
+        // A coordinator with a dead part would only delay its callers. The next owner continues from what is durable.
         set_ready(&health, false).await;
         error!(task, "a task has ended that should run for ever; ending at once");
         return Ok(exit);
@@ -202,7 +209,7 @@ pub async fn run(
     let in_time = tokio::select! {
         biased;
         in_time = in_order => in_time,
-        // Every step may wait for it.
+        // Every step of the shutdown may wait for the store, so stop waiting if it does not answer.
         () = silence(&coordinator) => {
             warn!("the store does not answer; the next owner will ask some participants once more");
             false
@@ -212,7 +219,7 @@ pub async fn run(
     Ok(exit)
 }
 
-/// The coordinator, once it owns its store.
+/// The coordinator once it owns its store.
 struct Ready {
     services: Services,
     dispatch: Arc<GrpcDispatch>,
@@ -220,7 +227,7 @@ struct Ready {
     coordinator: Arc<Coordinator>,
 }
 
-/// Opens the store, waits for its turn, and takes the store over. May be given up at any moment.
+/// Opens the store, waits for its turn, and takes the store over. May be dropped at any moment.
 async fn start(config: &Config, take_over: TakeOver) -> Result<Ready, Error> {
     let store = open_store(config).await?;
     let clock = Arc::new(SystemClock::default());
@@ -257,7 +264,7 @@ async fn open_store(config: &Config) -> Result<Arc<dyn Store>, Error> {
     })
 }
 
-/// Listens. Returns the address too: a configured port 0 has become a real one.
+/// Starts to listen. Returns the actual address, since the configured port may be 0.
 async fn listen_on(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
     let failed = |source| Error::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
@@ -276,7 +283,7 @@ fn settings(config: &Config) -> Settings {
     }
 }
 
-/// All services, with every limit set that gRPC has none for by itself.
+/// All services, with the limits that gRPC does not set by itself.
 pub fn router(services: &Services) -> (Router<Stack<EachCall, Identity>>, HealthReporter) {
     let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = || {
@@ -284,7 +291,7 @@ pub fn router(services: &Services) -> (Router<Stack<EachCall, Identity>>, Health
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    // Older tools ask for v1alpha only.
+    // Older tools support only v1alpha.
     let reflection_v1 = reflection().build_v1().expect("our own descriptors are sound");
     let reflection_v1alpha = reflection().build_v1alpha().expect("our own descriptors are sound");
     let router = listen::server()
@@ -297,7 +304,7 @@ pub fn router(services: &Services) -> (Router<Stack<EachCall, Identity>>, Health
     (router, reporter)
 }
 
-/// Each step has a part of the grace period, and is cut off at the end of it. Returns whether all steps were done in time.
+/// Each step has its share of the grace period and is cut off at its end. Returns whether all steps finished in time.
 async fn stop_in_order(
     answered: impl Future<Output = ()>,
     dispatch: &GrpcDispatch,
@@ -316,8 +323,8 @@ async fn stop_in_order(
     answered && called && recorded
 }
 
-/// Completes when all calls are answered, and their answers sent. A connection whose client is silent does not close by itself, and
-/// is not waited for.
+/// Completes when all calls are answered and the answers are sent. A connection with a silent client does not close by itself,
+/// so it is not waited for.
 async fn answered(
     serving: &mut tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
     services: &Services,
@@ -333,7 +340,7 @@ async fn answered(
     }
 }
 
-/// Completes when the store does not answer.
+/// Completes when the store stops answering.
 async fn silence(coordinator: &Coordinator) {
     while coordinator.is_ready() {
         sleep(LOOK_EVERY).await;

@@ -12,13 +12,13 @@ use crate::telemetry;
 /// What SIGHUP means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hangup {
-    /// What services take it for: read the configuration again.
+    /// A request to reload the configuration. Nothing can be reloaded, so the process goes on.
     Reload,
-    /// The terminal is gone.
+    /// The terminal was closed.
     Stop,
 }
 
-/// Is cancelled with the first SIGTERM or SIGINT. The second one ends the process.
+/// A token that is cancelled by the first SIGTERM or SIGINT. The second signal ends the process.
 pub(crate) fn stop_token(hangup: Hangup) -> io::Result<CancellationToken> {
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -38,7 +38,7 @@ pub(crate) fn stop_token(hangup: Hangup) -> io::Result<CancellationToken> {
                         continue;
                     }
                 },
-                // Whoever writes to a file that may not grow is told so by the write.
+                // Ignore it: the write that exceeds the file size limit returns an error.
                 () = one(&mut file_too_large) => continue,
             }
             if stopping.is_cancelled() {

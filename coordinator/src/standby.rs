@@ -1,6 +1,7 @@
-//! A standby waits for a store that another coordinator owns. It is alive, and not ready. The wait ends when the owner hands its
-//! partitions back, or when none of them has changed for a while by the standby's own clock: an owner with nothing else to write
-//! writes an empty batch every few seconds. A wrong guess is safe: a takeover fences the owner off, whatever it is doing.
+//! A standby waits for a store that another coordinator owns. It is alive but not ready. The wait ends when the owner hands its
+//! partitions back, or when no partition has changed for a while by the standby's own clock. An owner with nothing else to
+//! write appends an empty batch every few seconds. A wrong guess is safe: a takeover fences the owner off, whatever it is
+//! doing.
 
 use std::time::Duration;
 
@@ -9,19 +10,19 @@ use tracing::{info, warn};
 
 use crate::{store::Store, transaction::Timestamp};
 
-/// How often the owner is looked at.
+/// How often the standby checks the owner.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// An owner whose partitions have not changed for this long is gone.
+/// An owner whose partitions have not changed for this long is considered gone.
 const STILL_MAX: Duration = Duration::from_secs(10);
 
-/// After so many takeovers within so long, a coordinator that was told to take over at once waits all the same. The time is longer
-/// than supervisors wait before they restart a process. Without this, two coordinators that are both told to take over at once
-/// would take the store from each other for ever.
+/// After this many takeovers within this time, a coordinator that was told to take over at once waits instead. Otherwise two
+/// such coordinators would take the store from each other for ever. The time is longer than the pause of supervisors before
+/// they restart a process.
 const TAKEOVERS_MAX: u64 = 6;
 const TAKEOVERS_WITHIN: Duration = Duration::from_secs(600);
 
-/// Whether a coordinator that was told to take over at once may do so. Takeovers are counted by the clocks of those who did them:
-/// clocks that differ let two coordinators alternate for a little longer, not for ever.
+/// Whether a coordinator that was told to take over at once may do so. Each takeover is counted with the time of the clock of
+/// its coordinator. If the clocks differ, two coordinators can alternate a little longer, but not for ever.
 pub(crate) async fn may_take_over(store: &dyn Store, now: Timestamp) -> bool {
     let within = i64::try_from(TAKEOVERS_WITHIN.as_millis()).expect("a few minutes");
     match store.takeovers(Timestamp(now.0 - within), now).await {
@@ -42,8 +43,8 @@ pub(crate) async fn may_take_over(store: &dyn Store, now: Timestamp) -> bool {
     }
 }
 
-/// Returns when the store is free: no partition has an owner, or the owner shows no life. Only time between two successful looks
-/// counts: while the store cannot be read, the owner may be unable to write its heartbeat for the same reason.
+/// Returns when the store is free: no partition has an owner, or the owner shows no sign of life. Only time between two
+/// successful checks counts. While the store cannot be read, the owner may be unable to write its heartbeat either.
 pub async fn until_free(store: &dyn Store) {
     let mut seen = None;
     let mut still = Duration::ZERO;
@@ -93,7 +94,7 @@ mod tests {
         let began = Instant::now();
         let looking = store.clone();
         let waiting = tokio::spawn(async move { until_free(&*looking).await });
-        // Every third look fails.
+        // Every third check fails.
         let mut looks = 0_u32;
         while !waiting.is_finished() {
             store.fail_reads(looks % 3 == 2);

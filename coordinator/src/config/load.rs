@@ -1,5 +1,5 @@
-//! Reads the configuration from flags, environment, file and defaults; earlier ones override later ones. A wrong value is an
-//! error with its place, even if another source overrides it: else it would surface on the day that the other one is removed.
+//! Reads the configuration from flags, environment, file and defaults. Earlier ones override later ones. A wrong value is an
+//! error even if another source overrides it. Otherwise it would surface only when the other one is removed.
 
 use std::{net::IpAddr, ops::Range};
 
@@ -15,9 +15,9 @@ type Layer = <Keys as confique::Config>::Layer;
 
 /// How similar an unknown name and a suggestion must be, from 0 to 1.
 const GUESS_SIMILARITY_MIN: f64 = 0.7;
-/// Environment variables that are not keys: the path of the file, and the address that clients connect to.
+/// Environment variables that are not configuration keys: the path of the file, and the address that clients connect to.
 const ENV_OTHERS: [&str; 2] = ["HANDFAST_CONFIG", "HANDFAST_SERVER"];
-/// What all our variables start with.
+/// The prefix of all our variables.
 const ENV_PREFIX: &str = "HANDFAST_";
 
 /// The values from all sources.
@@ -159,8 +159,9 @@ fn from_env(env: &[(String, String)]) -> Result<Vec<Setting>, Invalid> {
 }
 
 /// Kubernetes sets variables for every service in a container's environment. A service named `handfast` causes
-/// HANDFAST_SERVICE_HOST, HANDFAST_PORT, HANDFAST_PORT_7420_TCP_ADDR and more. Nobody wrote those, so they are not errors.
-/// A HANDFAST_PORT with a plain number was written by somebody who expects it to mean something.
+/// HANDFAST_SERVICE_HOST, HANDFAST_PORT, HANDFAST_PORT_7420_TCP_ADDR and more. No person wrote these, so they
+/// are not errors.
+/// A HANDFAST_PORT with a plain number was written by a person who expects it to have an effect, so it is an error.
 fn is_of_kubernetes(name: &str, text: &str, env: &[(String, String)]) -> bool {
     let is_set = |name: &str| env.iter().any(|(set, _)| set == name);
     if let Some((stem, _)) = name.split_once("_SERVICE_PORT") {
@@ -170,7 +171,7 @@ fn is_of_kubernetes(name: &str, text: &str, env: &[(String, String)]) -> bool {
         return text.parse::<IpAddr>().is_ok();
     }
     if let Some((_, rest)) = name.split_once("_PORT_") {
-        // Such as 7420_TCP and 7420_TCP_ADDR.
+        // For example 7420_TCP and 7420_TCP_ADDR.
         return rest.split_once('_').is_some_and(|(port, protocol)| {
             let protocol = protocol.split('_').next().unwrap_or_default();
             port.parse::<u16>().is_ok() && ["TCP", "UDP", "SCTP"].contains(&protocol)
@@ -179,7 +180,7 @@ fn is_of_kubernetes(name: &str, text: &str, env: &[(String, String)]) -> bool {
     name.ends_with("_PORT") && text.contains("://")
 }
 
-/// What other programs call a key of ours.
+/// Our key for a name that other programs use for the same thing.
 fn other_name(unknown: &str) -> Option<String> {
     let key = match unknown.trim_start_matches(ENV_PREFIX) {
         "PORT" | "HOST" | "ADDR" | "ADDRESS" | "BIND" | "GRPC_PORT" => {

@@ -38,7 +38,7 @@ pub struct MySqlUrl {
 }
 
 impl MySqlUrl {
-    /// As it was given, with the password.
+    /// The URL as it was given, with the password.
     #[must_use]
     pub fn secret(&self) -> &str {
         &self.secret

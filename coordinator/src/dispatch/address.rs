@@ -1,17 +1,17 @@
-//! Which addresses may be dialled. The coordinator calls addresses that callers name, with its own reach into the network, and
-//! repeats for ever; so only what the operator allowed is dialled.
+//! Which addresses the coordinator may call. Callers name addresses, and the coordinator calls them from inside its own
+//! network, with endless retries. So it calls only addresses that the operator allowed.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
 pub use handfast_proto::address::{Address, InvalidAddress};
 use handfast_proto::address::{Host, port};
 
-/// Where a participant is: one address, or several of the same service. Cheap to clone.
+/// The addresses of a participant: one, or several for the same service. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Addresses(Arc<[Address]>);
 
 impl Addresses {
-    /// One after the other. There is at least one.
+    /// The addresses in order. There is at least one.
     pub fn iter(&self) -> impl Iterator<Item = &Address> {
         self.0.iter()
     }
@@ -26,7 +26,7 @@ impl From<Address> for Addresses {
 impl FromStr for Addresses {
     type Err = InvalidAddress;
 
-    /// Reads addresses with spaces between them.
+    /// Parses addresses that are separated by spaces.
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         let mut addresses: Vec<Address> =
             text.split_ascii_whitespace().map(str::parse).collect::<Result<_, _>>()?;
@@ -49,25 +49,25 @@ impl fmt::Display for Addresses {
 enum Rule {
     /// `loopback`: this machine.
     Loopback,
-    /// `host:port`; a port of `*` stands for any.
+    /// `host:port`; the port `*` matches every port.
     HostPort { host: Hosts, port: Option<u16> },
 }
 
-/// Which hosts a rule is for.
+/// The hosts that a rule matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Hosts {
     /// `*`
     Any,
-    /// `*.shop.internal`: all names below that one, kept with its dot in front.
+    /// `*.shop.internal`: every name below that domain. Stored with its leading dot.
     Below(String),
     One(Host),
 }
 
-/// Which addresses that callers name may be dialled. What the configuration says of a participant is always allowed.
+/// Which addresses named by callers may be called. Addresses in the configuration are always allowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AllowList(Vec<Rule>);
 
-/// A text is no rule of an allow-list.
+/// A text is not a valid rule of an allow-list.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{text:?} is no rule for targets ({why}): those are `loopback` or `host:port`, such as inventory:7001, *.shop.internal:7001, 10.0.0.5:*"
@@ -78,7 +78,7 @@ pub struct InvalidRule {
 }
 
 impl FromStr for Rule {
-    /// Why it is none.
+    /// Why the text is not a valid rule.
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, &'static str> {
@@ -100,11 +100,11 @@ impl FromStr for Rule {
 }
 
 impl AllowList {
-    /// Reads the rules.
+    /// Parses the rules.
     ///
     /// # Errors
     ///
-    /// When one of them is none.
+    /// When a rule is not valid.
     pub fn parse<'a>(rules: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidRule> {
         let rule = |text: &str| {
             text.parse().map_err(|why| InvalidRule { text: text.chars().take(256).collect(), why })
@@ -112,7 +112,7 @@ impl AllowList {
         Ok(Self(rules.into_iter().map(rule).collect::<Result<_, _>>()?))
     }
 
-    /// Whether this address may be dialled.
+    /// Whether the coordinator may call this address.
     #[must_use]
     pub fn allows(&self, address: &Address) -> bool {
         self.0.iter().any(|rule| match rule {
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn only_what_is_allowed_is_dialled() {
-        // What is no address is dialled as little as what is not allowed.
+        // A text that is not an address is refused in the same way as one that is not allowed.
         let allows = |rules: &[&str], address: &str| {
             let rules = AllowList::parse(rules.iter().copied()).unwrap();
             address.parse().is_ok_and(|address| rules.allows(&address))

@@ -1,14 +1,15 @@
-//! What a participant's answer means: the table of `participant.proto`, read. The only place that reads gRPC codes.
+//! What a participant's answer means, following the table in `participant.proto`. Only this file interprets the gRPC codes of
+//! participants.
 
 use handfast_proto::{failure::code_name, refusal, v1 as pb};
 use tonic::{Code, Status};
 
 use crate::transaction::{AttemptError, Outcome, Payload, Phase, Refusal, Timestamp};
 
-/// Characters of a participant's error that are kept: enough for a person to see what is wrong.
+/// Longest part of a participant's error message that is kept: enough for a person to see the problem.
 const MESSAGE_CHARS_MAX: usize = 512;
 
-/// Reads the answer to a call of `phase`.
+/// The outcome of a call of `phase`, according to the answer.
 pub(super) fn outcome(
     phase: Phase,
     answer: Result<Option<Payload>, Status>,
@@ -23,11 +24,11 @@ pub(super) fn outcome(
         return Outcome::Refused(on_one_line(refusal));
     }
     let (timed_out, hopeless) = match status.code() {
-        // A Try that came too late was not made, and will not be; one that makes no sense to its participant never will. Phase
-        // two is never given up: there, hopeless only says that time alone will not mend it.
+        // For a Try, these codes are final: it came too late, or the participant will never accept it. Confirm and Cancel are
+        // retried for ever. For them, `hopeless` only means that waiting alone will not help.
         Code::Aborted | Code::InvalidArgument => (false, is_try),
         Code::FailedPrecondition | Code::Unimplemented => (false, true),
-        // CANCELLED is what some servers say when they notice first that the time is over.
+        // Some servers answer CANCELLED if they notice first that the deadline has passed.
         Code::DeadlineExceeded | Code::Cancelled => (true, false),
         Code::Ok
         | Code::Unknown
@@ -41,7 +42,7 @@ pub(super) fn outcome(
         | Code::DataLoss
         | Code::Unauthenticated => (false, false),
     };
-    // A Confirm or Cancel that is refused: the record has one text, so the reason and its details go into it.
+    // A refused Confirm or Cancel: the record has a single text field, so the reason and its details are put into it.
     let message = match refusal::read(&status) {
         Some(refusal) => one_line(&in_words(&refusal)),
         None => one_line(status.message()),
@@ -71,19 +72,20 @@ fn in_words(refusal: &pb::Refusal) -> String {
     text
 }
 
-/// What somebody else wrote, fit for a log: cut, and on one line.
+/// A text from outside, made fit for a log: cut, and on one line.
 pub(crate) fn one_line(text: &str) -> String {
     text.chars().take(MESSAGE_CHARS_MAX).map(|c| if is_unprintable(c) { ' ' } else { c }).collect()
 }
 
-/// Whether a terminal would obey a character rather than show it: controls, line breaks, and what turns the direction of text around.
+/// Whether a terminal would act on a character instead of showing it: control characters, line breaks, and marks that change
+/// the direction of text.
 #[must_use]
 pub fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// A refusal with texts that are fit for a log.
+/// A refusal with its texts made fit for a log.
 fn on_one_line(refusal: pb::Refusal) -> Refusal {
     let pb::Refusal { reason, domain, message, metadata } = refusal;
     let [reason, domain, message] = [reason, domain, message].map(|text| one_line(&text));
@@ -161,7 +163,7 @@ mod tests {
             (refusal.message.as_str(), refusal.metadata["sku"].as_str()),
             ("only 2 left", "7")
         );
-        // A participant without the details still refuses.
+        // A refusal without details is still a refusal.
         let plain = Status::failed_precondition("no");
         let Outcome::Refused(refusal) = outcome(Phase::Try, Err(plain), NOW) else {
             panic!("no refusal")

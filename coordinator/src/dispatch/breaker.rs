@@ -1,24 +1,23 @@
-//! Keeps calls away from a participant that is dead: there is no connection, or it is lost again and again. Being slow does not
-//! count, so that an action that hangs does not keep calls away from the others.
+//! Stops calls to a dead participant: one that cannot be connected to, or whose connection breaks again and again. Slow answers
+//! do not count, so an action that hangs does not block the participant's other actions.
 
 use std::time::Duration;
 
 use super::{Later, lane::spread};
 use crate::transaction::Timestamp;
 
-/// So many calls in a row without a connection open the breaker.
+/// The breaker opens after this many calls in a row without a connection.
 const BREAKER_FAILURES: u32 = 5;
-/// How long the breaker stays open the first time; doubles up to the longest.
+/// How long the breaker stays open: the first time, and at most. The time doubles with each failure.
 const BREAKER_PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
 
-/// Lets one call at a time try whether the participant lives again.
+/// While open, lets one probe call at a time test whether the participant is back.
 #[derive(Debug, Default)]
 pub(super) struct Breaker {
-    /// Calls in a row without a connection.
     failures: u32,
-    /// While open: until when nobody is let through.
+    /// While open: no call is made before this moment.
     open_until: Option<Timestamp>,
-    /// Since it opened somebody was let through, and is not back.
+    /// Whether a probe is in flight.
     probing: bool,
 }
 
@@ -28,18 +27,18 @@ impl Breaker {
         if now < until {
             return Err(spread(until - now));
         }
-        // This one is the probe; the others stay away until it is back, or was lost.
+        // This call is the probe. Other calls wait until it returns, or until the pause shows that it was lost.
         self.open_until = Some(now + self.pause());
         self.probing = true;
         Ok(())
     }
 
-    /// A call came back with an answer, whatever it said.
+    /// A call was answered, with whatever result.
     pub(super) fn answered(&mut self) {
         *self = Self::default();
     }
 
-    /// There was no connection for a call, or it was lost.
+    /// A call found no connection, or its connection broke.
     pub(super) fn not_reached(&mut self, now: Timestamp) {
         if self.open_until.is_some() && !std::mem::take(&mut self.probing) {
             return; // it was under way when the breaker opened, and says nothing new
@@ -50,7 +49,7 @@ impl Breaker {
         }
     }
 
-    /// The deadline of a call passed: whether there was a connection is not known.
+    /// A call passed its deadline. It is unknown whether there was a connection.
     pub(super) fn timed_out(&mut self) {
         self.probing = false;
     }
@@ -75,11 +74,11 @@ mod tests {
         }
         let Later(wait) = breaker.admit(now).unwrap_err();
         assert!((BREAKER_PAUSES[0]..=BREAKER_PAUSES[0] * 2).contains(&wait), "{wait:?}");
-        // One probe at a time.
+        // Only one probe at a time.
         now = now + BREAKER_PAUSES[0];
         breaker.admit(now).unwrap();
         breaker.admit(now).unwrap_err();
-        // It fails: twice as long.
+        // The probe fails, so the pause doubles.
         breaker.not_reached(now);
         breaker.admit(now + BREAKER_PAUSES[0]).unwrap_err();
         now = now + BREAKER_PAUSES[0] * 2;

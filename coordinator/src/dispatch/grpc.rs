@@ -1,4 +1,4 @@
-//! Calls over gRPC: those to one server share a stream, if it has streams.
+//! Calls to participants over gRPC. Calls to one server share a stream if the server supports streams.
 
 use std::{
     collections::BTreeMap,
@@ -33,56 +33,57 @@ use crate::{
     transaction::{Outcome, Payload, Phase, Timestamp},
 };
 
-/// Participants, by their addresses, that are known at a time.
+/// Participants that are known at a time. Participants are told apart by their addresses.
 const PEERS_MAX: usize = 4096;
-/// How much later, when all of them are busy.
+/// Pause before a call is tried again when all known participants are busy.
 const PEERS_FULL_PAUSE: Duration = Duration::from_secs(1);
-/// A participant that nobody has called for so long is forgotten, and its connections are closed.
+/// A participant without calls for this long is forgotten, and its connections are closed.
 const IDLE_MAX: Duration = Duration::from_secs(300);
-/// How often those are looked for.
+/// How often idle participants are looked for.
 const IDLE_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What dispatch needs to know of the configuration.
+/// The part of the configuration that dispatch needs.
 #[derive(Debug, Clone)]
 pub struct Targets {
-    /// Where participants are, by name. Wins over what a branch brought, at each call: a service that moved can be pointed at
-    /// again.
+    /// Addresses of participants, by name. They override the address that a branch was registered with, at every call. So a
+    /// service that has moved can be reached again.
     pub participants: BTreeMap<String, Addresses>,
-    /// Which of the addresses that branches bring may be dialled.
+    /// Which addresses of branches may be called.
     pub allow: AllowList,
-    /// Calls to one participant at a time, beside one for each of its actions.
+    /// Calls in flight to one participant, in addition to one for each of its actions.
     pub calls_max: usize,
-    /// Calls to one server share a stream, if it has streams.
+    /// Whether calls to one server share a stream, if it supports streams.
     pub streams: bool,
 }
 
 /// Why a branch cannot be called.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreachable {
-    /// Neither the configuration nor the branch says where.
+    /// Neither the configuration nor the branch has an address.
     #[error(
         "the configuration has no address for participant {0:?} (participants.{0}), and the branch brings no target"
     )]
     NoAddress(String),
-    /// What the branch brought is none.
+    /// The branch's target is not an address.
     #[error(transparent)]
     Invalid(#[from] super::address::InvalidAddress),
-    /// What the branch brought must not be dialled.
+    /// The branch's target may not be called.
     #[error("the target {address} is not allowed (targets.allow is: {allowed})")]
     NotAllowed {
-        /// What the branch brought.
+        /// The branch's target.
         address: Address,
-        /// What may be.
+        /// The allowed addresses.
         allowed: String,
     },
 }
 
 impl Targets {
-    /// Where a branch is called: what the configuration says of its participant, else the target that it brought.
+    /// Where a branch is called: at the address that the configuration has for its participant, otherwise at the branch's
+    /// target.
     ///
     /// # Errors
     ///
-    /// When nobody says, or it must not be called there.
+    /// When there is no address, or it may not be called.
     pub fn addresses(&self, participant: &str, target: &str) -> Result<Addresses, Unreachable> {
         if let Some(addresses) = self.participants.get(participant) {
             return Ok(addresses.clone());
@@ -106,14 +107,14 @@ pub struct GrpcDispatch {
     dialler: Arc<dyn Dialler>,
     clock: Arc<dyn Clock>,
     peers: Mutex<Peers>,
-    /// Every call that waits or is under way.
+    /// Counts every call that waits or is in flight.
     calls: TaskTracker,
-    /// No further ones are taken.
+    /// Cancelled when no further calls are accepted.
     closing: CancellationToken,
 }
 
 impl GrpcDispatch {
-    /// One with no connections yet.
+    /// A dispatch without connections.
     #[must_use]
     pub fn new(targets: Arc<Targets>, dialler: Arc<dyn Dialler>, clock: Arc<dyn Clock>) -> Self {
         let (peers, calls, closing) =
@@ -121,7 +122,7 @@ impl GrpcDispatch {
         Self { targets, dialler, clock, peers, calls, closing }
     }
 
-    /// Takes no further calls, and returns when those under way have come back.
+    /// Accepts no further calls. Returns when all calls in flight have returned.
     pub async fn close(&self) {
         self.closing.cancel();
         self.calls.close();
@@ -142,7 +143,7 @@ impl GrpcDispatch {
                     forgotten.extend(peers.forget(now, Duration::ZERO));
                 }
                 if peers.by_addresses.len() < PEERS_MAX {
-                    // Its channels are built by the first call, off this lock and off the partition's task.
+                    // The first call builds the channels, outside this lock and outside the partition's task.
                     let servers =
                         Servers::new(addresses.clone(), self.dialler.clone(), self.targets.streams);
                     let peer = Arc::new(Peer::new(servers, self.targets.calls_max));
@@ -164,11 +165,11 @@ impl GrpcDispatch {
     }
 }
 
-/// Participants that were called of late.
+/// Recently called participants.
 #[derive(Debug)]
 struct Peers {
     by_addresses: BTreeMap<Addresses, Arc<Peer>>,
-    /// When idle ones were last looked for.
+    /// When idle participants were last looked for.
     checked_at: Timestamp,
 }
 
@@ -196,7 +197,7 @@ impl Dispatch for GrpcDispatch {
         let addresses = match self.targets.addresses(&spec.participant, &spec.target) {
             Ok(addresses) => addresses,
             Err(unreachable) => {
-                // The configuration may have changed since the door was passed.
+                // The target was allowed when the branch was registered, but the configuration may have changed since.
                 let status = Status::unimplemented(unreachable.to_string());
                 self.calls.spawn(async move {
                     let outcome = outcome(call.phase, Err(status), clock.now());
@@ -227,11 +228,11 @@ impl Dispatch for GrpcDispatch {
 
 async fn report(returned: &mpsc::Sender<Returned>, call: &CallRequest, outcome: Outcome) {
     let CallRequest { xid, branch, phase, .. } = *call;
-    // At the end of the process nobody may be there any more; the next owner asks again.
+    // At the end of the process the partition may be gone. The next owner makes the call again.
     drop(returned.send(Returned { xid, branch, phase, outcome }).await);
 }
 
-/// The process ends, or phase one did, before it was this call's turn.
+/// The outcome of a call that was not made, because the process or phase one ended before its turn.
 fn not_made(call: &CallRequest, now: Timestamp) -> Outcome {
     outcome(
         call.phase,
@@ -253,7 +254,7 @@ async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
     outcome(call.phase, answer, clock.now())
 }
 
-/// Asks one of the participant's servers; the next one only where the one before was not reached.
+/// Calls one of the participant's servers. The next server is tried only if the previous one could not be reached.
 async fn ask(
     peer: &Peer,
     call: &CallRequest,
@@ -280,7 +281,7 @@ async fn ask(
             return timed_out();
         };
         match answer {
-            // A status with a source was made on this side: no connection, or one that broke.
+            // A status with a source was made on our side: there was no connection, or it broke.
             Err(status) if std::error::Error::source(&status).is_some() => {
                 server.did_not_answer(begun, clock.now());
                 let may_have_arrived = !connection::is_not_connected(&status);
@@ -320,7 +321,7 @@ async fn send(line: &Line<ToParticipant>, call: &CallRequest) -> Result<Option<P
         }
         Phase::Cancel => BranchRequest::CancelBranch(pb::CancelBranchRequest { context, payload }),
     };
-    // A transaction that the coordinator drives has the branches that it was begun with, and no others.
+    // A transaction driven by the coordinator has a fixed set of branches, so no branch may join.
     let request = BranchCall { call: request, may_join: false };
     let reply = line.call(request, call.deadline + DEADLINE_MARGIN).await?.reply;
     Ok(reply.map(|reply| Payload { data: reply.data, content_type: reply.content_type }))

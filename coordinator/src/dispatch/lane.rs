@@ -1,4 +1,4 @@
-//! The calls of one action to one participant: how many are under way at a time, and how many wait.
+//! The calls of one action to one participant: how many are in flight, and how many wait.
 
 use std::{
     sync::{
@@ -12,30 +12,31 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Later;
 
-/// Calls that wait for one action at most. What comes on top is due later.
+/// Calls that may wait for one action. Further calls are turned away and made later.
 pub(super) const QUEUE_MAX: usize = 1024;
-/// How much later, when the queue is full: so long for each queue of calls that were turned away before. They come back spread over
-/// that time, about as fast as calls are made; all at once and again and again they would keep the processor from everything else.
+/// When the queue is full, a call is put off by this much for each full queue of calls turned away before it. So calls come
+/// back at about the rate at which they can be made. If they all came back at once, again and again, they would use up the
+/// processor.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(50);
-/// How much later at most. Below what makes a transaction leave memory, which costs a write.
+/// The longest such pause. It is below `PARK_AFTER`: a transaction with a longer pause leaves memory, which costs a write.
 const QUEUE_FULL_PAUSE_MAX: Duration = Duration::from_secs(4);
 
-/// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Lane {
-    /// As many as may be under way at a time: three quarters of the participant's slots, so that the rest is left to other actions.
+    /// One permit for each call that may be in flight: three quarters of the participant's slots. The rest is for its other
+    /// actions.
     turns: Arc<Semaphore>,
-    /// The one slot that no other action can take.
+    /// One slot that other actions cannot take.
     own_slot: Arc<Semaphore>,
-    /// Calls that wait or are under way.
+    /// Calls that wait or are in flight.
     held: AtomicUsize,
-    /// Calls that were turned away because the queue was full, less those that were made since.
+    /// Calls that were turned away because the queue was full, minus the calls made since then.
     turned_away: AtomicUsize,
     turns_max: usize,
 }
 
 impl Lane {
-    /// `calls_max`: slots of the participant.
+    /// `calls_max` is the number of the participant's slots.
     pub(super) fn new(calls_max: usize) -> Self {
         let turns_max = calls_max - calls_max / 4;
         Self {
@@ -47,7 +48,7 @@ impl Lane {
         }
     }
 
-    /// Whether nobody uses it.
+    /// Whether no call waits or is in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.held.load(Ordering::Relaxed) == 0
     }
@@ -72,23 +73,23 @@ impl Lane {
     pub(super) fn leave(&self) {
         self.held.fetch_sub(1, Ordering::Relaxed);
         let one_less = |turned_away: usize| turned_away.checked_sub(1);
-        // An error means that it was 0 already.
+        // An error means that the counter was already 0.
         let _was_zero =
             self.turned_away.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
     }
 
-    /// Waits until fewer than the most are under way.
+    /// Waits until fewer calls than allowed are in flight.
     pub(super) async fn turn(&self) -> OwnedSemaphorePermit {
         self.turns.clone().acquire_owned().await.expect("never closed")
     }
 
-    /// Waits for the slot that only this action can take.
+    /// Waits for the slot that only this action can use.
     pub(super) async fn own_slot(&self) -> OwnedSemaphorePermit {
         self.own_slot.clone().acquire_owned().await.expect("never closed")
     }
 }
 
-/// Spread over as much again, so that those who were turned away do not come back together.
+/// Adds a random part of up to the same length, so that calls that were turned away do not all come back at once.
 pub(super) fn spread(wait: Duration) -> Later {
     Later(wait + wait * fastrand::u32(..65_536) / 65_536)
 }
@@ -97,7 +98,7 @@ pub(super) fn spread(wait: Duration) -> Later {
 mod tests {
     use super::*;
 
-    /// Somebody who holds a place.
+    /// A call that holds a place in the lane.
     struct Held<'a>(&'a Lane);
 
     impl Drop for Held<'_> {
@@ -135,7 +136,7 @@ mod tests {
         assert!(waits[..QUEUE_MAX].iter().all(|wait| *wait <= QUEUE_FULL_PAUSE * 2));
         assert!(waits[9 * QUEUE_MAX..].iter().all(|wait| *wait >= QUEUE_FULL_PAUSE * 10));
         assert!((0..100 * QUEUE_MAX).all(|_| turned_away() <= QUEUE_FULL_PAUSE_MAX));
-        // As calls are made, there are fewer to come back.
+        // Each call that is made reduces the number of calls that will come back.
         for _ in 0..200 * QUEUE_MAX {
             drop(places.pop());
             places.push(enter(&lane).ok().unwrap());

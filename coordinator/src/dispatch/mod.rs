@@ -1,8 +1,8 @@
-//! Calls to participants. The partitions hand over what is due and go on; what became of a call comes back on a channel.
+//! Calls to participants. A partition submits a due call and goes on. The outcome comes back on a channel.
 //!
-//! A participant that is slow or dead delays nobody else: each is a [`peer`] of its own, with a limit of calls at a time and a
-//! breaker. An action that hangs delays no other: each has a [`lane`] of its own, with a bounded queue. A participant may have several
-//! [`servers`]. Nothing is repeated here: the repeat is the partition's, after its backoff.
+//! A slow or dead participant delays no other: each has its own [`peer`] with a limit of calls in flight and a breaker. An
+//! action that hangs delays no other action: each has its own [`lane`] with a bounded queue. A participant may have several
+//! [`servers`]. Dispatch never retries a call. The partition does, after its backoff.
 
 pub mod address;
 mod answer;
@@ -29,60 +29,59 @@ use crate::transaction::{BranchSpec, Outcome, Phase, Timestamp};
 /// One call to one participant.
 #[derive(Debug, Clone)]
 pub struct CallRequest {
-    /// Which transaction.
+    /// The transaction.
     pub xid: Xid,
-    /// Which of its branches, by index.
+    /// The index of the branch in its transaction.
     pub branch: usize,
-    /// That branch, as it was registered. The payload is that of a Try, or carried.
+    /// The branch as it was registered. Its payload is the payload of the Try, or the one carried over to phase two.
     pub spec: Arc<BranchSpec>,
-    /// What to do.
+    /// Try, Confirm or Cancel.
     pub phase: Phase,
-    /// From 1, within the phase.
+    /// The number of this attempt within the phase, from 1.
     pub attempt: u32,
-    /// End of phase one.
+    /// When phase one ends.
     pub expires_at: Timestamp,
-    /// Of the transaction.
+    /// The labels of the transaction.
     pub labels: BTreeMap<String, String>,
-    /// How long it may take, from the moment it leaves.
+    /// The deadline of the call, counted from when it is sent.
     pub deadline: Duration,
-    /// An operator has asked for it: it goes out though its participant has not been answering.
+    /// An operator asked for this call, so it is made even if the breaker is open.
     pub hurried: bool,
 }
 
 impl CallRequest {
-    /// Whether it is not worth making any more: a Try after the end of phase one.
+    /// Whether the call is pointless now: a Try after the end of phase one.
     fn is_too_late(&self, now: Timestamp) -> bool {
         self.phase == Phase::Try && now >= self.expires_at
     }
 }
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Debug)]
 pub struct Returned {
-    /// Which transaction.
+    /// The transaction.
     pub xid: Xid,
-    /// Which of its branches, by index.
+    /// The index of the branch in its transaction.
     pub branch: usize,
-    /// What was asked for.
+    /// The phase that was asked for.
     pub phase: Phase,
-    /// What became of it.
+    /// The result.
     pub outcome: Outcome,
 }
 
-/// A call cannot be taken now: ask again after this long. It was not made and does not count as an attempt.
+/// A call cannot be made now; submit it again after this pause. Nothing was sent, and it does not count as an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Later(
-    /// How long.
+    /// The pause.
     pub Duration,
 );
 
 /// Makes calls.
 pub trait Dispatch: fmt::Debug + Send + Sync + 'static {
-    /// Takes a call, without waiting. What becomes of it is sent to `returned`, once, whatever happens short of the end of the
-    /// process.
+    /// Accepts a call without waiting. Its outcome is sent to `returned` exactly once, unless the process ends before.
     ///
     /// # Errors
     ///
-    /// When its participant has as much to do as it may have, or is not answering: nothing was sent.
+    /// When the participant's queue is full or its breaker is open. Nothing was sent.
     fn submit(&self, call: CallRequest, returned: &mpsc::Sender<Returned>) -> Result<(), Later>;
 }

@@ -1,7 +1,7 @@
-//! One participant, by its addresses: how many calls go to it at a time, and whether it answers at all.
+//! One participant, identified by its addresses: how many calls it gets at a time, and whether it answers at all.
 //!
-//! Each action has a [`Lane`] of its own, so that one that hangs holds up itself. All lanes share the slots of the participant. One
-//! lane may hold most of them, not all, and each has a slot that no other can take.
+//! Each action has its own [`Lane`], so that an action that hangs delays only itself. All lanes share the slots of the
+//! participant. One lane may hold most of the slots, but not all. Each lane also has one slot that no other lane can take.
 
 use std::{
     collections::BTreeMap,
@@ -22,16 +22,15 @@ use super::{
 };
 use crate::transaction::Timestamp;
 
-/// Actions of one participant that have a lane of their own. The others share one.
+/// Actions of one participant that have their own lane. Further actions share one.
 const LANES_MAX: usize = 32;
-/// Calls that wait for one participant. Each of its actions may have as many as are left of these, and a few in any case.
+/// Calls that may wait for one participant. An action may fill what is left of these places, and always has [`QUEUE_MIN`].
 const QUEUES_MAX: usize = 2 * QUEUE_MAX;
-/// Those few.
+/// Places in the queue that every action has.
 const QUEUE_MIN: usize = 16;
-/// The lane of the others. No action is called that.
+/// The name of the shared lane. No action has an empty name.
 const OTHERS: &str = "";
 
-/// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) servers: Arc<Servers>,
@@ -40,9 +39,9 @@ pub(super) struct Peer {
     calls_max: usize,
     lanes: Mutex<BTreeMap<String, Arc<Lane>>>,
     breaker: Mutex<Breaker>,
-    /// Calls that wait or are under way.
+    /// Calls that wait or are in flight.
     held: AtomicUsize,
-    /// When the latest call came, in milliseconds since 1970.
+    /// When the latest call was submitted, in milliseconds since 1970.
     used_at: AtomicI64,
 }
 
@@ -60,7 +59,7 @@ impl Drop for Place {
     }
 }
 
-/// The right to be under way. Gives it back when dropped.
+/// The permit to be in flight. Given back when dropped.
 #[derive(Debug)]
 pub(super) struct Turn {
     _of_lane: OwnedSemaphorePermit,
@@ -68,7 +67,7 @@ pub(super) struct Turn {
 }
 
 impl Place {
-    /// Waits for its turn.
+    /// Waits until the call may be made.
     pub(super) async fn turn(&self) -> Turn {
         let of_lane = self.lane.turn().await;
         let slot = tokio::select! {
@@ -85,7 +84,7 @@ impl Place {
 }
 
 impl Peer {
-    /// `calls_max`: calls at a time, beside one for each action.
+    /// `calls_max`: calls in flight, in addition to one for each action.
     pub(super) fn new(servers: Servers, calls_max: usize) -> Self {
         Self {
             servers: Arc::new(servers),
@@ -98,13 +97,13 @@ impl Peer {
         }
     }
 
-    /// Whether nobody has used it for so long.
+    /// Whether the participant has had no call for `length`.
     pub(super) fn is_idle(&self, now: Timestamp, length: Duration) -> bool {
         let used_at = Timestamp(self.used_at.load(Ordering::Relaxed));
         self.held.load(Ordering::Relaxed) == 0 && now - used_at >= length
     }
 
-    /// Takes a place in the queue of an action. Whoever is `hurried` passes the breaker.
+    /// Takes a place in the queue of an action. A `hurried` call ignores the breaker.
     pub(super) fn enter(
         self: &Arc<Self>,
         action: &str,
@@ -135,17 +134,17 @@ impl Peer {
         lanes.entry(action.to_owned()).or_insert_with(new).clone()
     }
 
-    /// A call came back with an answer, whatever it said.
+    /// A call was answered, with whatever result.
     pub(super) fn answered(&self) {
         self.breaker.lock().expect("nothing panics while it is locked").answered();
     }
 
-    /// There was no connection for a call, or it was lost.
+    /// A call found no connection, or its connection broke.
     pub(super) fn not_reached(&self, now: Timestamp) {
         self.breaker.lock().expect("nothing panics while it is locked").not_reached(now);
     }
 
-    /// The deadline of a call passed. That says that the action is slow, and nothing of the participant.
+    /// A call passed its deadline. That shows that the action is slow, but says nothing about the participant.
     pub(super) fn timed_out(&self) {
         self.breaker.lock().expect("nothing panics while it is locked").timed_out();
     }
@@ -178,7 +177,7 @@ mod tests {
                     Err(_) => break,
                 }
             }
-            // One that comes later has its turn all the same, and then the next.
+            // A later call of another action still gets its turn, and so does the next one.
             for _ in 0..3 {
                 let place = enter("quick");
                 assert!(!is_turned_away(&place).await, "{action} hangs");

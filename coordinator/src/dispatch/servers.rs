@@ -1,8 +1,8 @@
-//! The servers behind a participant's addresses. A name may stand for several servers, and the configuration may name several
-//! addresses: all of them are called in turn. A server that does not answer is passed over while another one does.
+//! The servers behind a participant's addresses. A name may resolve to several servers, and the configuration may list several
+//! addresses. They are called in turn. A server that does not answer is skipped while another one does.
 //!
-//! Names are looked up here and not by the connection, which would always begin with the first IP address. Channels are built by
-//! the task of the call that needs one first, and never while a lock is held.
+//! Names are resolved here. If the connection resolved them, it would always start with the first IP address. The first call
+//! that needs a channel builds it in its own task, never while holding a lock.
 
 use std::{
     fmt, io,
@@ -22,33 +22,33 @@ use tonic::{Status, transport::Channel};
 use super::address::Addresses;
 use crate::{clock::Clock, transaction::Timestamp};
 
-/// How long the answer to a look-up of a name is used.
+/// How long the result of a name look-up is used.
 const LOOK_UP_AGAIN: Duration = Duration::from_secs(5);
-/// How long a look-up may take.
+/// The deadline of a look-up.
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Servers of one participant. More than these are left out.
+/// Servers of one participant. Further servers are ignored.
 const SERVERS_MAX: usize = 64;
-/// How long a server that did not answer is passed over, the first time and at most. Doubles each time in between.
+/// How long a server that did not answer is skipped: the first time, and at most. The time doubles with each failure.
 const PASSED_OVER: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
 /// One server to connect to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Destination {
-    /// As it was configured, or registered with a branch.
+    /// The address as it was configured, or registered with a branch.
     pub address: Address,
-    /// What its name stands for; `None`: the network connects by the name.
+    /// The IP address that the name resolved to. `None`: the network connects by name.
     pub at: Option<SocketAddr>,
 }
 
-/// Makes connections. The one place to put another network: none at all, or a simulated one.
+/// Makes connections. Tests replace it by a simulated network, or by none.
 #[async_trait::async_trait]
 pub trait Dialler: fmt::Debug + Send + Sync + 'static {
-    /// The servers that listen at an address now. One, found by its name, unless a network can tell several apart.
+    /// The servers that listen at an address now. One server with the given name, unless the network can tell several apart.
     async fn destinations(&self, address: &Address) -> io::Result<Vec<Destination>> {
         Ok(vec![Destination { address: address.clone(), at: None }])
     }
 
-    /// A channel that connects when it is first used, and again when the connection is lost.
+    /// A channel that connects on first use, and reconnects when the connection is lost.
     fn channel(&self, destination: &Destination) -> Channel;
 }
 
@@ -87,23 +87,22 @@ fn not_found(name: &str, what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::NotFound, format!("the name {name} {what}"))
 }
 
-/// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Servers {
     addresses: Addresses,
     dialler: Arc<dyn Dialler>,
     streams: bool,
     known: Mutex<Known>,
-    /// Held while names are looked up: one look-up at a time.
+    /// Held during a look-up, so that only one runs at a time.
     looking_up: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
     servers: Vec<Arc<Server>>,
-    /// `None`: never yet.
+    /// `None`: names have never been looked up.
     looked_up_at: Option<Timestamp>,
-    /// Index of the server whose turn it is.
+    /// Index of the server that the next call starts with.
     turn: usize,
 }
 
@@ -112,7 +111,7 @@ struct Known {
 pub(super) struct Server {
     destination: Destination,
     pub(super) line: Line<ToParticipant>,
-    /// Only while it does not answer.
+    /// Set only while the server does not answer.
     passed_over: Mutex<Option<PassedOver>>,
 }
 
@@ -129,11 +128,11 @@ impl Servers {
         Self { addresses, dialler, streams, known: Mutex::default(), looking_up: Arc::default() }
     }
 
-    /// The servers to try for one call, in this order: the second only if there is no connection to the first, and so on.
+    /// The servers to try for one call, in this order. The next server is tried only if the previous one has no connection.
     ///
     /// # Errors
     ///
-    /// When there are none: a name does not exist, or cannot be looked up.
+    /// When there is no server: a name does not exist, or cannot be looked up.
     pub(super) async fn in_turn(
         self: &Arc<Self>,
         clock: &dyn Clock,
@@ -146,12 +145,12 @@ impl Servers {
                 }
             }
             Some(at) if self.changes() && clock.now() - at >= LOOK_UP_AGAIN => {
-                // What is known serves meanwhile.
+                // The known servers are used meanwhile.
                 if let Ok(looking_up) = self.looking_up.clone().try_lock_owned() {
                     let (servers, now) = (self.clone(), clock.now());
                     tokio::spawn(async move {
                         let _looking_up = looking_up;
-                        // If it fails, what is known goes on serving.
+                        // If the look-up fails, the known servers stay in use.
                         drop(servers.look_up(now).await);
                     });
                 }
@@ -165,7 +164,7 @@ impl Servers {
         lock(&self.known).looked_up_at
     }
 
-    /// Whether other servers may be found at another time.
+    /// Whether a later look-up may find other servers.
     fn changes(&self) -> bool {
         self.addresses.iter().any(|address| matches!(address.host(), Host::Name(_)))
     }
@@ -218,7 +217,7 @@ impl Known {
         if servers.len() > 1 {
             self.turn = (self.turn + 1) % servers.len();
             servers.rotate_left(self.turn);
-            // If none is welcome, the one whose turn it is will do.
+            // If all servers are being skipped, start with the one whose turn it is.
             let first = servers.iter().position(|server| server.is_welcome(now)).unwrap_or(0);
             servers[..=first].rotate_right(1);
             servers[1..].sort_by_key(|server| server.is_passed_over(now));
@@ -232,8 +231,8 @@ impl Server {
         lock(&self.passed_over).is_some_and(|it| now < it.until)
     }
 
-    /// Whether a call may begin with it. One that was passed over is tried by one call, and passed over by the others until that
-    /// call has its answer.
+    /// Whether a call may start with this server. After the skip time, one call probes the server. Other calls skip it until
+    /// the probe is answered.
     fn is_welcome(&self, now: Timestamp) -> bool {
         match &mut *lock(&self.passed_over) {
             None => true,
@@ -249,12 +248,12 @@ impl Server {
         *lock(&self.passed_over) = None;
     }
 
-    /// A call that was begun then failed: there was no connection, it was lost, or the deadline passed.
+    /// A call that began at `begun` failed: there was no connection, the connection broke, or the deadline passed.
     pub(super) fn did_not_answer(&self, begun: Timestamp, now: Timestamp) {
         let mut passed_over = lock(&self.passed_over);
         let pause = match *passed_over {
             None => PASSED_OVER[0],
-            // It was under way when another one failed, and says nothing new.
+            // The call was already in flight when another call failed, so its failure is no news.
             Some(it) if begun < it.since => return,
             Some(it) => (it.pause * 2).min(PASSED_OVER[1]),
         };

@@ -1,4 +1,4 @@
-//! Calls over real connections, to participants that answer, hang, are frozen or dead, or speak something else.
+//! Calls over real connections to participants that answer, hang, are frozen or dead, or speak another protocol.
 
 use std::{
     io,
@@ -30,7 +30,7 @@ use crate::{clock::SystemClock, transaction::AttemptError};
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(60);
 
-/// A participant that does what its action says, and counts what it is asked.
+/// A participant whose behaviour depends on the action. It counts the calls that it gets.
 #[derive(Clone, Default)]
 struct Participant {
     asked: Arc<AtomicUsize>,
@@ -46,7 +46,7 @@ impl Participant {
         }
     }
 
-    /// Serves until the test ends. Returns where.
+    /// Serves until the test ends. Returns its address.
     async fn serve(&self) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
@@ -101,19 +101,19 @@ impl ParticipantService for Participant {
     }
 }
 
-/// An address where nobody listens.
+/// An address without a listener.
 async fn dead() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     format!("http://{}", listener.local_addr().unwrap())
 }
 
-/// An address where connections are made, and then nothing happens: a process that was stopped.
+/// An address that accepts connections and never answers, like a suspended process.
 async fn frozen() -> (String, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     (format!("http://{}", listener.local_addr().unwrap()), listener)
 }
 
-/// Answers every connection with these bytes, and closes it.
+/// A server that answers every connection with these bytes and closes it.
 async fn says(bytes: &'static [u8]) -> String {
     let (address, listener) = frozen().await;
     tokio::spawn(async move {
@@ -127,7 +127,7 @@ async fn says(bytes: &'static [u8]) -> String {
     address
 }
 
-/// One participant, `inventory`, that is configured to be at these addresses, and any others on this machine.
+/// A dispatch with one configured participant, `inventory`, at these addresses. Other participants on this machine are allowed.
 fn dispatch(addresses: &[&str]) -> GrpcDispatch {
     dispatch_over(addresses, Arc::new(Tcp))
 }
@@ -179,7 +179,7 @@ async fn outcome(dispatch: &GrpcDispatch, call: CallRequest) -> Outcome {
     outcomes.recv().await.expect("every call comes back").outcome
 }
 
-/// What is told of a call that failed, and whether it is hopeless.
+/// The error text of a failed call, and whether the failure is hopeless.
 async fn failure(dispatch: &GrpcDispatch, call: CallRequest) -> (String, bool) {
     match outcome(dispatch, call).await {
         Outcome::Unknown { error: AttemptError { code, message, .. }, hopeless, .. } => {
@@ -272,7 +272,7 @@ async fn a_dead_or_frozen_server_does_not_hold_up_the_others() {
     assert!(alive.asked.load(Ordering::Relaxed) >= 48);
 }
 
-/// A network in which one name stands for several servers.
+/// A network in which one name resolves to several servers.
 #[derive(Debug)]
 struct Names(Vec<SocketAddr>);
 

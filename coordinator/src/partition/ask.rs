@@ -1,4 +1,4 @@
-//! The words between a partition and those who use it: what can be asked, and what is answered.
+//! The messages between a partition and its callers: what a caller can ask, and what the partition answers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,11 +15,13 @@ use crate::{
     },
 };
 
-/// Commands that may wait in a partition's queue. Beyond that, Begin and Register are refused and other commands wait to be queued.
+/// Commands that may wait in a partition's queue. When it is full, Begin and Register are refused, and
+/// other commands wait for a place.
 pub const COMMANDS_MAX: usize = 4096;
 
-/// Callers of one partition that may wait at a time for a read, or for durability. Beyond that, Begin, Register and reads are refused;
-/// Decide is not, since reservations wait for it. While the store is silent, nothing else bounds them.
+/// Callers of one partition that may wait at a time for a read, or for durability. Above this, Begin, Register and reads are
+/// refused. Decide is never refused, since reservations wait for it. While the store does not answer, only this limit bounds
+/// the waiting callers.
 pub const WAITING_MAX: usize = 2048;
 
 /// The part of the configuration that a partition needs.
@@ -33,7 +35,7 @@ pub struct Settings {
     pub call_timeout_max: Duration,
     /// Transactions that all partitions together may hold in memory. Above that, no new one begins.
     pub open_max: usize,
-    /// Bytes that those transactions may have. Above that, no new one begins and no branch joins.
+    /// Bytes that those transactions may take in memory. Above that, no new transaction begins and no branch is added.
     pub open_bytes_max: usize,
     /// When a decided transaction counts as stuck.
     pub stuck_after: StuckAfter,
@@ -73,7 +75,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether it may be refused for load. A decision must not be: reservations wait for it.
+    /// Whether the command may be refused under load. A decision must not be refused: reservations wait for it.
     pub(super) fn may_be_refused(&self) -> bool {
         match self {
             Self::Begin { .. } | Self::FindKey { .. } => true,
@@ -84,7 +86,7 @@ impl Command {
         }
     }
 
-    /// The transaction that it is about, if it names one.
+    /// The transaction that the command names, if it names one.
     pub fn xid(&self) -> Option<Xid> {
         match self {
             Self::Begin { .. } | Self::FindKey { .. } => None,
@@ -122,18 +124,18 @@ pub enum What {
     Register(Vec<BranchSpec>),
     /// Decide, or repeat a decision.
     Decide(DecisionRequest),
-    /// Make its next attempts now.
+    /// Call the participants again now, without waiting for the backoff.
     Retry,
-    /// Close a branch in the participant's place, as an operator did its work by hand.
+    /// Mark a branch as done in place of the participant, because an operator did its work by hand.
     Resolve { branch_id: BranchId, operator: String, reason: String },
-    /// A repeat of the keyed Begin that made it. Carries the digest of the repeated content.
+    /// The keyed Begin that began this transaction has come again. Carries the digest of the repeated request's content.
     BeginAgain([u8; 32]),
 }
 
 /// The channel for one answer. A caller that gave up has dropped the receiving end.
 pub type Reply = oneshot::Sender<Result<Answer, Error>>;
 
-/// What is answered about a transaction. Whatever in it carries a promise is durable.
+/// The answer about a transaction. Every state in it that callers may rely on is durable.
 #[derive(Debug, Clone)]
 pub struct Answer {
     /// The transaction's state when the answer was made.
@@ -145,13 +147,13 @@ pub struct Answer {
 /// Why a command has no [`Answer`].
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// No record was ever made under this xid, so nothing was tried under it.
+    /// No transaction was ever recorded with this xid, so no participant was called for it.
     #[error("{0} was never recorded, so nothing was tried under it")]
     NeverRecorded(Xid),
-    /// There may have been such a transaction. It may have been deleted after its retention.
+    /// No transaction has this xid. One may have existed and been deleted after its retention.
     #[error("{0} is not known any more: it may have finished and been deleted after its retention")]
     Forgotten(Xid),
-    /// The store has lost records of this epoch, and there may have been such a transaction among them.
+    /// The store has lost records of this epoch. The transaction may have been among them.
     #[error(
         "{0} may have been lost: the store has lost records of that time, and what became of it nobody here can say"
     )]
@@ -159,12 +161,12 @@ pub enum Error {
     /// No transaction has this key.
     #[error("no transaction has this idempotency key")]
     KeyUnknown,
-    /// The key belongs to a transaction with other content.
+    /// The key belongs to a transaction with a different name or different branches.
     #[error(
         "this idempotency key belongs to {0}, which was begun with another name or other branches"
     )]
     KeyTaken(Xid),
-    /// The transaction's state does not allow it.
+    /// The transaction's state does not allow the request.
     #[error("{rejection}")]
     #[allow(missing_docs, reason = "the fields' names say what they are")]
     Rejected { rejection: Rejection, global: Arc<GlobalTransaction> },
@@ -174,7 +176,7 @@ pub enum Error {
     )]
     #[allow(missing_docs, reason = "the field's name says what it is")]
     TooManyOpen { open_max: usize },
-    /// The open transactions are too large.
+    /// The open transactions take as much memory as is allowed.
     #[error(
         "the open transactions have as many bytes as this coordinator takes, {open_bytes_max} (limits.open_megabytes)"
     )]
@@ -186,20 +188,21 @@ pub enum Error {
     /// The store does not answer. The command may or may not take effect.
     #[error("the store does not answer; what was asked may or may not take effect")]
     StoreSilent,
-    /// The command was not taken in: this coordinator does not own the partition, or not in that epoch. It may be sent to the
-    /// owner without a doubt about what it did here. A command about one transaction names it.
+    /// This coordinator does not own the partition, or not in that epoch. It has changed nothing, so the caller can safely send
+    /// the command to the owner. The xid is given if the command names one.
     #[error("this coordinator does not own the partition of {}; nothing was done", match .0 {
         Some(xid) => xid.to_string(),
         None => "this key".to_owned(),
     })]
     NotHere(Option<Xid>),
-    /// Another coordinator took the partition over after the command was taken in. The command may or may not take effect.
+    /// Another coordinator took the partition over after this one had accepted the command. The command may or may not take
+    /// effect.
     #[error("another coordinator has taken over; ask again, and that one will answer")]
     Fenced,
     /// This coordinator is stopping.
     #[error("this coordinator is stopping")]
     Stopping,
-    /// A record is damaged. The log says which, and how.
+    /// The transaction's record is damaged. The log gives the details.
     #[error("the transaction's record is damaged; the coordinator's log says more")]
     Corrupt,
 }

@@ -1,4 +1,4 @@
-//! Calls to participants: how a call that is due is made, and how its outcome is taken in.
+//! Calls to participants: how a due call is made, and how its outcome is applied.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl Partition {
-    /// Hands a call that is due to dispatch, or notes when dispatch will have room for it.
+    /// Hands a due call to dispatch. If dispatch has no room, notes when it will.
     pub(super) fn make_call(&mut self, xid: Xid, due: DueCall, now: Timestamp, hurry: Hurry) {
         let DueCall { branch, phase } = due;
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
@@ -49,13 +49,13 @@ impl Partition {
         let was_due = entry.was_due;
         let parks = postponed.is_some_and(|until| until > now + self.park_after(was_due));
         if parks && phase != Phase::Try {
-            // Its record must say when it is due. Otherwise it could not leave memory, or would be found due at once.
+            // Save when this branch is due. Without it the transaction could not leave memory, or would be found due at once.
             let branches = BranchSet::only(branch);
             self.record(xid, Change { weight: Weight::Lazy, head: true, branches });
         }
     }
 
-    /// Takes in what became of a call.
+    /// Applies the outcome of a call to its transaction.
     pub(super) fn take_returned(&mut self, returned: Returned) {
         let Returned { xid, branch, phase, outcome } = returned;
         let Some(entry) = self.entries.get(&xid) else {

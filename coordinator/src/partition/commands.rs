@@ -1,4 +1,4 @@
-//! Commands: what callers ask of the partition, and when they are answered.
+//! Commands: what callers ask of the partition, and when each caller is answered.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// Pause before callers that gave up are looked for again.
+/// Shortest pause between two searches for callers that have given up.
 const FORGET_PAUSE: Duration = Duration::from_millis(100);
 
 impl Partition {
@@ -42,7 +42,7 @@ impl Partition {
         }
     }
 
-    /// Whether one more caller may wait for the store. Callers that gave up do not count.
+    /// Whether one more caller may wait for the store. Callers that have given up do not count.
     fn has_room_to_wait(&mut self) -> bool {
         let waiting = |partition: &Self| {
             partition.keys.waiting() + partition.reading.waiting() + partition.effects.waiting()
@@ -73,7 +73,7 @@ impl Partition {
         let Ownership { partition, epoch, nonce, .. } = self.ownership;
         let xid = Xid { partition, epoch, sequence: self.next_sequence, nonce };
         self.next_sequence += 1;
-        // A transaction with neither branches nor key may be lost: nothing was tried, and nobody can ask for it again.
+        // A transaction without branches and key may be lost: no participant was called, and no caller can find it again.
         let weight = if new.branches.is_empty() && new.key.is_none() {
             Weight::Lazy
         } else {
@@ -139,7 +139,7 @@ impl Partition {
         self.respond(xid, until, false, reply);
     }
 
-    /// Answers now if the transaction has come as far as `until`, else when it has.
+    /// Answers now if the transaction has come as far as `until`. Otherwise answers when it has.
     fn respond(&mut self, xid: Xid, until: Until, existed: bool, reply: Reply) {
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
         if until.is_reached(&entry.global) {
@@ -151,7 +151,7 @@ impl Partition {
         }
     }
 
-    /// Answers those whose wait is over.
+    /// Answers the callers whose transaction has come as far as they asked for.
     pub(super) fn tell_watchers(&mut self, xid: Xid) {
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
         let global = entry.global.clone();
@@ -162,7 +162,7 @@ impl Partition {
         }
     }
 
-    /// Sends an answer about a transaction in memory once the state that it tells is durable.
+    /// Sends an answer about a transaction in memory as soon as the state in the answer is durable.
     pub(super) fn answer(&mut self, xid: Xid, reply: Reply, answer: Result<Answer, Error>) {
         self.effects.answer_or_wait(self.entries[&xid].awaits, reply, answer);
     }

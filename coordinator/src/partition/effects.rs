@@ -1,5 +1,5 @@
-//! Effects wait for durability: an answer, a call or a departure from memory happens when the change that it rests on is durable.
-//! Changes are numbered by the partition's outbox; here stands what waits for which number.
+//! Effects wait for durability. An answer, a call or a departure from memory happens once the change that it depends on is
+//! durable. The partition's outbox numbers the changes. This file keeps the effects that wait, by the number of their change.
 
 use std::collections::BTreeMap;
 
@@ -9,23 +9,23 @@ use tokio::sync::watch;
 use super::{Answer, Error, Hurry, Partition, Reply};
 use crate::journal::Durable;
 
-/// From this many effects that wait for one change, answers whose caller has gone are dropped at 32, 64, 128, … effects. While the
-/// store is silent, callers give up and ask again.
+/// When this many effects wait for one change, answers whose caller has gone are dropped. The same is done at 64, 128, …
+/// While the store does not answer, callers give up and ask again, so such answers pile up.
 const EFFECTS_BEFORE_CLEAN_UP: usize = 32;
 
-/// What happens when a change is durable.
+/// An action that follows when a change is durable.
 #[derive(Debug)]
 pub(super) enum Effect {
-    /// The decision is logged.
+    /// Log the decision.
     Decided(Xid),
     Answer(Reply, Result<Answer, Error>),
-    /// The transaction may have calls that are due now.
+    /// Make the transaction's due calls.
     Drive(Xid),
-    /// The transaction may leave memory now.
+    /// Let the transaction leave memory, if it may.
     Leave(Xid),
 }
 
-/// Effects that wait, by the number of the change that they wait for.
+/// Waiting effects, by the number of the change that they wait for.
 #[derive(Debug)]
 pub(super) struct Effects {
     by_number: BTreeMap<u64, Vec<Effect>>,
@@ -44,7 +44,7 @@ impl Effects {
         number <= self.durable_upto
     }
 
-    /// Whether what rests on this change may happen now.
+    /// Whether effects of the change with this number may happen now.
     pub(super) fn may_happen(&self, number: u64) -> bool {
         self.is_durable(number) || Bug::DecideBeforeDurable.is_planted()
     }
@@ -58,7 +58,7 @@ impl Effects {
         self.by_number.entry(number).or_default().insert(0, effect);
     }
 
-    /// Sends the answer if the change of that number is durable, else keeps it until then.
+    /// Sends the answer now if the change with this number is durable. Otherwise keeps the answer until it is.
     pub(super) fn answer_or_wait(
         &mut self,
         number: u64,
@@ -76,7 +76,6 @@ impl Effects {
         self.answers += 1;
     }
 
-    /// How many callers wait.
     pub(super) fn waiting(&self) -> usize {
         self.answers
     }
@@ -97,7 +96,7 @@ impl Effects {
         taken.into_values().flatten()
     }
 
-    /// Nothing more will be durable: every answer that waits is `why`.
+    /// No further change will become durable: every waiting answer becomes the error `why`.
     pub(super) fn end(&mut self, why: &Error) {
         self.answers = 0;
         for effect in std::mem::take(&mut self.by_number).into_values().flatten() {
@@ -108,7 +107,7 @@ impl Effects {
     }
 }
 
-/// Drops answers whose caller gave up, and says how many.
+/// Drops answers whose caller has given up. Returns how many.
 fn forget_gone(effects: &mut Vec<Effect>) -> usize {
     let before = effects.len();
     effects.retain(|effect| !matches!(effect, Effect::Answer(reply, _) if reply.is_closed()));

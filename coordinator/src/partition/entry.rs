@@ -1,4 +1,4 @@
-//! One transaction in memory, and what the partition must know about it besides its state.
+//! One transaction in memory, with the bookkeeping that the partition needs besides its state.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::{
     transaction::{BranchSet, Change, GlobalTransaction, State, Timestamp, Weight},
 };
 
-/// A caller that waits until the transaction has come so far.
+/// A caller that waits until the transaction has reached a certain point.
 #[derive(Debug)]
 pub(super) struct Watcher {
     pub(super) until: Until,
@@ -18,24 +18,23 @@ pub(super) struct Watcher {
     pub(super) reply: oneshot::Sender<Result<Answer, Error>>,
 }
 
-/// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Shared with the journal and with answers that wait. While they hold it, a change makes a copy.
+    /// Shared with the journal and with waiting answers. While they hold it, a change makes a copy.
     pub(super) global: Arc<GlobalTransaction>,
-    /// The state that its row has, or will have once the journal has written what it was handed; `None`: it has no row.
+    /// The state in the transaction's row once the journal has written everything it was given. `None`: there is no row.
     row: Option<State>,
-    /// How many of its branches have a row, or the journal has been handed one.
+    /// How many branches have a row, or were given to the journal.
     branch_rows: usize,
-    /// Branches with changes that were not handed to the journal.
+    /// Branches with changes that the journal has not been given yet.
     unsaved: BranchSet,
-    /// The number of the latest change that answers and calls wait for; 0: there was none.
+    /// The number of the latest change that answers and calls wait for; 0 means none.
     pub(super) awaits: u64,
-    /// The number of its latest change; 0: there was none.
+    /// The number of the latest change; 0 means none.
     pub(super) latest: u64,
-    /// It was read because it was due.
+    /// Whether it was read from the store because it was due.
     pub(super) was_due: bool,
-    /// Its bytes, as they were counted last.
+    /// Its size in bytes when it was last counted.
     pub(super) bytes: usize,
     /// When its timer fires.
     pub(super) timer: Option<Timestamp>,
@@ -43,7 +42,7 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// A new transaction, which has no record.
+    /// A new transaction, which has no record yet.
     pub(super) fn begun(global: GlobalTransaction) -> Self {
         Self {
             bytes: bytes_of(&global),
@@ -59,13 +58,13 @@ impl Entry {
         }
     }
 
-    /// A transaction that was read.
+    /// A transaction that was read from the store for a caller.
     pub(super) fn loaded(global: GlobalTransaction) -> Self {
         let branch_rows = global.branches.len();
         Self { row: Some(global.state), branch_rows, ..Self::begun(global) }
     }
 
-    /// A transaction that was read because it was due.
+    /// A transaction that was read from the store because it was due.
     pub(super) fn due(global: GlobalTransaction) -> Self {
         Self { was_due: true, ..Self::loaded(global) }
     }
@@ -111,7 +110,7 @@ impl Entry {
         }
     }
 
-    /// Whether everything that is known of it was handed to the journal.
+    /// Whether the journal has been given the whole present state.
     pub(super) fn is_saved(&self) -> bool {
         self.row.is_some() && self.unsaved.is_empty()
     }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::{Error, Settings};
 use crate::transaction::{Branch, BranchState, CancelCause, GlobalTransaction, Refusal};
 
-/// Bytes of a transaction besides its texts, with its places in the partition's maps. Measured, and rounded up.
+/// Memory of a transaction without its texts, including its entries in the partition's maps. Measured, and rounded up.
 const TRANSACTION_BYTES: usize = 768;
-/// Bytes of a branch besides its texts.
+/// Memory of a branch without its texts.
 const BRANCH_BYTES: usize = 256;
 
 /// See the module's comment.
@@ -23,7 +23,7 @@ impl Held {
         self.transactions.load(Ordering::Relaxed)
     }
 
-    /// How many bytes they have, roughly.
+    /// How many bytes they take, roughly.
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -37,7 +37,7 @@ impl Held {
         self.room_for_bytes(settings)
     }
 
-    /// Whether transactions may grow.
+    /// Whether transactions may grow, for example by another branch.
     pub(super) fn room_for_bytes(&self, settings: &Settings) -> Result<(), Error> {
         let Settings { open_bytes_max, .. } = *settings;
         if self.bytes() >= open_bytes_max {
@@ -46,14 +46,14 @@ impl Held {
         Ok(())
     }
 
-    /// Whether due transactions may be read. The last third is left to new ones.
+    /// Whether due transactions may be read into memory. The last third of the room is kept for new transactions.
     pub(super) fn has_room_for_due(&self, settings: &Settings) -> bool {
         let Settings { open_max, open_bytes_max, .. } = settings;
         self.transactions() < open_max - open_max / 3
             && self.bytes() < open_bytes_max - open_bytes_max / 3
     }
 
-    /// Whether those that can wait in the store should.
+    /// Whether transactions that can wait in the store should leave memory.
     pub(super) fn is_half_full(&self, settings: &Settings) -> bool {
         let Settings { open_max, open_bytes_max, .. } = settings;
         self.transactions() >= open_max / 2 || self.bytes() >= open_bytes_max / 2

@@ -1,6 +1,6 @@
-//! Idempotency keys: the same key gives the same transaction. The keys of transactions in memory are known. Other keys are looked
-//! up in the store: all that wait in one read, and each key in one read at a time. A caller with the same key waits for that
-//! read, so two Begins with one key never make two transactions.
+//! Idempotency keys: a repeated key finds the same transaction. The keys of transactions in memory are known here. Other keys
+//! are looked up in the store. One read takes all keys that wait, and no key is in two reads at a time. Callers with the same
+//! key wait for the same read, so two Begins with one key never make two transactions.
 
 use std::collections::BTreeMap;
 
@@ -12,15 +12,14 @@ use crate::{
     transaction::{GlobalTransaction, Key, NewTransaction},
 };
 
-/// Keys of one read.
+/// Keys in one read.
 const KEYS_MAX: usize = 256;
 
-/// See the module's comment.
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     /// The keys of transactions in memory.
     known: BTreeMap<[u8; 32], Xid>,
-    /// The keys that are, or will be, read, and the callers that wait for each.
+    /// The keys that are being read or wait to be read, with the callers that wait for each.
     wanted: BTreeMap<[u8; 32], Vec<KeyAsk>>,
     /// The keys of `wanted` that are not being read yet.
     queue: Vec<[u8; 32]>,
@@ -37,7 +36,6 @@ enum KeyAsk {
 }
 
 impl KeyAsk {
-    /// Whether the caller gave up.
     fn is_gone(&self) -> bool {
         match self {
             Self::Begin { reply, .. } | Self::Find { reply } => reply.is_closed(),
@@ -52,15 +50,16 @@ impl KeyAsk {
 }
 
 impl Keys {
-    /// A transaction has entered memory.
+    /// Notes the key of a transaction that has entered memory.
     pub(super) fn known(&mut self, global: &GlobalTransaction) {
         if let Some(key) = global.key {
-            // Not if the key is known already: an old transaction may be read whose key was forgotten and has begun another one.
+            // Keep an existing entry. This may be an old transaction read from the store whose key has expired and belongs to a
+            // newer one.
             self.known.entry(key.hash).or_insert(global.xid);
         }
     }
 
-    /// A transaction has left memory.
+    /// Forgets the key of a transaction that has left memory.
     pub(super) fn left(&mut self, global: &GlobalTransaction) {
         if let Some(key) = global.key
             && self.known.get(&key.hash) == Some(&global.xid)
@@ -73,7 +72,7 @@ impl Keys {
         self.waiting
     }
 
-    /// Forgets callers that gave up, and keys that nobody waits for. The read in flight of such a key is answered to nobody.
+    /// Forgets callers that have given up, and keys without callers. If such a key is being read, the result is ignored.
     pub(super) fn forget_gone(&mut self) {
         self.wanted.retain(|_, asks| {
             let before = asks.len();
@@ -102,7 +101,7 @@ impl Keys {
         self.waiting += 1;
     }
 
-    /// The callers that waited for this key.
+    /// Removes and returns the callers that waited for this key.
     fn answered(&mut self, hash: &[u8; 32]) -> Vec<KeyAsk> {
         let asks = self.wanted.remove(hash).unwrap_or_default();
         self.waiting -= asks.len();
@@ -133,7 +132,7 @@ impl Partition {
         }
     }
 
-    /// Reads the keys that wait, unless a read is in flight.
+    /// Reads the waiting keys, unless a read is in flight.
     pub(super) fn look_up_keys(&mut self) {
         if self.keys.read_in_flight || self.keys.queue.is_empty() {
             return;
@@ -163,7 +162,7 @@ impl Partition {
         };
         for (hash, found) in hashes.into_iter().zip(found) {
             for ask in self.keys.answered(&hash) {
-                // If the key is in no record, the first Begin makes it known to the callers after it.
+                // If the store has no such key, the first Begin adds the key, and the callers after it find that transaction.
                 let found = found
                     .clone()
                     .map(|found| found.or_else(|| self.keys.known.get(&hash).copied()));

@@ -27,7 +27,7 @@ impl Partition {
         }
     }
 
-    /// Logs a decision. Only Cancel is worth a line: a confirmed transaction gets its one line when it is finished.
+    /// Logs a decision. Only Cancel is logged here: a confirmed transaction gets its single line when it completes.
     pub(super) fn log_decision(&self, xid: Xid) {
         let Some(entry) = self.entries.get(&xid) else { return };
         let global = &entry.global;

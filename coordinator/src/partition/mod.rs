@@ -1,20 +1,20 @@
-//! A partition owns its open transactions in memory. One task takes in everything that happens to them, and no other code changes
-//! them. A new transaction needs no read, and nothing here ever waits for the store or a participant.
+//! A partition owns its open transactions in memory. One task applies everything that happens to them, and no other code
+//! changes them. A new transaction needs no read, and this task never waits for the store or for a participant.
 //!
-//! What must always hold:
+//! These rules always hold:
 //!
-//! - **Effects wait for durability.** Every change gets a number from the journal. An answer about a transaction leaves when the
-//!   transaction's latest change that matters is durable; that includes reads, repeats and rejections. A call to a participant
-//!   waits the same way. Completion is not waited for: if its record is lost, it stays true that all participants acknowledged.
-//! - **Memory is a cache with one writer.** A transaction leaves memory only when its record is complete and durable.
-//!   A row that was read from the store enters memory only if its transaction was not in memory since the read began (see `reading`).
-//! - **Commands come before timers**, so that a Decide that arrives in time is not overtaken by its transaction's timeout. No
-//!   transaction times out while the store is silent.
+//! - **Effects wait for durability.** The journal gives every change a number. An answer is sent when the transaction's latest
+//!   relevant change is durable. This includes answers to reads and repeats, and rejections. A call to a participant waits in
+//!   the same way. Completion does not wait: if its record is lost, it is still true that all participants acknowledged.
+//! - **Memory is a cache with one writer.** A transaction leaves memory only when its record is complete and durable. A row
+//!   enters memory only if its transaction has not been in memory since the read of the row began (see `reading`).
+//! - **Commands come before timers**, so that a transaction's timeout does not overtake a Decide that arrived in time. No
+//!   transaction times out while the store does not answer.
 //!
-//! Only Begin and RegisterBranch are refused for load. Decide and the outcomes of calls never are.
+//! Only Begin and RegisterBranch are refused under load. Decide and the outcomes of calls never are.
 //!
-//! There is a file for each source of events: `commands` and `keys` (callers), `calls` (participants), `effects` (durability),
-//! `reading` (the store), and here timers and the loop. `ask` is the vocabulary.
+//! Each source of events has a file: `commands` and `keys` (callers), `calls` (participants), `effects` (durability), `reading`
+//! (the store). Timers and the main loop are in this file. `ask` defines the commands and answers.
 
 mod ask;
 mod calls;
@@ -59,11 +59,11 @@ use crate::{
     transaction::{Call, Change, Event, Rejection, Timestamp, Weight},
 };
 
-/// Outcomes of calls that may wait for the partition. Beyond that, dispatch waits.
+/// Outcomes of calls that may wait in the partition's queue. When it is full, dispatch waits.
 const RETURNED_MAX: usize = 4096;
-/// Events that are taken in before timers and durability are looked at again.
+/// Events that are handled before the partition looks at timers and durability again.
 const EVENTS_IN_A_ROW_MAX: usize = 1024;
-/// A transaction whose next attempt is further away than this leaves memory, and comes back when it is due.
+/// A transaction whose next attempt is further away than this leaves memory. It is read again when it is due.
 const PARK_AFTER: Duration = Duration::from_secs(5);
 
 /// Whether an operator asked for these calls.
@@ -73,18 +73,18 @@ enum Hurry {
     No,
 }
 
-/// The parts of the coordinator that a partition works with.
+/// The parts of the coordinator that a partition uses.
 #[derive(Debug, Clone)]
 pub struct Parts {
-    /// Read for transactions that are not in memory.
+    /// Where transactions that are not in memory are read from.
     pub store: Arc<dyn Store>,
-    /// Makes the calls to participants.
+    /// Where due calls to participants are submitted.
     pub dispatch: Arc<dyn Dispatch>,
-    /// Tells the time.
+    /// The source of the present time.
     pub clock: Arc<dyn Clock>,
-    /// Tells whether the store is silent.
+    /// Tells whether the store answers.
     pub health: Arc<JournalHealth>,
-    /// What all partitions together hold in memory.
+    /// Counts what all partitions together hold in memory.
     pub held: Arc<Held>,
     /// Spawns and counts the partition's reads.
     pub tasks: TaskTracker,
@@ -99,27 +99,27 @@ pub struct Partition {
     parts: Parts,
     outbox: Arc<Outbox>,
     entries: BTreeMap<Xid, Entry>,
-    /// When to look at a transaction again.
+    /// When each transaction must be looked at again.
     timers: BTreeSet<(Timestamp, Xid)>,
     effects: Effects,
-    /// Why nothing more will be durable; `None` while it will.
+    /// Why no further change will become durable; `None` while changes still do.
     ended: Option<Ended>,
-    /// The number of the latest batch that is durable: reads must show it.
+    /// The number of the latest durable batch. A read must be at least as new.
     position: u64,
-    /// The present moment for everything that is taken in together: the clock is shared, and not asked for each event.
+    /// The present moment for all events of one round. The clock is shared between partitions, so it is read once per round.
     woke_at: Timestamp,
     next_sequence: u64,
     keys: Keys,
     specs: Specs,
     reading: Reading,
-    /// When callers that gave up were last forgotten.
+    /// When the partition last looked for callers that have given up.
     forgot_at: Timestamp,
     returned: (mpsc::Sender<Returned>, mpsc::Receiver<Returned>),
     reads: (mpsc::UnboundedSender<ReadResult>, mpsc::UnboundedReceiver<ReadResult>),
 }
 
 impl Partition {
-    /// A partition that holds nothing yet. When it runs, it first reads the transactions that are due.
+    /// An empty partition. When it runs, it first reads the transactions that are due.
     #[must_use]
     pub fn new(ownership: Ownership, parts: Parts, outbox: Arc<Outbox>) -> Self {
         let now = parts.clock.now();
@@ -144,8 +144,8 @@ impl Partition {
         }
     }
 
-    /// Takes in events until `stop`, then hands what is not recorded yet to the journal. A partition that has ended goes on until
-    /// nobody can ask it any more, to answer that it is not here.
+    /// Handles events until `stop`, then gives the journal all changes that are not recorded yet. A partition that has lost its
+    /// ownership goes on until no caller can reach it any more: it answers that it is not the owner.
     pub async fn run(mut self, mut commands: mpsc::Receiver<Command>, stop: CancellationToken) {
         let mut durable = self.outbox.durable();
         let mut can_be_asked = true;
@@ -204,14 +204,14 @@ impl Partition {
         [timer, self.reading.scan_at()].into_iter().flatten().min()
     }
 
-    /// Applies an event that cannot be rejected.
+    /// Applies an event that the transaction cannot reject.
     fn apply_fitting(&mut self, xid: Xid, event: Event) {
         if let Err(rejection) = self.apply(xid, event) {
             debug_assert!(false, "only commands are rejected: {rejection}");
         }
     }
 
-    /// Applies an event to a transaction in memory, records what changed, and does what is due by now.
+    /// Applies an event to a transaction in memory, records the change, and makes the calls that are due.
     fn apply(&mut self, xid: Xid, event: Event) -> Result<Change, Rejection> {
         let now = self.now();
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
@@ -257,7 +257,7 @@ impl Partition {
         self.effects.push(number, Effect::Leave(xid));
     }
 
-    /// Makes the calls that are due, if the change that they rest on is durable, and sets the timer for the next look.
+    /// Makes the due calls if the change that they depend on is durable, and sets the next timer.
     fn drive(&mut self, xid: Xid, hurry: Hurry) {
         let now = self.now();
         let Some(entry) = self.entries.get(&xid) else { return };
@@ -268,7 +268,7 @@ impl Partition {
             }
         }
         let entry = self.entries.get_mut(&xid).expect("it is not gone");
-        // A call that waits for durability is driven by that; a timer would only spin.
+        // A call that waits for durability is made when the change is durable. A timer for it would only fire again and again.
         let wake_at = entry.global.plan(now).wake_at;
         if entry.timer != wake_at {
             if let Some(at) = std::mem::replace(&mut entry.timer, wake_at) {
@@ -343,7 +343,7 @@ impl Partition {
         }
     }
 
-    /// The partition has ended. No caller hears of a change that is not durable.
+    /// The partition ends without handing over. Callers are not told about changes that are not durable.
     fn end(&mut self, why: &Error) {
         self.effects.end(why);
         for entry in std::mem::take(&mut self.entries).into_values() {
@@ -357,7 +357,7 @@ impl Partition {
         self.keys.end(why);
     }
 
-    /// An orderly end: changes that waited to be recorded with a later one go to the journal now.
+    /// An orderly end: gives the journal the changes that were waiting for a later change.
     fn hand_back(&mut self) {
         for entry in self.entries.values_mut() {
             if let Some(write) = entry.last_write() {

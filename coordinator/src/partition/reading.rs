@@ -1,10 +1,10 @@
-//! How transactions come back into memory: because a caller asks for one, or because one is due. Both read the store off the
-//! partition's task.
+//! How transactions come back into memory: because a caller asks for one, or because one is due. Both kinds of read run outside
+//! the partition's task.
 //!
-//! A row may be old when it arrives. It enters memory only if its transaction was not in memory at any time since the read began:
-//! the partition may have changed what it held, and then the row is the past. Therefore every transaction that leaves memory
-//! while a read is in flight is noted, and a row of it is dropped. (A partition reads only after its takeover, so no row can be
-//! older than that.)
+//! A row may be out of date when it arrives. It enters memory only if its transaction was not in memory at any time since the
+//! read began. Otherwise the partition may have changed the transaction after the row was read. So while a read is in flight,
+//! the partition notes every transaction that leaves memory, and drops the row of such a transaction. (A partition reads only
+//! after its takeover, so no row is older than the takeover.)
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque, btree_map},
@@ -20,51 +20,50 @@ use crate::{
     transaction::{Event, GlobalTransaction, State, Timestamp},
 };
 
-/// Reads of single transactions in flight at a time.
+/// Reads of single transactions that may be in flight at a time.
 const READS_MAX: usize = 8;
-/// Transactions in one page of those that are due.
+/// Due transactions in one page.
 const PAGE: usize = 128;
-/// Transactions in memory that were read because they were due. Above this, the others stay in the store for a while: their changes
-/// wait in the same queue as those of new transactions, which are to be served at once. For the same reason the last third of
-/// `limits.open` is left to new transactions.
+/// Most transactions in memory that were read because they were due. Above this, other due transactions stay in the store for a
+/// while. Their changes share a queue with those of new transactions, which should not wait. For the same reason the last third
+/// of `limits.open` is kept for new transactions.
 const IN_HAND_MAX: usize = 256;
-/// Pause before it looks again whether there is room in memory.
+/// Pause before the next look for room in memory.
 const NO_ROOM_PAUSE: Duration = Duration::from_millis(100);
 /// Shortest pause between scans for transactions that are due.
 const SCAN_PAUSE: Duration = Duration::from_secs(1);
 
-/// See the module's comment.
 #[derive(Debug)]
 pub(super) struct Reading {
     /// Transactions that are being read, and the callers that wait for each.
     asks: BTreeMap<Xid, Vec<Ask>>,
     /// How many callers wait.
     waiting: usize,
-    /// Those of them whose read has not begun.
+    /// Transactions in `asks` whose read has not begun.
     queue: VecDeque<Xid>,
-    /// Those of them whose read is in flight.
+    /// Transactions in `asks` whose read is in flight.
     in_flight: BTreeSet<Xid>,
-    /// When the reads in flight began, on the scale of `moment`, and how many began at each moment.
+    /// When the reads in flight began, in units of `moment`, and how many began at each moment.
     under_way: BTreeMap<u64, usize>,
-    /// Transactions that left memory while a read was in flight, and at which moment.
+    /// Transactions that left memory while a read was in flight, with the `moment` at which they left.
     left: BTreeMap<Xid, u64>,
-    /// Counts departures from memory.
+    /// Counts departures from memory. Serves as a clock for reads.
     moment: u64,
-    /// When the next scan for due transactions starts; `None`: when a transaction leaves memory that will be due again.
+    /// When the next scan for due transactions starts. `None`: as soon as a transaction that will be due again leaves memory.
     scan_at: Option<Timestamp>,
-    /// Where that scan starts: after the last page.
+    /// The end of the last page, where the next scan starts.
     scan_after: Option<(Timestamp, Xid)>,
-    /// A page is being read, or the partition has ended.
+    /// Whether a page is being read, or the partition has ended.
     scan_blocked: bool,
     /// Transactions in memory that were read because they were due.
     in_hand: usize,
-    /// When to scan once there are fewer of them.
+    /// When the next scan may start, once `in_hand` has gone down.
     scan_once_fewer: Option<Timestamp>,
-    /// The earliest due moment of transactions that left memory since this scan began: it may have passed them by.
+    /// The earliest due time of the transactions that left memory since this scan began. The scan may have missed them.
     left_due: Option<Timestamp>,
 }
 
-/// What was read.
+/// The result of a read.
 #[derive(Debug)]
 pub(super) enum ReadResult {
     One { xid: Xid, began: u64, found: Result<Lookup, store::Error> },
@@ -96,7 +95,7 @@ impl Reading {
         self.scan_at.filter(|_| !self.scan_blocked)
     }
 
-    /// A transaction has left memory.
+    /// Notes that a transaction has left memory.
     pub(super) fn left(&mut self, entry: &Entry) {
         let (xid, due_at) = (entry.global.xid, entry.global.due_at());
         self.in_hand -= usize::from(entry.was_due);
@@ -123,7 +122,7 @@ impl Reading {
         self.waiting
     }
 
-    /// Forgets callers that gave up, and reads that have not begun and that nobody waits for.
+    /// Forgets callers that have given up. Also forgets queued reads without a caller.
     pub(super) fn forget_gone(&mut self) {
         let Self { asks, waiting, queue, in_flight, .. } = self;
         asks.retain(|xid, asks| {
@@ -135,7 +134,7 @@ impl Reading {
         queue.retain(|xid| asks.contains_key(xid));
     }
 
-    /// The callers that waited for this transaction.
+    /// Removes and returns the callers that waited for this transaction.
     fn answered(&mut self, xid: Xid) -> Vec<Ask> {
         let asks = self.asks.remove(&xid).unwrap_or_default();
         self.waiting -= asks.len();
@@ -156,7 +155,7 @@ impl Reading {
         self.moment
     }
 
-    /// Ends a read. Called after its rows were taken in.
+    /// Ends a read. Called after its rows were handled.
     fn done(&mut self, began: u64) {
         if let btree_map::Entry::Occupied(mut entry) = self.under_way.entry(began) {
             *entry.get_mut() -= 1;
@@ -170,7 +169,7 @@ impl Reading {
         }
     }
 
-    /// Whether the row of a read that began then may be old.
+    /// Whether a row of a read that began at moment `began` may be out of date.
     fn is_stale(&self, xid: Xid, began: u64) -> bool {
         self.left.get(&xid).is_some_and(|moment| *moment > began)
     }
@@ -191,7 +190,7 @@ impl Partition {
         }
     }
 
-    /// Begins the reads of single transactions that wait, as many as may be in flight.
+    /// Starts queued reads of single transactions, as many as may be in flight.
     fn begin_reads(&mut self) {
         while self.reading.in_flight.len() < READS_MAX
             && let Some(xid) = self.reading.queue.pop_front()
@@ -207,13 +206,13 @@ impl Partition {
         }
     }
 
-    /// What a read must show to be believed.
+    /// How new a read must be to be accepted.
     pub(super) fn known(&self) -> Known {
         Known { ownership: self.ownership, position: self.position }
     }
 
-    /// What to tell whoever waits for a read that failed. If it shows that the partition may not be ours any more, or that something is
-    /// lost, the journal finds out.
+    /// The error for callers whose read failed. If the read suggests that another coordinator owns the partition, or that
+    /// records are lost, the journal is told to check.
     pub(super) fn read_failed(&self, error: &store::Error) -> Error {
         match error {
             store::Error::Old(_) | store::Error::Replaced(_) => {
@@ -243,7 +242,7 @@ impl Partition {
         self.begin_reads();
         if !self.entries.contains_key(&xid) {
             if stale {
-                // It was in memory meanwhile, and left.
+                // It came into memory and left again during the read, so read it again.
                 self.reading.queue.push_back(xid);
                 return self.begin_reads();
             }
@@ -261,8 +260,8 @@ impl Partition {
                     Some(Error::Lost(xid))
                 }
                 Ok(Lookup::Absent { purged_through, nonce, lost: _ }) => {
-                    // With another nonce the xid is from a store that was deleted, or restored to a moment before it. What
-                    // became of its transaction is not known here.
+                    // A different nonce: the xid is from a store that was deleted, or from before a backup was restored. This
+                    // store does not know what happened to that transaction.
                     let purged = purged_through.is_some_and(|through| xid <= through);
                     Some(if nonce == Some(xid.nonce) && !purged {
                         Error::NeverRecorded(xid)
@@ -285,15 +284,16 @@ impl Partition {
         self.leave_if_idle(xid);
     }
 
-    /// How far away the next attempt of a transaction must be for it to leave memory. While others want its place, no attempt is too
-    /// near: the retries of a dead participant would keep the transactions of all others in the store, or new ones away.
+    /// A transaction leaves memory if its next attempt is further away than this. When others need the memory, every transaction
+    /// between attempts leaves. Otherwise the retries of one dead participant would keep new or other due transactions out of
+    /// memory.
     pub(super) fn park_after(&self, was_due: bool) -> Duration {
         let others_wait_in_the_store = was_due && self.reading.scan_once_fewer.is_some();
         let is_half_full = self.parts.held.is_half_full(&self.parts.settings);
         if others_wait_in_the_store || is_half_full { Duration::ZERO } else { PARK_AFTER }
     }
 
-    /// Reads the next page of due transactions, when it is time.
+    /// Reads the next page of due transactions, if it is time.
     pub(super) fn scan(&mut self) {
         let now = self.now();
         if self.reading.scan_at().is_none_or(|at| at > now) {
@@ -366,14 +366,14 @@ impl Partition {
         self.reading.done(began);
     }
 
-    /// Whether the row is from before a loss, and undecided. It may have had a decision that callers were told, and no other one may be
-    /// made.
+    /// Whether the row is undecided and from before a loss of records. Its decision may have been lost after callers were told,
+    /// so no new decision may be made.
     fn may_have_lost_its_decision(&self, global: &GlobalTransaction) -> bool {
         let lost_through = self.ownership.lost_through.filter(|_| !Bug::ForgetLoss.is_planted());
         global.state == State::Trying && lost_through.is_some_and(|epoch| global.xid.epoch <= epoch)
     }
 
-    /// Takes a recorded transaction into memory.
+    /// Takes a transaction from the store into memory.
     fn take_in(&mut self, entry: Entry) {
         let xid = entry.global.xid;
         self.insert(entry);

@@ -1,19 +1,19 @@
-//! What branches were registered with is kept once for all transactions with equal branches. Otherwise it would be most of the
-//! memory of a hundred thousand open transactions.
+//! Shares equal branch specs between transactions. Unshared, they would take most of the memory of 100,000 open transactions.
 
 use std::{collections::BTreeSet, sync::Arc};
 
 use crate::transaction::{Branch, BranchSpec};
 
-/// Different specs that are remembered: more than a shop has. If every branch is different, nothing is gained and little is lost.
+/// Different specs that are remembered: more than one business uses. If every branch is different, sharing gains nothing and
+/// costs little.
 const SPECS_MAX: usize = 1024;
 
-/// See the module's comment.
 #[derive(Debug, Default)]
 pub(super) struct Specs(BTreeSet<Arc<BranchSpec>>);
 
 impl Specs {
-    /// Lets these branches share equal specs with others. Specs with a payload are not shared: payloads are never equal.
+    /// Replaces the specs of these branches with shared ones. A spec with a payload is not shared, since payloads are hardly
+    /// ever equal.
     pub(super) fn share(&mut self, branches: &mut [Branch]) {
         for branch in branches.iter_mut().filter(|branch| branch.spec.payload.is_none()) {
             if let Some(known) = self.0.get(&branch.spec) {

@@ -1,5 +1,5 @@
-//! Limits of one connection: the time for its handshake, and what its calls may hold. Without them, calls that wait for long would
-//! use up its streams, and every short call on it would hang.
+//! Limits of one connection: the time for its handshake, and the resources of its calls. Without them, long waits could use up
+//! the connection's streams, and every short call on it would hang.
 
 use std::{
     future::Future as _,
@@ -21,24 +21,24 @@ use tonic::{Request, Status, transport::server::Connected};
 
 use super::status::too_many_waits;
 
-/// Calls under way on one connection.
+/// Calls in flight on one connection.
 pub const STREAMS_MAX: u32 = 1024;
-/// Of those, calls that wait for a transaction to come to its end.
+/// Calls of one connection that may wait for a transaction to complete.
 pub(super) const WAITS_MAX: usize = 512;
 
-/// How long a client may take for its part of the handshake. Afterwards the keep-alive of HTTP/2 finds out who is gone.
+/// How long a client may take for its part of the handshake. After the handshake, HTTP/2's keep-alive detects dead clients.
 pub const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
-/// Bytes that every client of HTTP/2 sends first: `PRI * HTTP/2.0` and so on.
+/// Length of the preface that every HTTP/2 client sends first: `PRI * HTTP/2.0` and so on.
 const PREFACE_BYTES: usize = 24;
 
-/// A connection, and its allowances.
+/// A connection with its limits.
 #[derive(Debug)]
 pub struct Connection<IO> {
     io: IO,
     allowance: Allowance,
     /// `None` once the preface has been read.
     handshake: Option<Handshake>,
-    /// One of `limits.connections`; given back when this is dropped.
+    /// One of `limits.connections`. Given back when this is dropped.
     _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -46,12 +46,12 @@ pub struct Connection<IO> {
 struct Handshake {
     bytes_left: usize,
     deadline: Pin<Box<Sleep>>,
-    /// A server that stops does not wait for a client that has said nothing so far.
+    /// When this completes, a connection whose client has sent nothing is closed, so that it does not delay a shutdown.
     closing: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
 }
 
 impl Handshake {
-    /// Why the handshake has failed, once it has.
+    /// The error, if the handshake has failed.
     fn failed(&mut self, cx: &mut Context<'_>) -> Option<io::Error> {
         if self.deadline.as_mut().poll(cx).is_ready() {
             return Some(io::Error::new(io::ErrorKind::TimedOut, "no HTTP/2 preface in time"));
@@ -62,7 +62,7 @@ impl Handshake {
 }
 
 impl<IO> Connection<IO> {
-    /// A new connection. It keeps `permit` until it is closed. Call it within a tokio runtime.
+    /// A new connection. It keeps `permit` until it is closed. Must be called within a tokio runtime.
     pub fn new(io: IO, permit: Option<OwnedSemaphorePermit>) -> Self {
         let handshake = Handshake {
             bytes_left: PREFACE_BYTES,
@@ -76,7 +76,7 @@ impl<IO> Connection<IO> {
         Self { io, allowance, handshake: Some(handshake), _permit: permit }
     }
 
-    /// Ends with `closing`, unless its client has said by then that it speaks HTTP/2.
+    /// Closes the connection when `closing` is cancelled, unless the client has sent its HTTP/2 preface by then.
     #[must_use]
     pub(crate) fn until(mut self, closing: CancellationToken) -> Self {
         if let Some(handshake) = &mut self.handshake {
@@ -86,7 +86,7 @@ impl<IO> Connection<IO> {
     }
 }
 
-/// What the calls of one connection may hold together.
+/// What the calls of one connection may use together.
 #[derive(Debug, Clone)]
 pub struct Allowance {
     waits: Arc<Semaphore>,
@@ -94,7 +94,7 @@ pub struct Allowance {
 }
 
 impl Allowance {
-    /// Bytes of messages that have not arrived whole.
+    /// The budget for bytes of messages that have not fully arrived.
     pub(super) fn unfinished(&self) -> Budget {
         self.unfinished.clone()
     }
@@ -108,7 +108,7 @@ impl<IO> Connected for Connection<IO> {
     }
 }
 
-/// Takes a permit to wait, of the connection that `request` came on.
+/// Takes a permit to wait from the connection of `request`.
 pub(super) fn waiting_permit<T>(
     request: &Request<T>,
 ) -> Result<Option<OwnedSemaphorePermit>, Status> {

@@ -1,5 +1,6 @@
-//! Deadlines that callers set with `grpc-timeout`. tonic answers a call that reaches its deadline with CANCELLED, which reads like
-//! the outcome of a transaction. So a call is answered a little earlier: with what is known by then, or with DEADLINE_EXCEEDED.
+//! Deadlines that callers set with `grpc-timeout`. tonic answers CANCELLED when a call reaches its deadline, which could be
+//! mistaken for the outcome of a transaction. So a call is answered a little earlier: with the present state, or with
+//! DEADLINE_EXCEEDED.
 
 use std::{
     convert::Infallible,
@@ -12,10 +13,10 @@ use http::{HeaderMap, Request, Response};
 use tonic::{Status, body::Body, codegen::Service, metadata::MetadataMap, server::NamedService};
 
 const HEADER: &str = "grpc-timeout";
-/// A call is answered this much before its deadline, or a tenth of its time before it if that is less.
+/// A call is answered this long before its deadline, or a tenth of its timeout if that is less.
 const MARGIN_MAX: Duration = Duration::from_millis(100);
 
-/// A service whose calls are answered before their deadlines.
+/// Wraps a service so that its calls are answered before their deadlines.
 #[derive(Debug, Clone)]
 pub struct InTime<S>(pub(super) S);
 
@@ -52,7 +53,7 @@ where
     }
 }
 
-/// How long a call may wait for a transaction: as long as it asks for, if its deadline leaves the time to answer.
+/// How long a call may wait for a transaction: the requested time, or less if the deadline would leave no time to answer.
 pub(super) fn bounded(wait: Duration, metadata: &MetadataMap) -> Duration {
     match given(metadata.as_ref()) {
         Some(timeout) => wait.min(timeout.saturating_sub(margin(timeout) * 2)),
@@ -64,11 +65,11 @@ fn margin(timeout: Duration) -> Duration {
     (timeout / 10).min(MARGIN_MAX)
 }
 
-/// The time that the caller gave: digits and a unit.
+/// The timeout that the caller set: digits and a unit.
 fn given(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(HEADER)?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    // At most eight digits, says gRPC.
+    // gRPC allows at most eight digits.
     let number = digits.parse().ok().filter(|_| digits.len() <= 8)?;
     match unit {
         "H" => Some(Duration::from_secs(number * 3600)),
@@ -98,7 +99,7 @@ mod tests {
         }
     }
 
-    /// A service whose calls never end.
+    /// A service that never answers.
     struct Silent;
 
     impl Service<Request<Body>> for Silent {

@@ -1,5 +1,5 @@
-//! What every call passes, whichever service it is for: its messages arrive whole before anybody sees them, it is counted until its
-//! last byte is answered, and a stream that only ever ends by its caller's will ends with the server.
+//! What applies to every call of every service. A message is passed on only when it has fully arrived. A call counts as in
+//! flight until its last byte is sent. A stream that only its caller would end is ended when the server stops.
 
 use std::{
     future::Future,
@@ -21,10 +21,10 @@ use tower_service::Service;
 
 use super::connection::Allowance;
 
-/// Services of gRPC itself: their streams (a watch of our health, a reflection) have no end of their own.
+/// The path of gRPC's own services. Their streams (a health watch, a reflection) never end by themselves.
 const OF_GRPC: &str = "/grpc.";
 
-/// Put around all services.
+/// Wraps all services.
 #[derive(Debug, Clone)]
 pub struct EachCall {
     under_way: TaskTracker,
@@ -50,7 +50,7 @@ impl<S> Layer<S> for EachCall {
     }
 }
 
-/// Counts calls, and ends streams of gRPC's own services.
+/// Counts calls in flight, and ends streams of gRPC's own services.
 #[derive(Debug, Clone)]
 pub struct Counted<S> {
     inner: S,
@@ -86,10 +86,10 @@ where
     }
 }
 
-/// The answer to a call. It is under way until this is dropped.
+/// The body of an answer. The call is in flight until this is dropped.
 struct Answer {
     body: Body,
-    /// Once this completes, the stream is over as soon as it has nothing to say.
+    /// Once this completes, the stream ends as soon as it has nothing to send.
     ends: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     _under_way: TaskTrackerToken,
 }

@@ -1,4 +1,4 @@
-//! Readiness and liveness, as grpc.health.v1 tells them.
+//! Readiness and liveness, for the gRPC health service (grpc.health.v1).
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,15 +7,15 @@ use tracing::info;
 
 use crate::coordinator::Coordinator;
 
-/// The names of readiness: the process, and its services.
+/// The names for readiness: the process, and its services.
 const HEALTH_NAMES: [&str; 3] = ["", "handfast.v1.CoordinatorService", "handfast.v1.AdminService"];
-/// The name of liveness: who asks gets an answer, also from a coordinator that is starting, is a standby, or has a store that does not
-/// answer. A restart would mend none of these.
+/// The name for liveness. It is always healthy, even if the coordinator is starting, is a standby, or has a store that does not
+/// answer. A restart would fix none of these.
 const LIVENESS: &str = "liveness";
-/// How often readiness is looked at.
+/// How often readiness is checked.
 const READINESS_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Tells for every name whether it is ready. Alive it is in any case.
+/// Sets the readiness of every name. Liveness is always healthy.
 pub(crate) async fn set_ready(health: &HealthReporter, ready: bool) {
     let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
     for name in HEALTH_NAMES {
@@ -24,7 +24,7 @@ pub(crate) async fn set_ready(health: &HealthReporter, ready: bool) {
     health.set_service_status(LIVENESS, ServingStatus::Serving).await;
 }
 
-/// Tells for ever whether the coordinator is ready, and logs each change.
+/// Keeps the readiness up to date for ever, and logs each change.
 pub(crate) async fn tell_readiness(coordinator: Arc<Coordinator>, health: HealthReporter) {
     let mut told = None;
     loop {

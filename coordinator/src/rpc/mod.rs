@@ -1,4 +1,4 @@
-//! The gRPC services. A method is a few lines: parse, ask, answer. What each guarantees stands in the .proto files.
+//! The gRPC services. A method is a few lines: parse, ask, answer. The .proto files say what each method guarantees.
 
 mod connection;
 mod deadline;
@@ -41,20 +41,20 @@ use crate::{
     transaction::{Drive, GlobalTransaction},
 };
 
-/// Both services, for one coordinator.
+/// Both services of one coordinator.
 #[derive(Debug, Clone)]
 pub struct Services {
     coordinator: Arc<Coordinator>,
     targets: Arc<Targets>,
     timeout_default: Duration,
-    /// Streams take no further calls.
+    /// Cancelled when streams accept no further calls.
     closing: CancellationToken,
-    /// A token for each call until its last byte is answered.
+    /// Holds a token for each call until its last byte is sent.
     under_way: TaskTracker,
 }
 
 impl Services {
-    /// `timeout_default` is that of phase one, for transactions that name none.
+    /// `timeout_default` is the timeout of phase one for transactions that set none.
     #[must_use]
     pub fn new(
         coordinator: Arc<Coordinator>,
@@ -70,20 +70,20 @@ impl Services {
         }
     }
 
-    /// Once `closing` is cancelled, streams take no further calls, and end when they have answered those they took: tonic would
-    /// wait for their callers to end them.
+    /// Once `closing` is cancelled, streams accept no further calls, and end when the accepted ones are answered. Otherwise
+    /// tonic would wait for the callers to end their streams.
     #[must_use]
     pub fn until(self, closing: CancellationToken) -> Self {
         Self { closing, ..self }
     }
 
-    /// What goes around these services, and around those of gRPC itself.
+    /// The wrapper for these services and for gRPC's own.
     #[must_use]
     pub fn each_call(&self) -> EachCall {
         EachCall::new(self.under_way.clone(), self.closing.clone())
     }
 
-    /// Completes when no call is under way.
+    /// Completes when no call is in flight.
     pub async fn all_answered(&self) {
         self.under_way.close();
         self.under_way.wait().await;
@@ -111,7 +111,7 @@ impl Services {
         Some(response::transaction(global, self.coordinator.is_stuck(global), &self.targets))
     }
 
-    /// For the calls that every transaction makes.
+    /// A transaction without labels and branches, for the calls that every transaction makes.
     fn head(&self, global: &GlobalTransaction) -> Option<pb::Transaction> {
         Some(response::head(global, self.coordinator.is_stuck(global)))
     }
@@ -149,8 +149,8 @@ impl CoordinatorService for Services {
         &self,
         request: Request<pb::DecideRequest>,
     ) -> Result<Response<pb::DecideResponse>, Status> {
-        // The answer means decided. If too many calls wait on this connection, this one does not wait for completion; a decision is
-        // never refused for that.
+        // An answer means that the transaction is decided. If too many calls of this connection wait already, this
+        // one does not wait for completion. A decision is never refused for that reason.
         let (_permit, until) = match request::until(request.get_ref().until()) {
             Until::Completed => match waiting_permit(&request) {
                 Ok(permit) => (permit, Until::Completed),

@@ -1,5 +1,5 @@
-//! Requests → our types. What comes in is checked here, once. Inside the coordinator a name is not empty, a branch can be reached,
-//! and everything is within its limit.
+//! Converts requests to our types. All input is checked here, once. Inside the coordinator, a name is never empty, a branch has
+//! an address, and every value is within its limits.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,12 +19,12 @@ use crate::{
     },
 };
 
-/// A field of a request is wrong.
+/// A field of a request is not valid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Invalid {
-    /// Which: `branches[1].target`.
+    /// The field, such as `branches[1].target`.
     pub(super) field: String,
-    /// What is wrong with it, and what would be right.
+    /// What is wrong, and what would be right.
     pub(super) problem: String,
 }
 
@@ -44,7 +44,7 @@ fn branch_id(field: &str, text: &str) -> Result<BranchId, Invalid> {
         .or_else(|error: handfast_proto::id::InvalidBranchId| invalid(field, error.to_string()))
 }
 
-/// A text of 1 to `bytes_max` bytes that can be printed on one line.
+/// A text of 1 to `bytes_max` bytes without control characters or line breaks.
 fn name(field: impl Into<String>, text: String, bytes_max: usize) -> Result<String, Invalid> {
     if text.is_empty() {
         return invalid(field, "must not be empty");
@@ -52,7 +52,7 @@ fn name(field: impl Into<String>, text: String, bytes_max: usize) -> Result<Stri
     words(field, text, bytes_max)
 }
 
-/// A text of up to `bytes_max` bytes that can be printed on one line.
+/// A text of up to `bytes_max` bytes without control characters or line breaks.
 fn words(field: impl Into<String>, text: String, bytes_max: usize) -> Result<String, Invalid> {
     if text.len() > bytes_max {
         return invalid(field, format!("has {} bytes, and may have {bytes_max}", text.len()));
@@ -63,7 +63,7 @@ fn words(field: impl Into<String>, text: String, bytes_max: usize) -> Result<Str
     Ok(text)
 }
 
-/// What is asked for when a transaction begins: Begin, and Execute.
+/// The common part of Begin and Execute: the transaction to begin.
 pub(super) struct NewRequest {
     pub(super) name: String,
     pub(super) drive: Drive,
@@ -146,7 +146,7 @@ pub(super) fn new_transaction(
     Ok(NewTransaction { labels, name, drive, timeout: lasts, key, branches })
 }
 
-/// How long phase one, or a part of it, may take.
+/// A timeout of phase one, or of a part of it.
 fn timeout(field: &str, wire: &prost_types::Duration) -> Result<Duration, Invalid> {
     let (min, max) = (limits::TIMEOUT_MIN, limits::TIMEOUT_MAX);
     match duration(wire).filter(|timeout| (min..=max).contains(timeout)) {
@@ -170,7 +170,7 @@ fn labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, 
     labels.into_iter().map(label).collect()
 }
 
-/// Checks branches one by one and together. The same branch twice is one branch.
+/// Checks each branch, and that they fit together. A repeated branch counts once.
 pub(super) fn branches(
     messages: Vec<pb::BranchSpec>,
     drive: Drive,
@@ -274,12 +274,12 @@ pub(super) fn key_hash(key: &str) -> [u8; 32] {
     Sha256::digest(key).into()
 }
 
-/// Checks a key that is looked for.
+/// Checks a key to be looked up, and hashes it.
 pub(super) fn key(text: String) -> Result<[u8; 32], Invalid> {
     Ok(key_hash(&name("idempotency_key", text, limits::KEY_BYTES_MAX)?))
 }
 
-/// What must be the same in a repeat of a request with this fingerprint: `None` if it has no fingerprint.
+/// The digest for a caller's fingerprint, to be compared when the key comes again. `None` without a fingerprint.
 pub(super) fn fingerprint(fingerprint: &[u8]) -> Result<Option<[u8; 32]>, Invalid> {
     let max = limits::FINGERPRINT_BYTES_MAX;
     match fingerprint.len() {
@@ -287,17 +287,17 @@ pub(super) fn fingerprint(fingerprint: &[u8]) -> Result<Option<[u8; 32]>, Invali
         bytes if bytes > max => {
             invalid("fingerprint", format!("has {bytes} bytes, and may have {max}"))
         }
-        // The text in front keeps it apart from a digest of the content.
+        // The prefix keeps it distinct from a digest of the content.
         _ => Ok(Some(
             Sha256::new().chain_update("fingerprint").chain_update(fingerprint).finalize().into(),
         )),
     }
 }
 
-/// SHA-256 of what must be the same when a key comes again. Where participants are may change, and how long it may take.
+/// SHA-256 of what must be the same when a key comes again. Addresses of participants and timeouts may differ.
 fn digest(name: &str, drive: Drive, branches: &[BranchSpec]) -> [u8; 32] {
     let mut hash = Sha256::new();
-    // Each part with its length in front, so that no two contents look the same.
+    // Each part is preceded by its length, so that different contents never give the same bytes.
     let mut part = |bytes: &[u8]| {
         hash.update((bytes.len() as u64).to_be_bytes());
         hash.update(bytes);
@@ -352,7 +352,7 @@ pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid>
     Ok((xid, What::Decide(decision)))
 }
 
-/// Made one line, as a refusal is: an error with a line break in it must not keep anybody from cancelling.
+/// Made into one line, like a refusal: a line break in an error text must not prevent a Cancel.
 fn reason_of_cancel(text: &str) -> Result<String, Invalid> {
     words("reason", text.replace(char::is_control, " "), limits::REASON_BYTES_MAX)
 }
@@ -402,7 +402,7 @@ pub(super) fn resolve(request: pb::ResolveBranchRequest) -> Result<(Xid, What), 
     Ok((xid(&request.xid)?, what))
 }
 
-/// Which transactions to list, and how many at most.
+/// The filter of a list, and the number of transactions on a page.
 pub(super) fn list(
     request: pb::ListTransactionsRequest,
     stuck_now: Show,
@@ -426,7 +426,7 @@ pub(super) fn list(
     Ok((ListFilter { show, name: Some(name).filter(|name| !name.is_empty()), after }, limit))
 }
 
-/// Reads what [`super::response::page`] writes.
+/// Parses a page token of [`super::response::page`].
 fn listed(page: &str) -> Result<Listed, Invalid> {
     let parts = page.split_once('/');
     let place = parts.and_then(|(begun_at, xid)| Some((begun_at.parse().ok()?, xid.parse().ok()?)));

@@ -1,4 +1,4 @@
-//! Our types → responses.
+//! Converts our types to responses.
 
 use std::collections::BTreeMap;
 
@@ -18,10 +18,10 @@ use crate::{
     },
 };
 
-/// Bytes of the transactions in one page of a list, half of what a response may have.
+/// Most bytes of transactions in one page of a list: half of the largest response.
 const PAGE_BYTES_MAX: usize = limits::RESPONSE_BYTES_MAX / 2;
 
-/// All that is known of a transaction.
+/// The full state of a transaction.
 pub(super) fn transaction(
     global: &GlobalTransaction,
     stuck: bool,
@@ -36,7 +36,7 @@ pub(super) fn transaction(
     }
 }
 
-/// The same without what its initiator has told us.
+/// The state without labels and branches, which the initiator knows.
 pub(super) fn head(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
     let at = |at: Timestamp| timestamp(at.0);
     let (refusal, refused_branch_id) = match &global.cancel {
@@ -118,7 +118,7 @@ fn branch_message(global: &GlobalTransaction, index: usize, targets: &Targets) -
     }
 }
 
-/// Of a transaction that this call drove to Confirm: what every Try answered.
+/// The reply of every Try, for the call that drove the transaction to Confirm.
 pub(super) fn replies(global: &GlobalTransaction) -> Vec<pb::TryReply> {
     if global.state.decision() != Some(Decision::Confirm) {
         return Vec::new();
@@ -159,7 +159,7 @@ pub(super) fn cancel_cause(cause: &CancelCause) -> pb::CancelCause {
     }
 }
 
-/// A page of a list: as many transactions as fit into a response, and where the next page starts.
+/// One page of a list: as many transactions as fit into a response, and where the next page starts.
 pub(super) fn page(
     found: Vec<(Listed, pb::Transaction)>,
     next: Option<Listed>,

@@ -1,4 +1,4 @@
-//! Errors → gRPC statuses: the only table of codes. It keeps what `coordinator.proto` promises.
+//! Converts errors to gRPC statuses. The only table of codes; it keeps the promises of `coordinator.proto`.
 
 use std::collections::BTreeMap;
 
@@ -132,7 +132,7 @@ fn info(reason: &str, metadata: Metadata) -> ErrorInfo {
     }
 }
 
-/// A connection has as many waiting calls as it may: more would leave no streams for short ones.
+/// Too many calls of this connection are waiting. More would leave no streams for short calls.
 pub(super) fn too_many_waits(limit: usize) -> Status {
     let text = format!(
         "{limit} calls wait on this connection already; open another one, or wait for less"

@@ -1,4 +1,4 @@
-//! Calls of initiators that share a stream. Each one goes through the method of the same name.
+//! Calls of initiators that share a stream. Each call is passed to the method of the same name.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Services, connection::Allowance, request::invalid};
 
-/// Answers on a stream.
+/// The answers on a stream.
 pub(super) type Answers = stream::Answers<CallStreamResponse>;
 
 /// Answers the calls on a stream until the caller or the coordinator ends it.
@@ -65,15 +65,15 @@ async fn ask(services: &Services, caller: Caller, call: Option<Call>) -> Result<
     })
 }
 
-/// What bounds the wait of a call.
+/// What limits how long a call may wait.
 struct Caller {
-    /// How many calls of its connection may wait.
+    /// How many calls of the connection may wait.
     allowance: Option<Allowance>,
     timeout: Option<Duration>,
 }
 
 impl Caller {
-    /// The request of a call that may wait.
+    /// Makes the request of a call that may wait.
     fn asks<T>(self, call: T) -> Request<T> {
         let mut request = Request::new(call);
         if let Some(allowance) = self.allowance {

@@ -1,5 +1,5 @@
-//! What the rows of a store say about a batch or a read: whether it is the next one, was applied already, comes from an owner that was
-//! replaced, or does not fit what is recorded.
+//! What the recorded rows say about a batch or a read. A batch may be the next one, be applied already, come from a replaced
+//! owner, or contradict the records.
 
 use std::collections::BTreeMap;
 
@@ -8,16 +8,16 @@ use handfast_proto::planted::Bug;
 use super::{Appended, Batch, Damage, Error, Guard, Known, Ownership, Write};
 use crate::transaction::State;
 
-/// What is recorded of a transaction that is to be changed.
+/// The recorded state of a transaction that a batch changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) struct Row {
     pub(in crate::store) state: State,
-    /// `None`: it is not known.
+    /// `None`: the number of branches is not known.
     pub(in crate::store) branches: Option<usize>,
 }
 
 impl Write {
-    /// Why this cannot be written over what is recorded; `None`: it can.
+    /// Why this write contradicts the recorded row. `None`: it does not.
     pub(in crate::store) fn misfit(&self, recorded: Option<Row>) -> Option<String> {
         let Self { global, before, new_branches, .. } = self;
         let here = match before {
@@ -41,7 +41,7 @@ impl Write {
     }
 }
 
-/// A state, for people.
+/// The name of a state, for messages.
 fn word(state: State) -> &'static str {
     match state {
         State::Trying => "trying",
@@ -52,12 +52,12 @@ fn word(state: State) -> &'static str {
     }
 }
 
-/// What the row of a partition says about its owner and that owner's batches.
+/// The owner of a partition and its latest batch, as the partition's row says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(in crate::store) struct Recorded {
     pub(in crate::store) epoch: u32,
     pub(in crate::store) nonce: u32,
-    /// Number of the epoch's latest batch.
+    /// The number of the epoch's latest batch.
     pub(in crate::store) position: u64,
 }
 
@@ -84,12 +84,12 @@ impl Known {
     }
 }
 
-/// What the rows of a batch's partitions say about it: `None`, it is the next one of them all and may be applied now; else what
-/// became of it.
+/// What the rows of a batch's partitions say about the batch. `None`: it is the next batch of all of them and may be applied
+/// now. Otherwise, the result of appending it.
 ///
 /// # Errors
 ///
-/// [`Error::Corrupt`] when half of it is recorded.
+/// [`Error::Corrupt`] when only half of the batch is recorded.
 pub(in crate::store) fn judge(
     batch: &Batch,
     recorded: impl Fn(u16) -> Option<Recorded>,
@@ -123,7 +123,8 @@ pub(in crate::store) fn judge(
     }
     match (next, landed, fenced.is_empty()) {
         (_, 0, true) => Ok(None),
-        // Batches are atomic: what landed in one partition landed in all of them, before any of them was taken over.
+        // Batches are atomic. If the batch was applied in one partition, it was applied in all, before any of them was taken
+        // over.
         (0, 1.., true) => Ok(Some(Appended::Durable)),
         (_, _, false) => Ok(Some(Appended::Fenced(fenced))),
         (1.., 1.., true) => {
@@ -133,9 +134,9 @@ pub(in crate::store) fn judge(
 }
 
 impl Damage {
-    /// That rows do not fit what a batch says of them: their partitions, each with the first few of them.
+    /// The damage of each partition whose rows contradict a batch, with its first few rows.
     pub(in crate::store) fn of_rows(misfits: impl IntoIterator<Item = (u16, String)>) -> Vec<Self> {
-        /// More of them tell nothing more.
+        /// Further rows would tell nothing new.
         const TOLD_MAX: usize = 3;
         let mut by_partition = BTreeMap::<u16, Vec<String>>::new();
         for (partition, misfit) in misfits {
@@ -155,7 +156,7 @@ impl Damage {
         by_partition.into_iter().map(damage).collect()
     }
 
-    /// Why the batch with this guard can never be applied to what is recorded.
+    /// Why the batch with this guard can never be applied to these records.
     pub(in crate::store) fn of(guard: Guard, recorded: Option<Recorded>) -> Self {
         let Guard { partition, epoch, nonce, position } = guard;
         let acknowledged = position - 1;

@@ -1,5 +1,5 @@
-//! A store in memory, for tests and benchmarks only: nothing in it survives the process. It is also the shortest description of what
-//! the other stores do.
+//! A store in memory, for tests and benchmarks only: its content is lost when the process ends. It is also the shortest
+//! description of what the other stores do.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,16 +19,16 @@ use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 #[derive(Debug, Default)]
 pub struct MemoryStore {
     tables: Mutex<Tables>,
-    /// How long a batch takes.
+    /// How long each batch takes.
     delay: Mutex<Duration>,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Tables {
     partitions: BTreeMap<u16, Recorded>,
-    /// Who has each partition.
+    /// The owner of each partition.
     owners: BTreeMap<u16, String>,
-    /// Nonces by partition and epoch.
+    /// Nonces, by partition and epoch.
     nonces: BTreeMap<(u16, u32), u32>,
     /// How many batches each epoch had when the next owner took over.
     ended: BTreeMap<(u16, u32), u64>,
@@ -40,34 +40,34 @@ struct Tables {
 }
 
 impl MemoryStore {
-    /// From now on each batch takes so long.
+    /// Makes each batch take this long from now on.
     ///
     /// # Panics
     ///
-    /// Never: nothing panics while it is locked.
+    /// Never: no code panics while the lock is held.
     pub fn delay(&self, each: Duration) {
         *self.delay.lock().expect("nothing panics while it is locked") = each;
     }
 
-    /// What is in it now, as another store: a replica that is never brought up to date.
+    /// A separate store with the present content, such as a replica that is never updated.
     #[must_use]
     pub fn copy(&self) -> Self {
         Self { tables: Mutex::new(self.tables().clone()), delay: Mutex::default() }
     }
 
-    /// Puts back what is in `backup`: a failover to a replica that lacks the last batches.
+    /// Restores the content of `backup`, like a failover to a replica that lacks the last batches.
     pub fn go_back_to(&self, backup: &Self) {
         let backup = backup.tables().clone();
         *self.tables() = backup;
     }
 
-    /// What is recorded of a transaction, for whoever looks on.
+    /// The recorded state of a transaction, for tests.
     #[must_use]
     pub fn get(&self, xid: Xid) -> Option<GlobalTransaction> {
         self.tables().transactions.get(&xid).cloned()
     }
 
-    /// For a read that must be new enough.
+    /// The content, if it is new enough for a read with `known`.
     fn tables_for(&self, known: Known) -> Result<MutexGuard<'_, Tables>, Error> {
         let tables = self.tables();
         let recorded = tables.partitions.get(&known.ownership.partition);
@@ -141,7 +141,7 @@ impl Store for MemoryStore {
                 }
             }
             if let Appended::Damaged(damaged) = &appended {
-                // The epoch that is recorded: a later one was lost together with its takeover.
+                // Mark the epoch that is recorded: a later epoch was lost together with its takeover.
                 for Damage { partition, .. } in damaged.iter().filter(|damage| damage.lost > 0) {
                     let recorded = tables.partitions.get(partition).map(|it| it.epoch);
                     tables.lost.extend(recorded.map(|epoch| (*partition, epoch)));

@@ -1,17 +1,17 @@
-//! Where global transactions are recorded. A store saves what it is handed, in one local transaction. It decides nothing. Every
+//! Where global transactions are recorded. A store saves what it is given, in one local transaction. It decides nothing. Every
 //! implementation passes the same tests, `conformance/`.
 //!
-//! What makes it safe: a batch is applied exactly once, and only by the owner of its partitions.
+//! A store is safe because it applies a batch exactly once, and only for the owner of the batch's partitions.
 //!
-//! - A partition has a row `(partition, epoch, nonce, position)`. A takeover makes the epoch one larger and draws a new nonce.
-//!   A batch moves the position of every partition that it carries from n - 1 to n, inside its own local transaction, and only if
-//!   epoch and nonce are still its owner's. A batch of an owner that was replaced changes nothing, however late it arrives.
-//!   The nonce tells histories apart: after a failover that lost a takeover, or on a restored backup, the same epoch can be
+//! - A partition has a row `(partition, epoch, nonce, position)`. A takeover adds one to the epoch and draws a new nonce.
+//! - A batch moves the position of each of its partitions from n - 1 to n, in its own local transaction. It does so only if
+//!   epoch and nonce are still those of its owner. So a batch of a replaced owner changes nothing, however late it arrives.
+//! - The nonce tells histories apart. After a failover that lost a takeover, or on a restored backup, the same epoch can be
 //!   given out twice.
 //! - If the answer to a COMMIT is lost, the same batch is appended again with the same n. Either the first attempt was applied
-//!   (the position is n), or this one is.
-//! - A read counts only if it shows the partition's row at least as new as its owner knows it to be ([`Known`]).
-//! - A write names the state that its transaction must have ([`Write::before`]).
+//!   (the position is already n), or the repeat is applied.
+//! - A read counts only if the partition's row that it shows is at least as new as its owner knows ([`Known`]).
+//! - A write names the state that its transaction must have before ([`Write::before`]).
 
 #[cfg(test)]
 mod conformance;
@@ -30,7 +30,7 @@ use handfast_proto::Xid;
 use self::judge::{Recorded, Row, judge};
 use crate::transaction::{BranchSet, GlobalTransaction, State, StuckAfter, Timestamp};
 
-/// Partitions of a store. Fixed when the store is made: an xid names its partition for ever.
+/// The number of partitions. Fixed when the store is made, since an xid contains its partition.
 pub const PARTITIONS: u16 = 16;
 
 /// All partitions, for an owner of the whole store.
@@ -44,30 +44,30 @@ pub const ALL_PARTITIONS: [u16; PARTITIONS as usize] = {
     all
 };
 
-/// The right to write a partition, until somebody takes it over.
+/// The right to write a partition, until another process takes the partition over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ownership {
-    /// Which partition.
+    /// The partition.
     pub partition: u16,
     /// Grows by one with each takeover.
     pub epoch: u32,
-    /// Random, and part of every xid of this epoch.
+    /// Random. It is part of every xid of this epoch.
     pub nonce: u32,
-    /// The store has lost batches of epochs up to this one; `None`: no loss is known. A transaction of these epochs that is recorded
-    /// without a decision may have had one, and callers may have been told. So its owner does not decide it.
+    /// The store has lost batches of epochs up to this one. `None`: no loss is known. An undecided transaction of these epochs
+    /// may have had a decision that callers were told. So the owner does not decide it.
     pub lost_through: Option<u32>,
 }
 
-/// Who owns a partition, as recorded. An owner that is alive changes the position every few seconds.
+/// The recorded owner of a partition. A live owner changes the position every few seconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seat {
-    /// Which partition.
+    /// The partition.
     pub partition: u16,
-    /// Of the owner.
+    /// The owner's epoch.
     pub epoch: u32,
-    /// Of the same epoch.
+    /// The nonce of that epoch.
     pub nonce: u32,
-    /// Number of its latest batch.
+    /// The number of the owner's latest batch.
     pub position: u64,
     /// The owner's name, for people. `None`: the partition was handed back.
     pub owner: Option<String>,
@@ -76,47 +76,48 @@ pub struct Seat {
 /// Changes that become durable together, or not at all.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Batch {
-    /// One for each partition that has changes in it, each once.
+    /// One guard for each partition with changes in this batch.
     pub guards: Vec<Guard>,
-    /// Each transaction once. All belong to partitions that have a guard.
+    /// At most one write for each transaction. Each belongs to a partition with a guard.
     pub writes: Vec<Write>,
 }
 
-/// That a batch is the `position`th of this epoch of this partition.
+/// States that a batch is number `position` of this epoch of this partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Guard {
-    /// Which partition.
+    /// The partition.
     pub partition: u16,
-    /// Whose batch it is.
+    /// The epoch of the batch's owner.
     pub epoch: u32,
-    /// Of the same epoch.
+    /// The nonce of that epoch.
     pub nonce: u32,
-    /// 1, 2, 3, … within the epoch. A number never gets other content.
+    /// 1, 2, 3, … within the epoch. A number is never reused for other content.
     pub position: u64,
 }
 
-/// One transaction as it is to be recorded.
+/// A transaction to be recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Write {
-    /// What it is like now.
+    /// Its new state.
     pub global: Arc<GlobalTransaction>,
-    /// What to do with its own row.
+    /// How its own row changes.
     pub head: Head,
-    /// The state that its row must have, or nothing is written. `None`: it must have no row. If several changes are written as one,
-    /// this is the state before the first of them. So no mistake of the writer can turn one decision into the other.
+    /// The state that its row must have; `None`: it must have no row. Otherwise nothing is written. If several changes are
+    /// written as one, this is the state before the first of them. So a faulty writer cannot change one decision into the
+    /// other.
     pub before: Option<State>,
-    /// Branches from this index on have no row yet. All branches before it must have a row, or nothing is written.
+    /// Branches from this index on have no row yet. All earlier branches must have a row; otherwise nothing is written.
     pub new_branches: usize,
-    /// Branches before that index whose rows change.
+    /// Earlier branches whose rows change.
     pub changed_branches: BranchSet,
 }
 
-/// What to do with a transaction's own row.
+/// How a transaction's own row changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Head {
-    /// Leave it as it is, but for the number of branches.
+    /// Leave it as it is, except for the number of branches.
     Keep,
-    /// Only note that the transaction is finished: its decision is recorded already.
+    /// Only mark the transaction as finished: its decision is already recorded.
     Finish,
     /// Update it.
     Update,
@@ -124,176 +125,179 @@ pub enum Head {
     Insert,
 }
 
-/// What a reader knows of the partition that it reads. A read that does not show at least this comes from a server that is behind, or
-/// from another history of the store.
+/// What a reader knows about its partition. A read that shows less comes from a server that is behind, or from another history
+/// of the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Known {
-    /// Whose transactions are read, and under which ownership.
+    /// The ownership under which the partition is read.
     pub ownership: Ownership,
-    /// Number of the latest batch of this ownership that is known to be durable.
+    /// The number of this ownership's latest batch that is known to be durable.
     pub position: u64,
 }
 
-/// What became of a batch.
+/// The result of appending a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Appended {
-    /// It is durable: now, or since an earlier attempt.
+    /// It is durable, since now or since an earlier attempt.
     Durable,
-    /// Nothing of it was applied, and nothing ever will be for these partitions: they have another owner.
+    /// Nothing was applied, and nothing ever will be: these partitions have another owner.
     Fenced(Vec<u16>),
-    /// Nothing of it was applied. What the store holds of these partitions does not fit their owner's batch, and a person must look.
-    /// The same batch without them may be appended.
+    /// Nothing was applied. The records of these partitions contradict their owner's batch, and a person must look. The same
+    /// batch without these partitions may be appended.
     Damaged(Vec<Damage>),
 }
 
-/// What is wrong with a partition.
+/// A problem with a partition's records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damage {
-    /// Which partition.
+    /// The partition.
     pub partition: u16,
-    /// In words, for the log.
+    /// The problem in words, for the log.
     pub what: String,
-    /// Batches that the store has acknowledged and does not have any more; 0: it is something else.
+    /// How many acknowledged batches are missing. 0: it is another problem.
     pub lost: u64,
 }
 
-/// What a look for one transaction found.
+/// The result of looking up one transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lookup {
-    /// It is recorded, like this.
+    /// Its recorded state.
     Found(Box<GlobalTransaction>),
-    /// It is not recorded. What is known of where it would be:
+    /// It is not recorded. The fields say what is known about the place where it would be.
     Absent {
-        /// The largest xid of its partition that was ever deleted after its retention.
+        /// The largest xid of its partition that was deleted after its retention.
         purged_through: Option<Xid>,
-        /// The nonce of its partition's epoch, if there was such an epoch.
+        /// The nonce of its epoch, if its partition had such an epoch.
         nonce: Option<u32>,
-        /// The store has lost batches of that epoch: what is missing may have been recorded, and told.
+        /// Whether the store has lost batches of that epoch. Then the transaction may have been recorded, and callers may have
+        /// been told.
         lost: bool,
     },
 }
 
-/// One page of transactions that are due and may be in nobody's memory.
+/// One page of due transactions. Their owner may not have them in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DuePage {
-    /// The transactions that are due at the moment asked for, in order of `(due_at, xid)`.
+    /// The transactions that are due by the given moment, in order of `(due_at, xid)`.
     pub transactions: Vec<GlobalTransaction>,
-    /// Where the next page starts; `None`: this was the last one.
+    /// Where the next page starts. `None`: this is the last page.
     pub next: Option<(Timestamp, Xid)>,
-    /// When the next transaction becomes due. Given with the last page.
+    /// When the next transaction becomes due. Set only on the last page.
     pub next_due_at: Option<Timestamp>,
 }
 
-/// Which transactions to list.
+/// Selects the transactions to list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListFilter {
-    /// In what state.
+    /// Their state.
     pub show: Show,
-    /// Only those of this name.
+    /// Only transactions with this name.
     pub name: Option<String>,
-    /// Only those that come after this one in the list: older, or of the same moment with a smaller xid.
+    /// Only transactions after this one in the list: older ones, and equally old ones with a smaller xid.
     pub after: Option<Listed>,
 }
 
-/// The place of a transaction in a list: when it began, and its xid.
+/// A transaction's place in a list: when it began, and its xid.
 pub type Listed = (Timestamp, Xid);
 
-/// In what state the listed transactions are.
+/// The states to list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Show {
-    /// In any.
+    /// All transactions.
     All,
-    /// Not final.
+    /// Transactions that are not final.
     Open,
-    /// Stuck at this moment.
+    /// Transactions that are stuck at this moment.
     Stuck(Timestamp, StuckAfter),
 }
 
 /// How many transactions are open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Summary {
-    /// Not final.
+    /// Transactions that are not final.
     pub open: u64,
-    /// Of those, stuck.
+    /// Open transactions that are stuck.
     pub stuck: u64,
-    /// When the oldest open one began.
+    /// When the oldest open transaction began.
     pub oldest: Option<Timestamp>,
 }
 
-/// What batches have cost since the store was opened, without the purge.
+/// The cost of all batches since the store was opened. The purge is not included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Written {
-    /// Other than BEGIN and COMMIT.
+    /// Statements other than BEGIN and COMMIT.
     pub statements: u64,
-    /// Of transactions, branches, keys and resolutions, new or changed. A batch changes one more for each partition in it.
+    /// New or changed rows of transactions, branches, keys and resolutions. Each batch also changes one row for each of its
+    /// partitions, which are not counted.
     pub rows: u64,
 }
 
-/// Why a store could not do what was asked.
+/// Why a store could not carry out a call.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The store did not answer, or could not do it now. What was asked may or may not have happened: retry it.
+    /// The store did not answer, or is unable to now. The call may or may not have taken effect: retry it.
     #[error("the store does not answer: {0}")]
     Unavailable(#[source] Box<dyn StdError + Send + Sync>),
-    /// What was read is older than what is known, and was dropped. Retry, and append a batch: only that can tell whether the partition
-    /// is still ours and whether something was lost.
+    /// The read was older than what is known, and was dropped. Retry, and append a batch: only that shows whether the partition
+    /// is still ours and whether records were lost.
     #[error("the store's server is behind, or another one: {0}")]
     Old(String),
-    /// What was read shows a later owner of the partition. A read proves nothing: append a batch to know.
+    /// The read shows a later owner of the partition. A read does not prove it: append a batch to be sure.
     #[error("the store shows another owner: {0}")]
     Replaced(String),
-    /// A record is damaged, or the database refuses for good. A retry does not help; a person must look.
+    /// A record is damaged, or the database refuses permanently. A retry does not help; a person must look.
     #[error("the store holds what cannot be: {0}")]
     Corrupt(String),
 }
 
 impl Error {
-    /// The store did not answer, and this is why.
+    /// An [`Error::Unavailable`] with this cause.
     pub fn unavailable(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self::Unavailable(cause.into())
     }
 }
 
-/// Keeps global transactions. All methods may be called at any time and from any task. Every call ends, even if the database does not
-/// answer.
+/// Stores global transactions. All methods may be called at any time and from any task. Every call returns, even if the
+/// database does not answer.
 #[async_trait::async_trait]
 pub trait Store: fmt::Debug + Send + Sync + 'static {
-    /// How often an owner with nothing to write must append an empty batch, to show that it is there and to learn that it was
-    /// replaced; `None`: nobody can replace it while it lives.
+    /// How often an idle owner must append an empty batch. The batch shows that the owner is alive, and tells it if it was
+    /// replaced. `None`: a live owner cannot be replaced.
     fn heartbeat(&self) -> Option<Duration> {
         None
     }
 
-    /// How many batches it can take at the same time, n. Batch k (0 to n - 1) carries only partitions whose number modulo n is k.
+    /// The number n of batches that may be appended at the same time. Batch k (0 to n - 1) contains only partitions whose
+    /// number modulo n is k.
     fn batches_at_a_time(&self) -> u16 {
         1
     }
 
-    /// What batches have cost so far, for benchmarks. Zeros in a store that does not count.
+    /// The cost of batches so far, for benchmarks. Zeros in a store that does not count.
     fn written(&self) -> Written {
         Written::default()
     }
 
-    /// Who owns the partitions. Empty in a store that only one process can open: nobody has to wait before [`Store::acquire`].
+    /// The owners of the partitions. Empty in a store that only one process can open: [`Store::acquire`] never has to wait
+    /// there.
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         Ok(Vec::new())
     }
 
-    /// The time by the store's own clock; `None`: it has no other clock than this machine's.
+    /// The time of the store's own clock. `None`: it has only this machine's clock.
     async fn clock(&self) -> Result<Option<Timestamp>, Error> {
         Ok(None)
     }
 
-    /// How often a partition was taken over in that time, by the clocks of its owners: the largest number of all partitions. Zero in a
-    /// store that only one process can open.
+    /// How often the most contested partition was taken over in that time, by the clocks of its owners. Zero in a store that
+    /// only one process can open.
     async fn takeovers(&self, _from: Timestamp, _until: Timestamp) -> Result<u64, Error> {
         Ok(0)
     }
 
-    /// Takes over `partitions`, all or none of them, each with an epoch that is one larger and a new nonce. Returns their
-    /// ownerships in the order in which the partitions were named; the other partitions stay as they are. When it returns,
-    /// batches of earlier owners of these partitions change nothing any more. `owner` names this process for people. A repeat is
-    /// another takeover.
+    /// Takes over all of `partitions`, or none. Each gets the next epoch and a new nonce. Returns the ownerships in the order
+    /// of `partitions`. Other partitions do not change. After the return, batches of earlier owners of these partitions change
+    /// nothing. `owner` names this process for people. A repeat is another takeover.
     async fn acquire(
         &self,
         partitions: &[u16],
@@ -301,22 +305,22 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<Vec<Ownership>, Error>;
 
-    /// Makes `batch` durable, exactly once. A crash before it returns leaves all of it or nothing. After
-    /// [`Error::Unavailable`] nobody knows which: the same batch must be appended again, before any other of its partitions.
+    /// Makes `batch` durable, exactly once. A crash before the return leaves all of the batch or nothing. After
+    /// [`Error::Unavailable`] the result is unknown: append the same batch again before any other batch of its partitions.
     async fn append(&self, batch: &Batch) -> Result<Appended, Error>;
 
-    /// Looks for one transaction of the partition that is `known`. Sees everything that is known to be durable, or fails with
-    /// [`Error::Old`] or [`Error::Replaced`]: what is read proves by itself that it is new enough, since connections may lead to servers
-    /// that are behind.
+    /// Looks up one transaction in the partition of `known`. Sees everything that is known to be durable, or fails with
+    /// [`Error::Old`] or [`Error::Replaced`]. Every read proves that it is new enough, since a connection may lead to a server
+    /// that is behind.
     async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error>;
 
-    /// Looks for idempotency keys of the partition that is `known`, by their hashes; gives for each, in order, the transaction it
-    /// belongs to. Sees what [`Store::load`] sees.
+    /// Looks up idempotency keys by their hashes, in the partition of `known`. Returns the transaction of each key, in order.
+    /// Sees the same as [`Store::load`].
     async fn find_keys(&self, hashes: &[[u8; 32]], known: Known)
     -> Result<Vec<Option<Xid>>, Error>;
 
-    /// Of the partition that is `known`, up to `limit` transactions that were due by `until`, after the place where an earlier page
-    /// ended. Sees what [`Store::load`] sees. A damaged record is logged and left out.
+    /// Up to `limit` transactions of the partition of `known` that were due by `until`. Starts after the end of an earlier
+    /// page. Sees the same as [`Store::load`]. A damaged record is logged and left out.
     async fn due(
         &self,
         until: Timestamp,
@@ -325,21 +329,22 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         known: Known,
     ) -> Result<DuePage, Error>;
 
-    /// For operators: the newest transactions that fit, newest first, at most `limit`.
+    /// For operators: up to `limit` transactions that match, newest first.
     async fn list(
         &self,
         filter: &ListFilter,
         limit: usize,
     ) -> Result<Vec<GlobalTransaction>, Error>;
 
-    /// For operators: how many are open, and how many of those are stuck at `now`.
+    /// For operators: how many transactions are open, and how many of these are stuck at `now`.
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error>;
 
-    /// Deletes transactions that finished before that moment, with their branches and keys: looks at up to `limit` of one
-    /// partition after `after`, in order of their xids, and says how many it deleted and where it stopped (`None`: at the end
-    /// of the partition, or where all that follow are younger). A transaction that began after `now` tells nothing about those
-    /// that follow: the clock was ahead when it began. Remembers the largest xid that it deleted. What operators resolved stays
-    /// for ever. Only the owner deletes: for one that was replaced, nothing is deleted and nothing more is to do.
+    /// Deletes transactions that finished before that moment, with their branches and keys. Looks at up to `limit` transactions
+    /// of one partition after `after`, in order of their xids. Returns how many it deleted and where it stopped. `None`: at the
+    /// end of the partition, or where all later transactions are younger. A transaction that began after `now` says nothing
+    /// about those that follow: the clock was ahead when it began. The largest deleted xid is remembered. Operators'
+    /// resolutions are kept for ever. Only the owner may delete: for a replaced owner, nothing is deleted and the purge is
+    /// over.
     async fn purge(
         &self,
         ownership: Ownership,
@@ -349,12 +354,12 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error>;
 
-    /// Hands these partitions back: each one only if epoch and nonce are still those that are named. Changes nothing that safety rests
-    /// on.
+    /// Hands these partitions back. Each is handed back only if its epoch and nonce are still the given ones. Safety does not
+    /// depend on it.
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error>;
 }
 
-/// The xids of a partition: from the first to the last that it could ever have.
+/// The first and the last xid that a partition could ever have.
 #[must_use]
 pub fn xids_of(partition: u16) -> (Xid, Xid) {
     (

@@ -1,4 +1,4 @@
-//! A store in memory that fails on demand, and notes what it was handed. For tests of those who use a store.
+//! A store in memory that fails on demand and keeps what it was given. For tests of the store's callers.
 
 use std::{
     collections::VecDeque,
@@ -12,20 +12,19 @@ use tokio::sync::watch;
 
 use super::{memory::MemoryStore, *};
 
-/// What is to happen to one `append`.
+/// What happens to one `append`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// None: it goes well.
+    /// It succeeds.
     Nothing,
-    /// It never reaches the store.
+    /// The batch never reaches the store.
     Unreached,
-    /// It takes effect, and the answer is lost.
+    /// The batch is applied, but the answer is lost.
     AnswerLost,
-    /// The store refuses it for what it is.
+    /// The store refuses the batch permanently.
     Refused,
 }
 
-/// See the module's comment.
 #[derive(Debug, Default)]
 pub(crate) struct ScriptedStore {
     pub(crate) inner: Arc<MemoryStore>,
@@ -33,40 +32,40 @@ pub(crate) struct ScriptedStore {
     batches: Mutex<Vec<Batch>>,
     /// While true, appends are not answered.
     held: watch::Sender<bool>,
-    /// An owner must show that it is there.
+    /// Whether an owner must write a heartbeat.
     pub(crate) beats: AtomicBool,
-    /// While true, looks for one transaction have read, and are not answered.
+    /// While true, reads of one transaction read the store, but are not answered.
     loads_held: watch::Sender<bool>,
-    /// While true, looks for one transaction and for keys fail.
+    /// While true, reads of one transaction and of keys fail.
     reads_fail: AtomicBool,
-    /// While true, looks for what is due have read, and are not answered.
+    /// While true, reads of due transactions read the store, but are not answered.
     dues_held: watch::Sender<bool>,
     dues: AtomicUsize,
-    /// What reads see, if it is behind.
+    /// The content that reads see, if the store's reads are behind.
     replica: Mutex<Option<Arc<MemoryStore>>>,
-    /// What its own clock says; `None`: it has none.
+    /// The time of the store's own clock. `None`: it has none.
     pub(crate) clock: Mutex<Option<Timestamp>>,
     loads: Mutex<Vec<Xid>>,
     key_looks: Mutex<Vec<usize>>,
 }
 
 impl ScriptedStore {
-    /// The next appends meet these faults, in order.
+    /// The next appends have these results, in order.
     pub(crate) fn fail(&self, faults: impl IntoIterator<Item = Fault>) {
         lock(&self.faults).extend(faults);
     }
 
-    /// From now on the store does not answer appends.
+    /// From now on, appends are not answered.
     pub(crate) fn hold(&self) {
         self.held.send_replace(true);
     }
 
-    /// It answers appends again.
+    /// Appends are answered again.
     pub(crate) fn release(&self) {
         self.held.send_replace(false);
     }
 
-    /// Whether looks for one transaction read and are then not answered.
+    /// Whether reads of one transaction read the store but are not answered.
     pub(crate) fn hold_loads(&self, hold: bool) {
         self.loads_held.send_replace(hold);
     }
@@ -75,7 +74,7 @@ impl ScriptedStore {
         self.reads_fail.store(fail, Ordering::SeqCst);
     }
 
-    /// From now on reads see `replica`, whatever is recorded; with `None`, what is recorded.
+    /// From now on reads see `replica`. With `None`, they see what is recorded.
     pub(crate) fn read_from(&self, replica: Option<MemoryStore>) {
         *lock(&self.replica) = replica.map(Arc::new);
     }
@@ -91,27 +90,27 @@ impl ScriptedStore {
         }
     }
 
-    /// The same for looks for what is due.
+    /// Whether reads of due transactions read the store but are not answered.
     pub(crate) fn hold_dues(&self, hold: bool) {
         self.dues_held.send_replace(hold);
     }
 
-    /// How many looks for what is due have read.
+    /// How many reads of due transactions there were.
     pub(crate) fn dues(&self) -> usize {
         self.dues.load(Ordering::SeqCst)
     }
 
-    /// Every batch that was appended so far, repeats too.
+    /// Every batch that was appended so far, with repeats.
     pub(crate) fn batches(&self) -> Vec<Batch> {
         lock(&self.batches).clone()
     }
 
-    /// Every xid that was looked for, in order.
+    /// Every xid that was looked up, in order.
     pub(crate) fn loads(&self) -> Vec<Xid> {
         lock(&self.loads).clone()
     }
 
-    /// Of every look for keys, how many there were in it.
+    /// The number of keys in each read of keys.
     pub(crate) fn key_looks(&self) -> Vec<usize> {
         lock(&self.key_looks).clone()
     }

@@ -25,17 +25,16 @@ use tracing_subscriber::{
 use self::writer::LogWriter;
 use crate::config::{LogFilter, LogFormat};
 
-/// How long the end of the process waits for lines that are not written yet.
+/// At the end of the process, how long to wait for unwritten log lines.
 const FLUSH_WITHIN: Duration = Duration::from_secs(1);
 
 static WRITER: OnceLock<LogWriter> = OnceLock::new();
 
-/// Sends everything that is logged from now on to where it belongs. A second call changes nothing. Call [`flush`] before the
-/// process ends.
+/// Starts logging. A second call changes nothing. Call [`flush`] before the process ends.
 ///
 /// # Errors
 ///
-/// When the system has no thread to give, or stdout or stderr is closed.
+/// When the system cannot start a thread, or stdout or stderr is closed.
 pub fn init(filter: &LogFilter, format: LogFormat) -> io::Result<()> {
     let is_json = match format {
         LogFormat::Json => true,
@@ -48,18 +47,18 @@ pub fn init(filter: &LogFilter, format: LogFormat) -> io::Result<()> {
         io::stderr().as_fd().try_clone_to_owned()
     };
     let writer = LogWriter::start(File::from(descriptor?))?;
-    // Fails only when it has been done before: by a test, say.
+    // Fails only if logging was started before, for example by a test.
     let done_before = if is_json {
         json(filter, writer.clone()).try_init()
     } else {
         let text =
             Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(writer.clone());
-        // It would say so on stderr, and panic if that cannot be written either.
+        // Otherwise errors would be reported on stderr, with a panic if that cannot be written either.
         let text = text.log_internal_errors(false);
         text.with_ansi(io::stderr().is_terminal()).finish().try_init()
     };
     if done_before.is_ok() && WRITER.set(writer).is_ok() {
-        // A panic may end the process at once: what led to it is written first.
+        // A panic may end the process at once, so write the waiting lines first.
         let hook = panic::take_hook();
         panic::set_hook(Box::new(move |panic| {
             flush();
@@ -69,7 +68,7 @@ pub fn init(filter: &LogFilter, format: LogFormat) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until all log lines are written, for a second at most.
+/// Waits until all log lines are written, but not longer than a second.
 pub fn flush() {
     if let Some(writer) = WRITER.get()
         && thread::current().name() != Some(writer::THREAD)

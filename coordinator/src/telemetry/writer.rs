@@ -1,8 +1,8 @@
-//! Writes log lines on a thread of its own, so that a full disk, a closed pipe or a reader that has stopped neither ends nor
-//! blocks the coordinator.
+//! Writes log lines on a separate thread. So a full disk, a closed pipe or a stuck reader neither blocks nor ends the
+//! coordinator.
 //!
-//! A line that is logged goes into a queue of [`QUEUE_BYTES_MAX`]; the thread takes all lines that wait and writes them at once. A
-//! line that does not fit, or cannot be written, is dropped and counted. The next write begins with a line that tells the count.
+//! A log line goes into a queue of [`QUEUE_BYTES_MAX`]. The thread takes all waiting lines and writes them at once. A line that
+//! does not fit or cannot be written is dropped and counted. The next write begins with a line that reports the count.
 
 use std::{
     cell::RefCell,
@@ -15,29 +15,28 @@ use std::{
 use tracing::warn;
 use tracing_subscriber::fmt::writer::MakeWriter;
 
-/// Bytes of the lines that wait for the thread: some ten thousand lines.
+/// Size of the queue: room for some ten thousand lines.
 const QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// The thread's name.
 pub(super) const THREAD: &str = "log";
-/// How often, and how many times, a write is repeated when the other end takes nothing at this moment (a pipe that does not block).
+/// How often, and how many times, a write is retried when a non-blocking pipe is full.
 const AGAIN_EVERY: Duration = Duration::from_millis(10);
 const AGAIN_TIMES: u32 = 100;
 
 thread_local! {
-    /// On the thread that writes: collects the line that it logs itself.
+    /// On the writing thread: collects the line that the thread logs itself.
     static OWN_LINE: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
 }
 
-/// Where log lines go. Cheap to clone; each clone has the same queue.
+/// The destination of log lines. Cheap to clone; all clones share the queue.
 #[derive(Debug, Clone)]
 pub(super) struct LogWriter(Arc<Queue>);
 
 #[derive(Debug, Default)]
 struct Queue {
     waiting: Mutex<Waiting>,
-    /// There is something to write.
+    /// Signalled when there is something to write.
     more: Condvar,
-    /// Everything is written or dropped.
+    /// Signalled when every line is written or dropped.
     idle: Condvar,
 }
 
@@ -45,7 +44,7 @@ struct Queue {
 struct Waiting {
     lines: Vec<u8>,
     dropped: u64,
-    /// The thread has taken lines, and is not done with them.
+    /// Whether the thread has taken lines and is still writing them.
     is_writing: bool,
 }
 
@@ -56,7 +55,6 @@ impl Queue {
 }
 
 impl LogWriter {
-    /// Starts the thread.
     pub(super) fn start(sink: impl Write + Send + 'static) -> io::Result<Self> {
         let queue = Arc::new(Queue::default());
         let of_thread = queue.clone();
@@ -64,7 +62,7 @@ impl LogWriter {
         Ok(Self(queue))
     }
 
-    /// Waits until every line is written or dropped, but no longer than `within`.
+    /// Waits until every line is written or dropped, but not longer than `within`.
     pub(super) fn flush(&self, within: Duration) {
         let deadline = Instant::now() + within;
         let mut waiting = self.0.lock();
@@ -97,7 +95,7 @@ impl LogWriter {
     }
 }
 
-/// Takes one event; tracing-subscriber writes each with one call.
+/// One log event. tracing-subscriber writes each event with one call.
 #[derive(Debug)]
 pub(super) struct Line<'a>(&'a LogWriter);
 
@@ -120,9 +118,9 @@ impl<'a> MakeWriter<'a> for LogWriter {
     }
 }
 
-/// Runs as long as the process.
+/// The thread's loop. It never ends.
 fn write(queue: &Queue, mut sink: impl Write) {
-    // The last write ended in the middle of a line.
+    // Whether the last write ended in the middle of a line.
     let mut is_torn = false;
     loop {
         let (lines, dropped) = {
@@ -139,7 +137,7 @@ fn write(queue: &Queue, mut sink: impl Write) {
             write_lines(&mut sink, b"\n", &mut is_torn);
         }
         let notice = if dropped > 0 { own_line(dropped) } else { Vec::new() };
-        // It may be empty: WARN is filtered out.
+        // The notice is empty if WARN is filtered out.
         if !notice.is_empty() && write_lines(&mut sink, &notice, &mut is_torn) == 0 {
             queue.lock().dropped -= dropped;
         }
@@ -150,14 +148,14 @@ fn write(queue: &Queue, mut sink: impl Write) {
     }
 }
 
-/// The line that tells how many were dropped, in the format of all others.
+/// The line that reports how many lines were dropped, in the configured format.
 fn own_line(dropped: u64) -> Vec<u8> {
     OWN_LINE.set(Some(Vec::new()));
     warn!(dropped, "log lines could not be written and are lost");
     OWN_LINE.take().unwrap_or_default()
 }
 
-/// Writes whole lines, and returns how many of them were not written to their end. `sink` keeps nothing to itself.
+/// Writes whole lines. Returns how many lines were not fully written. `sink` must not buffer.
 fn write_lines(sink: &mut impl Write, lines: &[u8], is_torn: &mut bool) -> u64 {
     let mut left = lines;
     let mut again = 0;
@@ -187,10 +185,10 @@ mod tests {
     use super::*;
     use crate::telemetry::json;
 
-    /// What a write comes to: so many bytes are taken, or none.
+    /// The result of one write: the number of bytes taken, or an error.
     type Step = io::Result<usize>;
 
-    /// Does with each write what the test says; without a word from the test, it blocks.
+    /// A sink whose writes return what the test sends. Until the test sends something, a write blocks.
     struct Scripted {
         steps: mpsc::Receiver<Step>,
         written: Arc<Mutex<Vec<u8>>>,
@@ -224,7 +222,8 @@ mod tests {
     #[test]
     fn lines_that_cannot_be_written_are_counted_and_told_once_it_works_again() {
         let (writer, step, written) = scripted();
-        // The thread has no subscriber of its own in this test: what it would log is looked at by itself below.
+        // The thread has no subscriber in this test, so it logs nothing. The line that it would log is checked separately
+        // below.
         writer.push(b"one\n");
         step.send(full()).unwrap();
         writer.flush(LONG);
@@ -232,7 +231,7 @@ mod tests {
         step.send(full()).unwrap();
         writer.flush(LONG);
         assert_eq!((writer.0.lock().dropped, &**written.lock().unwrap()), (2, &b""[..]));
-        // A disk that has a little room: half a line is written, and counts as lost.
+        // The disk is nearly full: half a line is written, and counts as lost.
         writer.push(b"three\nfour\n");
         step.send(Ok(8)).unwrap();
         step.send(full()).unwrap();
@@ -262,7 +261,7 @@ mod tests {
         while !writer.0.lock().lines.is_empty() {
             thread::yield_now();
         }
-        // The thread hangs in its first write.
+        // The thread blocks in its first write.
         let line = [b"x".repeat(1023), b"\n".to_vec()].concat();
         let began = Instant::now();
         for _ in 0..5000 {

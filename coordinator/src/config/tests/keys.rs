@@ -1,7 +1,7 @@
 //! The table of all keys.
 
-/// Each key: its section and name, its variable, a value in TOML and as text, and what the configuration says of it, by default
-/// and with that value.
+/// Each key: its section and name, its variable, an example value in TOML and as text, and the resulting configuration by
+/// default and with that value.
 pub(super) const KEYS: [(&str, &str, &str, &str, &str, &str); 22] = [
     (
         "listen",

@@ -1,4 +1,4 @@
-//! Every key from every place, the strongest place wins, and whatever is wrong is told with its place and an example.
+//! Every key can come from every source, the strongest source wins, and every error names its place and an example.
 
 mod keys;
 
@@ -45,11 +45,11 @@ fn toml(path: &str, value: &str) -> String {
     }
 }
 
-/// With a store, so that a configuration can be complete.
+/// Sources with a default store, so that the configuration is complete.
 fn sources(file: &str, env: &[(&str, &str)], flags: &[(&'static str, &str)]) -> Sources {
     let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let flags = flags.iter().map(|(path, value)| (*path, (*value).to_owned()));
-    // The last of its kind loses.
+    // Of two flags for the same key, the first one wins.
     let default_store = ("store", "sqlite:default.db".to_owned());
     let has_store =
         file.contains("store =") || env.clone().any(|(name, _)| name == "HANDFAST_STORE");
@@ -64,7 +64,7 @@ fn config(file: &str, env: &[(&str, &str)], flags: &[(&'static str, &str)]) -> C
     Config::load(&sources(file, env, flags)).unwrap()
 }
 
-/// Checks an error against what the program prints.
+/// Checks the error against the printed text.
 fn refused(
     file: &str,
     env: &[(&str, &str)],
@@ -109,7 +109,7 @@ fn an_empty_variable_and_those_of_others_are_passed_over() {
         ("HANDFAST_SERVER", "http://127.0.0.1:7420"),
         ("HANDFAST_CONFIG", "handfast.toml"),
         ("PATH", "/bin"),
-        // What Kubernetes sets beside services called `handfast` and `handfast-two`.
+        // Variables that Kubernetes sets for services named `handfast` and `handfast-two`.
         ("HANDFAST_SERVICE_HOST", "10.0.0.1"),
         ("HANDFAST_SERVICE_PORT_GRPC", "7420"),
         ("HANDFAST_PORT", "tcp://10.0.0.1:7420"),
@@ -178,7 +178,7 @@ fn an_unknown_key_is_told_with_its_line_and_a_guess() {
     file("calls.x = 1", "handfast.toml:1: unknown key `calls.x`", all);
     file("colour = 1", "handfast.toml:1: unknown key `colour`", all);
     file("\"\" = 1", "handfast.toml:1: unknown key ``", all);
-    // The first line that is wrong, not the first letter.
+    // The first wrong line is reported, not the alphabetically first key.
     file("zzz = 1\naaa = 1", "handfast.toml:1: unknown key `zzz`", all);
 }
 
@@ -297,7 +297,7 @@ fn the_place_of_a_bad_value_is_exact() {
         "handfast.toml:1: `retry` is 5, and it is a section",
         "write [retry] on a line, and its keys below",
     );
-    // What is overruled is looked at too.
+    // A value that is overridden is checked too.
     refused(
         "listen = 1",
         &[],

@@ -20,7 +20,7 @@ async fn a_begin_with_neither_branches_nor_key_is_answered_at_once() {
     rig.store.hold();
     let xid = rig.begin(new(&[])).answer().await.unwrap().global.xid;
     assert_eq!(rig.stored(xid).await, None);
-    // Its first branch makes it durable.
+    // Its first branch makes the transaction durable.
     let mut register = rig.ask(xid, What::Register(new(&["1"]).branches), Until::Now);
     register.none_yet().await;
     rig.store.release();
@@ -208,7 +208,7 @@ async fn a_refused_try_decides_without_waiting_for_the_others() {
     assert_eq!(rig.call().await.call.branch, 1);
 }
 
-/// Its decision is its completion. A record that only says "finished" would not tell what was decided.
+/// The transaction completes as soon as it is decided. A record that says only "finished" would not contain the decision.
 #[tokio::test]
 async fn a_keyed_transaction_without_branches_is_recorded_with_its_decision() {
     let rig = Rig::new().await;

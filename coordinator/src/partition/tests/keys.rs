@@ -10,7 +10,7 @@ async fn two_begins_with_one_key_are_one_transaction() {
     assert_eq!(one.global.xid, two.global.xid);
     assert_eq!((one.existed, two.existed), (false, true));
     assert_eq!(rig.store.key_looks(), [1], "asked for once, and known from then on");
-    // Other content.
+    // The same key with different content.
     let other = rig.begin(keyed(7, 2)).answer().await.unwrap_err();
     assert!(matches!(other, Error::KeyTaken(xid) if xid == one.global.xid), "{other:?}");
     assert_eq!(rig.store.key_looks(), [1]);
@@ -76,7 +76,8 @@ async fn an_old_row_does_not_take_its_key_back() {
         rig.call().await.done().await;
     }
     rig.until_memory_holds(0).await;
-    // Somebody asks for the old one; the row is read; before it arrives the old one is purged and its key begins anew.
+    // A caller asks for the old transaction, and its row is read. Before the row arrives, the old transaction is purged and a
+    // new one begins with its key.
     rig.store.hold_loads(true);
     let asked = rig.ask(old, What::Get, Until::Now);
     while rig.store.loads().is_empty() {

@@ -1,4 +1,4 @@
-//! Nothing from outside grows without a limit: callers that wait, and bytes in memory.
+//! Callers cannot make anything grow without a limit: neither the number of waiting callers nor the bytes in memory.
 
 use super::*;
 
@@ -22,7 +22,7 @@ async fn a_new_transaction_is_refused_when_the_open_ones_have_too_many_bytes() {
     let register = rig.ask(one, What::Register(vec![registered("2", 1)]), Until::Now);
     let refused = register.answer().await.unwrap_err();
     assert!(matches!(refused, Error::TooManyBytes { .. }), "{refused:?}");
-    // A decision is not refused, and gives the bytes back.
+    // A decision is not refused, and frees the memory.
     rig.cancel(two).answer().await.unwrap();
     rig.call().await.done().await;
     rig.until_memory_holds(1).await;
@@ -45,7 +45,7 @@ async fn bytes_in_memory_are_those_of_the_transactions_in_memory() {
     assert_eq!(rig.held.bytes(), 0);
 }
 
-/// While the store does not answer reads, callers that ask are refused from a limit on. A decision is taken in all the same.
+/// While the store does not answer reads, further callers are refused above a limit. A decision is still accepted.
 #[tokio::test]
 async fn callers_that_wait_for_a_read_are_limited() {
     let rig = Rig::new().await;
@@ -68,7 +68,7 @@ async fn callers_that_wait_for_a_read_are_limited() {
     let begun = rig.begin(keyed(7, 1)).answer().await.unwrap_err();
     assert!(matches!(begun, Error::TooManyCalls), "{begun:?}");
     rig.confirm(unknown(1)).none_yet().await;
-    // Callers that give up make room.
+    // Callers that give up make room for others.
     waiting.truncate(WAITING_MAX / 2);
     rig.clock.advance(Duration::from_secs(1));
     rig.begin(keyed(7, 1)).answer().await.unwrap();
@@ -79,7 +79,7 @@ async fn callers_that_wait_for_a_read_are_limited() {
     }
 }
 
-/// The same while the store does not answer batches.
+/// The same, while the store does not answer batches.
 #[tokio::test]
 async fn callers_that_wait_for_durability_are_limited() {
     let mut rig = Rig::new().await;

@@ -1,4 +1,5 @@
-//! Memory is a cache with one writer: what enters it, what leaves it, and what is said of a transaction that is in neither memory nor store.
+//! Memory is a cache with one writer. Shows what enters it, what leaves it, and the answer for a transaction that is neither in
+//! memory nor in the store.
 
 use super::*;
 
@@ -28,8 +29,8 @@ async fn a_row_that_was_read_before_memory_changed_it_is_dropped() {
     let first = Rig::new().await;
     let xid = first.begun().await;
     first.confirm(xid).answer().await.unwrap();
-    // The next owner: somebody asks for it, and the read sees `confirming`. While its answer is on the way, the look for what
-    // is due brings the transaction in; it finishes, is recorded, and leaves.
+    // The next owner: a caller asks for the transaction, and the read sees `confirming`. While its answer is in flight, the
+    // scan for due transactions loads the transaction. It finishes, is recorded, and leaves memory.
     first.store.hold_loads(true);
     let rig = first.restart().await;
     let mut asked = rig.ask(xid, What::Get, Until::Now);
@@ -110,11 +111,11 @@ async fn unknown_xids_are_told_apart() {
         matches!(ask(&rig, restored).await, Error::Forgotten(_)),
         "of another life of this store"
     );
-    // Deciding, or registering, for what is not there is refused the same way: memory is never the last word.
+    // A decision or a new branch for a missing transaction is refused in the same way: absence from memory proves nothing.
     assert!(matches!(rig.confirm(never).answer().await.unwrap_err(), Error::NeverRecorded(_)));
     let register = rig.ask(never, What::Register(new(&["1"]).branches), Until::Now);
     assert!(matches!(register.answer().await.unwrap_err(), Error::NeverRecorded(_)));
-    // Deleted after its retention.
+    // A transaction that was deleted after its retention.
     let xid = rig.begun().await;
     rig.cancel(xid).answer().await.unwrap();
     for _ in 0..2 {
@@ -128,7 +129,7 @@ async fn unknown_xids_are_told_apart() {
         .unwrap();
     assert_eq!(deleted, 1);
     assert!(matches!(ask(&rig, xid).await, Error::Forgotten(_)));
-    // An older epoch is ordinary.
+    // The same holds for an xid of an older epoch.
     let next = rig.restart().await;
     assert!(matches!(ask(&next, never).await, Error::NeverRecorded(_)));
     assert!(matches!(ask(&next, xid).await, Error::Forgotten(_)));
@@ -200,7 +201,7 @@ async fn a_branch_that_was_resolved_while_its_call_was_under_way_keeps_nothing_i
     rig.until_memory_holds(0).await;
 }
 
-/// A read that fails says nothing: neither that a key is free, nor that a transaction was never recorded.
+/// A failed read proves nothing: neither that a key is free, nor that a transaction was never recorded.
 #[tokio::test]
 async fn what_cannot_be_read_is_not_taken_for_absent() {
     let rig = Rig::new().await;
@@ -219,7 +220,7 @@ async fn what_cannot_be_read_is_not_taken_for_absent() {
     assert_eq!(rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid, xid);
 }
 
-/// Reads are answered by a server that stands still: a replica that lags, or the old primary after a switch-over.
+/// Reads go to a server that is not updated: a lagging replica, or the old primary after a switch-over.
 #[tokio::test]
 async fn a_read_that_is_older_than_what_was_told_is_not_believed() {
     let far = Duration::from_secs(3600 * 24 * 365);
@@ -254,7 +255,7 @@ async fn a_read_that_is_older_than_what_was_told_is_not_believed() {
     assert_eq!(rig.begin(keyed(7, 1)).answer().await.unwrap().global.xid, keyed_xid);
 }
 
-/// Between two beats an owner does not notice by itself that it was replaced.
+/// Between two heartbeats an owner does not notice by itself that it was replaced.
 #[tokio::test]
 async fn a_read_that_shows_another_owner_lets_the_journal_find_out() {
     let old = Rig::new().await;
@@ -278,26 +279,26 @@ async fn a_read_that_shows_another_owner_lets_the_journal_find_out() {
     tokio::time::timeout(Duration::from_secs(10), ended).await.unwrap();
 }
 
-/// What left memory while a read was in flight is remembered until that read has ended, also when a later read ends before it.
+/// A transaction that leaves memory during a read is remembered until that read has ended, even if a later read ends first.
 #[tokio::test]
 async fn a_read_that_ends_does_not_make_an_older_one_believe_its_old_rows() {
     let first = Rig::new().await;
     let xid = first.begun().await;
     first.confirm(xid).answer().await.unwrap();
-    // The next owner. Its page of due transactions has been read, and says that this one is confirming.
+    // The next owner. Its page of due transactions has been read, and shows this transaction as confirming.
     first.store.hold_dues(true);
     let rig = first.restart().await;
     let seen = rig.store.dues();
     while rig.store.dues() == seen {
         settle().await;
     }
-    // Meanwhile the transaction comes into memory, finishes and leaves.
+    // Meanwhile the transaction enters memory, finishes and leaves.
     rig.ask(xid, What::Get, Until::Now).answer().await.unwrap();
     for _ in 0..2 {
         rig.call().await.done().await;
     }
     rig.until_memory_holds(0).await;
-    // A read that began after that ends before the page arrives.
+    // A read that began later ends before the page arrives.
     let Ownership { partition, epoch, nonce, .. } = rig.ownership;
     let unknown = Xid { partition, epoch, sequence: 99, nonce };
     rig.ask(unknown, What::Get, Until::Now).answer().await.unwrap_err();
@@ -307,7 +308,7 @@ async fn a_read_that_ends_does_not_make_an_older_one_believe_its_old_rows() {
     assert_eq!(rig.stored(xid).await.unwrap().state, State::Confirmed);
 }
 
-/// Rule 16: a transaction whose latest change is not durable stays in memory. Read again, it would be the one before that change.
+/// Rule 16: a transaction whose latest change is not durable stays in memory. A read would return its state before that change.
 #[tokio::test]
 async fn a_transaction_leaves_memory_only_when_its_latest_change_is_durable() {
     let far = Duration::from_secs(3600 * 24 * 365);
@@ -317,7 +318,7 @@ async fn a_transaction_leaves_memory_only_when_its_latest_change_is_durable() {
     let xid = rig.begun().await;
     rig.confirm(xid).answer().await.unwrap();
     let (one, two) = (rig.call().await, rig.call().await);
-    // One failure is in a batch that is in flight, the other one waits for the next batch, and that does not reach the store.
+    // One failed call is in a batch in flight. The other one waits for the next batch, which does not reach the store.
     let batches = rig.store.batches().len();
     rig.store.hold();
     one.fails().await;

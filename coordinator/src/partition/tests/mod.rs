@@ -1,4 +1,4 @@
-//! One partition with its journal, against a store and participants that do what the test says, on a clock that it moves.
+//! One partition with its journal. The test controls the store, the participants and the clock.
 
 mod durability;
 mod keys;
@@ -29,12 +29,12 @@ use crate::{
 const PARTITION: u16 = 3;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Participants that answer when the test says so.
+/// Participants that answer when the test tells them to.
 #[derive(Debug, Default)]
 struct Script {
     calls: Mutex<VecDeque<(CallRequest, mpsc::Sender<Returned>)>>,
     busy: Mutex<bool>,
-    /// How long whoever is turned away is to wait; `None`: a second.
+    /// The pause for calls that are turned away. `None`: one second.
     later: Mutex<Option<Duration>>,
     submitted: tokio::sync::Notify,
 }
@@ -50,7 +50,7 @@ impl Dispatch for Script {
     }
 }
 
-/// A coordinator of one partition.
+/// A coordinator with one partition.
 struct Rig {
     store: Arc<ScriptedStore>,
     clock: ManualClock,
@@ -82,7 +82,7 @@ impl Rig {
         Self::start(store, ManualClock::at(Timestamp(1_000_000)), settings).await
     }
 
-    /// Another process takes over, on the same store. The one before is left as it is: paused, or dead.
+    /// Another process takes over on the same store. The old one is left as it is, as if paused or dead.
     async fn restart(&self) -> Self {
         Self::start(self.store.clone(), self.clock.clone(), self.settings).await
     }
@@ -128,7 +128,7 @@ impl Rig {
         self.send(|reply| Command::Begin { new, until: Until::Now, reply })
     }
 
-    /// Begins one with two branches and waits for the answer.
+    /// Begins a transaction with two branches and waits for the answer.
     async fn begun(&self) -> Xid {
         self.begin(new(&["1", "2"])).answer().await.unwrap().global.xid
     }
@@ -147,7 +147,7 @@ impl Rig {
         self.ask(xid, What::Get, Until::Now).answer().await.unwrap().global.state
     }
 
-    /// The next call that leaves.
+    /// The next call that is made.
     async fn call(&self) -> MadeCall {
         let made = async {
             loop {
@@ -160,7 +160,7 @@ impl Rig {
         tokio::time::timeout(Duration::from_secs(10), made).await.expect("a call leaves")
     }
 
-    /// No call leaves, though everything has had its chance to run.
+    /// Checks that no call is made, after every task has run.
     async fn no_call(&self) {
         settle().await;
         if let Some((call, _)) = self.script.calls.lock().unwrap().front() {
@@ -192,7 +192,7 @@ impl Waiting {
             .expect("the partition lives")
     }
 
-    /// There is no answer yet, though everything has had its chance to run.
+    /// Checks that there is no answer yet, after every task has run.
     async fn none_yet(&mut self) {
         settle().await;
         assert!(self.0.try_recv().is_err(), "answered too early");
@@ -224,7 +224,7 @@ impl MadeCall {
     }
 }
 
-/// Lets every task run until none has anything to do. (Tests run on one thread.)
+/// Lets every task run until none has anything left to do. (Tests run on one thread.)
 async fn settle() {
     for _ in 0..200 {
         tokio::task::yield_now().await;

@@ -1,4 +1,4 @@
-//! Recovery is the ordinary path: a new owner reads what is due and goes on.
+//! Recovery is the ordinary path: a new owner reads the due transactions and continues them.
 
 use super::*;
 use crate::store::{Appended, Batch, Guard};
@@ -26,14 +26,14 @@ async fn the_next_owner_carries_on_what_was_decided_and_waits_for_what_was_not()
         BTreeMap::from([(confirming, vec![Phase::Confirm; 2]), (executed, vec![Phase::Cancel])]);
     assert_eq!(phases, expected);
     assert_eq!(rig.stored(executed).await.unwrap().cancel, Some(CancelCause::CoordinatorRestarted));
-    // Initiator-driven: its initiator goes on as if nothing had happened.
+    // This one is driven by its initiator, which continues as if nothing had happened.
     assert_eq!(rig.state(trying).await, State::Trying);
     assert_eq!(rig.confirm(trying).answer().await.unwrap().global.state, State::Confirming);
-    // The old one is fenced when it writes next, and answers nothing that was not durable.
+    // The old owner is fenced at its next write. It answers nothing that is not durable.
     let late = first.begin(new(&["1"])).answer().await.unwrap_err();
     assert!(matches!(late, Error::Fenced), "{late:?}");
     assert!(matches!(execute.answer().await.unwrap_err(), Error::Fenced));
-    // What comes after that was not taken in, and may be sent to the new owner.
+    // Later commands are not accepted by the old owner, so they may be sent to the new one.
     let asked = first.ask(trying, What::Get, Until::Now).answer().await.unwrap_err();
     assert!(matches!(asked, Error::NotHere(Some(xid)) if xid == trying), "{asked:?}");
 }
@@ -53,14 +53,14 @@ async fn what_times_out_while_nobody_owns_it_is_cancelled_by_the_next_owner() {
     assert_eq!(rig.stored(xid).await.unwrap().cancel, Some(CancelCause::TimedOut));
 }
 
-/// The store has lost batches. What it still shows as undecided may have been decided, and somebody may have been told.
+/// The store has lost batches. A transaction that it shows as undecided may have been decided, and callers may have been told.
 #[tokio::test]
 async fn what_may_have_lost_its_decision_is_not_decided_again() {
     let first = Rig::new().await;
     let (lost, confirming) = (first.begun().await, first.begun().await);
     first.confirm(confirming).answer().await.unwrap();
     let Ownership { partition, epoch, nonce, .. } = first.ownership;
-    // As if ten more batches had been acknowledged, and were gone.
+    // Pretend that more batches had been acknowledged and are now gone.
     let guards = vec![Guard { partition, epoch, nonce, position: 20 }];
     let appended = first.store.append(&Batch { guards, writes: Vec::new() }).await.unwrap();
     assert!(matches!(appended, Appended::Damaged(_)), "{appended:?}");
@@ -78,7 +78,7 @@ async fn what_may_have_lost_its_decision_is_not_decided_again() {
     rig.clock.advance(TIMEOUT);
     rig.no_call().await;
     assert_eq!(rig.stored(lost).await.unwrap().state, State::Trying);
-    // What begins now is not concerned.
+    // A transaction that begins now is not affected.
     let new = rig.begun().await;
     assert_eq!(rig.confirm(new).answer().await.unwrap().global.state, State::Confirming);
 }
@@ -104,7 +104,7 @@ async fn everything_that_is_due_comes_back_page_by_page() {
     rig.no_call().await;
 }
 
-/// What changes they make would stand in the journal's queue before those of new ones.
+/// Changes of due transactions would otherwise be ahead of those of new transactions in the journal's queue.
 #[tokio::test]
 async fn what_is_due_comes_back_no_faster_than_it_is_done_and_new_ones_do_not_count() {
     let first = Rig::new().await;
@@ -172,7 +172,7 @@ async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
         first.confirm(xid).answer().await.unwrap();
         xids.push(xid);
     }
-    // The next owner. The first page is read, and its answer is on the way.
+    // The next owner. Its first page has been read, and the answer is in flight.
     first.store.hold_dues(true);
     let rig = first.restart().await;
     *rig.script.later.lock().unwrap() = Some(Duration::from_secs(15));
@@ -181,7 +181,8 @@ async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
     while rig.store.dues() == seen {
         settle().await;
     }
-    // Somebody asks for one of that page: it comes into memory, its participant is away for a while, it leaves.
+    // A caller asks for a transaction of that page. It enters memory, its participant is briefly unreachable, and it leaves
+    // memory.
     rig.ask(xids[0], What::Get, Until::Now).answer().await.unwrap();
     rig.until_memory_holds(0).await;
     *rig.script.busy.lock().unwrap() = false;
@@ -197,7 +198,7 @@ async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
     assert_eq!(rig.call().await.call.xid, xids[0], "nobody looks at it any more");
 }
 
-/// The retries of a dead participant are never far away here, so that its transactions would stay in memory for ever.
+/// Retries of a dead participant are always close here, so its transactions would stay in memory for ever.
 #[tokio::test]
 async fn a_dead_participant_does_not_keep_the_others_out_of_memory() {
     let first = Rig::new().await;

@@ -1,4 +1,4 @@
-//! Timeouts, pauses between attempts, and deadlines of calls.
+//! Timeouts, backoff between attempts, and deadlines of calls.
 
 use super::*;
 
@@ -38,7 +38,7 @@ async fn no_transaction_times_out_while_the_store_is_silent() {
     let decided = rig.confirm(good);
     rig.store.release();
     assert_eq!(decided.answer().await.unwrap().global.state, State::Confirming);
-    // What was not decided ends a little later.
+    // A transaction without a decision times out a little later.
     let abandoned = other.answer().await.unwrap().global.xid;
     assert_eq!(rig.state(abandoned).await, State::Trying);
     rig.clock.advance(Duration::from_secs(10));

@@ -1,4 +1,4 @@
-//! Where branches are called.
+//! At which address a branch is called.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Bad input gets one clear error that names the field and the limit, and leaves nothing behind.
+//! Bad input gets one clear error that names the field and the limit, and changes nothing.
 
 use super::*;
 
@@ -144,12 +144,12 @@ async fn targets_must_be_known_or_allowed() {
 async fn the_same_branch_twice() {
     let rig = Rig::new().await;
     let other = pb::BranchSpec { action: "inventory.add".to_owned(), ..spec("1") };
-    // In one request.
+    // Both branches in one request.
     let xid = rig.begun(&["1", "1"]).await;
     assert_eq!(rig.get(&xid).await.unwrap().branches.len(), 1);
     let twice = pb::BeginRequest { branches: vec![spec("1"), other.clone()], ..begin(&[]) };
     invalid(rig.begin(twice).await, "branches[1].branch_id", "1 is there twice");
-    // In two.
+    // The branches in two requests.
     rig.register(&xid, vec![spec("1")]).await.unwrap();
     let status = rig.register(&xid, vec![spec("2"), other]).await.unwrap_err();
     assert_eq!(

@@ -1,5 +1,5 @@
-//! The services over a coordinator whose store is in memory and whose participants always say yes: what the calls promise, and
-//! that bad input gets one clear error that names the field and the limit, and leaves nothing behind.
+//! The services on a coordinator with a store in memory and participants that always agree. Shows what the calls promise, and
+//! that bad input gets one clear error that names the field and the limit, and changes nothing.
 
 mod addresses;
 mod bad_input;
@@ -22,7 +22,7 @@ use crate::{
     transaction::{Outcome, StuckAfter, Timestamp, retry::RetryPolicy},
 };
 
-/// Participants that do whatever they are asked. A Try is answered with its own payload.
+/// Participants that accept every call. A Try is answered with its own payload.
 #[derive(Debug)]
 struct Willing;
 
@@ -185,7 +185,7 @@ fn detail(status: &Status, key: &str) -> String {
     status.get_details_error_info().unwrap().metadata[key].clone()
 }
 
-/// Checks an INVALID_ARGUMENT: that it names the field, and says what would be right.
+/// Checks that the result is INVALID_ARGUMENT, names the field, and says what would be right.
 #[track_caller]
 fn invalid(result: Result<impl std::fmt::Debug, Status>, field: &str, says: &str) {
     let status = result.expect_err("it was taken");

@@ -1,4 +1,4 @@
-//! What the calls promise.
+//! The guarantees of the calls.
 
 use handfast_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use tonic::transport::server::TcpIncoming;
@@ -43,7 +43,7 @@ async fn a_transaction_from_begin_to_end() {
     assert_eq!(completed.state(), pb::TransactionState::Confirmed);
     assert!(completed.finished_at.is_some());
     assert!(completed.branches.iter().all(|branch| branch.state() == pb::BranchState::Confirmed));
-    // Repeats.
+    // Repeats give the same answer.
     assert_eq!(
         rig.confirm(&begun.xid, &["1", "2.1"]).await.unwrap().state(),
         pb::TransactionState::Confirmed
@@ -152,7 +152,7 @@ async fn the_same_key_gives_the_same_transaction() {
         );
         assert_eq!(detail(&status, reason::XID), xid);
     }
-    // A fingerprint takes the place of that comparison.
+    // With a fingerprint, only the fingerprint is compared.
     let printed = |fingerprint: &[u8], ids: &[&str]| pb::BeginRequest {
         idempotency_key: "order-2000".to_owned(),
         fingerprint: fingerprint.to_vec(),
@@ -208,7 +208,7 @@ async fn execute_runs_both_phases_and_brings_the_replies() {
         assert_eq!(transaction.drive(), pb::Drive::Coordinator);
         assert_eq!(executed.replies.len(), 2);
         assert_eq!(executed.replies[0].reply, payload(1));
-        // The answer was lost: the outcome, without replies.
+        // The answer was lost. A repeat gets the outcome, without replies.
         let again = rig.services.execute(Request::new(request)).await.unwrap().into_inner();
         assert_eq!((again.existed, again.replies.len()), (true, 0));
         assert_eq!(again.transaction.unwrap().state(), pb::TransactionState::Confirmed);
@@ -338,12 +338,13 @@ async fn a_try_without_a_clear_answer_is_recorded_as_such() {
     invalid(rig.decide(bad).await, "unknown_branch_id", "a-z");
 }
 
-/// tonic answers a call that reaches its deadline with CANCELLED, which reads like an outcome.
+/// tonic answers CANCELLED when a call reaches its deadline, which could be mistaken for an outcome.
 #[tokio::test]
 async fn a_call_with_a_deadline_is_answered_before_it() {
     let rig = Rig::new().await;
     let xid = rig.begun(&["1"]).await;
-    // Nothing is decided, so the wait would last ten seconds. The deadline ends it, and the state is told.
+    // The transaction is never decided, so the wait would last ten seconds. The deadline ends it, and the answer is the present
+    // state.
     let until = pb::Until::Decided.into();
     let mut wait = Request::new(pb::WaitTransactionRequest { xid: xid.clone(), until, wait: None });
     wait.set_timeout(Duration::from_millis(500));
@@ -392,7 +393,7 @@ async fn a_list_of_large_transactions_comes_in_pages() {
     invalid(rig.services.list_transactions(Request::new(bad)).await, "page", "next_page");
 }
 
-/// A process that was stopped for a moment finds calls that their callers have given up meanwhile.
+/// A process that was suspended finds many calls that their callers have cancelled meanwhile.
 #[tokio::test]
 async fn calls_that_were_given_up_do_not_end_the_connection() {
     let rig = Rig::new().await;

@@ -1,4 +1,4 @@
-//! A batch is applied once, as a whole, or not at all.
+//! A batch is applied exactly once, as a whole, or not at all.
 
 use super::*;
 
@@ -44,7 +44,7 @@ pub(super) async fn batches_that_may_come_at_a_time_are_not_in_each_others_way(s
 pub(super) async fn a_batch_is_applied_once_however_often_it_is_appended(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let (one, two) = (begun(owner.xid(1), &["1"]), begun(owner.xid(2), &["1"]));
-    // The answer to COMMIT is lost: the same batch again, until there is one.
+    // The answer to COMMIT is lost: append the same batch again until there is an answer.
     let batch = owner.batch(vec![inserted(&one), inserted(&two)]);
     for _ in 0..3 {
         assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
@@ -53,7 +53,7 @@ pub(super) async fn a_batch_is_applied_once_however_often_it_is_appended(store: 
     confirm(&mut one);
     owner.append(vec![updated(&one, BranchSet::EMPTY)]).await;
     assert_eq!(owner.found(one.xid).await, one.recorded());
-    // Late, when it was followed by another one, it changes nothing and is noticed.
+    // A late repeat, after the next batch, changes nothing and is reported.
     assert!(matches!(store.append(&batch).await, Ok(Appended::Damaged(_))));
     assert_eq!(owner.found(one.xid).await, one.recorded());
 }
@@ -86,15 +86,16 @@ pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) 
     assert_eq!(damage.lost, 2);
     assert!(damage.what.contains("lost 2 batches"), "{damage:?}");
     assert!(matches!(owner.load(other.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
-    // The rest of the batch is not concerned.
+    // The other partition's part of the batch can still be applied.
     let rest = Batch { guards: vec![batch.guards[1]], writes: vec![batch.writes[1].clone()] };
     assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable);
-    // What is missing of that epoch is not called unheard of from now on, whoever comes next. What is of the next epoch is.
+    // From now on, a missing transaction of that epoch is no longer reported as never recorded, whoever the owner is. One of
+    // the next epoch still is.
     let mut next = Owner::of(store).await;
     assert!(matches!(next.load(global.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
     let unknown = next.xid(1);
     assert!(matches!(next.load(unknown).await.unwrap(), Lookup::Absent { lost: false, .. }));
-    // The next owner also knows that decisions of that epoch may be missing.
+    // The next owner also knows that decisions of that epoch may be lost.
     assert_eq!(next.ownership(1).lost_through, Some(owner.ownership(1).epoch));
     assert_eq!(next.ownership(2).lost_through, None);
 }
@@ -103,7 +104,7 @@ pub(super) async fn a_takeover_that_is_missing_is_a_loss_too(store: &dyn Store) 
     let mut owner = Owner::of(store).await;
     let global = begun(owner.xid(1), &["1"]);
     let mut batch = owner.batch(vec![inserted(&global)]);
-    // A later owner has recorded two batches on a server that is gone, and this one has never heard of its takeover.
+    // A later owner has recorded two batches on a server that is gone. This server has never heard of its takeover.
     let Guard { epoch, nonce, .. } = batch.guards[0];
     batch.guards[0] = Guard { partition: 1, epoch: epoch + 1, nonce: !nonce, position: 3 };
     assert!(matches!(store.append(&batch).await.unwrap(), Appended::Damaged(_)));
@@ -112,7 +113,7 @@ pub(super) async fn a_takeover_that_is_missing_is_a_loss_too(store: &dyn Store) 
     assert!(matches!(next.load(global.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
 }
 
-/// A second line behind everything else: whatever an owner believes, it cannot turn one decision into the other.
+/// A second line of defence: whatever an owner believes, it cannot change one decision into the other.
 pub(super) async fn a_change_of_what_is_not_as_it_is_said_to_be_is_an_alarm(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let key = |first: u8| Some(Key { hash: [first; 32], digest: [0; 32] });
@@ -165,7 +166,7 @@ pub(super) async fn a_change_of_what_is_not_as_it_is_said_to_be_is_an_alarm(stor
         };
         assert!(told.contains(&write.global.xid.to_string()), "{what}: {told}");
         assert_eq!(owner.found(recorded.xid).await, recorded.recorded(), "{what}");
-        // The rest of the batch is not concerned.
+        // The other transaction's partition is not blamed, and the transaction was not written either.
         assert!(matches!(owner.load(other.xid).await.unwrap(), Lookup::Absent { .. }), "{what}");
         let of_2 = |guard: &&Guard| guard.partition == 2;
         let guards = batch.guards.iter().filter(of_2).copied().collect();
@@ -179,7 +180,7 @@ pub(super) async fn several_changes_that_are_written_as_one_go_by_the_first(stor
     let mut owner = Owner::of(store).await;
     let mut global = begun(owner.xid(1), &["1"]);
     owner.insert(&global).await;
-    // Registered, decided and finished, in one write.
+    // Registered, decided and finished in a single write.
     global.apply(Event::Registered(vec![spec("2")]), NOW).unwrap();
     confirm(&mut global);
     call(&mut global, 0, Outcome::Done { reply: None });
@@ -189,7 +190,7 @@ pub(super) async fn several_changes_that_are_written_as_one_go_by_the_first(stor
     assert_eq!(owner.found(global.xid).await, global.recorded());
 }
 
-/// Polls `call` so many times, and then drops it.
+/// Polls `call` this many times, then drops it.
 async fn given_up_after(polls: usize, call: impl Future) {
     let (mut call, mut left) = (std::pin::pin!(call), polls);
     std::future::poll_fn(|context| {
@@ -200,7 +201,7 @@ async fn given_up_after(polls: usize, call: impl Future) {
     .await;
 }
 
-/// Whoever asks goes away, at any moment: its deadline has passed, or its client was killed.
+/// The caller may go away at any moment, because its deadline passed or its client was killed.
 pub(super) async fn calls_that_are_given_up_leave_the_store_working(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let mut globals = Vec::new();

@@ -1,5 +1,5 @@
-//! What every store must do. Each test runs on each store; a store that passes can be trusted by the journal and by the
-//! partitions.
+//! The requirements for every store. Each test runs on each store. The journal and the partitions can rely on a store that
+//! passes.
 
 mod batches;
 mod owners;
@@ -18,7 +18,7 @@ use crate::transaction::{
 pub(super) const NOW: Timestamp = Timestamp(1_700_000_000_000);
 const STUCK_AFTER: StuckAfter = StuckAfter { attempts: 3, time: Duration::from_secs(120) };
 
-/// One suite, all stores.
+/// Runs one suite on all stores.
 macro_rules! on_every_store {
     ($($subject:ident { $($name:ident)* })*) => {
         mod in_memory {
@@ -82,14 +82,14 @@ on_every_store! {
     }
 }
 
-/// An owner of all partitions, who numbers its batches.
+/// An owner of all partitions that numbers its batches.
 pub(super) struct Owner<'a> {
     store: &'a dyn Store,
     pub(super) ownerships: Vec<Ownership>,
     positions: BTreeMap<u16, u64>,
-    /// Of those, the latest one that is known to be durable.
+    /// The latest position of each partition that is known to be durable.
     durable: BTreeMap<u16, u64>,
-    /// What the rows of transactions tell, of those that it has written.
+    /// The recorded states of the transactions that it has written.
     states: BTreeMap<Xid, State>,
     sequence: u64,
 }
@@ -117,7 +117,7 @@ impl<'a> Owner<'a> {
         Xid { partition, epoch, sequence: self.sequence, nonce }
     }
 
-    /// The next batch of all partitions that `writes` touches.
+    /// The next batch, for all partitions that `writes` touches.
     pub(super) fn batch(&mut self, mut writes: Vec<Write>) -> Batch {
         for write in &mut writes {
             let xid = write.global.xid;
@@ -166,7 +166,7 @@ impl<'a> Owner<'a> {
         }
     }
 
-    /// The latest batch of this partition was not applied.
+    /// Takes back the number of this partition's latest batch, which was not applied.
     fn give_up(&mut self, partition: u16) {
         self.positions.entry(partition).and_modify(|position| *position -= 1);
     }

@@ -1,4 +1,4 @@
-//! Takeovers: who may write, and who may not any more.
+//! Takeovers: which owner may write, and which one may not any more.
 
 use super::*;
 
@@ -7,13 +7,13 @@ pub(super) async fn an_owner_that_was_replaced_changes_nothing(store: &dyn Store
     let mut global = begun(old.xid(4), &["1"]);
     old.insert(&global).await;
     let mut new = Owner::of(store).await;
-    // It had decided, and its batch was on its way.
+    // The old owner had decided to confirm, and its batch was in flight.
     let mut theirs = global.clone();
     confirm(&mut theirs);
     let late = old.batch(vec![updated(&theirs, BranchSet::EMPTY)]);
     assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![4]));
     assert_eq!(new.found(global.xid).await, global.recorded());
-    // The new owner decides otherwise, and the late one comes again.
+    // The new owner decides otherwise. Then the late batch arrives again.
     cancel(&mut global, CancelCause::TimedOut);
     new.append(vec![updated(&global, BranchSet::EMPTY)]).await;
     assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![4]));
@@ -23,7 +23,7 @@ pub(super) async fn an_owner_that_was_replaced_changes_nothing(store: &dyn Store
 pub(super) async fn one_fenced_partition_stops_the_whole_batch(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let (one, two) = (begun(owner.xid(1), &["1"]), begun(owner.xid(2), &["1"]));
-    // As if partition 2 had been taken over: all are, and the owner hears of the new epoch of partition 1 alone.
+    // Only partition 2 should look taken over. All are taken over here, but the owner learns the new epoch of partition 1.
     let newer = Owner::of(store).await;
     owner.ownerships[1] = newer.ownership(1);
     let batch = owner.batch(vec![inserted(&one), inserted(&two)]);
@@ -32,7 +32,7 @@ pub(super) async fn one_fenced_partition_stops_the_whole_batch(store: &dyn Store
         matches!(owner.load(one.xid).await.unwrap(), Lookup::Absent { .. }),
         "half of it was applied"
     );
-    // The rest of it, with the same number, is applied.
+    // The rest of the batch, with the same number, is applied.
     let rest = Batch { guards: vec![batch.guards[0]], writes: vec![batch.writes[0].clone()] };
     assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable);
     assert_eq!(owner.found(one.xid).await, one.recorded());
@@ -47,7 +47,7 @@ pub(super) async fn every_takeover_has_a_larger_epoch_and_a_nonce_of_its_own(sto
         nonces.extend([first.ownership(partition).nonce, second.ownership(partition).nonce]);
     }
     assert!(nonces.len() > 30, "32 random numbers, {} of them different", nonces.len());
-    // The nonces of both epochs are known, so that an xid of a store that was deleted can be told from ours.
+    // The nonces of both epochs are known, so an xid from a deleted store can be told from one of this store.
     for owner in [&first, &second] {
         let Ownership { partition, epoch, nonce, .. } = owner.ownership(7);
         let absent = second.load(Xid { partition, epoch, sequence: 1, nonce }).await.unwrap();
@@ -71,14 +71,14 @@ pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn St
     for ownership in &taken {
         assert_eq!(ownership.epoch, first.ownership(ownership.partition).epoch + 1);
     }
-    // The owner of the others goes on with those.
+    // The owner of the other partitions continues with them.
     let (lost, kept) = (begun(first.xid(1), &["1"]), begun(first.xid(2), &["1"]));
     let late = first.batch(vec![inserted(&lost)]);
     assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![1]));
     first.insert(&kept).await;
     assert_eq!(first.found(kept.xid).await, kept.recorded());
 
-    // So does handing back: it hands back what it names, and only from the epoch and nonce that it names.
+    // A release affects only the partitions that it names, and only with the named epoch and nonce.
     let other_history = Ownership { nonce: taken[1].nonce.wrapping_add(1), ..taken[1] };
     store.release(&[taken[0], first.ownership(1), other_history]).await.unwrap();
     for seat in store.seats().await.unwrap() {
@@ -90,7 +90,7 @@ pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn St
         assert_eq!(seat.owner, owner, "{seat:?}");
     }
 
-    // None of them is taken when one is none.
+    // If one of the partitions does not exist, none is taken over.
     let before = store.seats().await.unwrap();
     let error = store.acquire(&[0, PARTITIONS], "other", NOW).await.unwrap_err();
     assert!(matches!(error, Error::Corrupt(_)), "{error}");
@@ -101,7 +101,7 @@ pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn St
     assert_eq!(taken[0].epoch, first.ownership(0).epoch + 1);
 }
 
-/// The next owner has taken over on a server that lacked the last batches. Only the owner before can know.
+/// The next owner took over on a server that lacked the last batches. Only the previous owner can know about them.
 pub(super) async fn a_loss_before_a_takeover_is_found_by_the_owner_before(store: &dyn Store) {
     let mut old = Owner::of(store).await;
     let (lost, kept) = (begun(old.xid(1), &["1"]), begun(old.xid(2), &["1"]));

@@ -1,4 +1,4 @@
-//! What is old goes, and the store remembers how far.
+//! Old transactions are deleted, and the store remembers how far it went.
 
 use super::*;
 
@@ -16,7 +16,7 @@ pub(super) async fn the_purge_takes_what_finished_and_remembers_how_far_it_went(
         owner.insert(&global).await;
         xids.push(global.xid);
     }
-    // 0, 2 and 3 finished before; 1 is open; 4 is too young.
+    // Transactions 0, 2 and 3 finished before the limit, 1 is open, and 4 is too young.
     let before = NOW + Duration::from_secs(4);
     let (mut deleted, mut after) = (0, None);
     loop {
@@ -47,7 +47,7 @@ pub(super) async fn the_purge_takes_what_finished_and_remembers_how_far_it_went(
         store.purge(owner.ownership(2), before, before, None, 100).await.unwrap(),
         (0, None)
     );
-    // The mark never goes back.
+    // The mark of the largest deleted xid never goes back.
     let mut old = begun(Xid { sequence: 0, ..xids[0] }, &[]);
     confirm(&mut old);
     old.finished_at = Some(NOW);
@@ -74,7 +74,7 @@ pub(super) async fn only_the_owner_purges(store: &dyn Store) {
     assert_eq!(store.purge(next.ownership(2), later, later, None, 100).await.unwrap(), (1, None));
 }
 
-/// The clock was ahead once. What began then has moments in the future, and hides nothing that is old.
+/// The clock was ahead for a time. Transactions that began then have future times, and must not hide old ones.
 pub(super) async fn what_began_in_the_future_does_not_stop_the_purge(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let year = Duration::from_secs(365 * 24 * 3600);

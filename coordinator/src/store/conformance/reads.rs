@@ -1,4 +1,4 @@
-//! What a look into the store finds.
+//! What reads of the store return.
 
 use super::*;
 
@@ -24,7 +24,7 @@ pub(super) async fn what_is_due_comes_in_pages_and_in_order(store: &dyn Store) {
         expected.push((global.expires_at, global.xid));
         owner.insert(&global).await;
     }
-    // Of another partition, and final: neither is due.
+    // One transaction of another partition, and one that is final. Neither is due.
     let other = begun(owner.xid(6), &["1"]);
     owner.insert(&other).await;
     let mut done = begun(owner.xid(5), &[]);
@@ -92,7 +92,7 @@ pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
     assert_eq!(list(Show::All, None, 2).await, [5, 4]);
     assert_eq!(list(Show::All, Some("refund"), 2).await, [4, 2]);
     assert_eq!(list(Show::Open, None, 10).await, [5, 4, 3, 1, 0]);
-    // Page by page.
+    // Read the list page by page.
     for (show, all) in [(Show::All, vec![5, 4, 3, 2, 1, 0]), (Show::Open, vec![5, 4, 3, 1, 0])] {
         let (mut seen, mut after) = (Vec::new(), None);
         loop {
@@ -158,11 +158,11 @@ pub(super) async fn a_read_that_is_older_than_what_is_known_is_not_believed(stor
     for read in read_all(known).await {
         read.unwrap();
     }
-    // A batch more is known than is there: what answers is behind.
+    // The reader knows of one more batch than the store has, so the store is behind.
     for read in read_all(Known { position: known.position + 1, ..known }).await {
         assert!(matches!(read, Err(Error::Old(_))), "{read:?}");
     }
-    // It has not heard of our takeover yet, or of somebody else's in our place.
+    // The store has not heard of our takeover yet, or shows another owner.
     for ownership in [
         Ownership { epoch: known.ownership.epoch + 1, ..known.ownership },
         Ownership { nonce: !known.ownership.nonce, ..known.ownership },

@@ -1,4 +1,4 @@
-//! What is recorded comes back as it was.
+//! A recorded transaction is read back unchanged.
 
 use super::*;
 
@@ -8,13 +8,13 @@ pub(super) async fn what_was_appended_comes_back(store: &dyn Store) {
     owner.insert(&global).await;
     assert_eq!(owner.found(global.xid).await, global.recorded());
 
-    // A branch more, the head untouched.
+    // One more branch; the transaction's own row does not change.
     global.apply(Event::Registered(vec![spec("3")]), NOW).unwrap();
     let write = Write { head: Head::Keep, new_branches: 2, ..updated(&global, BranchSet::EMPTY) };
     owner.append(vec![write]).await;
     assert_eq!(owner.found(global.xid).await, global.recorded());
 
-    // The decision, a failed attempt, the end.
+    // The decision, a failed attempt, and the completion.
     confirm(&mut global);
     owner.append(vec![updated(&global, BranchSet::EMPTY)]).await;
     assert_eq!(owner.found(global.xid).await, global.recorded());
@@ -58,7 +58,7 @@ pub(super) async fn every_kind_of_record_comes_back(store: &dyn Store) {
     for drive in [Drive::Coordinator { in_order: false }, Drive::Coordinator { in_order: true }] {
         written.push(GlobalTransaction { drive, ..begun(owner.xid(1), &["1"]) });
     }
-    // Text is text, whatever it would mean in a statement.
+    // Any text is stored unchanged, even if it has a meaning in SQL.
     for text in
         ["'", "\\", "\\'; COMMIT; --", "a'b\"c`d", "?", "{}%", "\0\n\t\x7f\x1a", "不行 🙅", "é\\"]
     {
@@ -72,13 +72,13 @@ pub(super) async fn every_kind_of_record_comes_back(store: &dyn Store) {
         cancel(&mut global, CancelCause::Requested { reason: text.to_owned() });
         written.push(global);
     }
-    // No branches, no labels, no time between begin and end.
+    // A transaction without branches and labels that ends the moment it begins.
     let mut empty = begun(owner.xid(15), &[]);
     empty.labels.clear();
     confirm(&mut empty);
     assert_eq!(empty.state, State::Confirmed);
     written.push(empty);
-    // As many branches as there can be, with payloads to carry, one of them empty.
+    // The largest number of branches, with payloads to carry over, one of them empty.
     let mut large = begun(owner.xid(15), &[]);
     large
         .apply(
@@ -106,7 +106,7 @@ pub(super) async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let mut written: Vec<_> = (0..150).map(|n| begun(owner.xid(n % 16), &["1", "2"])).collect();
     owner.append(written.iter().map(inserted).collect()).await;
-    // Most are alike but for the moment, some are not.
+    // Most transactions differ only in their times, some in more.
     for (n, global) in written.iter_mut().enumerate() {
         let tried = global.branches.iter().map(|branch| branch.spec.branch_id.clone()).collect();
         let request = match n % 10 {
@@ -123,7 +123,7 @@ pub(super) async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
     for global in &written {
         assert_eq!(owner.found(global.xid).await, global.recorded());
     }
-    // What is finished is told by a few columns.
+    // Finishing a transaction changes only a few columns.
     for global in &mut written {
         call(global, 0, Outcome::Done { reply: None });
         call(global, 1, Outcome::Done { reply: None });

@@ -1,5 +1,5 @@
-//! The statements of a batch, as text, many in one message. What a batch costs is mostly its messages: each waits for the network and for two
-//! processes to wake up. (A prepared statement needs a message of its own.)
+//! A batch's statements as text, many in one message. The cost of a batch is mostly the number of its messages: each waits for
+//! the network and for two processes to wake up. (A prepared statement would need a message of its own.)
 
 use std::fmt::Write as _;
 
@@ -16,10 +16,10 @@ use crate::store::{
     },
 };
 
-/// Bytes of a message, unless one row has more: what fits into one record of TLS. sqlx 0.9.0 leaves Nagle's algorithm on (its issue 4335), and
-/// the second record would wait 40 ms for the acknowledgement of the first.
+/// The largest size of a message, unless one row is larger. It fits into one TLS record. sqlx 0.9.0 leaves Nagle's algorithm on
+/// (its issue 4335), so a second record would wait 40 ms for the acknowledgement of the first.
 const MESSAGE_BYTES: usize = 16_000;
-/// Rows of one statement. Each of them looks through the values of all.
+/// Rows of one statement. For each row the server searches the values of all rows.
 const ROWS_MAX: usize = 64;
 
 /// See [`Dialect::write`](crate::store::sql::Dialect::write).
@@ -71,7 +71,7 @@ pub(super) async fn write(
     Ok(Wrote::All)
 }
 
-/// Sends a message. Returns how many rows each statement has written, up to the one that failed.
+/// Sends a message. Returns the number of rows that each statement has written, up to the one that failed.
 async fn send(
     connection: &mut Connection,
     message: &[Statement],
@@ -98,15 +98,15 @@ struct Statement {
 enum Purpose {
     /// Begins the local transaction.
     Begin,
-    /// Moves the positions of the partitions whose guards fit.
+    /// Adds one to the positions of the partitions whose guards fit.
     Move,
-    /// Fails if those were not all partitions of the batch, and with it ends the message.
+    /// Fails if not all partitions of the batch were moved. That also ends the message.
     Check,
-    /// Writes so many rows of a table, or something is wrong.
+    /// Must write this many rows of the table.
     Write { table: &'static str, rows: usize },
 }
 
-/// What comes before the rows.
+/// The statements before the rows.
 fn begin(guards: &[Guard]) -> Vec<Statement> {
     let fits = guards.iter().map(|Guard { partition, epoch, nonce, position }| {
         let before = position - 1;
@@ -119,7 +119,7 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
     let move_positions = format!(
         "UPDATE `partition` FORCE INDEX (PRIMARY) SET position = position + 1 WHERE {fits}"
     );
-    // Two rows where one is expected are an error.
+    // A subquery with two rows where one is expected is an error.
     let check =
         format!("SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {all} INTO @all_moved");
     vec![
@@ -129,7 +129,7 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
     ]
 }
 
-/// One that writes these rows, or several if it would be too long.
+/// Adds a statement that writes these rows, or several if it would be too long.
 fn push_statements(statements: &mut Vec<Statement>, shape: &Rows, rows: &[&[Cell]]) {
     let sql = if shape.keys == 0 { insert(shape, rows) } else { update(shape, rows) };
     if sql.len() <= MESSAGE_BYTES || rows.len() == 1 {
@@ -156,15 +156,16 @@ fn insert(shape: &Rows, rows: &[&[Cell]]) -> String {
     sql
 }
 
-/// `UPDATE … SET state = 2, decided_at = CASE xid WHEN … THEN … END WHERE xid IN (…) AND (state IS NULL OR state = 1)`. A tenth to a half cheaper for the server than a join
-/// with a list of values (JSON_TABLE, or UNION ALL), and far cheaper than a statement for each row.
+/// `UPDATE … SET state = 2, decided_at = CASE xid WHEN … THEN … END WHERE xid IN (…) AND (state IS NULL OR state = 1)`. For the
+/// server this is 10 to 50 percent cheaper than a join with a list of values (JSON_TABLE, or UNION ALL). It is far cheaper than
+/// a statement for each row.
 fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
     let key = &shape.columns[..shape.keys];
     let (case, first, next, end) = match key {
         [only] => (format!("CASE {only}"), format!(" WHERE {only} IN ("), ", ", ")"),
         _ => ("CASE".to_owned(), " WHERE ".to_owned(), " OR ", ""),
     };
-    // What a column is, or becomes, in each row.
+    // The present or the new value of a column in each row.
     let push_values = |sql: &mut String, column: usize| {
         if rows.iter().all(|row| row[column] == rows[0][column]) {
             return push_cell(sql, &rows[0][column]);
@@ -178,7 +179,7 @@ fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
         }
         sql.push_str(" END");
     };
-    // The server may think of reading a small table from end to end, and would then wait for rows that others write.
+    // Without the hint, the server may scan a small table, and would wait for rows that others have locked.
     let mut sql = format!("UPDATE {} FORCE INDEX (PRIMARY) SET ", shape.table);
     let changed = shape.keys + shape.expected;
     for column in changed..shape.columns.len() {
@@ -201,7 +202,7 @@ fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
     sql
 }
 
-/// Which row: a value of the only column of the key, or a condition.
+/// The condition that selects a row, or only its key's value if the key has one column.
 fn push_which(sql: &mut String, key: &[&str], row: &[Cell]) {
     if let [_] = key {
         return push_cell(sql, &row[0]);
@@ -214,7 +215,7 @@ fn push_which(sql: &mut String, key: &[&str], row: &[Cell]) {
     }
 }
 
-/// A value as text. What could mean anything but itself there is written in hexadecimal.
+/// A value as SQL text. A text with special characters is written in hexadecimal.
 fn push_cell(sql: &mut String, cell: &Cell) {
     let harmless = |c: u8| c.is_ascii_graphic() && c != b'\'' && c != b'\\' || c == b' ';
     match cell {
@@ -249,16 +250,16 @@ fn push_hex(text: &mut String, bytes: &[u8]) {
     }
 }
 
-/// Bind: xids as a JSON array of texts in hexadecimal. Looks up each row by its key, which is what it locks. With `IN (…)` a server that takes a
-/// table for small reads it from end to end, whatever index it is told to use; it waits there for rows that others write, and then keeps
-/// their locks. One statement for three tables costs a quarter less than three.
+/// Bind: xids in hexadecimal, as a JSON array of texts. Each row is looked up by its key, so only that row is locked. With `IN
+/// (…)`, a server that considers the table small scans it despite any index hint. The scan waits for rows that others have
+/// locked, and then keeps its own locks. One statement for three tables costs a quarter less than three statements.
 const DELETE: &str = "
 DELETE g, b, i FROM JSON_TABLE(?, '$[*]' COLUMNS (xid CHAR(32) PATH '$')) AS finished
 STRAIGHT_JOIN global_transaction AS g FORCE INDEX (PRIMARY) ON g.xid = UNHEX(finished.xid)
 LEFT JOIN branch AS b FORCE INDEX (PRIMARY) ON b.xid = g.xid
 LEFT JOIN idempotency AS i FORCE INDEX (PRIMARY) ON i.key_hash = g.key_hash";
 
-/// Deletes these transactions, with all that belongs to them.
+/// Deletes these transactions with their branches and keys.
 pub(super) async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
     let quoted = finished.iter().map(|xid| {
         let mut text = String::new();

@@ -1,4 +1,4 @@
-//! Databases for tests, on servers that somebody else has started.
+//! Databases for tests, on servers that are already running.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use tokio::{
 
 use super::{Connection, MySqlStore, migrate, schema::migrate_to};
 
-/// Which servers: URLs without a database, separated by commas. `scripts/test` starts some, and sets it.
+/// The variable with the servers: URLs without a database, separated by commas. `scripts/test` starts servers and sets it.
 const SERVERS: &str = "TEST_MYSQL_SERVERS";
 
-/// All servers to test with. None, without that variable: then there is nothing to see here.
+/// All servers to test with. Without the variable there are none, and the tests pass without checking anything.
 pub(in crate::store) fn servers() -> Vec<String> {
     let servers = std::env::var(SERVERS).unwrap_or_default();
     let servers: Vec<_> = servers
@@ -28,21 +28,21 @@ pub(in crate::store) fn servers() -> Vec<String> {
     servers
 }
 
-/// A database of its own.
+/// A separate database for one test.
 pub(in crate::store) struct Database {
     server: String,
     name: String,
 }
 
 impl Database {
-    /// Makes one, with the tables.
+    /// Makes a database with the tables.
     pub(in crate::store) async fn new(server: &str) -> Self {
         let database = Self::empty(server).await;
         migrate(&database.url()).await.unwrap();
         database
     }
 
-    /// Makes one, with the tables of an older version.
+    /// Makes a database with the tables of an older version.
     pub(super) async fn of_version(server: &str, version: usize) -> Self {
         let database = Self::empty(server).await;
         migrate_to(&database.url(), version).await.unwrap();
@@ -74,7 +74,7 @@ impl Database {
         MySqlStore::open(&url, true).await.unwrap()
     }
 
-    /// What is in it now, on its own: a replica that is never brought up to date.
+    /// A separate database with the present content, such as a replica that is never updated.
     pub(super) async fn copy(&self) -> Self {
         let copy = Self::new(&self.server).await;
         for table in
@@ -89,12 +89,12 @@ impl Database {
         copy
     }
 
-    /// A connection of nobody's.
+    /// A plain connection that belongs to no store.
     pub(super) async fn connect(&self) -> Connection {
         Connection::connect(&self.url()).await.unwrap()
     }
 
-    /// The same database through a proxy that brings what the server says in small pieces.
+    /// Opens the same database through a proxy that delivers the server's answers in small pieces.
     pub(super) async fn store_with_slow_answers(&self) -> MySqlStore {
         const PIECE: usize = 64;
         const PAUSE: Duration = Duration::from_millis(1);

@@ -1,8 +1,8 @@
 //! The store for production: MySQL 8 and 9, MariaDB 10.6 and later, with the same SQL.
 //!
-//! Other processes may write here too: a coordinator that was replaced and does not know it yet, or a standby. Epoch, nonce and
-//! position, which every batch checks, keep them out. A connection that did not answer in time may still carry out its statement, so
-//! it is killed at the server before anything is retried, and never used again.
+//! Other processes may write here too: a coordinator that does not know yet that it was replaced, or a standby. Every batch
+//! checks epoch, nonce and position, and so keeps them out. A connection that missed its deadline may still carry out its
+//! statement. So it is killed at the server before a retry, and never used again.
 
 mod batch;
 #[cfg(test)]
@@ -34,41 +34,41 @@ use super::{
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
-/// After so many seconds without a statement the server ends a connection that writes. Otherwise the open batch of an owner that is
-/// gone would keep its rows locked.
+/// A writing connection without a statement for this many seconds is closed by the server. Otherwise an owner that died with an
+/// open batch would keep its rows locked.
 const SILENCE_MAX_SECONDS: u32 = 5;
-/// The same for the connection that deletes: longer than the pause between two rounds.
+/// The same for the connection of the purge. It is longer than the pause between two rounds of the purge.
 const CLEANER_SILENCE_MAX_SECONDS: u32 = 15;
-/// How often an idle owner writes an empty batch. That keeps the connection open, shows a standby that the owner is alive, and tells
-/// the owner when it has been replaced.
+/// How often an idle owner appends an empty batch. The batch keeps the connection open, shows a standby that the owner is
+/// alive, and tells the owner if it was replaced.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Connections that write, each for partitions of its own. While the server works on one batch or waits for its disk, it can work on
-/// another; and it flushes two commits that come together in one write.
+/// Writing connections; each writes its own partitions. While the server handles one batch or waits for its disk, it can handle
+/// another one. It also flushes two concurrent commits in one write.
 const WRITERS: u16 = 2;
-/// Connections for reading.
+/// Connections for reads.
 const READERS: usize = 4;
-/// Attempts at a takeover. One fails if it has waited too long for a batch of the earlier owner.
+/// Attempts at a takeover. An attempt fails if it waits too long for a batch of the previous owner.
 const ACQUIRE_ATTEMPTS: usize = 6;
 
 /// The server's time in milliseconds.
 const CLOCK: &str = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
 
-/// Takeovers of the partition that was taken over most often. Bind: from, until.
+/// How often the most contested partition was taken over. Bind: from, until.
 const TAKEOVERS: &str = "SELECT CAST(COALESCE(MAX(times), 0) AS SIGNED) FROM (SELECT COUNT(*) AS times FROM epoch \
                          WHERE taken_at BETWEEN ? AND ? GROUP BY `partition`) AS of_each";
 
 /// See the module's comment.
 #[derive(Debug)]
 pub struct MySqlStore {
-    /// One connection each.
+    /// One connection for each writer.
     writers: Vec<Connections<InMySql>>,
     readers: Connections<InMySql>,
-    /// One connection, which no journal waits for.
+    /// One connection for the purge. No journal waits for it.
     cleaner: Connections<InMySql>,
     counter: Counter,
 }
 
-/// SQL as MySQL and MariaDB have it.
+/// The SQL dialect of MySQL and MariaDB.
 #[derive(Debug)]
 struct InMySql;
 
@@ -77,7 +77,7 @@ impl Dialect for InMySql {
     type Options = MySqlConnectOptions;
 
     const BEGIN_WRITING: &'static str = "BEGIN";
-    /// InnoDB's snapshots are of REPEATABLE READ: connections that read have it, those that write have not.
+    /// InnoDB takes snapshots only in REPEATABLE READ. Reading connections use it, writing connections do not.
     const BEGIN_READING: &'static str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
     const UPSERT_PURGED: &'static str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
                                          ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
@@ -89,7 +89,7 @@ impl Dialect for InMySql {
     ) -> Result<(Connection, u64), Error> {
         let mut connection = Connection::connect_with(options).await?;
         for id in doubtful {
-            // Most likely the server has noticed by itself, and there is nobody of that number any more.
+            // Ignore errors: most likely the server has closed the connection itself, and the id does not exist any more.
             let kill = AssertSqlSafe(format!("KILL {id}"));
             if sqlx::raw_sql(kill).execute(&mut connection).await.is_ok() {
                 info!(connection = id, "a connection in doubt was ended at the server");
@@ -136,13 +136,13 @@ impl Dialect for InMySql {
 }
 
 impl MySqlStore {
-    /// Connects to the store at `url` (`mysql://user:password@host:3306/database`), and checks that it can be trusted: that its
-    /// schema is ours and of this version, and that the server keeps what it has acknowledged. With `allow_unsafe`, what would
-    /// lose commits is only warned of.
+    /// Connects to the store at `url` (`mysql://user:password@host:3306/database`). Checks that the schema has this program's
+    /// version, and that the server keeps what it acknowledges. With `allow_unsafe`, settings that could lose commits cause
+    /// only a warning.
     ///
     /// # Errors
     ///
-    /// See [`OpenError`]. Nothing was changed.
+    /// See [`OpenError`]. Nothing was changed in the database.
     pub async fn open(url: &str, allow_unsafe: bool) -> Result<Self, OpenError> {
         let options = options(url)?;
         let mut connection = server::connect(&options).await?;
@@ -158,8 +158,8 @@ impl MySqlStore {
         })
     }
 
-    /// The connection that writes this partition. What repeats a batch comes to the same connection, and so ends the one that is in
-    /// doubt.
+    /// The connection that writes this partition. A retry of a batch uses the same pool, which first kills the connection whose
+    /// result is unknown.
     fn writer_of(&self, partition: u16) -> &Connections<InMySql> {
         &self.writers[usize::from(partition % WRITERS)]
     }
@@ -205,7 +205,7 @@ impl Store for MySqlStore {
             };
             match self.writer_of(0).run(acquire).await {
                 Err(Error::Unavailable(cause)) if attempts < ACQUIRE_ATTEMPTS => {
-                    // The owner before may have a batch under way; the server ends that one in time.
+                    // The previous owner may have a batch in flight. The server will end it.
                     warn!(attempts, cause, "the store was not taken over; trying again");
                     attempts += 1;
                     tokio::time::sleep(Duration::from_millis(500)).await;

@@ -1,5 +1,5 @@
-//! The tables, and which version of them is there. Only `migrate` changes them: a coordinator that starts looks, and refuses what
-//! it does not know.
+//! The tables and their version. Only `migrate` changes them. A coordinator checks the version when it starts, and refuses one
+//! that it does not know.
 
 use sqlx::{AssertSqlSafe, Connection as _};
 
@@ -8,22 +8,22 @@ use super::{
     server::{self, OpenError, SchemaError},
 };
 
-/// Each step from one version to the next, oldest first; never changed once it was released. A step that was killed half way is run
-/// again, so it must be repeatable: it makes only what is not there yet.
+/// The steps from each version to the next, oldest first. A released step never changes. A step that was killed half-way is run
+/// again, so it must be repeatable: it makes only what is missing.
 const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
 const VERSION: usize = MIGRATIONS.len();
 
-/// How long one migration waits for another.
+/// How long a migration waits for a concurrent one.
 const MIGRATION_WAIT_SECONDS: u32 = 60;
 
-/// Where it is written down which steps were done.
+/// The table that records which steps were done.
 const VERSIONS: &str = "CREATE TABLE IF NOT EXISTS handfast_schema (
     version    INT NOT NULL PRIMARY KEY COMMENT 'of the tables of this coordinator, after this step',
     applied_at TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP COMMENT 'when',
     program    VARCHAR(64) NOT NULL COMMENT 'which version of the program has done it'
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin COMMENT = 'steps of handfast migrate'";
 
-/// Passes if the tables are of this program's version.
+/// Checks that the tables have this program's version.
 pub(super) async fn check(connection: &mut Connection) -> Result<(), OpenError> {
     let found = found(connection).await?;
     if found > VERSION {
@@ -51,7 +51,7 @@ async fn found(connection: &mut Connection) -> Result<usize, sqlx::Error> {
     Ok(version.and_then(|version| usize::try_from(version).ok()).unwrap_or(0))
 }
 
-/// The SQL that [`migrate`] would run, step by step; empty if there is nothing to do.
+/// The SQL that [`migrate`] would run, step by step. Empty if there is nothing to do.
 ///
 /// # Errors
 ///
@@ -66,19 +66,19 @@ pub async fn pending(url: &str) -> Result<Vec<&'static str>, OpenError> {
     Ok(MIGRATIONS[found..].to_vec())
 }
 
-/// Makes the tables, or brings them up to this program's version. Returns from which version to which. A repeat does nothing; two at
-/// once wait for each other.
+/// Makes the tables, or migrates them to this program's version. Returns the version before and after. A repeat does nothing.
+/// Concurrent calls wait for each other.
 ///
 /// # Errors
 ///
-/// See [`OpenError`]. What was done until then stays, and the next run goes on from there.
+/// See [`OpenError`]. Finished steps stay, and the next run continues after them.
 pub async fn migrate(url: &str) -> Result<(usize, usize), OpenError> {
     migrate_to(url, VERSION).await
 }
 
 pub(super) async fn migrate_to(url: &str, version: usize) -> Result<(usize, usize), OpenError> {
     let mut connection = server::connect(&server::options(url)?).await?;
-    // A lock's name has at most 64 characters, like that of a database.
+    // The name of a lock has at most 64 characters, like that of a database.
     let locked: Option<i64> = sqlx::query_scalar(
         "SELECT CAST(GET_LOCK(CONCAT('handfast_', LEFT(SHA2(DATABASE(), 256), 32)), ?) AS SIGNED)",
     )

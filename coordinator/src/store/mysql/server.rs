@@ -1,4 +1,4 @@
-//! The server: how it is connected to, and whether it keeps what it has acknowledged.
+//! The server: how to connect to it, and whether it keeps what it acknowledges.
 
 use std::str::FromStr as _;
 
@@ -10,76 +10,76 @@ use tracing::warn;
 use super::Connection;
 use crate::store::sql::CALL_TIMEOUT;
 
-/// Bytes that `max_allowed_packet` must have. A batch stays below a quarter of it.
+/// The least value of `max_allowed_packet`. A batch stays below a quarter of it.
 const PACKET_BYTES_MIN: i64 = 16 * 1024 * 1024;
-/// Values of `innodb_doublewrite` with which a page that was written by half cannot be mended.
+/// Values of `innodb_doublewrite` with which a half-written page cannot be repaired.
 const NO_DOUBLEWRITE: [&str; 4] = ["0", "OFF", "DETECT_ONLY", "off"];
 
 /// Why a store cannot be opened. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The URL is none.
+    /// The URL is not valid.
     #[error(
         "the store's URL is none of a database: {0}; one looks like mysql://user:password@host:3306/database"
     )]
     Url(String),
-    /// The server cannot be reached, or does not let us in.
+    /// The server cannot be reached, or refuses the login.
     #[error("cannot connect to the store: {0}")]
     Connect(#[source] sqlx::Error),
-    /// It does not answer.
+    /// The server does not answer.
     #[error("the store does not answer within {} seconds", CALL_TIMEOUT.as_secs())]
     TimedOut(#[from] tokio::time::error::Elapsed),
-    /// The tables are not there, or not these.
+    /// The tables are missing, or have another version.
     #[error(transparent)]
     Schema(#[from] SchemaError),
-    /// The server would lose what it has acknowledged, or takes no writes.
+    /// The server could lose what it acknowledges, or accepts no writes.
     #[error("the store's server is not set up to be trusted:{}", .0.iter().map(|flaw| format!("\n  - {flaw}")).collect::<String>())]
     Unsafe(Vec<String>),
-    /// It refuses to say.
+    /// The server does not tell its settings.
     #[error("cannot ask the store's server how it is set up: {0}")]
     Ask(#[from] sqlx::Error),
 }
 
-/// The tables are not what this program needs.
+/// The tables do not have the version that this program needs.
 #[derive(Debug, thiserror::Error)]
 pub enum SchemaError {
-    /// There are none, or older ones.
+    /// There are no tables, or older ones.
     #[error(
         "the store has {}, and this program needs version {needed}: run `handfast migrate --store URL` first \
          (with --dry-run it only prints what it would do)",
         match found { 0 => "no tables yet".to_owned(), version => format!("schema version {version}") }
     )]
     Older {
-        /// What is there; 0: nothing.
+        /// The version found. 0: there are no tables.
         found: usize,
-        /// What this program needs.
+        /// The version that this program needs.
         needed: usize,
     },
-    /// Somebody else is making them.
+    /// Another process is migrating the tables.
     #[error(
         "another `handfast migrate` has been at work on this store for {waited_seconds} seconds; run this again when it is done"
     )]
     Busy {
-        /// How long this one has waited.
+        /// How long this process has waited.
         waited_seconds: u32,
     },
-    /// A newer program was here.
+    /// A newer program has migrated the tables.
     #[error(
         "the store has schema version {found}, and this program knows versions up to {known}; a newer Handfast has been here: use that one"
     )]
     Newer {
-        /// What is there.
+        /// The version found.
         found: usize,
         /// The newest version that this program knows.
         known: usize,
     },
 }
 
-/// Reads a store's URL.
+/// Parses a store's URL.
 ///
 /// # Errors
 ///
-/// [`OpenError::Url`], which does not repeat the text: there may be a password in it.
+/// [`OpenError::Url`]. It does not contain the text, which may include a password.
 pub fn options(url: &str) -> Result<MySqlConnectOptions, OpenError> {
     if !url.contains("://") {
         return Err(OpenError::Url("it has no host".to_owned()));
@@ -98,13 +98,13 @@ pub(super) async fn connect(options: &MySqlConnectOptions) -> Result<Connection,
     tokio::time::timeout(CALL_TIMEOUT, connecting).await?.map_err(OpenError::Connect)
 }
 
-/// Makes a connection one that may write. It is never in READ COMMITTED by chance, and ends when its owner is silent.
+/// Sets up a connection for writing. It always uses READ COMMITTED, and the server closes it when its owner is silent.
 pub(super) async fn set_up_writer(
     connection: &mut Connection,
     silence_max_seconds: u32,
 ) -> Result<(), sqlx::Error> {
     let is_mariadb = version(connection).await?.contains("MariaDB");
-    // MySQL ends a silent connection by wait_timeout also in the middle of a transaction; MariaDB has a variable of its own too.
+    // MySQL's wait_timeout also closes a silent connection in the middle of a transaction. MariaDB needs its own variable too.
     let idle = if is_mariadb { ", idle_write_transaction_timeout = {}" } else { "" };
     let idle = idle.replace("{}", &silence_max_seconds.to_string());
     sqlx::raw_sql(AssertSqlSafe(format!(
@@ -118,17 +118,17 @@ pub(super) async fn set_up_writer(
     Ok(())
 }
 
-/// Makes a connection one whose local transactions see one moment, whatever the server's default is.
+/// Sets up a connection for reading. Its local transactions see one snapshot, whatever the server's default is.
 pub(super) async fn set_up_reader(connection: &mut Connection) -> Result<(), sqlx::Error> {
     let isolation = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ";
     sqlx::raw_sql(isolation).execute(connection).await?;
     Ok(())
 }
 
-/// Makes a connection one that deletes. It locks only the rows that it deletes: in REPEATABLE READ it would lock the gaps beside the
-/// branches too, and whoever writes there, next to the newest one that is deleted, would wait for it. It waits for rows less long
-/// than we wait for its answer, so that a delete that was given up does not go on at the server. The server ends it when it is
-/// silent, also in the middle of a delete: the next owner would wait for that one.
+/// Sets up a connection for the purge. It locks only the rows that it deletes. In REPEATABLE READ it would also lock the gaps
+/// beside the branches, and writers of newer branches would wait. Its lock timeout is shorter than our deadline, so that an
+/// abandoned delete does not go on at the server. The server closes the connection when it is silent, even during a delete,
+/// because the next owner would have to wait.
 pub(super) async fn set_up_cleaner(
     connection: &mut Connection,
     silence_max_seconds: u32,
@@ -147,7 +147,7 @@ async fn version(connection: &mut Connection) -> Result<String, sqlx::Error> {
     sqlx::query_scalar("SELECT VERSION()").fetch_one(connection).await
 }
 
-/// Looks for everything that would lose what was acknowledged.
+/// Checks for every setting that could lose acknowledged commits.
 pub(super) async fn check(
     connection: &mut Connection,
     allow_unsafe: bool,
@@ -168,7 +168,7 @@ pub(super) async fn check(
     Ok(())
 }
 
-/// What is wrong, each with what mends it.
+/// The unsafe settings, each with its remedy.
 async fn flaws(connection: &mut Connection) -> Result<Vec<String>, sqlx::Error> {
     let settings = sqlx::query(
         "SELECT CAST(@@innodb_flush_log_at_trx_commit AS SIGNED), CAST(@@log_bin AS SIGNED), CAST(@@sync_binlog AS SIGNED), \
@@ -209,7 +209,7 @@ async fn flaws(connection: &mut Connection) -> Result<Vec<String>, sqlx::Error> 
             "max_allowed_packet is {packet}, and must be {PACKET_BYTES_MIN} or more. SET GLOBAL max_allowed_packet = {PACKET_BYTES_MIN} (and in its configuration)"
         ));
     }
-    // Who may not ask is not told; then the read_only of a replica, which has it as a rule, has to do.
+    // A user without the privilege gets no answer. Then `read_only` has to tell, since replicas usually set it.
     if let Ok(replicas) = sqlx::raw_sql("SHOW REPLICA STATUS").fetch_all(connection).await
         && !replicas.is_empty()
     {

@@ -1,4 +1,4 @@
-//! What only a server can show: what it is asked to prepare, and who waits for whom.
+//! Behaviour that only a real server shows: which statements it prepares, and which locks are waited for.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::{
     transaction::{BranchSet, GlobalTransaction, Key, Outcome, State},
 };
 
-/// How often the connection that writes partition 0 has asked its server to prepare a statement.
+/// How often the writing connection of partition 0 has asked the server to prepare a statement.
 async fn prepared(store: &MySqlStore) -> u64 {
     let asked = store.writer_of(0).run(async |connection| {
         let status = sqlx::raw_sql("SHOW SESSION STATUS LIKE 'Com_stmt_prepare'");
@@ -47,7 +47,7 @@ async fn nothing_is_prepared_for_a_batch() {
     }
 }
 
-/// Somebody holds the row that a replaced owner would change.
+/// Another connection holds a lock on the row that a replaced owner would change.
 #[tokio::test]
 async fn who_was_replaced_waits_for_no_row() {
     for server in servers() {
@@ -71,14 +71,14 @@ async fn who_was_replaced_waits_for_no_row() {
     }
 }
 
-/// With two branches and a key.
+/// A transaction with two branches and a key.
 fn keyed(owner: &mut Owner<'_>, partition: u16) -> GlobalTransaction {
     let mut global = begun(owner.xid(partition), &["1", "2"]);
     global.key = Some(Key { hash: rand::random(), digest: [0; 32] });
     global
 }
 
-/// Some of partition 2 that have finished.
+/// Finished transactions of partition 2.
 fn old(owner: &mut Owner<'_>, count: usize) -> Vec<GlobalTransaction> {
     let finished = |_| {
         let mut global = keyed(owner, 2);
@@ -90,12 +90,12 @@ fn old(owner: &mut Owner<'_>, count: usize) -> Vec<GlobalTransaction> {
     (0..count).map(finished).collect()
 }
 
-/// Two of each of partitions 1 to 3.
+/// Two new transactions of each of partitions 1 to 3.
 fn new(owner: &mut Owner<'_>) -> Vec<GlobalTransaction> {
     (1..4).flat_map(|partition| [keyed(owner, partition), keyed(owner, partition)]).collect()
 }
 
-/// Somebody holds all rows but those that are to be deleted.
+/// Another connection locks all rows except those to be deleted.
 #[tokio::test]
 async fn a_purge_waits_only_for_what_it_deletes() {
     for server in servers() {
@@ -103,7 +103,7 @@ async fn a_purge_waits_only_for_what_it_deletes() {
         let store = database.store().await;
         let mut holder = database.connect().await;
         for table in ["global_transaction", "branch", "idempotency"] {
-            // A server that takes a table for empty is tempted to read it from end to end.
+            // If the server believes that a table is empty, it prefers to scan it.
             let sql = format!("ALTER TABLE {table} STATS_AUTO_RECALC = 0; ANALYZE TABLE {table}");
             sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut holder).await.unwrap();
         }
@@ -138,7 +138,7 @@ async fn a_purge_waits_only_for_what_it_deletes() {
     }
 }
 
-/// Somebody holds a row that is to be deleted. The purge waits; batches do not, wherever their rows belong.
+/// Another connection locks a row that is to be deleted. The purge waits, but batches of all partitions go on.
 #[tokio::test]
 async fn a_purge_that_waits_holds_nobody_up() {
     for server in servers() {
@@ -237,7 +237,7 @@ async fn a_read_whose_caller_goes_away_costs_no_connection() {
     }
 }
 
-/// A step may be killed half way, and an older coordinator may still be at work meanwhile.
+/// A step may be killed half-way while an older coordinator is still running.
 #[tokio::test]
 async fn a_store_of_version_1_becomes_one_of_version_2() {
     for server in servers() {
@@ -270,7 +270,7 @@ async fn a_store_of_version_1_becomes_one_of_version_2() {
     }
 }
 
-/// New connections lead to a server that is behind: a balancer, a name that was switched over, a replica.
+/// New connections lead to a server that is behind, because of a load balancer, a changed name or a replica.
 #[tokio::test]
 async fn a_reader_that_is_behind_is_not_believed() {
     for server in servers() {
@@ -316,7 +316,7 @@ async fn what_the_user_may_not_do_is_told_at_once() {
     }
 }
 
-/// A batch that nobody knows the end of must not be carried out after the one that repeats it.
+/// A batch with an unknown result must not be carried out after its retry.
 #[tokio::test]
 async fn a_writer_in_doubt_is_ended_at_the_server_before_another_writes() {
     for server in servers() {

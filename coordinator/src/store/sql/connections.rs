@@ -1,6 +1,6 @@
-//! Pools of connections to a database. A connection is lent to one piece of work at a time, and is given back only when all of that
-//! work has succeeded. In every other case (an error, a deadline, a caller that dropped the call) a statement may still be in flight on
-//! it, so it is closed.
+//! Pools of connections to a database. A connection is lent to one piece of work at a time. It goes back to the pool only if
+//! all of that work has succeeded. Otherwise (an error, a deadline, a caller that dropped the call) a statement may still be in
+//! flight, so the connection is closed.
 
 use std::{
     fmt,
@@ -14,21 +14,20 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use super::{Connection, Dialect};
 use crate::store::Error;
 
-/// Longest wait for one call, with the wait for a connection.
+/// The deadline of one call, including the wait for a connection.
 pub(in crate::store) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a connection is for.
+/// The use of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) enum Role {
     /// Batches and takeovers.
     Write,
-    /// Everything that changes nothing.
+    /// Reads.
     Read,
-    /// Deleting what is old.
+    /// The purge.
     CleanUp,
 }
 
-/// See the module's comment.
 pub(in crate::store) struct Connections<D: Dialect> {
     role: Role,
     options: D::Options,
@@ -37,36 +36,36 @@ pub(in crate::store) struct Connections<D: Dialect> {
 }
 
 struct State<D: Dialect> {
-    /// The one that was given back last is lent first.
+    /// Idle connections. The one that was returned last is lent first.
     idle: Vec<(Connection<D>, u64)>,
-    /// The server's ids of connections that were closed while something may have been in flight, until the next connection has killed
-    /// them there. At most as many as the pool may have connections.
+    /// The server's ids of closed connections that may still be running a statement. The next connection kills them at the
+    /// server first. The list is no longer than the pool.
     doubtful: Vec<u64>,
 }
 
-/// A connection that is lent. Closes it when dropped.
+/// A lent connection. Closed when dropped.
 struct Lent<'a, D: Dialect> {
     of: &'a Connections<D>,
-    /// `None`: given back.
+    /// `None`: it was given back.
     connection: Option<Connection<D>>,
     id: u64,
     _permit: SemaphorePermit<'a>,
 }
 
 impl<D: Dialect> Connections<D> {
-    /// Up to `max` connections, made when they are needed.
+    /// A pool of up to `max` connections, made when they are needed.
     pub(in crate::store) fn new(role: Role, options: D::Options, max: usize) -> Self {
         let state = Mutex::new(State { idle: Vec::new(), doubtful: Vec::new() });
         Self { role, options, permits: Semaphore::new(max), state }
     }
 
-    /// The same, with one that is there already.
+    /// Adds a connection that exists already.
     pub(in crate::store) fn with_first(self, connection: Connection<D>) -> Self {
         self.state().idle.push((connection, 0));
         self
     }
 
-    /// Runs `work` on one of them.
+    /// Runs `work` on a connection of the pool.
     pub(in crate::store) async fn run<T>(
         &self,
         work: impl AsyncFnOnce(&mut Connection<D>) -> Result<T, Error>,
@@ -83,7 +82,7 @@ impl<D: Dialect> Connections<D> {
             .unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed)))
     }
 
-    /// Closes those that nobody uses: the next piece of work gets a new one.
+    /// Closes idle connections, so that the next piece of work gets a new one.
     pub(in crate::store) fn close_idle(&self) {
         self.state().idle.clear();
     }
@@ -96,7 +95,7 @@ impl<D: Dialect> Connections<D> {
             let Some((connection, id)) = idle else { break };
             let connection = lent.connection.insert(connection);
             lent.id = id;
-            // What is lost on a connection that writes is repeated anyway.
+            // A connection that writes needs no ping: a failed batch is retried anyway.
             if self.role == Role::Write || connection.ping().await.is_ok() {
                 return Ok(lent);
             }

@@ -1,10 +1,10 @@
-//! Errors of databases, sorted by what the caller can do.
+//! Database errors, sorted by what the caller can do.
 
 use sqlx::{error::DatabaseError, mysql::MySqlDatabaseError, sqlite::SqliteError};
 
 use crate::store::Error;
 
-/// MySQL's numbers for: this user may not do that (to the database, to log in, to a table, a column, at all, a view or routine).
+/// MySQL's error numbers for missing privileges (to use a database, log in, or use a table, a column, a view or a routine).
 const NO_PRIVILEGE: [u16; 7] = [1044, 1045, 1142, 1143, 1227, 1370, 1698];
 /// SQLite's primary codes for a file that is damaged (SQLITE_CORRUPT), or no database at all (SQLITE_NOTADB).
 const DAMAGED_FILE: [i32; 2] = [11, 26];
@@ -16,11 +16,11 @@ impl From<sqlx::Error> for Error {
     )]
     fn from(error: sqlx::Error) -> Self {
         match &error {
-            // What cannot be decoded will not be the next time either.
+            // A value that cannot be decoded cannot be decoded on a retry either.
             sqlx::Error::ColumnDecode { .. }
             | sqlx::Error::Decode(_)
             | sqlx::Error::ColumnNotFound(_) => Self::Corrupt(error.to_string()),
-            // sqlx says this of a password that would cross the network for everybody to read.
+            // sqlx returns this error when a password would be sent unencrypted.
             sqlx::Error::Configuration(_) => Self::Corrupt(format!(
                 "the store cannot be logged in to: {error}. A user with caching_sha2_password or sha256_password needs TLS: add \
                  ?ssl-mode=REQUIRED to its URL"
@@ -34,7 +34,7 @@ impl From<sqlx::Error> for Error {
     }
 }
 
-/// What the database will say the next time too, in words; `None`: it may go well then.
+/// The text of an error that a retry cannot fix. `None`: a retry may succeed.
 fn refusal(refused: &dyn DatabaseError) -> Option<String> {
     if let Some(mysql) = refused.try_downcast_ref::<MySqlDatabaseError>()
         && NO_PRIVILEGE.contains(&mysql.number())
@@ -44,7 +44,7 @@ fn refusal(refused: &dyn DatabaseError) -> Option<String> {
         ));
     }
     if let Some(sqlite) = refused.try_downcast_ref::<SqliteError>() {
-        // Extended codes have the primary one in their lowest byte.
+        // The lowest byte of an extended code is the primary code.
         let code = sqlite.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
         if code.is_some_and(|code| DAMAGED_FILE.contains(&code)) {
             return Some(format!(
@@ -52,7 +52,7 @@ fn refusal(refused: &dyn DatabaseError) -> Option<String> {
             ));
         }
     }
-    // What breaks a constraint, or does not fit its column (SQLSTATE classes 22 and 23).
+    // An error that breaks a constraint or does not fit its column (SQLSTATE classes 22 and 23).
     let breaks = refused.kind() != sqlx::error::ErrorKind::Other;
     let does_not_fit = refused.code().is_some_and(|code| code.starts_with("22"));
     (breaks || does_not_fit).then(|| refused.to_string())

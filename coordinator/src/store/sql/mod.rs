@@ -1,5 +1,5 @@
-//! What the stores in SQL databases have in common. Reading, writing and the care for connections are written once, for any
-//! [`Dialect`]; what differs between databases is what a dialect says.
+//! The common part of the stores in SQL databases. Reads, writes and connection pools are written once, for any [`Dialect`]. A
+//! dialect supplies what differs between databases.
 
 mod connections;
 mod error;
@@ -23,10 +23,9 @@ use sqlx::Database;
 
 use crate::store::{Batch, Error, Written};
 
-/// A database's connection.
 pub(in crate::store) type Connection<D> = <<D as Dialect>::Db as Database>::Connection;
 
-/// What differs between databases.
+/// The differences between databases.
 pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
     type Db: Database;
     /// How to connect.
@@ -34,65 +33,65 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
 
     /// Begins a local transaction that writes.
     const BEGIN_WRITING: &'static str;
-    /// Begins a local transaction in which all queries see one moment.
+    /// Begins a local transaction in which all queries see the same snapshot.
     const BEGIN_READING: &'static str;
-    /// Raises the mark of a partition, never lowers it. Bind: partition, xid, xid.
+    /// Raises the purge mark of a partition, and never lowers it. Bind: partition, xid, xid.
     const UPSERT_PURGED: &'static str;
 
-    /// Makes a connection, and what the server calls it. Before that it ends at the server what `doubtful` connections of the same
-    /// role may still be doing.
+    /// Opens a connection and returns it with the server's id of it. Before that, it kills at the server the `doubtful`
+    /// connections of the same role, which may still be running a statement.
     fn connect(
         options: &Self::Options,
         role: Role,
         doubtful: &[u64],
     ) -> impl Future<Output = Result<(Connection<Self>, u64), Error>> + Send;
 
-    /// Begins a local transaction, moves the partitions' positions by one where the guards fit, and if those are all of them, writes
-    /// the rows and checks that each one counted. Does not end the local transaction.
+    /// Begins a local transaction and adds one to the position of each partition whose guard fits. If all guards fit, writes
+    /// the rows and checks that each was written. Leaves the local transaction open.
     fn write(
         connection: &mut Connection<Self>,
         batch: &Batch,
         counter: &Counter,
     ) -> impl Future<Output = Result<Wrote, Error>> + Send;
 
-    /// Deletes these transactions, with all that belongs to them.
+    /// Deletes these transactions with their branches and keys.
     fn delete(
         connection: &mut Connection<Self>,
         finished: &[Xid],
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// All rows of a query.
+    /// Returns all rows of a query.
     fn fetch<T: FromAnyRow>(
         connection: &mut Connection<Self>,
         query: Query,
     ) -> impl Future<Output = Result<Vec<T>, sqlx::Error>> + Send;
 
-    /// Runs a statement with values. Returns how many rows it wrote.
+    /// Runs a statement with values. Returns the number of rows written.
     fn execute(
         connection: &mut Connection<Self>,
         query: Query,
     ) -> impl Future<Output = Result<u64, sqlx::Error>> + Send;
 
-    /// Runs statements without values or rows, unprepared: BEGIN and the like.
+    /// Runs statements without values or result rows, unprepared, such as BEGIN.
     fn run(
         connection: &mut Connection<Self>,
         sql: &'static str,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 }
 
-/// What [`Dialect::write`] has written.
+/// How much [`Dialect::write`] has written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::store) enum Wrote {
-    /// All of it.
+    /// Everything.
     All,
-    /// So many of the positions, which are not all, and nothing else.
+    /// Only this many of the positions, and nothing else.
     Positions(u64),
-    /// Not all of the rows: this is what was noticed first.
+    /// Not all of the rows. Holds the first problem that was noticed.
     NotAllRows(String),
 }
 
 impl Wrote {
-    /// What a statement has written that was to write `rows`.
+    /// The result of a statement that should have written `rows` rows and wrote `written`.
     pub(in crate::store) fn rows(table: &str, rows: usize, written: u64) -> Self {
         if written == rows as u64 {
             return Self::All;
@@ -100,7 +99,8 @@ impl Wrote {
         Self::NotAllRows(format!("{written} of {rows} rows of `{table}` were as they must be"))
     }
 
-    /// What an error says about the rows that were to be written, if it is about them: one that must be new is there.
+    /// The result if the error is about the rows to be written, such as a new row that exists already. Other errors are passed
+    /// on.
     pub(in crate::store) fn failed(error: sqlx::Error) -> Result<Self, Error> {
         if let sqlx::Error::Database(refused) = &error
             && refused.is_unique_violation()
@@ -111,7 +111,7 @@ impl Wrote {
     }
 }
 
-/// Counts what becomes [`Written`].
+/// Counts statements and rows for [`Written`].
 #[derive(Debug, Default)]
 pub(in crate::store) struct Counter {
     statements: AtomicU64,

@@ -1,4 +1,4 @@
-//! Statements with values, and how any of the databases runs them.
+//! Statements with values, and how each database runs them.
 
 use handfast_proto::Xid;
 use sqlx::{
@@ -8,12 +8,12 @@ use sqlx::{
 
 use crate::transaction::Timestamp;
 
-/// A statement, and the values of its `?`.
+/// A statement and the values of its `?` placeholders.
 #[derive(Debug)]
 pub(in crate::store) struct Query {
     pub(in crate::store) sql: String,
     pub(in crate::store) values: Vec<Cell>,
-    /// Whether the connection keeps it prepared. Not worth it for a text that comes in many lengths.
+    /// Whether the connection keeps the statement prepared. That does not pay for a text whose length varies.
     pub(in crate::store) persistent: bool,
 }
 
@@ -22,7 +22,7 @@ impl Query {
         Self { sql: sql.to_owned(), values: Vec::new(), persistent: true }
     }
 
-    /// The value of the next `?` in the text so far.
+    /// Adds the value of the next `?` in the text.
     pub(in crate::store) fn bind(mut self, value: impl Into<Cell>) -> Self {
         self.values.push(value.into());
         self
@@ -52,7 +52,7 @@ impl Query {
     }
 }
 
-/// [`Dialect::fetch`], for a database whose types sqlx knows here.
+/// [`Dialect::fetch`] for any database whose types sqlx can convert.
 pub(in crate::store) async fn fetch<Db, T>(
     connection: &mut Db::Connection,
     Query { sql, values, persistent }: Query,
@@ -69,7 +69,7 @@ where
     query.persistent(persistent).fetch_all(connection).await
 }
 
-/// [`Dialect::execute`], for a database whose types sqlx knows here.
+/// [`Dialect::execute`] for any database whose types sqlx can convert.
 pub(in crate::store) async fn execute<Db>(
     connection: &mut Db::Connection,
     Query { sql, values, persistent }: Query,
@@ -85,7 +85,7 @@ where
     query.persistent(persistent).execute(connection).await
 }
 
-/// Values as a database takes them.
+/// The values in the database's own form.
 fn arguments<Db: Database>(values: Vec<Cell>) -> Result<Db::Arguments, sqlx::Error>
 where
     Option<i64>: for<'q> Encode<'q, Db> + Type<Db>,
@@ -104,7 +104,7 @@ where
     Ok(arguments)
 }
 
-/// What a row of any of the databases can become.
+/// Types that can be read from a row of any of the databases.
 pub(in crate::store) trait FromAnyRow:
     for<'r> FromRow<'r, MySqlRow> + for<'r> FromRow<'r, SqliteRow> + Send + Unpin
 {
@@ -115,7 +115,7 @@ impl<T> FromAnyRow for T where
 {
 }
 
-/// What stands in one column of one row.
+/// The value of one column of one row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::store) enum Cell {
     Int(Option<i64>),

@@ -1,5 +1,5 @@
-//! Everything that reads a store in an SQL database. Each function sees one moment of it, and ends its local transaction before it
-//! returns: while a snapshot is open the database cannot clean up what is older.
+//! All reads of a store in an SQL database. Each function sees one snapshot, and ends its local transaction before it returns.
+//! While a snapshot is open, the database cannot clean up older versions of rows.
 
 use std::collections::BTreeMap;
 
@@ -17,13 +17,13 @@ use crate::{
     transaction::{GlobalTransaction, StuckAfter, Timestamp},
 };
 
-/// Transactions whose branches are read by one query.
+/// Transactions whose branches one query reads.
 const XIDS_MAX: usize = 64;
-/// Keys that are looked for by one query. A few fixed sizes, so that queries are prepared once.
+/// Keys that one query looks up. A few fixed sizes, so that queries are prepared once.
 const KEYS: [usize; 4] = [1, 8, 64, 256];
 
-/// Around a query for rows of `global_transaction AS g`. Those are found first, and then their digests: joined at once, MySQL
-/// would rather sort a million rows than follow an index for 256 of them.
+/// Wraps a query for rows of `global_transaction AS g`. The rows are found first, then joined with their digests. With a direct
+/// join, MySQL would sort a million rows instead of using an index for 256 of them.
 const TRANSACTION: [&str; 2] = [
     "SELECT g.*, i.key_digest FROM (SELECT g.* FROM global_transaction AS g ",
     ") AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ",
@@ -31,7 +31,7 @@ const TRANSACTION: [&str; 2] = [
 const BRANCH: &str =
     "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at";
 
-/// What [`GlobalTransaction::is_stuck`] says, in SQL. Bind: decided before, attempts.
+/// [`GlobalTransaction::is_stuck`] in SQL. Bind: decided before, attempts.
 const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_at <= ? OR EXISTS (SELECT 1 FROM branch AS b \
                      WHERE b.xid = g.xid AND b.state = 1 AND b.error_at IS NOT NULL \
                      AND (b.needs_attention OR b.attempts >= ?)))";
@@ -39,7 +39,7 @@ const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_a
 /// Ends a local transaction that has changed nothing.
 const END_READING: &str = "ROLLBACK";
 
-/// One transaction, and what is known of the place where it would be.
+/// One transaction, and what is known about the place where it would be.
 #[derive(Debug, FromRow)]
 struct LoadRow {
     #[sqlx(flatten)]
@@ -58,7 +58,7 @@ pub(in crate::store) async fn load<D: Dialect>(
 ) -> Result<Lookup, Error> {
     D::run(connection, D::BEGIN_READING).await?;
     let mut sight = Sight::of(known);
-    // Why it is absent is told by the same statement: later, it may have been deleted.
+    // One statement also reads why the transaction may be absent: it might be deleted between two statements.
     let mut query = Query::new(
         "SELECT g.*, i.key_digest, d.through, e.nonce AS epoch_nonce, e.lost AS epoch_lost",
     );
@@ -101,7 +101,7 @@ pub(in crate::store) async fn find_keys<D: Dialect>(
         let size = KEYS.into_iter().find(|size| *size >= some.len()).expect("the last is the most");
         let mut query = Query::new("SELECT i.xid, i.key_hash");
         query.push(SEEN).push("LEFT JOIN idempotency AS i ON i.key_hash IN (");
-        // Said twice it is still found once.
+        // A repeated hash is found only once.
         query.push_list(some.iter().cycle().take(size).map(|hash| hash.to_vec()));
         sight.push_partition(&mut query);
         let rows: Vec<(Vec<u8>, Vec<u8>)> = sight.fetch::<D, _>(connection, query).await?;
@@ -127,7 +127,7 @@ pub(in crate::store) async fn due<D: Dialect>(
     query.push_bind(until);
     query.push(" AND g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
     if let Some((due_at, xid)) = after {
-        // The first condition says where to begin in the index.
+        // This condition lets the database start at the right place in the index.
         query.push(" AND g.due_at >= ").push_bind(due_at);
         query.push(" AND (g.due_at > ").push_bind(due_at);
         query.push(" OR g.due_at = ").push_bind(due_at);
@@ -171,7 +171,7 @@ pub(in crate::store) async fn list<D: Dialect>(
     D::run(connection, D::BEGIN_READING).await?;
     let mut found = Vec::new();
     match filter.show {
-        // What is open is few, and has an index.
+        // There are few open transactions, and they have an index.
         Show::Open | Show::Stuck(..) => {
             let mut query = Query::new(TRANSACTION[0]);
             query.push("WHERE g.due_at IS NOT NULL");
@@ -184,7 +184,7 @@ pub(in crate::store) async fn list<D: Dialect>(
             query.push(TRANSACTION[1]).push("ORDER BY g.begun_at DESC, g.xid DESC");
             found = transactions::<D>(connection, query).await?;
         }
-        // All are many, but within a partition they are sorted by age.
+        // There are many transactions in all, but within a partition they are sorted by age.
         Show::All => {
             for partition in 0..PARTITIONS {
                 let (first, last) = xids_of(partition);
@@ -224,7 +224,7 @@ pub(in crate::store) async fn summary<D: Dialect>(
     })
 }
 
-/// The time that the server tells, in milliseconds.
+/// The server's time in milliseconds.
 pub(in crate::store) async fn clock<D: Dialect>(
     connection: &mut Connection<D>,
     query: &'static str,
@@ -234,9 +234,9 @@ pub(in crate::store) async fn clock<D: Dialect>(
     Ok(Timestamp(millis))
 }
 
-/// Of the next `limit` transactions of a partition after `after`: those that finished before that moment; and the last one
-/// looked at, if there may be more. (Xids of a partition are sorted by age: what follows one that began later did not finish
-/// before. A transaction that began after `now` is no evidence of that.)
+/// Looks at the next `limit` transactions of a partition after `after`. Returns those that finished before that moment, and the
+/// last one looked at if there may be more. (Xids of a partition are sorted by age, so transactions after one that began later
+/// did not finish earlier. A transaction that began after `now` is no evidence of that.)
 pub(in crate::store) async fn finished<D: Dialect>(
     connection: &mut Connection<D>,
     partition: u16,
@@ -263,7 +263,7 @@ pub(in crate::store) async fn finished<D: Dialect>(
     Ok((finished, next))
 }
 
-/// Runs a query for transactions, and puts those together that can be.
+/// Runs a query for transactions, and rebuilds those that are not damaged.
 async fn transactions<D: Dialect>(
     connection: &mut Connection<D>,
     query: Query,
@@ -272,7 +272,7 @@ async fn transactions<D: Dialect>(
     undamaged::<D>(connection, &mut Sight::of_people(), heads).await
 }
 
-/// Puts transactions together. One that makes no sense must not stand in the way of the others: it is left out, loudly.
+/// Rebuilds transactions from their rows. A damaged one is logged and left out, so that it does not block the others.
 async fn undamaged<D: Dialect>(
     connection: &mut Connection<D>,
     sight: &mut Sight,
@@ -312,7 +312,7 @@ async fn branches<D: Dialect>(
     query.push(" LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id");
     sight.push_partition(&mut query);
     query.push(" ORDER BY b.xid, b.position");
-    // Only those that come often are worth remembering: the others come in all sizes.
+    // Only frequent sizes are worth keeping prepared.
     query.persistent = [1, XIDS_MAX].contains(&xids.len());
     sight.fetch::<D, _>(connection, query).await
 }

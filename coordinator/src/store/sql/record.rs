@@ -1,7 +1,7 @@
-//! How a global transaction is written into columns, and read back: the same for every database.
+//! How a global transaction is converted to columns and back, for every database.
 //!
-//! A batch becomes [`Rows`] of a few tables, which each database writes in its own words; rows that were read become
-//! transactions again.
+//! A batch is converted to [`Rows`] of a few tables, and each database writes them in its own SQL. Rows that were read are
+//! converted back to transactions.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -18,20 +18,21 @@ use crate::{
     },
 };
 
-/// Rows of one table that are new, or that change, all in the same columns.
+/// New or changed rows of one table, all with the same columns.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::store) struct Rows {
     pub(in crate::store) table: &'static str,
     pub(in crate::store) columns: &'static [&'static str],
-    /// So many columns at the beginning say which row changes; 0: the rows are new.
+    /// The number of leading columns that identify the row to change. 0: the rows are new.
     pub(in crate::store) keys: usize,
-    /// So many columns after those say what must stand there, or the row does not count; NULL counts too.
+    /// The number of columns after the keys whose present value is checked. A row that differs is not written. NULL also
+    /// matches.
     pub(in crate::store) expected: usize,
-    /// Row after row.
+    /// The cells, row after row.
     pub(in crate::store) cells: Vec<Cell>,
 }
 
-/// These columns of these records, as [`Rows`] of a table.
+/// Builds [`Rows`] of a table from these columns of these records.
 macro_rules! columns {
     ($table:literal, $keys:literal, $records:expr => $($column:ident)*) => {
         Rows {
@@ -44,7 +45,7 @@ macro_rules! columns {
     };
 }
 
-/// The same of transactions that have a row: only where state and number of branches are what they were.
+/// The same for transactions that have a row. They change only if state and number of branches are as expected.
 macro_rules! changed_columns {
     ($records:expr => $($column:ident)*) => {
         Rows {
@@ -63,7 +64,7 @@ fn new_of(write: &Write) -> &[Branch] {
     write.global.branches.get(write.new_branches..).unwrap_or_default()
 }
 
-/// What `writes` do to the tables, in the order in which it is to be done.
+/// The changes of `writes` to each table, in the order in which they must be made.
 pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 8] {
     let of = |head: Head| writes.iter().filter(move |write| write.head == head);
     let keys = of(Head::Insert)
@@ -81,8 +82,8 @@ pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 8] {
         let changed = write.changed_branches.iter();
         changed.filter_map(|position| ResolutionRow::of(&write.global, position))
     });
-    // Nearly always what is new is undecided, and its branches have neither failed nor a payload. Half of the columns are NULL then,
-    // and need not be sent.
+    // A new transaction is nearly always undecided, and its branches have no failures and no payload. Then half of the columns
+    // are NULL, and are left out.
     let decided = |write: &Write| write.head == Head::Insert && write.global.decided_at.is_some();
     let has_more = |branch: &Branch| branch.spec.carry_payload || branch.last_error.is_some();
     let new = of(Head::Insert).map(|write| TransactionRow::of(&write.global));
@@ -110,7 +111,7 @@ pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 8] {
     ]
 }
 
-/// How a transaction's row changes.
+/// A change of a transaction's row.
 struct HeadChange {
     row: TransactionRow,
     was_state: i64,
@@ -127,7 +128,7 @@ impl HeadChange {
     }
 }
 
-/// Puts those beside each other that changed in the same way: most stores can write them together.
+/// Sorts changes so that equal kinds are adjacent: most stores can write those together.
 fn alike<'a>(writes: impl Iterator<Item = &'a Write>) -> impl Iterator<Item = HeadChange> {
     let mut changes: Vec<_> = writes.map(HeadChange::of).collect();
     changes.sort_by_cached_key(|HeadChange { row, was_state, was_branches }| {
@@ -137,7 +138,7 @@ fn alike<'a>(writes: impl Iterator<Item = &'a Write>) -> impl Iterator<Item = He
     changes.into_iter()
 }
 
-/// What stands in the column `state`.
+/// The value of the column `state`.
 fn state_number(state: State) -> i64 {
     match state {
         State::Trying => 1,
@@ -148,14 +149,14 @@ fn state_number(state: State) -> i64 {
     }
 }
 
-/// What the column `state` says.
+/// The meaning of the column `state`.
 pub(in crate::store) fn state(column: i64) -> Option<State> {
     [State::Trying, State::Confirming, State::Cancelling, State::Confirmed, State::Cancelled]
         .into_iter()
         .find(|state| state_number(*state) == column)
 }
 
-/// A row of `resolution`: what an operator has answered for a branch.
+/// A row of `resolution`: an operator's resolution of a branch.
 struct ResolutionRow {
     xid: Vec<u8>,
     branch_id: String,
@@ -187,7 +188,7 @@ impl ResolutionRow {
     }
 }
 
-/// A row of `global_transaction`. The columns' comments in the schema say what each means.
+/// A row of `global_transaction`. The comments in the schema explain each column.
 #[derive(Debug, sqlx::FromRow)]
 pub(in crate::store) struct TransactionRow {
     pub(in crate::store) xid: Vec<u8>,
@@ -232,7 +233,7 @@ pub(in crate::store) struct BranchRow {
     pub(in crate::store) resolved_at: Option<i64>,
 }
 
-/// `refusal`, as JSON.
+/// The column `refusal`, as JSON.
 #[derive(Serialize, Deserialize)]
 struct RefusalColumn {
     reason: String,
@@ -270,7 +271,7 @@ impl TransactionRow {
         }
     }
 
-    /// Puts a transaction together again. `branches` are its own, in order of their positions.
+    /// Rebuilds a transaction. `branches` are its rows of branches, in order of position.
     pub(in crate::store) fn into_transaction(
         self,
         branches: Vec<BranchRow>,
@@ -426,7 +427,7 @@ impl BranchRow {
         };
         let branch_state =
             match (self.state, self.resolved_by, self.resolved_reason, self.resolved_at) {
-                // The rows of branches are not written again when all went well: the final state tells it.
+                // If all went well, the rows of branches are not written again. The final state implies that they acknowledged.
                 (1, None, None, None) if state.is_final() => BranchState::Acknowledged,
                 (1, None, None, None) => BranchState::Registered,
                 (2, None, None, None) => BranchState::Acknowledged,

@@ -1,9 +1,9 @@
-//! Reads that prove that they are new enough. Connections may lead to servers that are behind: a replica, a node of a cluster that
-//! lags, the old primary after a switch-over. What they show looks sound, and with it a confirmed transaction would be cancelled.
+//! Reads that prove that they are new enough. A connection may lead to a server that is behind: a replica, a lagging cluster
+//! node, the old primary after a switch-over. Its data looks sound, but would let a confirmed transaction be cancelled.
 //!
-//! So every query starts at the partition's row, and each of its rows shows epoch, nonce and position beside what was asked for.
-//! Batches move the position in the local transaction that writes their rows: whoever sees batch n sees all rows up to n. It is one
-//! statement, because a proxy may send two statements to two servers.
+//! So every query starts at the partition's row, and each result row contains epoch, nonce and position. A batch moves the
+//! position in the local transaction that writes its rows. So a reader that sees position n sees all rows up to batch n. It
+//! must be one statement, because a proxy may send two statements to two servers.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use tracing::debug;
 use super::{Connection, Connections, Dialect, FromAnyRow, Query};
 use crate::store::{Error, Known, Recorded};
 
-/// Pauses before an old read is repeated over a new connection to where reads go. After the last one a connection that writes is used.
+/// Pauses before an outdated read is retried on a new reading connection. After the last retry, a writing connection is used.
 const REPEAT_AFTER: [Duration; 3] =
     [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
 
-/// What [`Seen`] reads, at the end of the columns.
+/// The columns of [`Seen`], at the end of the list of columns.
 pub(super) const SEEN: &str = ", p.epoch AS seen_epoch, p.nonce AS seen_nonce, p.position AS seen_position FROM `partition` AS p ";
 
-/// What a query has shown of the partition's row.
+/// The partition's row as a query has seen it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromRow)]
 pub(super) struct Seen {
     seen_epoch: u32,
@@ -28,7 +28,7 @@ pub(super) struct Seen {
     seen_position: i64,
 }
 
-/// A row of a query that starts at the partition's row. Without anything beside that one there is still one row.
+/// A row of a query that starts at the partition's row. If nothing is joined to it, there is still one row.
 #[derive(Debug, FromRow)]
 pub(super) struct Sighted<T> {
     #[sqlx(flatten)]
@@ -37,7 +37,7 @@ pub(super) struct Sighted<T> {
     found: Beside<T>,
 }
 
-/// What an outer join has found, if anything: it has a column `xid` that is not NULL.
+/// The result of an outer join, if it found a row. It has a column `xid` that is not NULL.
 #[derive(Debug)]
 pub(super) struct Beside<T>(pub(super) Option<T>);
 
@@ -53,7 +53,7 @@ where
     }
 }
 
-/// Checks the queries of one read: all of them show that they are new enough, and the same moment.
+/// Checks the queries of one read: each must be new enough, and all must show the same snapshot.
 #[derive(Debug)]
 pub(super) struct Sight {
     known: Option<Known>,
@@ -65,18 +65,18 @@ impl Sight {
         Self { known: Some(known), seen: None }
     }
 
-    /// For people, who may see what is old.
+    /// For lists that people read. These may be out of date.
     pub(super) fn of_people() -> Self {
         Self { known: None, seen: None }
     }
 
-    /// Ends the query: only the partition's row, and what is joined to it.
+    /// Adds the end of the query: it is limited to the partition's row and what is joined to it.
     pub(super) fn push_partition(&self, query: &mut Query) {
         let partition = self.known.map_or(0, |known| known.ownership.partition);
         query.push(" WHERE p.`partition` = ").push_bind(partition);
     }
 
-    /// What a query that starts at the partition's row has found beside it.
+    /// The rows joined to the partition's row.
     pub(super) async fn fetch<D: Dialect, T>(
         &mut self,
         connection: &mut Connection<D>,
@@ -90,7 +90,7 @@ impl Sight {
         Ok(rows.into_iter().filter_map(|row| row.found.0).collect())
     }
 
-    /// Takes in what a query has shown of the partition's row.
+    /// Checks the partition's row that a query has seen.
     pub(super) fn check(&mut self, seen: Option<Seen>) -> Result<(), Error> {
         let Some(known) = self.known else { return Ok(()) };
         let Some(seen) = seen else {
@@ -109,7 +109,8 @@ impl Sight {
     }
 }
 
-/// Runs a read over one of the `readers`; if it is old, again over new ones, and in the end over the connection that writes.
+/// Runs a read on one of the `readers`. If it is out of date, retries on new connections, and at last on the writing
+/// connection.
 pub(in crate::store) async fn reading<D: Dialect, T>(
     readers: &Connections<D>,
     writer: &Connections<D>,

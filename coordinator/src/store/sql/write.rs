@@ -1,5 +1,5 @@
-//! Everything that changes a store in an SQL database. Each function is one local transaction. After an error that one is still open:
-//! whoever lent the connection closes it.
+//! Everything that changes a store in an SQL database. Each function is one local transaction. After an error the transaction
+//! is still open, so the caller closes the connection.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -14,9 +14,9 @@ use crate::{
     transaction::Timestamp,
 };
 
-/// Transactions that are looked at by one query, when some do not fit.
+/// Transactions that one query checks when some rows do not match.
 const MISFITS_AT_A_TIME: usize = 256;
-/// Pause before what does not fit is looked at again.
+/// Pause before mismatched rows are checked again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 pub(in crate::store) async fn acquire<D: Dialect>(
@@ -31,7 +31,7 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     let nonces: BTreeMap<u16, u32> =
         partitions.iter().map(|partition| (*partition, rand::random())).collect();
     D::run(connection, D::BEGIN_WRITING).await?;
-    // First the UPDATE: from here on the rows are ours, and what is read is what was written.
+    // UPDATE first: it locks the rows, so the following read sees exactly what was written.
     let mut query = Query::new("UPDATE `partition` SET epoch = epoch + 1, owner = ?").bind(owner);
     query.push(", nonce = CASE `partition`");
     for (partition, nonce) in &nonces {
@@ -55,8 +55,8 @@ pub(in crate::store) async fn acquire<D: Dialect>(
         None => Err(Error::Corrupt(format!("the store has no row for partition {partition}"))),
     };
     let ownerships = partitions.iter().map(ownership).collect::<Result<Vec<_>, _>>()?;
-    // The earlier epochs are over. A step of their owner's purge writes the same row, so one of the two waits for the other. If their
-    // owner knows of more batches than are here, those are lost: it finds that out when it learns that it was replaced.
+    // Close the earlier epochs. A purge by their owner writes the same row, so one of the two waits for the other. If their
+    // owner knows of more batches than are recorded, those are lost. It finds that out when it learns that it was replaced.
     let mut query =
         Query::new("UPDATE epoch SET ended_at = ?, batches = CASE `partition`").bind(now);
     for (partition, Recorded { position, .. }) in &recorded {
@@ -88,8 +88,8 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     Ok(ownerships)
 }
 
-/// Appends a batch. Damage is believed when a second look, on a new connection, still finds it: the first one may have come to a
-/// server that is behind.
+/// Appends a batch. Damage is reported only if a second check, on a new connection, finds it too: the first connection may have
+/// led to a server that is behind.
 pub(in crate::store) async fn append<D: Dialect>(
     connections: &Connections<D>,
     batch: &Batch,
@@ -102,7 +102,7 @@ pub(in crate::store) async fn append<D: Dialect>(
         };
         match connections.run(append).await? {
             Appended::Fenced(fenced) => {
-                // Whoever took over may have done it on a server that lacked the last batches.
+                // The new owner may have taken over on a server that lacked the last batches.
                 let mark = async |connection: &mut Connection<D>| {
                     mark_lost_before_takeover::<D>(connection, batch, &fenced).await
                 };
@@ -139,7 +139,7 @@ async fn append_once<D: Dialect>(
     if guards.is_empty() {
         return Err(Error::Corrupt("a batch without a guard".to_owned()));
     }
-    // First the UPDATE: it waits for an earlier attempt whose COMMIT is still under way.
+    // UPDATE first: it waits for an earlier attempt whose COMMIT is still in flight.
     counter.statement(0); // that UPDATE: the rows of partitions are not counted
     let moved = match D::write(connection, batch, counter).await? {
         Wrote::All => {
@@ -150,8 +150,8 @@ async fn append_once<D: Dialect>(
         }
         Wrote::Positions(moved) => moved,
         Wrote::NotAllRows(noticed) => {
-            // Some of the batch's own rows are there by now. Without them, and with the positions moved again so that nobody else writes,
-            // what is read is what was there before.
+            // Some of the batch's own rows are written by now. Roll back and move the positions again, so that nobody else can
+            // write. Then a read shows the rows as they were before the batch.
             D::run(connection, "ROLLBACK").await?;
             let no_rows = Batch { guards: guards.clone(), writes: Vec::new() };
             match D::write(connection, &no_rows, counter).await? {
@@ -164,7 +164,7 @@ async fn append_once<D: Dialect>(
             }
         }
     };
-    // Inside the same local transaction: what others have recorded there stays.
+    // Read in the same local transaction, while the moved rows are still locked.
     let recorded = recorded::<D>(connection).await?;
     D::run(connection, "ROLLBACK").await?;
     match judge(batch, |partition| recorded.get(&partition).copied())? {
@@ -176,8 +176,8 @@ async fn append_once<D: Dialect>(
     }
 }
 
-/// Which transactions of a batch are not recorded as it says, by partition, in words. If all are, it is all partitions, with what was
-/// `noticed`.
+/// The transactions of a batch whose records contradict it, in words, by partition. If no record does, blames all partitions,
+/// with the problem that was `noticed`.
 async fn misfits<D: Dialect>(
     connection: &mut Connection<D>,
     batch: &Batch,
@@ -224,8 +224,8 @@ async fn misfits<D: Dialect>(
     Ok(misfits)
 }
 
-/// Marks the epochs of these partitions, which have another owner now, if the next owner found fewer batches than were acknowledged to
-/// the owner before. Returns what is missing.
+/// Marks the epochs of these partitions, which have another owner now, as lost if the next owner found fewer batches than were
+/// acknowledged. Returns the damage.
 async fn mark_lost_before_takeover<D: Dialect>(
     connection: &mut Connection<D>,
     batch: &Batch,
@@ -254,8 +254,8 @@ async fn mark_lost_before_takeover<D: Dialect>(
     Ok(lost)
 }
 
-/// Marks the epochs that have lost batches: what is missing of them may have been told. It is the epoch that is recorded: a later one
-/// was lost together with its takeover.
+/// Marks the epochs that have lost batches, because callers may have been told about the lost changes. Marks the recorded
+/// epoch: a later epoch was lost together with its takeover.
 async fn burn<D: Dialect>(
     connection: &mut Connection<D>,
     batch: &Batch,
@@ -276,7 +276,7 @@ async fn burn<D: Dialect>(
     Ok(())
 }
 
-/// Who owns the partitions.
+/// The recorded owner of each partition.
 pub(in crate::store) async fn seats<D: Dialect>(
     connection: &mut Connection<D>,
 ) -> Result<Vec<Seat>, Error> {
@@ -302,8 +302,8 @@ async fn recorded<D: Dialect>(
     Ok(seats::<D>(connection).await?.into_iter().map(recorded).collect())
 }
 
-/// Deletes what [`super::read::finished`] has found, and remembers how far it went. Returns how many it deleted: none, if the
-/// partition has another owner.
+/// Deletes the transactions that [`super::read::finished`] found, and records how far it went. Returns how many were deleted: 0
+/// if the partition has another owner.
 pub(in crate::store) async fn purge<D: Dialect>(
     connection: &mut Connection<D>,
     Ownership { partition, epoch, nonce, .. }: Ownership,
@@ -311,7 +311,7 @@ pub(in crate::store) async fn purge<D: Dialect>(
 ) -> Result<u64, Error> {
     let Some(through) = finished.iter().max().copied() else { return Ok(0) };
     D::run(connection, D::BEGIN_WRITING).await?;
-    // Not the partition's own row: its batches would wait until the rows are deleted.
+    // Do not lock the partition's own row: its batches would wait until the rows are deleted.
     let guard = Query::new(
         "UPDATE epoch SET purges = purges + 1 WHERE `partition` = ? AND epoch = ? AND nonce = ? AND ended_at IS NULL",
     );

@@ -1,4 +1,4 @@
-//! The statements of a batch, prepared once: there is no way to the engine that a fuller statement would save.
+//! The statements of a batch, prepared once. SQLite runs in this process, so larger messages would save nothing.
 
 use handfast_proto::Xid;
 use sqlx::{Arguments as _, Database, QueryBuilder};
@@ -14,11 +14,11 @@ use crate::store::{
 
 /// Rows of one statement. A few fixed sizes, so that statements are prepared once and reused.
 const STATEMENT_ROWS: [usize; 8] = [64, 32, 16, 8, 4, 3, 2, 1];
-/// Guards of one statement.
+/// Guards of one statement. A few fixed sizes, for the same reason.
 const STATEMENT_GUARDS: [usize; 3] = [1, 4, 16];
-/// Statements that the connection keeps prepared: more than there are shapes of rows, each in all those sizes.
+/// Statements that the connection keeps prepared. There are fewer shapes of rows, each in all these sizes.
 pub(super) const STATEMENTS_MAX: usize = 256;
-/// What a cell takes in the text of a statement, and as its value, as a rule.
+/// The usual space that one cell takes in the text of a statement and as a value.
 const CELL_BYTES: usize = 32;
 
 /// See [`Dialect::write`](crate::store::sql::Dialect::write).
@@ -63,7 +63,7 @@ async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result
     let size =
         STATEMENT_GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
     let mut query = QueryBuilder::<Db>::new("UPDATE partition SET position = position + 1 WHERE ");
-    // Said twice it still counts once.
+    // A guard that occurs twice still counts once.
     for (n, guard) in guards.iter().cycle().take(size).enumerate() {
         query.push(if n == 0 { "(partition = " } else { " OR (partition = " });
         query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
@@ -73,7 +73,7 @@ async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result
     Ok(query.build().execute(connection).await?.rows_affected())
 }
 
-/// A query with room for the text and the values of so many cells, so that neither is copied while it grows.
+/// A query with space for the text and values of this many cells, so that they are not copied as it grows.
 fn room_for(cells: usize) -> QueryBuilder<Db> {
     let mut arguments = <Db as Database>::Arguments::default();
     arguments.reserve(cells, cells * CELL_BYTES);
@@ -86,7 +86,7 @@ fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
     push_values(query, rows);
 }
 
-/// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`: the keys, and what is expected.
+/// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`, with the keys and the expected values as conditions.
 fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
     let equal = |(n, column): (usize, &&str)| format!("{column} = v.column{}", n + 1);
     let as_expected =
@@ -122,7 +122,7 @@ fn push_values(query: &mut QueryBuilder<Db>, rows: &[&[Cell]]) {
     query.push(")");
 }
 
-/// Deletes these transactions, with all that belongs to them.
+/// Deletes these transactions with their branches and keys.
 pub(super) async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
     for which in [
         "idempotency WHERE key_hash IN (SELECT key_hash FROM global_transaction WHERE xid IN (",
@@ -134,7 +134,7 @@ pub(super) async fn delete(connection: &mut Connection, finished: &[Xid]) -> Res
         for xid in finished {
             xids.push_bind(xid.to_bytes().to_vec());
         }
-        // As long as there are rows: such a statement would only drive others out of the cache.
+        // Not kept prepared: a text with one placeholder for each row would push others out of the cache.
         query.push("))").build().persistent(false).execute(&mut *connection).await?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The store's file: who may use it, and whether it is ours.
+//! The store's file: which process may use it, and whether it belongs to Handfast.
 
 use std::{
     ffi::OsString,
@@ -12,11 +12,11 @@ use tracing::{info, warn};
 
 use super::super::PARTITIONS;
 
-/// What `PRAGMA application_id` says of our files: "HFST".
+/// The value of `PRAGMA application_id` in our files: "HFST".
 const APPLICATION_ID: i64 = 0x4846_5354;
-/// Each step from one version of the schema to the next, oldest first; never changed once it was released.
+/// The steps from each version of the schema to the next, oldest first. A released step never changes.
 const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
-/// What `PRAGMA user_version` says: how many steps were done.
+/// The value of `PRAGMA user_version`: the number of steps that were done.
 const SCHEMA_VERSION: i64 = 2;
 
 /// Why a store cannot be opened. Nothing was changed.
@@ -30,24 +30,24 @@ pub enum OpenError {
     InUse {
         /// The store's file.
         path: PathBuf,
-        /// The other process, as it wrote it down.
+        /// The other process's id, as it wrote it into the lock file.
         pid: String,
     },
-    /// The file may not be written.
+    /// The file is read-only.
     #[error("the store {} is read-only; a coordinator has to write it: chmod u+w, or choose another file", path.display())]
     ReadOnly {
         /// The store's file.
         path: PathBuf,
     },
-    /// The file is something else.
+    /// The file is not a store.
     #[error("{} is not a store of Handfast ({what}); choose another file, or move this one away", path.display())]
     NotOurs {
         /// The file.
         path: PathBuf,
-        /// What it is, as far as we can tell.
+        /// What it seems to be.
         what: String,
     },
-    /// The file is ours, and younger than this program.
+    /// The file was written by a newer program.
     #[error(
         "the store {} has schema version {found}, and this program knows versions up to {SCHEMA_VERSION}; it was written by a \
          newer Handfast: use that one",
@@ -59,31 +59,31 @@ pub enum OpenError {
         /// Its version.
         found: i64,
     },
-    /// The file system refuses.
+    /// The file system reports an error.
     #[error("the store {} cannot be opened: {source}", path.display())]
     File {
         /// The store's file, or the lock file beside it.
         path: PathBuf,
-        /// What it said.
+        /// The error.
         #[source]
         source: std::io::Error,
     },
-    /// SQLite refuses.
+    /// SQLite reports an error.
     #[error("the store {} cannot be opened: {source}", path.display())]
     Database {
         /// The store's file.
         path: PathBuf,
-        /// What it said.
+        /// The error.
         #[source]
         source: sqlx::Error,
     },
 }
 
-/// The store's file, locked for this process until it ends, by whatever means.
+/// The store's file, locked until this process ends for whatever reason.
 #[derive(Debug)]
 pub(super) struct LockedFile {
     path: PathBuf,
-    /// Held open: the operating system lets go of the lock when the process ends, also after a kill.
+    /// Held open: the operating system releases the lock when the process ends, even after a kill.
     _lock: File,
 }
 
@@ -93,7 +93,7 @@ impl LockedFile {
             let path = path.to_owned();
             move |source| OpenError::File { path, source }
         };
-        // Root may write what is marked read-only, but whoever marked it did not want that.
+        // Root can write a read-only file, but whoever marked it read-only did not want that.
         if fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly()) {
             return Err(OpenError::ReadOnly { path: path.to_owned() });
         }
@@ -124,7 +124,7 @@ impl LockedFile {
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
-    /// Connects, checks that the file is ours, and makes the tables if it is new.
+    /// Connects, checks that the file is a store, and makes the tables if it is new.
     pub(super) async fn open_database(
         &self,
         options: &SqliteConnectOptions,
@@ -143,7 +143,8 @@ impl LockedFile {
         if version > SCHEMA_VERSION {
             return Err(OpenError::Newer { path: path(), found: version });
         }
-        // Version 0: new, or killed before its tables were there. Made in one go, so that they are there or not.
+        // Version 0: the file is new, or the process was killed before the tables were made. All tables are made in one
+        // transaction.
         if version == 0 {
             warn!(path = %self.path.display(), "there was no store: this is a new one, and knows no transactions");
         }
@@ -154,7 +155,7 @@ impl LockedFile {
         Ok(connection)
     }
 
-    /// Looks at the file's first bytes before SQLite does: opening another program's database in WAL mode would change it.
+    /// Checks the file's first bytes before SQLite opens it. Opening another program's database in WAL mode would change it.
     fn check_header(&self) -> Result<(), OpenError> {
         let not_ours =
             |what: &str| Err(OpenError::NotOurs { path: self.path.clone(), what: what.to_owned() });
@@ -182,7 +183,7 @@ impl LockedFile {
         }
     }
 
-    /// Bytes of the WAL file.
+    /// The size of the WAL file.
     pub(super) fn journal_bytes(&self) -> u64 {
         fs::metadata(beside(&self.path, "-wal")).map_or(0, |metadata| metadata.len())
     }
@@ -194,7 +195,7 @@ fn beside(path: &Path, ending: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Does the steps that are missing, all of them or none.
+/// Runs the missing steps, all of them or none.
 async fn migrate(connection: &mut SqliteConnection, from: i64) -> Result<(), sqlx::Error> {
     let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
     let done = usize::try_from(from).unwrap_or(0);
@@ -236,7 +237,7 @@ mod tests {
     #[tokio::test]
     async fn one_process_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
-        // No folder is made: a name that is wrong, or a disk that is missing, must not become a coordinator that knows nothing.
+        // No folder is made. Otherwise a wrong path or a missing disk would give a coordinator with an empty store.
         assert!(error(&folder.path().join("missing/store.db")).await.contains("No such file"));
         let path = folder.path().join("store.db");
         let store = SqliteStore::open(&path).await.unwrap();
@@ -303,7 +304,7 @@ mod tests {
         sqlx::raw_sql(sqlx::AssertSqlSafe(version_1)).execute(&mut connection).await.unwrap();
         connection.close().await.unwrap();
         let store = SqliteStore::open(&path).await.unwrap();
-        // The owner before goes on, if it could: epoch and nonce are its own.
+        // A batch of the previous owner, if it could go on: epoch and nonce are its own.
         let guard = Guard { partition: 3, epoch: 1, nonce: 77, position: 6 };
         let batch = Batch { guards: vec![guard], writes: Vec::new() };
         assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
@@ -320,7 +321,7 @@ mod tests {
             if bytes == 0 {
                 fs::write(&path, []).unwrap();
             } else {
-                // What `PRAGMA journal_mode = WAL` leaves behind.
+                // The file as `PRAGMA journal_mode = WAL` leaves it.
                 let options = SqliteConnectOptions::new()
                     .filename(&path)
                     .create_if_missing(true)

@@ -1,7 +1,7 @@
-//! The embedded store: one SQLite file, no server to start. Durable means durable here too: WAL with `synchronous=FULL`.
+//! The embedded store: one SQLite file and no server. A commit is as durable as on a server: WAL with `synchronous=FULL`.
 //!
-//! One process holds the lock file next to it as long as it runs, so an owner is never replaced while it lives. Still, every batch
-//! checks epoch and position: they settle whether a COMMIT took effect whose answer was lost (a full disk, an I/O error).
+//! One process holds the lock file for as long as it runs, so a live owner is never replaced. Still, every batch checks epoch
+//! and position. They show whether a COMMIT whose answer was lost has taken effect (a full disk, an I/O error).
 
 mod batch;
 mod file;
@@ -23,26 +23,26 @@ use super::{
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
-/// How long a statement waits for somebody else's lock: a shell in the middle of a write.
+/// How long a statement waits for another process's lock, such as that of a shell in the middle of a write.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections for reading, beside the one that writes.
+/// Connections for reads, in addition to the one that writes.
 const READERS: usize = 4;
-/// Bytes that the WAL file keeps after a checkpoint.
+/// Bytes of the WAL file that are kept after a checkpoint.
 const JOURNAL_BYTES_KEPT: u32 = 64 * 1024 * 1024;
-/// Bytes of the WAL file above which something is wrong: most likely a reader that never ends.
+/// A larger WAL file indicates a problem, most likely a read that never ends.
 const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
 
 /// See the module's comment.
 #[derive(Debug)]
 pub struct SqliteStore {
     file: file::LockedFile,
-    /// One connection.
+    /// One connection that writes.
     writer: Connections<InSqlite>,
     readers: Connections<InSqlite>,
     counter: Counter,
 }
 
-/// SQL as SQLite has it.
+/// The SQL dialect of SQLite.
 #[derive(Debug)]
 struct InSqlite;
 
@@ -50,13 +50,13 @@ impl Dialect for InSqlite {
     type Db = Db;
     type Options = SqliteConnectOptions;
 
-    /// IMMEDIATE: from here on nobody else writes, so what is read still holds at COMMIT.
+    /// IMMEDIATE: nobody else can write from here on, so what is read still holds at COMMIT.
     const BEGIN_WRITING: &'static str = "BEGIN IMMEDIATE";
     const BEGIN_READING: &'static str = "BEGIN";
     const UPSERT_PURGED: &'static str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
                                          ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
 
-    /// A connection that is closed takes its local transaction along: there is nothing left to end.
+    /// Closing a connection ends its local transaction, so nothing remains to be killed.
     async fn connect(
         options: &SqliteConnectOptions,
         _role: Role,
@@ -95,11 +95,11 @@ impl Dialect for InSqlite {
 }
 
 impl SqliteStore {
-    /// Opens the store in `path`, and makes it if there is none.
+    /// Opens the store in `path`, and creates it if the file does not exist.
     ///
     /// # Errors
     ///
-    /// When another process uses it, it is read-only, it is no store of ours, or it is one of a newer version.
+    /// When another process uses the file, it is read-only, it is not a store, or it has a newer version.
     pub async fn open(path: &Path) -> Result<Self, OpenError> {
         let file = file::LockedFile::lock(path)?;
         let options = SqliteConnectOptions::new()
@@ -275,7 +275,7 @@ mod tests {
             guards: vec![Guard { partition: 0, epoch, nonce, position: 1 }],
             writes: writes.collect(),
         };
-        // No page more than there are: SQLite says the same as on a full disk. A new connection has the space again.
+        // Limit the file to its present size: SQLite then reports a full disk. A new connection has no limit.
         let full = store.writer.run(async |connection| {
             sqlx::raw_sql("PRAGMA max_page_count = 1").execute(connection).await?;
             Ok(())
@@ -365,7 +365,7 @@ mod tests {
             Some((xid.to_string(), "trying".to_owned(), "2023-11-14 22:13:20.123".to_owned()))
         );
 
-        // Decided, and one of three has acknowledged.
+        // A decided transaction; one of its three branches has acknowledged.
         let path = folder.path().join("store.db");
         let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
         sqlx::query("UPDATE global_transaction SET state = 2").execute(&mut db).await.unwrap();
@@ -381,7 +381,7 @@ mod tests {
         let waiting: String = waiting.fetch_one(&mut db).await.unwrap();
         assert_eq!(waiting, "order, points");
 
-        // Neither view computes the text of every xid before it looks at the first row.
+        // A view must not compute the text of every xid before it returns its first row.
         for view in ["readable_transaction", "readable_branch"] {
             let plan =
                 format!("EXPLAIN QUERY PLAN SELECT xid FROM {view} WHERE state = 'confirming'");

@@ -52,6 +52,8 @@ use crate::{
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 /// At shutdown, how often the coordinator checks whether the store still answers.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A store that counts as silent for so long, without a break, holds up the shutdown no longer.
+const SILENT_AT_THE_END: Duration = Duration::from_millis(1500);
 
 /// The runtime of the process. It has as many threads as TOKIO_WORKER_THREADS says, otherwise half as many as there are
 /// processors. The work is many small tasks that wake each other, and that costs a quarter more across threads. The other
@@ -340,9 +342,15 @@ async fn answered(
     }
 }
 
-/// Completes when the store stops answering.
+/// Completes when the store has stopped answering. One slow commit is not enough: calls to participants may still come back.
 async fn silence(coordinator: &Coordinator) {
-    while coordinator.is_ready() {
+    let mut silent_since = None;
+    loop {
+        if coordinator.is_ready() {
+            silent_since = None;
+        } else if silent_since.get_or_insert_with(Instant::now).elapsed() >= SILENT_AT_THE_END {
+            return;
+        }
         sleep(LOOK_EVERY).await;
     }
 }

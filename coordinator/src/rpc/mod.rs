@@ -23,6 +23,7 @@ use handfast_proto::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
+use tracing::debug;
 
 use self::{
     connection::waiting_permit,
@@ -177,10 +178,15 @@ impl CoordinatorService for Services {
         let replies = if decided.existed { Vec::new() } else { response::replies(&decided.global) };
         let global = match until {
             Until::Completed if !decided.global.state.is_final() => {
-                self.coordinator
-                    .ask(decided.global.xid, What::Get, Until::Completed, wait)
-                    .await?
-                    .global
+                let xid = decided.global.xid;
+                match self.coordinator.ask(xid, What::Get, Until::Completed, wait).await {
+                    Ok(completed) => completed.global,
+                    // Only the wait failed. The decision is durable and must not be answered with an error that says "nothing was done".
+                    Err(error) => {
+                        debug!(%xid, %error, "the wait for completion failed; the decision is answered");
+                        decided.global
+                    }
+                }
             }
             Until::Completed | Until::Decided | Until::Now => decided.global,
         };

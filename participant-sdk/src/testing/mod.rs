@@ -55,10 +55,21 @@ mod network;
 #[cfg(feature = "sqlite")]
 mod tests;
 
+use tonic::transport::Endpoint;
+
+use crate::InvalidAddress;
+
 pub use coordinator::{Coordinator, Fault};
 #[cfg(feature = "sqlite")]
 pub use database::Database;
 pub use laws::{BrokenLaw, Report, World, laws, laws_with_neighbour};
 pub use memory::{MemoryAction, MemoryFence};
 
-pub use handfast_proto::connection::endpoint;
+/// A connection to `url` with the SDK's settings, to be made over a network of your own.
+///
+/// # Errors
+///
+/// When that is no address.
+pub fn endpoint(url: &str) -> Result<Endpoint, InvalidAddress> {
+    Ok(handfast_proto::connection::endpoint(&url.parse()?))
+}

@@ -78,7 +78,7 @@ impl Network {
     /// A channel with the settings that the SDK gives its own channels.
     pub(crate) fn channel(self: &Arc<Self>, host: &str) -> Channel {
         let address = url(host).parse().expect("a host's name");
-        handfast::testing::endpoint(&address).connect_with_connector_lazy(self.connector())
+        handfast_proto::connection::endpoint(&address).connect_with_connector_lazy(self.connector())
     }
 
     fn connector(
@@ -125,7 +125,7 @@ pub(crate) struct Dials(pub(crate) Arc<Network>);
 
 impl Dialler for Dials {
     fn channel(&self, destination: &Destination) -> Channel {
-        handfast::testing::endpoint(&destination.address)
+        handfast_proto::connection::endpoint(&destination.address)
             .connect_with_connector_lazy(self.0.connector())
     }
 }

@@ -28,13 +28,19 @@ async fn chaos(store: &str, seconds: u32) -> Value {
     serde_json::from_str(&json).unwrap_or_else(|error| panic!("{error} in {json}"))
 }
 
-fn check(report: &Value) {
+/// No acknowledged transaction was lost, no promise was broken, and there were transactions that could have been lost.
+fn check_promises(report: &Value) {
     assert_eq!((&report["lost"], &report["violations"]), (&json!(0), &json!([])));
-    assert_eq!(report["faults_missing"], json!([]), "some faults have not come about");
     // On a busy machine clients give up on many transactions. It is enough that some were acknowledged and could have been lost.
     let told = report["acknowledged"]["confirmed"].as_u64().unwrap();
     let confirmed = told + report["unknown_resolved"]["confirmed"].as_u64().unwrap();
     assert!(told > 0 && confirmed > 10, "too little went on to show anything: {report}");
+}
+
+/// The promises were kept under every kind of fault.
+fn check(report: &Value) {
+    check_promises(report);
+    assert_eq!(report["faults_missing"], json!([]), "some faults have not come about");
 }
 
 // The shortest time in which every kind of fault happens. A run may take up to three times as long, until all of them have happened.
@@ -52,9 +58,13 @@ async fn nothing_is_lost_on_a_server_whatever_breaks() {
 }
 
 /// A failover: new connections reach another server while old connections still exist. Reads on an old connection may be stale.
+/// The tests above ask for every other kind of fault. Three servers are slower, so here it is enough that the database moves.
 #[tokio::test]
 async fn nothing_is_lost_when_the_database_moves_to_another_server() {
     for kind in groups() {
-        check(&chaos(&kind, 12).await);
+        let report = chaos(&kind, 12).await;
+        check_promises(&report);
+        let moves = report["faults"]["database: new connections led to another server"].as_u64();
+        assert!(moves > Some(0), "the database has not moved: {report}");
     }
 }

@@ -21,8 +21,10 @@ use crate::rpc::{Connection, STREAMS_MAX};
 
 /// Size of the headers of one request.
 const HEADERS_BYTES_MAX: u32 = 16 * 1024;
-/// How long a connection may be idle before it is pinged, and how long the client may take to answer.
-const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
+/// How long a connection may be idle before it is pinged.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// How long the client may take to answer a ping before the connection is closed.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after an accept that failed for lack of file descriptors or memory. It would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How often the log reports refused connections.
@@ -72,8 +74,8 @@ pub(crate) fn server() -> Server {
         // After this process was suspended, many calls may have been cancelled by their callers. That is not an attack.
         .http2_max_pending_accept_reset_streams(Some(STREAMS_MAX as usize))
         .http2_max_header_list_size(HEADERS_BYTES_MAX)
-        .http2_keepalive_interval(Some(KEEP_ALIVE[0]))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE[1]))
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
 }
 
 /// Accepts `connections_max` connections at a time; further ones are closed at once. When `closing` is cancelled, connections
@@ -85,7 +87,7 @@ pub(crate) fn incoming(
 ) -> impl Stream<Item = io::Result<Connection<TcpStream>>> {
     let accepting = Accepting {
         listener,
-        places: Arc::new(Semaphore::new(connections_max)),
+        permits: Arc::new(Semaphore::new(connections_max)),
         connections_max,
         closing,
         refused: Seldom::default(),
@@ -99,7 +101,7 @@ pub(crate) fn incoming(
 
 struct Accepting {
     listener: TcpListener,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     connections_max: usize,
     closing: CancellationToken,
     refused: Seldom,
@@ -111,9 +113,9 @@ impl Accepting {
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    if let Ok(place) = self.places.clone().try_acquire_owned() {
+                    if let Ok(permit) = self.permits.clone().try_acquire_owned() {
                         let _is_slower_without = stream.set_nodelay(true);
-                        return Connection::new(stream, Some(place)).until(self.closing.clone());
+                        return Connection::new(stream, Some(permit)).until(self.closing.clone());
                     }
                     if let Some(times) = self.refused.tell() {
                         let connections_max = self.connections_max;
@@ -175,13 +177,13 @@ mod tests {
     use crate::rpc::HANDSHAKE_WITHIN;
 
     /// The client's end of a connection to a server with only the health service.
-    fn connect(keep_alive: [Duration; 2]) -> DuplexStream {
+    fn connect() -> DuplexStream {
         let (ours, theirs) = tokio::io::duplex(1024);
         let (_, health) = tonic_health::server::health_reporter();
         let incoming = stream::iter([Ok::<_, Infallible>(Connection::new(theirs, None))]);
         let server = Server::builder()
-            .http2_keepalive_interval(Some(keep_alive[0]))
-            .http2_keepalive_timeout(Some(keep_alive[1]))
+            .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
             .add_service(health)
             .serve_with_incoming(incoming);
         tokio::spawn(server);
@@ -199,16 +201,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_does_not_say_that_it_speaks_http_2_is_hung_up_on() {
-        let keep_alive = [Duration::from_secs(30), Duration::from_secs(10)];
         let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
         for said in [&b""[..], &preface[..10], &preface[..23]] {
-            let mut client = connect(keep_alive);
+            let mut client = connect();
             client.write_all(said).await.unwrap();
             let after = hung_up_after(client).await;
             assert!(after <= HANDSHAKE_WITHIN + Duration::from_secs(1), "{after:?}: {said:?}");
         }
         // A slow client, which sends one byte a second.
-        let (mut reads, mut writes) = tokio::io::split(connect(keep_alive));
+        let (mut reads, mut writes) = tokio::io::split(connect());
         let writing = tokio::spawn(async move {
             for byte in preface {
                 tokio::time::sleep(Duration::from_secs(1)).await;
@@ -222,7 +223,7 @@ mod tests {
         assert!(began.elapsed() <= HANDSHAKE_WITHIN + Duration::from_secs(1));
         writing.abort();
         // A client that sends the preface and then nothing: it does not answer the keep-alive ping.
-        let mut client = connect(keep_alive);
+        let mut client = connect();
         client.write_all(preface).await.unwrap();
         client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap(); // SETTINGS
         let after = hung_up_after(client).await;

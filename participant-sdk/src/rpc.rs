@@ -16,7 +16,7 @@ use handfast_proto::{
     calls::ToCoordinator,
     connection::DEADLINE_MARGIN,
     stream::Line,
-    time::wire_duration,
+    time::{Pauses, wire_duration},
     v1::{self as pb, call_stream_request::Call, call_stream_response::Answer},
 };
 use tokio::time::Instant;
@@ -27,8 +27,9 @@ use crate::{
     status::{leaves_open, may_be_repeated},
 };
 
-/// First and longest pause before a call is repeated.
-const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
+/// The pauses before a call is repeated.
+const RETRY_PAUSES: Pauses =
+    Pauses { first: Duration::from_millis(50), longest: Duration::from_secs(1) };
 /// How long one attempt of a call to the coordinator may take, beside what it is asked to wait.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for the first attempt if there are several coordinators. It doubles when as many attempts as there are addresses had no
@@ -287,8 +288,8 @@ where
     F: Future<Output = Result<T, Status>>,
 {
     let mut pauses = backon::ExponentialBuilder::default()
-        .with_min_delay(RETRY_PAUSES[0])
-        .with_max_delay(RETRY_PAUSES[1])
+        .with_min_delay(RETRY_PAUSES.first)
+        .with_max_delay(RETRY_PAUSES.longest)
         .without_max_times()
         .with_jitter()
         .build();
@@ -300,7 +301,7 @@ where
             Err(status) => status,
         };
         silent += usize::from(error.code() == Code::DeadlineExceeded);
-        let pause = pauses.next().unwrap_or(RETRY_PAUSES[1]);
+        let pause = pauses.next().unwrap_or(RETRY_PAUSES.longest);
         if !may_be_repeated(&error) {
             return Err(error);
         }
@@ -326,7 +327,7 @@ mod tests {
             async move { Err::<(), _>(Status::new(code.unwrap_or(Code::Ok), "")) }
         };
         // Time for two attempts.
-        let deadline = Instant::now() + RETRY_PAUSES[0] * 3;
+        let deadline = Instant::now() + RETRY_PAUSES.first * 3;
         let error = with_retries(|_| ATTEMPT_TIMEOUT, deadline, ask).await.unwrap_err();
         assert_eq!(error.code(), reported, "{answers:?}");
     }

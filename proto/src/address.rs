@@ -13,8 +13,10 @@ use std::{
 
 use tonic::transport::Uri;
 
-/// Longest host name, and longest label in it, in bytes (RFC 1035).
-const NAME_BYTES_MAX: [usize; 2] = [253, 63];
+/// Longest host name, in bytes (RFC 1035).
+const NAME_BYTES_MAX: usize = 253;
+/// Longest label of a host name, in bytes (RFC 1035).
+const LABEL_BYTES_MAX: usize = 63;
 
 /// A name, or an IP address.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,10 +59,9 @@ impl FromStr for Host {
             return Err("its host must be in ASCII: write an internationalised name as xn--...");
         }
         let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
-        let [name_max, label_max] = NAME_BYTES_MAX;
         let mut labels = text.split('.');
-        if text.len() > name_max
-            || !labels.all(|it| (1..=label_max).contains(&it.len()) && it.bytes().all(letter))
+        if text.len() > NAME_BYTES_MAX
+            || !labels.all(|it| (1..=LABEL_BYTES_MAX).contains(&it.len()) && it.bytes().all(letter))
         {
             return Err(
                 "its host must be labels of letters, digits, - and _ with dots between them",

@@ -122,13 +122,19 @@ struct Pending<S: Streamed> {
 
 /// An unanswered call. The entry stays when the caller gives up, because the peer is still working on the call.
 struct Caller<S: Streamed> {
-    told: oneshot::Sender<Told<S>>,
+    end: oneshot::Sender<CallEnd<S>>,
     _unanswered: OwnedSemaphorePermit,
 }
 
-/// The peer's answer, or why there is none.
-type Told<S> = Result<Result<<S as Streamed>::Answer, Status>, NoAnswer>;
+/// How a call on a stream ended.
+enum CallEnd<S: Streamed> {
+    /// The peer has answered. Its answer may be a status.
+    Answered(Result<S::Answer, Status>),
+    /// No answer came.
+    Unanswered(NoAnswer),
+}
 
+/// Why a stream gives no further answers.
 #[derive(Debug, Clone)]
 enum NoAnswer {
     /// The peer does not support streams: make the call unary.
@@ -195,10 +201,14 @@ impl<S: Streamed> Line<S> {
         // Until the peer accepts the stream, this call may have to be retried as a unary call.
         let spare = (!open.accepted.load(Ordering::Relaxed)).then(|| call.clone());
         match (open.call(call, timeout, unanswered).await, spare) {
-            (Ok(answer), _) => answer,
-            (Err(NoAnswer::MakeUnary), Some(call)) => self.unary(call, timeout).await,
-            (Err(NoAnswer::MakeUnary), None) => Err(broken("a stream that was accepted was not")),
-            (Err(NoAnswer::Broken(status)), _) => Err(status),
+            (CallEnd::Answered(answer), _) => answer,
+            (CallEnd::Unanswered(NoAnswer::MakeUnary), Some(call)) => {
+                self.unary(call, timeout).await
+            }
+            (CallEnd::Unanswered(NoAnswer::MakeUnary), None) => {
+                Err(broken("a stream that was accepted was not"))
+            }
+            (CallEnd::Unanswered(NoAnswer::Broken(status)), _) => Err(status),
         }
     }
 
@@ -245,20 +255,22 @@ impl<S: Streamed> Open<S> {
         call: S::Call,
         timeout: Duration,
         unanswered: OwnedSemaphorePermit,
-    ) -> Told<S> {
+    ) -> CallEnd<S> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let (told, answer) = oneshot::channel();
+        let (end, ended) = oneshot::channel();
         {
             let mut pending = lock(&self.pending);
             if let Some(why) = &pending.ended {
-                return Err(why.clone());
+                return CallEnd::Unanswered(why.clone());
             }
-            pending.callers.insert(number, Caller { told, _unanswered: unanswered });
+            pending.callers.insert(number, Caller { end, _unanswered: unanswered });
         }
         let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
         // The channel has room for all unanswered calls. If the stream has ended, the driver tells every waiting caller why.
         drop(self.requests.try_send(S::request(number, millis, call)));
-        answer.await.unwrap_or_else(|_| Err(NoAnswer::Broken(broken("the program is stopping"))))
+        ended.await.unwrap_or_else(|_| {
+            CallEnd::Unanswered(NoAnswer::Broken(broken("the program is stopping")))
+        })
     }
 }
 
@@ -295,7 +307,7 @@ impl<S: Streamed> Driver<S> {
         let mut pending = lock(&self.pending);
         pending.ended = Some(why.clone());
         for (_, caller) in std::mem::take(&mut pending.callers) {
-            drop(caller.told.send(Err(why.clone()))); // the caller may have been dropped
+            drop(caller.end.send(CallEnd::Unanswered(why.clone()))); // the caller may have been dropped
         }
     }
 
@@ -312,7 +324,7 @@ impl<S: Streamed> Driver<S> {
                     // The stream takes no further calls. The peer sees that our side is closed, and ends the stream after its
                     // last answer.
                     self.set_slot(Slot::Closed);
-                    if old && lock(&self.pending).callers.values().all(|it| it.told.is_closed()) {
+                    if old && lock(&self.pending).callers.values().all(|it| it.end.is_closed()) {
                         return (answers, broken("the stream was closed"));
                     }
                     old = true;
@@ -324,7 +336,7 @@ impl<S: Streamed> Driver<S> {
                         let (number, answer) = S::answer(response);
                         let caller = lock(&self.pending).callers.remove(&number);
                         if let Some(caller) = caller {
-                            drop(caller.told.send(Ok(answer))); // the caller may have been dropped
+                            drop(caller.end.send(CallEnd::Answered(answer))); // the caller may have been dropped
                         }
                     }
                     Ok(None) => return (answers, broken("the stream has ended")),
@@ -364,12 +376,12 @@ where
         .take_until(Box::pin(closing))
         .take_while(|request| ready(request.is_ok()))
         .filter_map(|request| ready(request.ok()));
-    let places = Arc::new(Semaphore::new(CALLS_MAX));
-    let answers = requests.map(move |request| match places.clone().try_acquire_owned() {
-        Ok(place) => {
+    let permits = Arc::new(Semaphore::new(CALLS_MAX));
+    let answers = requests.map(move |request| match permits.clone().try_acquire_owned() {
+        Ok(permit) => {
             let answer = answer(request);
             Either::Left(async move {
-                let _place = place;
+                let _permit = permit;
                 answer.await
             })
         }

@@ -1,4 +1,4 @@
-//! Conversions between wire types and internal times: UTC milliseconds since 1970.
+//! Times: conversions between wire types and internal times (UTC milliseconds since 1970), and the pauses between retries.
 
 use std::{
     ops::{Add, Sub},
@@ -26,6 +26,23 @@ impl Sub for Timestamp {
     /// How long after `earlier` this is; zero if it is not after.
     fn sub(self, earlier: Self) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+}
+
+/// The pauses between retries. Each pause is twice as long as the one before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pauses {
+    /// The pause before the first retry.
+    pub first: Duration,
+    /// No pause is longer.
+    pub longest: Duration,
+}
+
+impl Pauses {
+    /// The pause that comes after a pause of this length.
+    #[must_use]
+    pub fn after(self, pause: Duration) -> Duration {
+        pause.saturating_mul(2).min(self.longest)
     }
 }
 
@@ -67,6 +84,15 @@ mod tests {
         for at in [0, 1, 999, 1000, 1_700_000_000_123, -1, -1001] {
             assert_eq!(millis(&timestamp(at)), at);
         }
+    }
+
+    #[test]
+    fn pauses_double_up_to_the_longest() {
+        let pauses = Pauses { first: Duration::from_secs(1), longest: Duration::from_secs(5) };
+        let next = |pause: &Duration| Some(pauses.after(*pause));
+        let all = std::iter::successors(Some(pauses.first), next).take(5);
+        assert_eq!(all.map(|pause| pause.as_secs()).collect::<Vec<_>>(), [1, 2, 4, 5, 5]);
+        assert_eq!(pauses.after(Duration::MAX), pauses.longest);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct Sources {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}")]
 pub struct Invalid {
-    /// The place and the problem.
+    /// The location and the problem.
     pub what: String,
     /// What the user can do.
     pub hint: String,
@@ -91,9 +91,9 @@ impl Config {
                 .keys
                 .iter()
                 .find_map(|path| settings.iter().find(|setting| setting.key.path == *path));
-            let place =
-                blamed.map_or_else(String::new, |setting| setting.key.place(&setting.origin));
-            Invalid { what: format!("{place}{}", problem.what), hint: problem.hint.to_owned() }
+            let location =
+                blamed.map_or_else(String::new, |setting| setting.key.location(&setting.origin));
+            Invalid { what: format!("{location}{}", problem.what), hint: problem.hint.to_owned() }
         })
     }
 
@@ -198,7 +198,7 @@ fn other_name(unknown: &str) -> Option<String> {
 fn from_file(name: &str, text: &str) -> Result<Vec<Setting>, Invalid> {
     let mut file = File { name, text, settings: Vec::new() };
     let syntax = |error: toml::de::Error| Invalid {
-        what: format!("{}: {}", file.place(error.span().unwrap_or_default()), error.message()),
+        what: format!("{}: {}", file.location(error.span().unwrap_or_default()), error.message()),
         hint: "the file is TOML; `handfast config` prints one with all keys".to_owned(),
     };
     let values: Table = toml::from_str(text).map_err(syntax)?;
@@ -214,7 +214,7 @@ struct File<'a> {
 }
 
 impl File<'_> {
-    fn place(&self, span: Range<usize>) -> String {
+    fn location(&self, span: Range<usize>) -> String {
         let before = self.text.bytes().take(span.start);
         format!("{}:{}", self.name, 1 + before.filter(|byte| *byte == b'\n').count())
     }
@@ -239,9 +239,9 @@ impl File<'_> {
                 FieldKind::Nested { meta } => {
                     let (Some(spans), Some(values)) = (span.get_ref().as_table(), value.as_table())
                     else {
-                        let place = self.place(span.span());
+                        let location = self.location(span.span());
                         return Err(Invalid {
-                            what: format!("{place}: `{path}` is {value}, and it is a section"),
+                            what: format!("{location}: `{path}` is {value}, and it is a section"),
                             hint: format!("write [{path}] on a line, and its keys below"),
                         });
                     };
@@ -256,10 +256,10 @@ impl File<'_> {
                         let checked = key.layer(entry.into());
                         checked.map_err(|why| {
                             let entry = Key { path: format!("{}.{name}", key.path), field };
-                            entry.wrong(&Origin::File(self.place(span.span())), &why)
+                            entry.wrong(&Origin::File(self.location(span.span())), &why)
                         })?;
                     }
-                    let origin = Origin::File(self.place(span.span()));
+                    let origin = Origin::File(self.location(span.span()));
                     self.settings.push(Setting { key, origin, value: value.clone() });
                 }
             }
@@ -273,7 +273,7 @@ impl File<'_> {
         let sections = sections.filter(|_| !path.contains('.'));
         let known = keys.iter().map(|key| key.path.as_str()).chain(sections);
         Invalid {
-            what: format!("{}: unknown key `{path}`", self.place(span)),
+            what: format!("{}: unknown key `{path}`", self.location(span)),
             hint: guess(path, known)
                 .unwrap_or_else(|| "`handfast config` prints all keys".to_owned()),
         }
@@ -333,11 +333,11 @@ impl Key {
         table.try_into().map_err(|error: toml::de::Error| error.message().to_owned())
     }
 
-    fn place(&self, origin: &Origin) -> String {
+    fn location(&self, origin: &Origin) -> String {
         match origin {
             Origin::Flag => format!("{}: ", self.flag()),
             Origin::Env => format!("{}: ", self.env()),
-            Origin::File(place) => format!("{place}: "),
+            Origin::File(location) => format!("{location}: "),
         }
     }
 
@@ -357,7 +357,10 @@ impl Key {
             Origin::Env => (why.to_owned(), format!("{}={}", self.env(), text_of(&example))),
             Origin::Flag => (why.to_owned(), format!("{} {}", self.flag(), text_of(&example))),
         };
-        Invalid { what: format!("{}{what}", self.place(origin)), hint: format!("such as: {hint}") }
+        Invalid {
+            what: format!("{}{what}", self.location(origin)),
+            hint: format!("such as: {hint}"),
+        }
     }
 }
 

@@ -3,13 +3,16 @@
 
 use std::time::Duration;
 
+use handfast_proto::time::Pauses;
+
 use super::{Later, lane::spread};
 use crate::transaction::Timestamp;
 
 /// The breaker opens after this many calls in a row without a connection.
 const BREAKER_FAILURES: u32 = 5;
-/// How long the breaker stays open: the first time, and at most. The time doubles with each failure.
-const BREAKER_PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
+/// How long the breaker stays open.
+const OPEN_PAUSES: Pauses =
+    Pauses { first: Duration::from_millis(500), longest: Duration::from_secs(10) };
 
 /// While open, lets one probe call at a time test whether the participant is back.
 #[derive(Debug, Default)]
@@ -56,7 +59,7 @@ impl Breaker {
 
     fn pause(&self) -> Duration {
         let doublings = self.failures.saturating_sub(BREAKER_FAILURES).min(16);
-        BREAKER_PAUSES[0].saturating_mul(1 << doublings).min(BREAKER_PAUSES[1])
+        OPEN_PAUSES.first.saturating_mul(1 << doublings).min(OPEN_PAUSES.longest)
     }
 }
 
@@ -73,15 +76,15 @@ mod tests {
             breaker.not_reached(now);
         }
         let Later(wait) = breaker.admit(now).unwrap_err();
-        assert!((BREAKER_PAUSES[0]..=BREAKER_PAUSES[0] * 2).contains(&wait), "{wait:?}");
+        assert!((OPEN_PAUSES.first..=OPEN_PAUSES.first * 2).contains(&wait), "{wait:?}");
         // Only one probe at a time.
-        now = now + BREAKER_PAUSES[0];
+        now = now + OPEN_PAUSES.first;
         breaker.admit(now).unwrap();
         breaker.admit(now).unwrap_err();
         // The probe fails, so the pause doubles.
         breaker.not_reached(now);
-        breaker.admit(now + BREAKER_PAUSES[0]).unwrap_err();
-        now = now + BREAKER_PAUSES[0] * 2;
+        breaker.admit(now + OPEN_PAUSES.first).unwrap_err();
+        now = now + OPEN_PAUSES.first * 2;
         breaker.admit(now).unwrap();
         breaker.answered();
         for _ in 0..100 {
@@ -112,7 +115,7 @@ mod tests {
             breaker.not_reached(Timestamp(0)); // one connection broke
         }
         let Later(wait) = breaker.admit(Timestamp(0)).unwrap_err();
-        assert!(wait <= BREAKER_PAUSES[0] * 2, "{wait:?}");
+        assert!(wait <= OPEN_PAUSES.first * 2, "{wait:?}");
     }
 
     #[test]

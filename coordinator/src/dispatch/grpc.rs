@@ -207,16 +207,18 @@ impl Dispatch for GrpcDispatch {
             }
         };
         let now = self.clock.now();
-        let place = self.peer(addresses, now)?.enter(&spec.action, now, call.hurried)?;
+        let place = self.peer(addresses, now)?.enter(&spec.action, now, call.hurry)?;
         self.calls.spawn(async move {
-            let waiting = place.turn();
-            let turn = tokio::select! {
+            let waiting = place.permit();
+            let permit = tokio::select! {
                 biased;
-                turn = waiting => Some(turn),
+                permit = waiting => Some(permit),
                 () = closing.cancelled() => None,
             };
-            let outcome = match turn {
-                Some(_turn) if !call.is_too_late(clock.now()) => make(&place, &call, &*clock).await,
+            let outcome = match permit {
+                Some(_permit) if !call.is_too_late(clock.now()) => {
+                    make(&place, &call, &*clock).await
+                }
                 _ => not_made(&call, clock.now()),
             };
             drop(place);
@@ -265,7 +267,7 @@ async fn ask(
         peer.timed_out();
         Err(Status::deadline_exceeded(format!("no answer within {:?}", call.deadline)))
     };
-    let servers = match timeout_at(deadline, peer.servers.in_turn(clock)).await {
+    let servers = match timeout_at(deadline, peer.servers.in_order(clock)).await {
         Ok(Ok(servers)) => servers,
         Ok(Err(status)) => {
             peer.not_reached(clock.now());

@@ -25,26 +25,26 @@ const QUEUE_FULL_PAUSE_MAX: Duration = Duration::from_secs(4);
 pub(super) struct Lane {
     /// One permit for each call that may be in flight: three quarters of the participant's slots. The rest is for its other
     /// actions.
-    turns: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     /// One slot that other actions cannot take.
     own_slot: Arc<Semaphore>,
     /// Calls that wait or are in flight.
     held: AtomicUsize,
     /// Calls that were turned away because the queue was full, minus the calls made since then.
     turned_away: AtomicUsize,
-    turns_max: usize,
+    permits_max: usize,
 }
 
 impl Lane {
     /// `calls_max` is the number of the participant's slots.
     pub(super) fn new(calls_max: usize) -> Self {
-        let turns_max = calls_max - calls_max / 4;
+        let permits_max = calls_max - calls_max / 4;
         Self {
-            turns: Arc::new(Semaphore::new(turns_max)),
+            permits: Arc::new(Semaphore::new(permits_max)),
             own_slot: Arc::new(Semaphore::new(1)),
             held: AtomicUsize::new(0),
             turned_away: AtomicUsize::new(0),
-            turns_max,
+            permits_max,
         }
     }
 
@@ -59,7 +59,7 @@ impl Lane {
         room: usize,
         admit: impl FnOnce() -> Result<(), Later>,
     ) -> Result<(), Later> {
-        if self.held.load(Ordering::Relaxed) >= self.turns_max + room {
+        if self.held.load(Ordering::Relaxed) >= self.permits_max + room {
             let queues = 1 + self.turned_away.fetch_add(1, Ordering::Relaxed) / QUEUE_MAX;
             let pause = QUEUE_FULL_PAUSE.saturating_mul(u32::try_from(queues).unwrap_or(u32::MAX));
             return Err(spread(pause.min(QUEUE_FULL_PAUSE_MAX / 2)));
@@ -79,8 +79,8 @@ impl Lane {
     }
 
     /// Waits until fewer calls than allowed are in flight.
-    pub(super) async fn turn(&self) -> OwnedSemaphorePermit {
-        self.turns.clone().acquire_owned().await.expect("never closed")
+    pub(super) async fn permit(&self) -> OwnedSemaphorePermit {
+        self.permits.clone().acquire_owned().await.expect("never closed")
     }
 
     /// Waits for the slot that only this action can use.
@@ -118,9 +118,9 @@ mod tests {
         let places: Vec<_> = (0..QUEUE_MAX + 2).map(|_| enter(&lane).ok().unwrap()).collect();
         let Err(Later(wait)) = enter(&lane) else { panic!("there is room") };
         assert!((QUEUE_FULL_PAUSE..=QUEUE_FULL_PAUSE * 2).contains(&wait), "{wait:?}");
-        let (_one, _two) = (lane.turn().await, lane.turn().await);
+        let (_one, _two) = (lane.permit().await, lane.permit().await);
         assert!(
-            tokio::time::timeout(Duration::from_millis(10), lane.turn()).await.is_err(),
+            tokio::time::timeout(Duration::from_millis(10), lane.permit()).await.is_err(),
             "two at a time"
         );
         drop(places);

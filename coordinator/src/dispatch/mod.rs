@@ -45,8 +45,16 @@ pub struct CallRequest {
     pub labels: BTreeMap<String, String>,
     /// The deadline of the call, counted from when it is sent.
     pub deadline: Duration,
-    /// An operator asked for this call, so it is made even if the breaker is open.
-    pub hurried: bool,
+    /// Whether the call is made even if the breaker is open.
+    pub hurry: Hurry,
+}
+
+/// Whether an operator asked for a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the type's comment says what they are")]
+pub enum Hurry {
+    Yes,
+    No,
 }
 
 impl CallRequest {

@@ -15,7 +15,7 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
-    Later,
+    Hurry, Later,
     breaker::Breaker,
     lane::{Lane, QUEUE_MAX},
     servers::Servers,
@@ -61,21 +61,21 @@ impl Drop for Place {
 
 /// The permit to be in flight. Given back when dropped.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(super) struct Permit {
     _of_lane: OwnedSemaphorePermit,
     _slot: OwnedSemaphorePermit,
 }
 
 impl Place {
     /// Waits until the call may be made.
-    pub(super) async fn turn(&self) -> Turn {
-        let of_lane = self.lane.turn().await;
+    pub(super) async fn permit(&self) -> Permit {
+        let of_lane = self.lane.permit().await;
         let slot = tokio::select! {
             biased;
             own = self.lane.own_slot() => own,
             shared = self.peer.slots.clone().acquire_owned() => shared.expect("never closed"),
         };
-        Turn { _of_lane: of_lane, _slot: slot }
+        Permit { _of_lane: of_lane, _slot: slot }
     }
 
     pub(super) fn peer(&self) -> &Peer {
@@ -103,18 +103,21 @@ impl Peer {
         self.held.load(Ordering::Relaxed) == 0 && now - used_at >= length
     }
 
-    /// Takes a place in the queue of an action. A `hurried` call ignores the breaker.
+    /// Takes a place in the queue of an action. A call that an operator asked for ignores the breaker.
     pub(super) fn enter(
         self: &Arc<Self>,
         action: &str,
         now: Timestamp,
-        hurried: bool,
+        hurry: Hurry,
     ) -> Result<Place, Later> {
         let lane = self.lane(action);
         let left = QUEUES_MAX.saturating_sub(self.held.load(Ordering::Relaxed));
         lane.enter(left.clamp(QUEUE_MIN, QUEUE_MAX), || {
             let mut breaker = self.breaker.lock().expect("nothing panics while it is locked");
-            if hurried { Ok(()) } else { breaker.admit(now) }
+            match hurry {
+                Hurry::Yes => Ok(()),
+                Hurry::No => breaker.admit(now),
+            }
         })?;
         self.held.fetch_add(1, Ordering::Relaxed);
         self.used_at.fetch_max(now.0, Ordering::Relaxed);
@@ -161,23 +164,23 @@ mod tests {
     }
 
     async fn is_turned_away(place: &Place) -> bool {
-        tokio::time::timeout(Duration::from_millis(10), place.turn()).await.is_err()
+        tokio::time::timeout(Duration::from_millis(10), place.permit()).await.is_err()
     }
 
     #[tokio::test]
     async fn actions_that_hang_leave_slots_to_the_others() {
         let peer = peer(8);
-        let enter = |action: &str| peer.enter(action, Timestamp(0), false).unwrap();
+        let enter = |action: &str| peer.enter(action, Timestamp(0), Hurry::No).unwrap();
         let mut hanging = Vec::new();
         for action in ["a", "b", "c", "d", "e"] {
             let places: Vec<_> = (0..20).map(|_| enter(action)).collect();
             for place in &places {
-                match tokio::time::timeout(Duration::from_millis(1), place.turn()).await {
-                    Ok(turn) => hanging.push(turn),
+                match tokio::time::timeout(Duration::from_millis(1), place.permit()).await {
+                    Ok(permit) => hanging.push(permit),
                     Err(_) => break,
                 }
             }
-            // A later call of another action still gets its turn, and so does the next one.
+            // A later call of another action still gets its permit, and so does the next one.
             for _ in 0..3 {
                 let place = enter("quick");
                 assert!(!is_turned_away(&place).await, "{action} hangs");
@@ -191,13 +194,13 @@ mod tests {
     async fn one_action_uses_most_of_the_slots_and_no_more() {
         let peer = peer(8);
         let places: Vec<_> =
-            (0..20).map(|_| peer.enter("a", Timestamp(0), false).unwrap()).collect();
-        let mut turns = Vec::new();
+            (0..20).map(|_| peer.enter("a", Timestamp(0), Hurry::No).unwrap()).collect();
+        let mut permits = Vec::new();
         for place in &places[..6] {
-            turns.push(place.turn().await);
+            permits.push(place.permit().await);
         }
         assert!(is_turned_away(&places[6]).await, "six of eight");
-        turns.pop();
+        permits.pop();
         assert!(!is_turned_away(&places[6]).await);
     }
 
@@ -207,7 +210,7 @@ mod tests {
         let mut places = Vec::new();
         for n in 0..LANES_MAX {
             let before = places.len();
-            while let Ok(place) = peer.enter(&n.to_string(), Timestamp(0), false) {
+            while let Ok(place) = peer.enter(&n.to_string(), Timestamp(0), Hurry::No) {
                 places.push(place);
             }
             assert!(places.len() - before >= QUEUE_MIN, "{n}");
@@ -219,14 +222,14 @@ mod tests {
     fn actions_without_number_share_a_lane() {
         let peer = peer(8);
         let places: Vec<_> = (0..1000)
-            .map(|n| peer.enter(&format!("action {n}"), Timestamp(0), false).unwrap())
+            .map(|n| peer.enter(&format!("action {n}"), Timestamp(0), Hurry::No).unwrap())
             .collect();
         assert_eq!(peer.lanes.lock().unwrap().len(), LANES_MAX + 1);
         assert!(!peer.is_idle(Timestamp(10_000), Duration::from_secs(1)));
         drop(places);
         assert!(peer.is_idle(Timestamp(10_000), Duration::from_secs(1)));
         assert!(!peer.is_idle(Timestamp(10_000), Duration::from_secs(11)));
-        drop(peer.enter("one more", Timestamp(0), false).unwrap());
+        drop(peer.enter("one more", Timestamp(0), Hurry::No).unwrap());
         assert_eq!(peer.lanes.lock().unwrap().len(), 1, "those that nobody uses are gone");
     }
 }

@@ -1,5 +1,5 @@
 //! The servers behind a participant's addresses. A name may resolve to several servers, and the configuration may list several
-//! addresses. They are called in turn. A server that does not answer is skipped while another one does.
+//! addresses. They are called round-robin. A server that does not answer is skipped while another one does.
 //!
 //! Names are resolved here. If the connection resolved them, it would always start with the first IP address. The first call
 //! that needs a channel builds it in its own task, never while holding a lock.
@@ -16,6 +16,7 @@ use handfast_proto::{
     calls::ToParticipant,
     connection,
     stream::Line,
+    time::Pauses,
 };
 use tonic::{Status, transport::Channel};
 
@@ -28,8 +29,9 @@ const LOOK_UP_AGAIN: Duration = Duration::from_secs(5);
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Servers of one participant. Further servers are ignored.
 const SERVERS_MAX: usize = 64;
-/// How long a server that did not answer is skipped: the first time, and at most. The time doubles with each failure.
-const PASSED_OVER: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+/// How long a server that did not answer is skipped.
+const SKIP_PAUSES: Pauses =
+    Pauses { first: Duration::from_secs(1), longest: Duration::from_secs(30) };
 
 /// One server to connect to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -92,18 +94,18 @@ pub(super) struct Servers {
     addresses: Addresses,
     dialler: Arc<dyn Dialler>,
     streams: bool,
-    known: Mutex<Known>,
+    list: Mutex<ServerList>,
     /// Held during a look-up, so that only one runs at a time.
     looking_up: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct ServerList {
     servers: Vec<Arc<Server>>,
     /// `None`: names have never been looked up.
     looked_up_at: Option<Timestamp>,
     /// Index of the server that the next call starts with.
-    turn: usize,
+    next: usize,
 }
 
 /// One of the servers.
@@ -112,11 +114,11 @@ pub(super) struct Server {
     destination: Destination,
     pub(super) line: Line<ToParticipant>,
     /// Set only while the server does not answer.
-    passed_over: Mutex<Option<PassedOver>>,
+    skipped: Mutex<Option<Skipped>>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct PassedOver {
+struct Skipped {
     /// When the latest failure was noticed.
     since: Timestamp,
     until: Timestamp,
@@ -125,7 +127,7 @@ struct PassedOver {
 
 impl Servers {
     pub(super) fn new(addresses: Addresses, dialler: Arc<dyn Dialler>, streams: bool) -> Self {
-        Self { addresses, dialler, streams, known: Mutex::default(), looking_up: Arc::default() }
+        Self { addresses, dialler, streams, list: Mutex::default(), looking_up: Arc::default() }
     }
 
     /// The servers to try for one call, in this order. The next server is tried only if the previous one has no connection.
@@ -133,7 +135,7 @@ impl Servers {
     /// # Errors
     ///
     /// When there is no server: a name does not exist, or cannot be looked up.
-    pub(super) async fn in_turn(
+    pub(super) async fn in_order(
         self: &Arc<Self>,
         clock: &dyn Clock,
     ) -> Result<Vec<Arc<Server>>, Status> {
@@ -157,11 +159,11 @@ impl Servers {
             }
             Some(_) => {}
         }
-        Ok(lock(&self.known).in_turn(clock.now()))
+        Ok(lock(&self.list).in_order(clock.now()))
     }
 
     fn looked_up_at(&self) -> Option<Timestamp> {
-        lock(&self.known).looked_up_at
+        lock(&self.list).looked_up_at
     }
 
     /// Whether a later look-up may find other servers.
@@ -170,7 +172,7 @@ impl Servers {
     }
 
     async fn look_up(&self, now: Timestamp) -> Result<(), Status> {
-        let known = lock(&self.known).servers.clone();
+        let known = lock(&self.list).servers.clone();
         let (mut found, mut failed) = (Vec::new(), None);
         for address in self.addresses.iter() {
             match self.dialler.destinations(address).await {
@@ -196,10 +198,10 @@ impl Servers {
             same.cloned().unwrap_or_else(|| Arc::new(self.server(destination)))
         });
         let servers = servers.collect();
-        let mut known = lock(&self.known);
-        let before = std::mem::replace(&mut known.servers, servers);
-        known.looked_up_at = Some(now);
-        drop(known);
+        let mut list = lock(&self.list);
+        let before = std::mem::replace(&mut list.servers, servers);
+        list.looked_up_at = Some(now);
+        drop(list);
         drop(before); // closes connections
         Ok(())
     }
@@ -207,34 +209,34 @@ impl Servers {
     fn server(&self, destination: Destination) -> Server {
         let channel = self.dialler.channel(&destination);
         let line = if self.streams { Line::new(channel) } else { Line::without_streams(channel) };
-        Server { destination, line, passed_over: Mutex::default() }
+        Server { destination, line, skipped: Mutex::default() }
     }
 }
 
-impl Known {
-    fn in_turn(&mut self, now: Timestamp) -> Vec<Arc<Server>> {
+impl ServerList {
+    fn in_order(&mut self, now: Timestamp) -> Vec<Arc<Server>> {
         let mut servers = self.servers.clone();
         if servers.len() > 1 {
-            self.turn = (self.turn + 1) % servers.len();
-            servers.rotate_left(self.turn);
-            // If all servers are being skipped, start with the one whose turn it is.
+            self.next = (self.next + 1) % servers.len();
+            servers.rotate_left(self.next);
+            // If all servers are being skipped, start with the next one.
             let first = servers.iter().position(|server| server.is_welcome(now)).unwrap_or(0);
             servers[..=first].rotate_right(1);
-            servers[1..].sort_by_key(|server| server.is_passed_over(now));
+            servers[1..].sort_by_key(|server| server.is_skipped(now));
         }
         servers
     }
 }
 
 impl Server {
-    fn is_passed_over(&self, now: Timestamp) -> bool {
-        lock(&self.passed_over).is_some_and(|it| now < it.until)
+    fn is_skipped(&self, now: Timestamp) -> bool {
+        lock(&self.skipped).is_some_and(|it| now < it.until)
     }
 
     /// Whether a call may start with this server. After the skip time, one call probes the server. Other calls skip it until
     /// the probe is answered.
     fn is_welcome(&self, now: Timestamp) -> bool {
-        match &mut *lock(&self.passed_over) {
+        match &mut *lock(&self.skipped) {
             None => true,
             Some(it) if now < it.until => false,
             Some(it) => {
@@ -245,19 +247,19 @@ impl Server {
     }
 
     pub(super) fn answered(&self) {
-        *lock(&self.passed_over) = None;
+        *lock(&self.skipped) = None;
     }
 
     /// A call that began at `begun` failed: there was no connection, the connection broke, or the deadline passed.
     pub(super) fn did_not_answer(&self, begun: Timestamp, now: Timestamp) {
-        let mut passed_over = lock(&self.passed_over);
-        let pause = match *passed_over {
-            None => PASSED_OVER[0],
+        let mut skipped = lock(&self.skipped);
+        let pause = match *skipped {
+            None => SKIP_PAUSES.first,
             // The call was already in flight when another call failed, so its failure is no news.
             Some(it) if begun < it.since => return,
-            Some(it) => (it.pause * 2).min(PASSED_OVER[1]),
+            Some(it) => SKIP_PAUSES.after(it.pause),
         };
-        *passed_over = Some(PassedOver { since: now, until: now + pause, pause });
+        *skipped = Some(Skipped { since: now, until: now + pause, pause });
     }
 }
 

@@ -164,7 +164,7 @@ fn confirm(action: &str, deadline: Duration) -> CallRequest {
         expires_at: Timestamp(i64::MAX),
         labels: BTreeMap::new(),
         deadline,
-        hurried: false,
+        hurry: Hurry::No,
     }
 }
 
@@ -243,7 +243,7 @@ async fn a_dead_participant_is_left_alone_for_a_while() {
         assert_eq!((error.as_str(), hopeless), ("UNAVAILABLE: connection refused", false));
     }
     dispatch.submit(confirm("deduct", LONG), &returned).unwrap_err();
-    let hurried = CallRequest { hurried: true, ..confirm("deduct", LONG) };
+    let hurried = CallRequest { hurry: Hurry::Yes, ..confirm("deduct", LONG) };
     dispatch.submit(hurried, &returned).expect("an operator asks for it");
 }
 

@@ -45,7 +45,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::crash_point;
+use handfast_proto::{crash_point, time::Pauses};
 use tokio::{
     sync::Notify,
     time::{Instant, timeout},
@@ -63,8 +63,9 @@ use crate::{
     store::{Appended, Batch, Damage, Error, Ownership, Store},
 };
 
-/// First and longest pause before a batch without an answer is appended again.
-const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
+/// The pauses before a batch without an answer is appended again.
+const RETRY_PAUSES: Pauses =
+    Pauses { first: Duration::from_millis(20), longest: Duration::from_secs(1) };
 /// An orderly stop waits this long for the answer to its last heartbeat.
 const LAST_BEAT_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -160,8 +161,8 @@ impl Journal {
     fn take(&self, first: &mut u16) -> Taken {
         let (mut taken, mut room, mut awaited) = (Taken::default(), Room::OF_EMPTY_BATCH, false);
         let outboxes = self.outboxes();
-        let in_turn = outboxes.range(*first..).chain(outboxes.range(..*first));
-        for (partition, outbox) in in_turn {
+        let in_order = outboxes.range(*first..).chain(outboxes.range(..*first));
+        for (partition, outbox) in in_order {
             let guards = taken.batch.guards.len();
             awaited |= outbox.take(&mut taken.batch, &mut room);
             if taken.batch.guards.len() > guards {
@@ -193,7 +194,7 @@ impl Journal {
 
     /// Appends a batch until the store says what became of it.
     async fn append(&self, mut taken: Taken) {
-        let mut pause = RETRY_PAUSES[0];
+        let mut pause = RETRY_PAUSES.first;
         let mut attempts = 0_u32;
         self.health.begun();
         while !taken.batch.guards.is_empty() {
@@ -226,7 +227,7 @@ impl Journal {
                         warn!(attempts, %error, "store did not answer; retrying the same batch");
                     }
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(RETRY_PAUSES[1]);
+                    pause = RETRY_PAUSES.after(pause);
                 }
             }
         }

@@ -135,6 +135,11 @@ pub enum What {
 /// The channel for one answer. A caller that gave up has dropped the receiving end.
 pub type Reply = oneshot::Sender<Result<Answer, Error>>;
 
+/// Sends an answer that waits for nothing.
+pub(super) fn answer_now(reply: Reply, answer: Result<Answer, Error>) {
+    drop(reply.send(answer)); // the caller may have gone
+}
+
 /// The answer about a transaction. Every state in it that callers may rely on is durable.
 #[derive(Debug, Clone)]
 pub struct Answer {

@@ -34,7 +34,7 @@ impl Partition {
             expires_at: global.expires_at,
             labels: global.labels.clone(),
             deadline,
-            hurried: hurry == Hurry::Yes,
+            hurry,
         };
         let (event, postponed) = match self.parts.dispatch.submit(call, &self.returned.0) {
             Ok(()) => (Event::CallStarted { branch, phase }, None),

@@ -6,7 +6,7 @@ use handfast_proto::Xid;
 use tracing::{debug, warn};
 
 use super::{
-    Answer, Ask, Command, Error, Hurry, Partition, Reply, Until, WAITING_MAX, What,
+    Answer, Ask, Command, Error, Hurry, Partition, Reply, Until, WAITING_MAX, What, answer_now,
     entry::{Entry, Watcher},
 };
 use crate::{
@@ -26,14 +26,14 @@ impl Partition {
             None => {}
             Some(Ended::Fenced) => {
                 let not_here = Error::NotHere(command.xid());
-                return Self::answer_now(command.into_reply(), Err(not_here));
+                return answer_now(command.into_reply(), Err(not_here));
             }
             Some(Ended::Corrupt) => {
-                return Self::answer_now(command.into_reply(), Err(Error::Corrupt));
+                return answer_now(command.into_reply(), Err(Error::Corrupt));
             }
         }
         if command.may_be_refused() && !self.has_room_to_wait() {
-            return Self::answer_now(command.into_reply(), Err(Error::TooManyCalls));
+            return answer_now(command.into_reply(), Err(Error::TooManyCalls));
         }
         match command {
             Command::Begin { new, until, reply } => self.begin(new, until, reply),
@@ -68,7 +68,7 @@ impl Partition {
 
     pub(super) fn begin_new(&mut self, new: NewTransaction, until: Until, reply: Reply) {
         if let Err(full) = self.parts.held.room_for_one(&self.parts.settings) {
-            return Self::answer_now(reply, Err(full));
+            return answer_now(reply, Err(full));
         }
         let Ownership { partition, epoch, nonce, .. } = self.ownership;
         let xid = Xid { partition, epoch, sequence: self.next_sequence, nonce };
@@ -90,7 +90,7 @@ impl Partition {
     pub(super) fn ask(&mut self, ask: Ask) {
         let Ask { xid, what, until, reply } = ask;
         if xid.epoch > self.ownership.epoch {
-            return Self::answer_now(reply, Err(Error::NotHere(Some(xid))));
+            return answer_now(reply, Err(Error::NotHere(Some(xid))));
         }
         let now = self.now();
         let Some(entry) = self.entries.get_mut(&xid) else {
@@ -106,7 +106,7 @@ impl Partition {
             }
             What::Register(branches) => {
                 if let Err(full) = self.parts.held.room_for_bytes(&self.parts.settings) {
-                    return Self::answer_now(reply, Err(full));
+                    return answer_now(reply, Err(full));
                 }
                 Some(Event::Registered(branches))
             }
@@ -165,9 +165,5 @@ impl Partition {
     /// Sends an answer about a transaction in memory as soon as the state in the answer is durable.
     pub(super) fn answer(&mut self, xid: Xid, reply: Reply, answer: Result<Answer, Error>) {
         self.effects.answer_or_wait(self.entries[&xid].awaits, reply, answer);
-    }
-
-    pub(super) fn answer_now(reply: Reply, answer: Result<Answer, Error>) {
-        drop(reply.send(answer)); // the caller may have gone
     }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use handfast_proto::{Xid, crash_point, planted::Bug};
 use tokio::sync::watch;
 
-use super::{Answer, Error, Hurry, Partition, Reply};
+use super::{Answer, Error, Hurry, Partition, Reply, answer_now};
 use crate::journal::Durable;
 
 /// When this many effects wait for one change, answers whose caller has gone are dropped. The same is done at 64, 128, …
@@ -66,7 +66,7 @@ impl Effects {
         answer: Result<Answer, Error>,
     ) {
         if self.may_happen(number) {
-            return Partition::answer_now(reply, answer);
+            return answer_now(reply, answer);
         }
         let effects = self.by_number.entry(number).or_default();
         if effects.len() >= EFFECTS_BEFORE_CLEAN_UP && effects.len().is_power_of_two() {
@@ -101,7 +101,7 @@ impl Effects {
         self.answers = 0;
         for effect in std::mem::take(&mut self.by_number).into_values().flatten() {
             if let Effect::Answer(reply, _) = effect {
-                Partition::answer_now(reply, Err(why.clone()));
+                answer_now(reply, Err(why.clone()));
             }
         }
     }
@@ -128,7 +128,7 @@ impl Partition {
                 Effect::Decided(xid) => self.log_decision(xid),
                 Effect::Answer(reply, answer) => {
                     crash_point!("durable.before_reply");
-                    Self::answer_now(reply, answer);
+                    answer_now(reply, answer);
                 }
                 Effect::Drive(xid) => {
                     crash_point!("durable.before_calls");

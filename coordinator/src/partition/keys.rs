@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use handfast_proto::Xid;
 
-use super::{Answer, Ask, Error, Partition, ReadResult, Reply, Until, What};
+use super::{Answer, Ask, Error, Partition, ReadResult, Reply, Until, What, answer_now};
 use crate::{
     store,
     transaction::{GlobalTransaction, Key, NewTransaction},
@@ -86,7 +86,7 @@ impl Keys {
     pub(super) fn end(&mut self, why: &Error) {
         self.waiting = 0;
         for ask in std::mem::take(&mut self.wanted).into_values().flatten() {
-            Partition::answer_now(ask.into_reply(), Err(why.clone()));
+            answer_now(ask.into_reply(), Err(why.clone()));
         }
         self.known.clear();
         self.queue.clear();
@@ -188,6 +188,6 @@ impl Partition {
             (Ok(None), find @ KeyAsk::Find { .. }) => (Err(Error::KeyUnknown), find),
             (Err(error), ask) => (Err(error), ask),
         };
-        Self::answer_now(ask.into_reply(), found);
+        answer_now(ask.into_reply(), found);
     }
 }

@@ -36,7 +36,7 @@ impl Partition {
                 debug!(%xid, name = global.name, decision = decision.as_str(), "decided");
             }
             (_, Some(cause)) => {
-                info!(%xid, name = global.name, decision = "CANCEL", %cause, "decided");
+                info!(%xid, name = global.name, decision = Decision::Cancel.as_str(), %cause, "decided");
             }
             (_, None) => {}
         }

@@ -40,20 +40,21 @@ use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::info;
 
-pub use self::{
-    ask::{Answer, Ask, COMMANDS_MAX, Command, Error, Reply, Settings, Until, WAITING_MAX, What},
-    held::Held,
-};
 use self::{
+    ask::answer_now,
     effects::{Effect, Effects},
     entry::{Entry, Watcher},
     keys::Keys,
     reading::{ReadResult, Reading},
     specs::Specs,
 };
+pub use self::{
+    ask::{Answer, Ask, COMMANDS_MAX, Command, Error, Reply, Settings, Until, WAITING_MAX, What},
+    held::Held,
+};
 use crate::{
     clock::Clock,
-    dispatch::{Dispatch, Returned},
+    dispatch::{Dispatch, Hurry, Returned},
     journal::{Durable, Ended, JournalHealth, Outbox, Urgency},
     store::{Ownership, Store},
     transaction::{Call, Change, Event, Rejection, Timestamp, Weight},
@@ -65,13 +66,6 @@ const RETURNED_MAX: usize = 4096;
 const EVENTS_IN_A_ROW_MAX: usize = 1024;
 /// A transaction whose next attempt is further away than this leaves memory. It is read again when it is due.
 const PARK_AFTER: Duration = Duration::from_secs(5);
-
-/// Whether an operator asked for these calls.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Hurry {
-    Yes,
-    No,
-}
 
 /// The parts of the coordinator that a partition uses.
 #[derive(Debug, Clone)]
@@ -186,7 +180,7 @@ impl Partition {
         }
         self.hand_back();
         while let Ok(command) = commands.try_recv() {
-            Self::answer_now(command.into_reply(), Err(Error::Stopping));
+            answer_now(command.into_reply(), Err(Error::Stopping));
         }
     }
 
@@ -349,7 +343,7 @@ impl Partition {
         for entry in std::mem::take(&mut self.entries).into_values() {
             self.parts.held.leaves(entry.bytes);
             for Watcher { reply, .. } in entry.watchers {
-                Self::answer_now(reply, Err(why.clone()));
+                answer_now(reply, Err(why.clone()));
             }
         }
         self.timers.clear();

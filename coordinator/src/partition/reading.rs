@@ -14,7 +14,7 @@ use std::{
 use handfast_proto::{Xid, crash_point, planted::Bug};
 use tracing::warn;
 
-use super::{Ask, Entry, Error, PARK_AFTER, Partition};
+use super::{Ask, Entry, Error, PARK_AFTER, Partition, answer_now};
 use crate::{
     store::{self, DuePage, Known, Lookup},
     transaction::{Event, GlobalTransaction, State, Timestamp},
@@ -144,7 +144,7 @@ impl Reading {
     pub(super) fn end(&mut self, why: &Error) {
         self.waiting = 0;
         for ask in std::mem::take(&mut self.asks).into_values().flatten() {
-            Partition::answer_now(ask.reply, Err(why.clone()));
+            answer_now(ask.reply, Err(why.clone()));
         }
         self.queue.clear();
         self.scan_blocked = true;
@@ -273,7 +273,7 @@ impl Partition {
             };
             if let Some(missing) = missing {
                 for ask in self.reading.answered(xid) {
-                    Self::answer_now(ask.reply, Err(missing.clone()));
+                    answer_now(ask.reply, Err(missing.clone()));
                 }
                 return;
             }

@@ -429,8 +429,9 @@ pub(super) fn list(
 /// Parses a page token of [`super::response::page`].
 fn listed(page: &str) -> Result<Listed, Invalid> {
     let parts = page.split_once('/');
-    let place = parts.and_then(|(begun_at, xid)| Some((begun_at.parse().ok()?, xid.parse().ok()?)));
-    match place {
+    let cursor =
+        parts.and_then(|(begun_at, xid)| Some((begun_at.parse().ok()?, xid.parse().ok()?)));
+    match cursor {
         Some((begun_at, xid)) => Ok((Timestamp(begun_at), xid)),
         None => invalid("page", "must be next_page of an earlier answer"),
     }

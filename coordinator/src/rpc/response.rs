@@ -165,13 +165,13 @@ pub(super) fn page(
     next: Option<Listed>,
 ) -> pb::ListTransactionsResponse {
     let (mut transactions, mut bytes, mut last, mut next) = (Vec::new(), 0, None, next);
-    for (place, transaction) in found {
+    for (cursor, transaction) in found {
         bytes += transaction.encoded_len();
         if bytes > PAGE_BYTES_MAX && !transactions.is_empty() {
             next = last;
             break;
         }
-        last = Some(place);
+        last = Some(cursor);
         transactions.push(transaction);
     }
     let next_page = next.map(|(begun_at, xid)| format!("{}/{xid}", begun_at.0)).unwrap_or_default();

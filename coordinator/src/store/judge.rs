@@ -54,7 +54,7 @@ fn word(state: State) -> &'static str {
 
 /// The owner of a partition and its latest batch, as the partition's row says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(in crate::store) struct Recorded {
+pub(in crate::store) struct PartitionRow {
     pub(in crate::store) epoch: u32,
     pub(in crate::store) nonce: u32,
     /// The number of the epoch's latest batch.
@@ -63,7 +63,7 @@ pub(in crate::store) struct Recorded {
 
 impl Known {
     /// Whether a read that shows `recorded` is new enough.
-    pub(in crate::store) fn check(&self, recorded: Recorded) -> Result<(), Error> {
+    pub(in crate::store) fn check(&self, recorded: PartitionRow) -> Result<(), Error> {
         let Self { ownership: Ownership { partition, epoch, nonce, .. }, position } = *self;
         if Bug::BelieveOldRead.is_planted() {
             return Ok(());
@@ -92,19 +92,19 @@ impl Known {
 /// [`Error::Corrupt`] when only half of the batch is recorded.
 pub(in crate::store) fn judge(
     batch: &Batch,
-    recorded: impl Fn(u16) -> Option<Recorded>,
+    recorded: impl Fn(u16) -> Option<PartitionRow>,
 ) -> Result<Option<Appended>, Error> {
     let (mut next, mut landed, mut fenced, mut damaged) = (0_u32, 0_u32, Vec::new(), Vec::new());
     for guard in &batch.guards {
         match recorded(guard.partition) {
-            Some(Recorded { epoch, .. }) if epoch > guard.epoch => {
+            Some(PartitionRow { epoch, .. }) if epoch > guard.epoch => {
                 if Bug::SkipEpochCheck.is_planted() {
                     next += 1;
                 } else {
                     fenced.push(guard.partition);
                 }
             }
-            Some(Recorded { epoch, nonce, position })
+            Some(PartitionRow { epoch, nonce, position })
                 if epoch == guard.epoch
                     && nonce == guard.nonce
                     && (guard.position == position || guard.position == position + 1) =>
@@ -157,7 +157,7 @@ impl Damage {
     }
 
     /// Why the batch with this guard can never be applied to these records.
-    pub(in crate::store) fn of(guard: Guard, recorded: Option<Recorded>) -> Self {
+    pub(in crate::store) fn of(guard: Guard, recorded: Option<PartitionRow>) -> Self {
         let Guard { partition, epoch, nonce, position } = guard;
         let acknowledged = position - 1;
         let (lost, what) = match recorded {

@@ -11,7 +11,7 @@ use handfast_proto::Xid;
 
 use super::{
     Appended, Batch, Damage, DuePage, Error, Guard, Head, Known, ListFilter, Lookup, Ownership,
-    PARTITIONS, Recorded, Row, Seat, Show, Store, Summary, Write, judge, xids_of,
+    PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge, xids_of,
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -25,7 +25,7 @@ pub struct MemoryStore {
 
 #[derive(Debug, Clone, Default)]
 struct Tables {
-    partitions: BTreeMap<u16, Recorded>,
+    partitions: BTreeMap<u16, PartitionRow>,
     /// The owner of each partition.
     owners: BTreeMap<u16, String>,
     /// Nonces, by partition and epoch.
@@ -84,7 +84,7 @@ impl MemoryStore {
 impl Store for MemoryStore {
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         let tables = self.tables();
-        let seat = |(partition, recorded): (&u16, &Recorded)| Seat {
+        let seat = |(partition, recorded): (&u16, &PartitionRow)| Seat {
             partition: *partition,
             epoch: recorded.epoch,
             nonce: recorded.nonce,
@@ -109,7 +109,7 @@ impl Store for MemoryStore {
                 let nonce = fastrand::u32(..);
                 let recorded = tables.partitions.entry(partition).or_default();
                 let (earlier, epoch) = (*recorded, recorded.epoch + 1);
-                *recorded = Recorded { epoch, nonce, position: 0 };
+                *recorded = PartitionRow { epoch, nonce, position: 0 };
                 tables.ended.insert((partition, earlier.epoch), earlier.position);
                 tables.nonces.insert((partition, epoch), nonce);
                 tables.owners.insert(partition, owner.to_owned());
@@ -173,7 +173,7 @@ impl Store for MemoryStore {
             let Guard { partition, epoch, nonce, position } = *guard;
             let recorded = tables.partitions.entry(partition).or_default();
             if epoch >= recorded.epoch {
-                *recorded = Recorded { epoch, nonce, position };
+                *recorded = PartitionRow { epoch, nonce, position };
             }
         }
         for write in &batch.writes {

@@ -27,7 +27,7 @@ use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use handfast_proto::Xid;
 
-use self::judge::{Recorded, Row, judge};
+use self::judge::{PartitionRow, Row, judge};
 use crate::transaction::{BranchSet, GlobalTransaction, State, StuckAfter, Timestamp};
 
 /// The number of partitions. Fixed when the store is made, since an xid contains its partition.

@@ -34,7 +34,7 @@ pub(super) enum Failure {
 }
 
 /// The decision that is asked for.
-pub(super) enum Ask {
+pub(super) enum Decide {
     Confirm { tried: BTreeSet<BranchId> },
     Cancel(Box<Cancel>),
 }
@@ -45,7 +45,7 @@ pub(super) struct Cancel {
     error: TransactionError,
 }
 
-impl Ask {
+impl Decide {
     pub(super) fn of(xid: Xid, failure: Option<Failure>, calls: Calls) -> Self {
         match (failure, calls) {
             (None, Calls::Tried(tried)) => Self::Confirm { tried },
@@ -271,7 +271,7 @@ mod tests {
         };
         let debug = format!("{:?}", unknown()); // what a closure may make of it
         for failure in [None, Some(Failure::Work(debug.into()))] {
-            let Ask::Cancel(cancel) = Ask::of(xid, failure, Calls::Failed(unknown())) else {
+            let Decide::Cancel(cancel) = Decide::of(xid, failure, Calls::Failed(unknown())) else {
                 panic!("it is confirmed")
             };
             assert_eq!(cancel.request.unknown_branch_id, "2");

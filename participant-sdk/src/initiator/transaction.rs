@@ -11,7 +11,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::{
-    decision::{Ask, Cancel, Decider, Failure},
+    decision::{Cancel, Decide, Decider, Failure},
     description::{Description, PATIENCE, TIMEOUT},
     global::Global,
     ledger::Calls,
@@ -322,9 +322,9 @@ impl OpenTransaction {
                 Err(self.decider.not_begun(unanswered, why_not_begun(failure, calls)))
             }
             Closed::DecidedBefore { xid, transaction } => self.decider.recorded(xid, &transaction),
-            Closed::Begun { xid, .. } => match Ask::of(xid, failure, calls) {
-                Ask::Confirm { tried } => self.decider.confirm(xid, &tried).await,
-                Ask::Cancel(cancel) => self.decider.cancel(xid, cancel).await,
+            Closed::Begun { xid, .. } => match Decide::of(xid, failure, calls) {
+                Decide::Confirm { tried } => self.decider.confirm(xid, &tried).await,
+                Decide::Cancel(cancel) => self.decider.cancel(xid, cancel).await,
             },
         }
     }

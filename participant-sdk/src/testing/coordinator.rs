@@ -39,8 +39,10 @@ const COORDINATOR: &str = "coordinator.test";
 const CALL_TIMEOUT: Duration = Duration::from_millis(300);
 /// Timeout of phase one, if the initiator sets none.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// [`Coordinator::finished`] moves the clock by at most the first of these, in steps of the second.
-const FINISH_WITHIN: [Duration; 2] = [Duration::from_secs(2 * 3600), Duration::from_secs(1)];
+/// [`Coordinator::finished`] moves the clock by at most this.
+const FINISH_WITHIN: Duration = Duration::from_secs(2 * 3600);
+/// How far [`Coordinator::finished`] moves the clock at a time.
+const FINISH_STEP: Duration = Duration::from_secs(1);
 
 /// A fault of one call to a participant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -224,7 +226,7 @@ impl Coordinator {
     /// When the transaction does not end within two hours of the coordinator's clock, or is unknown.
     pub async fn finished(&self, xid: Xid) -> Outcome {
         let handfast = self.handfast();
-        let steps = FINISH_WITHIN[0].as_secs() / FINISH_WITHIN[1].as_secs();
+        let steps = FINISH_WITHIN.as_secs() / FINISH_STEP.as_secs();
         let mut last = None;
         for _ in 0..steps {
             let outcome = handfast.outcome(xid).await.expect("the coordinator answers");
@@ -238,7 +240,7 @@ impl Coordinator {
                     last = Some(outcome);
                 }
             }
-            self.advance(FINISH_WITHIN[1]);
+            self.advance(FINISH_STEP);
             // Calls in flight take real time.
             tokio::time::sleep(Duration::from_millis(2)).await;
         }

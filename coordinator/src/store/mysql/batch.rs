@@ -12,7 +12,7 @@ use crate::store::{
     Batch, Error, Guard,
     sql::{
         Cell, Counter, Wrote,
-        record::{self, Rows},
+        record::{self, TableChange},
     },
 };
 
@@ -29,10 +29,10 @@ pub(super) async fn write(
     counter: &Counter,
 ) -> Result<Wrote, Error> {
     let mut statements = begin(guards);
-    for rows in &record::by_table(writes) {
-        let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
+    for change in &record::by_table(writes) {
+        let all: Vec<_> = change.cells.chunks(change.columns.len()).collect();
         for some in all.chunks(ROWS_MAX) {
-            push_statements(&mut statements, rows, some);
+            push_statements(&mut statements, change, some);
         }
     }
     let all_guards = guards.len() as u64;
@@ -53,8 +53,8 @@ pub(super) async fn write(
                 Purpose::Move if count == all_guards => Wrote::All,
                 Purpose::Move => Wrote::Positions(count), // the check has ended the message
                 Purpose::Write { table, rows } => {
-                    counter.statement(rows);
-                    Wrote::rows(table, rows, count)
+                    counter.rows(rows);
+                    Wrote::counted(table, rows, count)
                 }
             };
             if wrote != Wrote::All {
@@ -130,21 +130,21 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
 }
 
 /// Adds a statement that writes these rows, or several if it would be too long.
-fn push_statements(statements: &mut Vec<Statement>, shape: &Rows, rows: &[&[Cell]]) {
-    let sql = if shape.keys == 0 { insert(shape, rows) } else { update(shape, rows) };
+fn push_statements(statements: &mut Vec<Statement>, change: &TableChange, rows: &[&[Cell]]) {
+    let sql = if change.keys == 0 { insert(change, rows) } else { update(change, rows) };
     if sql.len() <= MESSAGE_BYTES || rows.len() == 1 {
-        let purpose = Purpose::Write { table: shape.table, rows: rows.len() };
+        let purpose = Purpose::Write { table: change.table, rows: rows.len() };
         statements.push(Statement { purpose, sql });
         return;
     }
     let (first, second) = rows.split_at(rows.len() / 2);
-    push_statements(statements, shape, first);
-    push_statements(statements, shape, second);
+    push_statements(statements, change, first);
+    push_statements(statements, change, second);
 }
 
-fn insert(shape: &Rows, rows: &[&[Cell]]) -> String {
-    let columns = shape.columns.join(", ");
-    let mut sql = format!("INSERT INTO {} ({columns}) VALUES (", shape.table);
+fn insert(change: &TableChange, rows: &[&[Cell]]) -> String {
+    let columns = change.columns.join(", ");
+    let mut sql = format!("INSERT INTO {} ({columns}) VALUES (", change.table);
     for (n, row) in rows.iter().enumerate() {
         sql.push_str(if n == 0 { "" } else { "), (" });
         for (n, cell) in row.iter().enumerate() {
@@ -159,8 +159,8 @@ fn insert(shape: &Rows, rows: &[&[Cell]]) -> String {
 /// `UPDATE … SET state = 2, decided_at = CASE xid WHEN … THEN … END WHERE xid IN (…) AND (state IS NULL OR state = 1)`. For the
 /// server this is 10 to 50 percent cheaper than a join with a list of values (JSON_TABLE, or UNION ALL). It is far cheaper than
 /// a statement for each row.
-fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
-    let key = &shape.columns[..shape.keys];
+fn update(change: &TableChange, rows: &[&[Cell]]) -> String {
+    let key = &change.columns[..change.keys];
     let (case, first, next, end) = match key {
         [only] => (format!("CASE {only}"), format!(" WHERE {only} IN ("), ", ", ")"),
         _ => ("CASE".to_owned(), " WHERE ".to_owned(), " OR ", ""),
@@ -180,11 +180,11 @@ fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
         sql.push_str(" END");
     };
     // Without the hint, the server may scan a small table, and would wait for rows that others have locked.
-    let mut sql = format!("UPDATE {} FORCE INDEX (PRIMARY) SET ", shape.table);
-    let changed = shape.keys + shape.expected;
-    for column in changed..shape.columns.len() {
+    let mut sql = format!("UPDATE {} FORCE INDEX (PRIMARY) SET ", change.table);
+    let changed = change.keys + change.expected;
+    for column in changed..change.columns.len() {
         sql.push_str(if column == changed { "" } else { ", " });
-        sql.push_str(shape.columns[column]);
+        sql.push_str(change.columns[column]);
         sql.push_str(" = ");
         push_values(&mut sql, column);
     }
@@ -193,8 +193,8 @@ fn update(shape: &Rows, rows: &[&[Cell]]) -> String {
         push_which(&mut sql, key, row);
     }
     sql.push_str(end);
-    for column in shape.keys..changed {
-        let name = shape.columns[column];
+    for column in change.keys..changed {
+        let name = change.columns[column];
         sql.push_str(&format!(" AND ({name} IS NULL OR {name} = "));
         push_values(&mut sql, column);
         sql.push(')');

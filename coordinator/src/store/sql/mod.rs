@@ -92,7 +92,7 @@ pub(in crate::store) enum Wrote {
 
 impl Wrote {
     /// The result of a statement that should have written `rows` rows and wrote `written`.
-    pub(in crate::store) fn rows(table: &str, rows: usize, written: u64) -> Self {
+    pub(in crate::store) fn counted(table: &str, rows: usize, written: u64) -> Self {
         if written == rows as u64 {
             return Self::All;
         }
@@ -119,7 +119,13 @@ pub(in crate::store) struct Counter {
 }
 
 impl Counter {
-    pub(in crate::store) fn statement(&self, rows: usize) {
+    /// Counts a statement that moves positions. Rows of partitions are not counted.
+    pub(in crate::store) fn positions(&self) {
+        self.rows(0);
+    }
+
+    /// Counts a statement that writes this many rows.
+    pub(in crate::store) fn rows(&self, rows: usize) {
         self.statements.fetch_add(1, Ordering::Relaxed);
         self.rows.fetch_add(rows as u64, Ordering::Relaxed);
     }

@@ -22,12 +22,12 @@ const XIDS_MAX: usize = 64;
 /// Keys that one query looks up. A few fixed sizes, so that queries are prepared once.
 const KEYS: [usize; 4] = [1, 8, 64, 256];
 
-/// Wraps a query for rows of `global_transaction AS g`. The rows are found first, then joined with their digests. With a direct
-/// join, MySQL would sort a million rows instead of using an index for 256 of them.
-const TRANSACTION: [&str; 2] = [
-    "SELECT g.*, i.key_digest FROM (SELECT g.* FROM global_transaction AS g ",
-    ") AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ",
-];
+/// The start of a query for transactions: after it, the conditions on `global_transaction AS g`. The rows are found first, then
+/// joined with their digests. With a direct join, MySQL would sort a million rows instead of using an index for 256 of them.
+const SELECT_TRANSACTIONS: &str =
+    "SELECT g.*, i.key_digest FROM (SELECT g.* FROM global_transaction AS g ";
+/// What follows the conditions of [`SELECT_TRANSACTIONS`].
+const JOIN_DIGESTS: &str = ") AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ";
 const BRANCH: &str =
     "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at";
 
@@ -173,7 +173,7 @@ pub(in crate::store) async fn list<D: Dialect>(
     match filter.show {
         // There are few open transactions, and they have an index.
         Show::Open | Show::Stuck(..) => {
-            let mut query = Query::new(TRANSACTION[0]);
+            let mut query = Query::new(SELECT_TRANSACTIONS);
             query.push("WHERE g.due_at IS NOT NULL");
             if let Show::Stuck(now, after) = filter.show {
                 push_stuck(query.push(" AND "), now, after);
@@ -181,18 +181,18 @@ pub(in crate::store) async fn list<D: Dialect>(
             push_filter(&mut query, filter);
             query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ");
             query.push_bind(sql_limit(limit));
-            query.push(TRANSACTION[1]).push("ORDER BY g.begun_at DESC, g.xid DESC");
+            query.push(JOIN_DIGESTS).push("ORDER BY g.begun_at DESC, g.xid DESC");
             found = transactions::<D>(connection, query).await?;
         }
         // There are many transactions in all, but within a partition they are sorted by age.
         Show::All => {
             for partition in 0..PARTITIONS {
                 let (first, last) = xids_of(partition);
-                let mut query = Query::new(TRANSACTION[0]);
+                let mut query = Query::new(SELECT_TRANSACTIONS);
                 query.push("WHERE g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
                 push_filter(&mut query, filter);
                 query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(sql_limit(limit));
-                query.push(TRANSACTION[1]);
+                query.push(JOIN_DIGESTS);
                 found.append(&mut transactions::<D>(connection, query).await?);
             }
             found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));

@@ -1,6 +1,6 @@
 //! How a global transaction is converted to columns and back, for every database.
 //!
-//! A batch is converted to [`Rows`] of a few tables, and each database writes them in its own SQL. Rows that were read are
+//! A batch is converted to a [`TableChange`] for each of a few tables, and each database writes these in its own SQL. Rows that were read are
 //! converted back to transactions.
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -20,7 +20,7 @@ use crate::{
 
 /// New or changed rows of one table, all with the same columns.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::store) struct Rows {
+pub(in crate::store) struct TableChange {
     pub(in crate::store) table: &'static str,
     pub(in crate::store) columns: &'static [&'static str],
     /// The number of leading columns that identify the row to change. 0: the rows are new.
@@ -32,10 +32,10 @@ pub(in crate::store) struct Rows {
     pub(in crate::store) cells: Vec<Cell>,
 }
 
-/// Builds [`Rows`] of a table from these columns of these records.
+/// Builds the [`TableChange`] of a table from these columns of these records.
 macro_rules! columns {
     ($table:literal, $keys:literal, $records:expr => $($column:ident)*) => {
-        Rows {
+        TableChange {
             table: $table,
             columns: &[$(stringify!($column)),*],
             keys: $keys,
@@ -48,7 +48,7 @@ macro_rules! columns {
 /// The same for transactions that have a row. They change only if state and number of branches are as expected.
 macro_rules! changed_columns {
     ($records:expr => $($column:ident)*) => {
-        Rows {
+        TableChange {
             table: "global_transaction",
             columns: &["xid", "state", "branches", $(stringify!($column)),*],
             keys: 1,
@@ -65,7 +65,7 @@ fn new_of(write: &Write) -> &[Branch] {
 }
 
 /// The changes of `writes` to each table, in the order in which they must be made.
-pub(in crate::store) fn by_table(writes: &[Write]) -> [Rows; 8] {
+pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 8] {
     let of = |head: Head| writes.iter().filter(move |write| write.head == head);
     let keys = of(Head::Insert)
         .map(|write| TransactionRow::of(&write.global))

@@ -11,7 +11,7 @@ use sqlx::{ColumnIndex, FromRow, Row, ValueRef as _};
 use tracing::debug;
 
 use super::{Connection, Connections, Dialect, FromAnyRow, Query};
-use crate::store::{Error, Known, Recorded};
+use crate::store::{Error, Known, PartitionRow};
 
 /// Pauses before an outdated read is retried on a new reading connection. After the last retry, a writing connection is used.
 const REPEAT_AFTER: [Duration; 3] =
@@ -105,7 +105,7 @@ impl Sight {
         }
         self.seen = Some(seen);
         let Seen { seen_epoch: epoch, seen_nonce: nonce, seen_position: position } = seen;
-        known.check(Recorded { epoch, nonce, position: position.cast_unsigned() })
+        known.check(PartitionRow { epoch, nonce, position: position.cast_unsigned() })
     }
 }
 

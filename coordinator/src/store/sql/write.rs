@@ -9,7 +9,8 @@ use tracing::{error, warn};
 use super::{Cell, Connection, Connections, Counter, Dialect, Query, Wrote, record};
 use crate::{
     store::{
-        Appended, Batch, Damage, Error, Guard, Head, Ownership, Recorded, Row, Seat, Write, judge,
+        Appended, Batch, Damage, Error, Guard, Head, Ownership, PartitionRow, Row, Seat, Write,
+        judge,
     },
     transaction::Timestamp,
 };
@@ -46,7 +47,7 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     let lossy: Vec<(u16, u32)> = D::fetch(connection, query).await?;
     let lossy: BTreeMap<u16, u32> = lossy.into_iter().collect();
     let ownership = |partition: &u16| match recorded.get(partition) {
-        Some(Recorded { epoch, nonce, .. }) => Ok(Ownership {
+        Some(PartitionRow { epoch, nonce, .. }) => Ok(Ownership {
             partition: *partition,
             epoch: *epoch,
             nonce: *nonce,
@@ -59,7 +60,7 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     // owner knows of more batches than are recorded, those are lost. It finds that out when it learns that it was replaced.
     let mut query =
         Query::new("UPDATE epoch SET ended_at = ?, batches = CASE `partition`").bind(now);
-    for (partition, Recorded { position, .. }) in &recorded {
+    for (partition, PartitionRow { position, .. }) in &recorded {
         let position = position.cast_signed();
         query.push(" WHEN ").push_bind(*partition).push(" THEN ").push_bind(position);
     }
@@ -140,7 +141,7 @@ async fn append_once<D: Dialect>(
         return Err(Error::Corrupt("a batch without a guard".to_owned()));
     }
     // UPDATE first: it waits for an earlier attempt whose COMMIT is still in flight.
-    counter.statement(0); // that UPDATE: the rows of partitions are not counted
+    counter.positions();
     let moved = match D::write(connection, batch, counter).await? {
         Wrote::All => {
             crash_point!("batch.before_commit");
@@ -240,7 +241,7 @@ async fn mark_lost_before_takeover<D: Dialect>(
         let query = query.bind(partition).bind(epoch).bind(nonce);
         let row: Option<(Option<i64>,)> = D::fetch(connection, query).await?.pop();
         let Some((Some(batches),)) = row else { continue };
-        let recorded = Recorded { epoch, nonce, position: batches.cast_unsigned() };
+        let recorded = PartitionRow { epoch, nonce, position: batches.cast_unsigned() };
         if recorded.position + 1 >= position {
             continue;
         }
@@ -294,10 +295,10 @@ pub(in crate::store) async fn seats<D: Dialect>(
 
 async fn recorded<D: Dialect>(
     connection: &mut Connection<D>,
-) -> Result<BTreeMap<u16, Recorded>, Error> {
+) -> Result<BTreeMap<u16, PartitionRow>, Error> {
     let recorded = |seat: Seat| {
         let Seat { partition, epoch, nonce, position, owner: _ } = seat;
-        (partition, Recorded { epoch, nonce, position })
+        (partition, PartitionRow { epoch, nonce, position })
     };
     Ok(seats::<D>(connection).await?.into_iter().map(recorded).collect())
 }

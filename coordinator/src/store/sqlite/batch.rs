@@ -8,7 +8,7 @@ use crate::store::{
     Batch, Error, Guard,
     sql::{
         Cell, Counter, Wrote,
-        record::{self, Rows},
+        record::{self, TableChange},
     },
 };
 
@@ -32,25 +32,25 @@ pub(super) async fn write(
     if moved != guards.len() as u64 {
         return Ok(Wrote::Positions(moved));
     }
-    for rows in record::by_table(writes) {
-        let all: Vec<_> = rows.cells.chunks(rows.columns.len()).collect();
+    for change in record::by_table(writes) {
+        let all: Vec<_> = change.cells.chunks(change.columns.len()).collect();
         let mut left = &all[..];
         while !left.is_empty() {
             let count =
                 STATEMENT_ROWS.into_iter().find(|size| *size <= left.len()).expect("the last is 1");
             let chunk;
             (chunk, left) = left.split_at(count);
-            let mut query = room_for(count * rows.columns.len());
-            if rows.keys == 0 {
-                push_insert(&mut query, &rows, chunk);
+            let mut query = room_for(count * change.columns.len());
+            if change.keys == 0 {
+                push_insert(&mut query, &change, chunk);
             } else {
-                push_update(&mut query, &rows, chunk);
+                push_update(&mut query, &change, chunk);
             }
             let wrote = match query.build().execute(&mut *connection).await {
-                Ok(done) => Wrote::rows(rows.table, count, done.rows_affected()),
+                Ok(done) => Wrote::counted(change.table, count, done.rows_affected()),
                 Err(error) => Wrote::failed(error)?,
             };
-            counter.statement(count);
+            counter.rows(count);
             if wrote != Wrote::All {
                 return Ok(wrote);
             }
@@ -80,25 +80,25 @@ fn room_for(cells: usize) -> QueryBuilder<Db> {
     QueryBuilder::with_arguments(String::with_capacity(cells * CELL_BYTES), arguments)
 }
 
-fn push_insert(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
-    query.push("INSERT INTO ").push(shape.table).push(" (").push(shape.columns.join(", "));
+fn push_insert(query: &mut QueryBuilder<Db>, change: &TableChange, rows: &[&[Cell]]) {
+    query.push("INSERT INTO ").push(change.table).push(" (").push(change.columns.join(", "));
     query.push(") VALUES ");
     push_values(query, rows);
 }
 
 /// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`, with the keys and the expected values as conditions.
-fn push_update(query: &mut QueryBuilder<Db>, shape: &Rows, rows: &[&[Cell]]) {
+fn push_update(query: &mut QueryBuilder<Db>, change: &TableChange, rows: &[&[Cell]]) {
     let equal = |(n, column): (usize, &&str)| format!("{column} = v.column{}", n + 1);
     let as_expected =
         |(n, column): (usize, &&str)| format!("({column} IS NULL OR {column} = v.column{})", n + 1);
-    let changed = shape.keys + shape.expected;
-    let columns = || shape.columns.iter().enumerate();
+    let changed = change.keys + change.expected;
+    let columns = || change.columns.iter().enumerate();
     let values: Vec<_> = columns().skip(changed).map(equal).collect();
-    let expected = columns().take(changed).skip(shape.keys).map(as_expected);
-    let keys: Vec<_> = columns().take(shape.keys).map(equal).chain(expected).collect();
+    let expected = columns().take(changed).skip(change.keys).map(as_expected);
+    let keys: Vec<_> = columns().take(change.keys).map(equal).chain(expected).collect();
     query
         .push("UPDATE ")
-        .push(shape.table)
+        .push(change.table)
         .push(" SET ")
         .push(values.join(", "))
         .push(" FROM (VALUES ");

@@ -121,9 +121,9 @@ pub enum Error {
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     Listen {
-        /// The address.
+        /// The address of the configuration (`listen`).
         address: SocketAddr,
-        /// The reason.
+        /// Why the system refuses it.
         #[source]
         source: io::Error,
     },

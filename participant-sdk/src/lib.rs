@@ -26,6 +26,31 @@
 //! If you have a gRPC or HTTP handler already, use [`Fence::run`] in it; if you have a local transaction already,
 //! [`Fence::enter`].
 //!
+//! # Initiating
+//!
+//! A program that begins a global transaction is its *initiator*. It connects to the coordinator with [`Handfast`], calls
+//! participants inside a closure, and is told how the transaction ended. `Ok` of the closure confirms, `Err` cancels.
+//!
+//! ```no_run
+//! # struct DeductStock;
+//! # impl handfast::Contract for DeductStock { const NAME: &'static str = "inventory.deduct"; type Args = handfast::Json<u64>; type Reply = (); }
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use handfast::{Handfast, Json, Remote};
+//!
+//! let handfast = Handfast::connect("http://127.0.0.1:7420")?;
+//! let inventory = Remote::connect("inventory", "http://127.0.0.1:7001")?;
+//! let done = handfast
+//!     .transaction("checkout")
+//!     .idempotency_key("order-1042")
+//!     .run(async |global| Ok(global.call::<DeductStock>(&inventory, Json(7)).await?))
+//!     .await?;
+//! println!("{} is confirmed", done.xid);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`Handfast::execute`] leaves all calls to the coordinator. [`TransactionError`] says what each failure means for the user.
+//!
 //! # Features
 //!
 //! `sqlite`, `mysql` (MariaDB too) and `postgres` say where a fence can be. None is on by default. The version of sqlx is part of

@@ -1,4 +1,4 @@
-//! The one place where answers turn into gRPC status codes, and where status codes are read.
+//! How answers become gRPC statuses, and what a status from the other side means.
 //!
 //! The codes of answers are those of `participant.proto`. Texts are for people; programs read `google.rpc.ErrorInfo`.
 
@@ -6,9 +6,7 @@ use std::error::Error as _;
 
 use bytes::Bytes;
 use handfast_proto::{
-    failure::with_code,
-    limits::{STATUS_MESSAGE_BYTES_MAX, cut},
-    reason, refusal, v1 as pb,
+    failure::with_code, limits::STATUS_MESSAGE_BYTES_MAX, reason, refusal, text::cut, v1 as pb,
 };
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};

@@ -35,7 +35,13 @@ pub const DEADLINE_MARGIN: Duration = Duration::from_secs(1);
 /// The endpoint for `address`, with the settings that every connection uses. Does not connect yet.
 #[must_use]
 pub fn endpoint(address: &Address) -> Endpoint {
-    Endpoint::from(address.uri().clone())
+    endpoint_of(address.uri().clone())
+}
+
+/// The same for any URI, such as one without a port.
+#[must_use]
+pub fn endpoint_of(uri: Uri) -> Endpoint {
+    Endpoint::from(uri)
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)

@@ -18,6 +18,7 @@ pub mod planted;
 pub mod reason;
 pub mod refusal;
 pub mod stream;
+pub mod text;
 pub mod time;
 
 pub use id::{BranchId, Xid};

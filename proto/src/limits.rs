@@ -28,6 +28,9 @@ pub const LABEL_VALUE_BYTES_MAX: usize = 256;
 pub const KEY_BYTES_MAX: usize = 128;
 /// Bytes of the fingerprint of an operation's content.
 pub const FINGERPRINT_BYTES_MAX: usize = 64;
+/// Characters that a record keeps of a participant's error message, and of each text of a refusal. That is enough for a person
+/// to see the problem.
+pub const KEPT_CHARS_MAX: usize = 512;
 /// Bytes of a reason in free text, from a Cancel or from an operator.
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Bytes of an operator's name.
@@ -54,14 +57,3 @@ pub const LIST_DEFAULT: usize = 50;
 pub const REQUEST_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// Bytes of a response: a reply for each branch, or a list of [`LIST_MAX`] transactions.
 pub const RESPONSE_BYTES_MAX: usize = 16 * 1024 * 1024;
-
-/// The text, truncated to whole characters with an ellipsis if it is too long.
-#[must_use]
-pub fn cut(mut text: String, bytes_max: usize) -> String {
-    const ELLIPSIS: &str = "…";
-    if text.len() > bytes_max {
-        text.truncate(text.floor_char_boundary(bytes_max - ELLIPSIS.len()));
-        text.push_str(ELLIPSIS);
-    }
-    text
-}

@@ -5,10 +5,7 @@ use std::collections::BTreeMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorInfo, StatusExt as _};
 
-use crate::{
-    limits::{self, cut},
-    v1::Refusal,
-};
+use crate::{limits, text::cut, v1::Refusal};
 
 /// Bytes of a refusal's reason.
 const REASON_BYTES_MAX: usize = 128;

@@ -8,7 +8,7 @@ use handfast_coordinator::{
     transaction::Timestamp,
 };
 use handfast_proto::{
-    BranchId, Xid, limits,
+    BranchId, Xid, connection, limits,
     v1::{
         self as pb, admin_service_client::AdminServiceClient,
         coordinator_service_client::CoordinatorServiceClient, get_transaction_request::By,
@@ -17,10 +17,7 @@ use handfast_proto::{
 };
 use http::{Uri, uri::Scheme};
 use jiff::tz::TimeZone;
-use tonic::{
-    Response, Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Response, Status, transport::Channel};
 
 use super::{Failure, json, talk, tell, text};
 
@@ -167,9 +164,9 @@ impl Server {
         ask: impl AsyncFnOnce(Channel) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
         let answer = async {
-            let endpoint = Endpoint::from_shared(self.url.clone())
-                .map_err(|error| Failure::unreachable(&self.url, &error))?;
-            let channel = endpoint
+            let uri: Uri =
+                self.url.parse().map_err(|error| Failure::unreachable(&self.url, &error))?;
+            let channel = connection::endpoint_of(uri)
                 .connect()
                 .await
                 .map_err(|error| Failure::unreachable(&self.url, &error))?;

@@ -2,8 +2,8 @@
 
 use std::{error::Error, fmt, io, process::ExitCode, time::Duration};
 
-use handfast_coordinator::{config::Invalid, dispatch::is_unprintable, server, store};
-use handfast_proto::{connection, reason};
+use handfast_coordinator::{config::Invalid, server, store};
+use handfast_proto::{connection, reason, text::one_line};
 use tonic::{Code as GrpcCode, Status};
 use tonic_types::StatusExt as _;
 
@@ -148,7 +148,7 @@ impl Failure {
             (true, message) => message.to_owned(),
         };
         // Of others: it stays on its line.
-        let cause = cause.replace(is_unprintable, " ");
+        let cause = one_line(&cause);
         Self::new(code, what, cause, hint)
     }
 }

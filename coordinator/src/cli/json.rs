@@ -2,8 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
-use handfast_coordinator::dispatch::is_unprintable;
-use handfast_proto::{time, v1 as pb};
+use handfast_proto::{text::is_unprintable, time, v1 as pb};
 use jiff::Timestamp;
 use serde::Serialize;
 

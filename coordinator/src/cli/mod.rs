@@ -15,7 +15,7 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
-use handfast_coordinator::dispatch::is_unprintable;
+use handfast_proto::text::is_unprintable;
 
 use self::failure::Failure;
 
@@ -102,7 +102,8 @@ fn talk(text: &str) {
     let _nowhere_left = writeln!(io::stderr().lock(), "{}", printable(text));
 }
 
-/// Replaces control characters, and those that change the direction of text. Names and errors come from other programs, and must not control the terminal.
+/// Replaces control characters, and those that change the direction of text. Names and errors come from other programs, and
+/// must not control the terminal.
 fn printable(text: &str) -> String {
     let safe = |char: char| if is_unprintable(char) && char != '\n' { '\u{fffd}' } else { char };
     text.chars().map(safe).collect()

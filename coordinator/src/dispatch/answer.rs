@@ -1,13 +1,9 @@
-//! What a participant's answer means, following the table in `participant.proto`. Only this file interprets the gRPC codes of
-//! participants.
+//! What a participant's answer means, following the table in `participant.proto`.
 
-use handfast_proto::{failure::code_name, refusal, v1 as pb};
+use handfast_proto::{failure::code_name, limits, refusal, text::one_line, v1 as pb};
 use tonic::{Code, Status};
 
 use crate::transaction::{AttemptError, Outcome, Payload, Phase, Refusal, Timestamp};
-
-/// Longest part of a participant's error message that is kept: enough for a person to see the problem.
-const MESSAGE_CHARS_MAX: usize = 512;
 
 /// The outcome of a call of `phase`, according to the answer.
 pub(super) fn outcome(
@@ -21,7 +17,7 @@ pub(super) fn outcome(
     };
     let is_try = phase == Phase::Try;
     if is_try && let Some(refusal) = refusal::read(&status) {
-        return Outcome::Refused(on_one_line(refusal));
+        return Outcome::Refused(kept_refusal(refusal));
     }
     let (timed_out, hopeless) = match status.code() {
         // For a Try, these codes are final: it came too late, or the participant will never accept it. Confirm and Cancel are
@@ -44,8 +40,8 @@ pub(super) fn outcome(
     };
     // A refused Confirm or Cancel: the record has a single text field, so the reason and its details are put into it.
     let message = match refusal::read(&status) {
-        Some(refusal) => one_line(&in_words(&refusal)),
-        None => one_line(status.message()),
+        Some(refusal) => kept(&in_words(&refusal)),
+        None => kept(status.message()),
     };
     let error = AttemptError { code: code_name(status.code()).to_owned(), message, at: now };
     Outcome::Unknown { error, timed_out, hopeless }
@@ -72,24 +68,16 @@ fn in_words(refusal: &pb::Refusal) -> String {
     text
 }
 
-/// A text from outside, made fit for a log: cut, and on one line.
-pub(crate) fn one_line(text: &str) -> String {
-    text.chars().take(MESSAGE_CHARS_MAX).map(|c| if is_unprintable(c) { ' ' } else { c }).collect()
+/// What a record keeps of a text from outside: its start, on one line.
+fn kept(text: &str) -> String {
+    one_line(&text.chars().take(limits::KEPT_CHARS_MAX).collect::<String>())
 }
 
-/// Whether a terminal would act on a character instead of showing it: control characters, line breaks, and marks that change
-/// the direction of text.
-#[must_use]
-pub fn is_unprintable(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-}
-
-/// A refusal with its texts made fit for a log.
-fn on_one_line(refusal: pb::Refusal) -> Refusal {
+/// A refusal with its texts as a record keeps them.
+pub(crate) fn kept_refusal(refusal: pb::Refusal) -> Refusal {
     let pb::Refusal { reason, domain, message, metadata } = refusal;
-    let [reason, domain, message] = [reason, domain, message].map(|text| one_line(&text));
-    let metadata = metadata.iter().map(|(key, value)| (one_line(key), one_line(value))).collect();
+    let [reason, domain, message] = [reason, domain, message].map(|text| kept(&text));
+    let metadata = metadata.iter().map(|(key, value)| (kept(key), kept(value))).collect();
     Refusal { reason, domain, message, metadata }
 }
 
@@ -197,7 +185,7 @@ mod tests {
         let Outcome::Unknown { error, .. } = outcome(Phase::Cancel, Err(status), NOW) else {
             panic!("known")
         };
-        assert_eq!(error.message.chars().count(), MESSAGE_CHARS_MAX);
+        assert_eq!(error.message.chars().count(), limits::KEPT_CHARS_MAX);
         assert!(!error.message.contains('\n'));
     }
 }

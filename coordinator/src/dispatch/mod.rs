@@ -19,8 +19,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use handfast_proto::Xid;
 use tokio::sync::mpsc;
 
-pub use answer::is_unprintable;
-pub(crate) use answer::one_line;
+pub(crate) use answer::kept_refusal;
 pub use grpc::{GrpcDispatch, Targets, Unreachable};
 pub use servers::{Destination, Dialler, Tcp};
 
@@ -29,9 +28,9 @@ use crate::transaction::{BranchSpec, Outcome, Phase, Timestamp};
 /// One call to one participant.
 #[derive(Debug, Clone)]
 pub struct CallRequest {
-    /// The transaction.
+    /// The transaction of the branch.
     pub xid: Xid,
-    /// The index of the branch in its transaction.
+    /// The index of the branch in its transaction, from 0.
     pub branch: usize,
     /// The branch as it was registered. Its payload is the payload of the Try, or the one carried over to phase two.
     pub spec: Arc<BranchSpec>,
@@ -67,20 +66,20 @@ impl CallRequest {
 /// The outcome of a call.
 #[derive(Debug)]
 pub struct Returned {
-    /// The transaction.
+    /// The transaction of the branch.
     pub xid: Xid,
-    /// The index of the branch in its transaction.
+    /// The index of the branch in its transaction, from 0.
     pub branch: usize,
-    /// The phase that was asked for.
+    /// The phase of the call.
     pub phase: Phase,
-    /// The result.
+    /// What the answer means. No answer is an unknown outcome.
     pub outcome: Outcome,
 }
 
 /// A call cannot be made now; submit it again after this pause. Nothing was sent, and it does not count as an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Later(
-    /// The pause.
+    /// How long to wait before the next submit, counted from now.
     pub Duration,
 );
 

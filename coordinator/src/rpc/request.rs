@@ -6,11 +6,11 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::{BranchId, Xid, limits, time::duration, v1 as pb};
+use handfast_proto::{BranchId, Xid, limits, text::one_line, time::duration, v1 as pb};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    dispatch::{Targets, one_line},
+    dispatch::{Targets, kept_refusal},
     partition::{Until, What},
     store::{ListFilter, Listed, Show},
     transaction::{
@@ -354,7 +354,7 @@ pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid>
 
 /// Made into one line, like a refusal: a line break in an error text must not prevent a Cancel.
 fn reason_of_cancel(text: &str) -> Result<String, Invalid> {
-    words("reason", text.replace(char::is_control, " "), limits::REASON_BYTES_MAX)
+    words("reason", one_line(text), limits::REASON_BYTES_MAX)
 }
 
 fn refusal(message: pb::Refusal) -> Result<Refusal, Invalid> {
@@ -367,12 +367,7 @@ fn refusal(message: pb::Refusal) -> Result<Refusal, Invalid> {
             format!("has {bytes} bytes, and may have {}", limits::REFUSAL_BYTES_MAX),
         );
     }
-    Ok(Refusal {
-        reason: one_line(&reason),
-        domain: one_line(&domain),
-        message: one_line(&message),
-        metadata: metadata.iter().map(|(key, value)| (one_line(key), one_line(value))).collect(),
-    })
+    Ok(kept_refusal(pb::Refusal { reason, domain, message, metadata }))
 }
 
 pub(super) fn until(message: pb::Until) -> Until {

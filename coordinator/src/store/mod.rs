@@ -47,7 +47,7 @@ pub const ALL_PARTITIONS: [u16; PARTITIONS as usize] = {
 /// The right to write a partition, until another process takes the partition over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ownership {
-    /// The partition.
+    /// The number of the partition, below [`PARTITIONS`].
     pub partition: u16,
     /// Grows by one with each takeover.
     pub epoch: u32,
@@ -61,7 +61,7 @@ pub struct Ownership {
 /// The recorded owner of a partition. A live owner changes the position every few seconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seat {
-    /// The partition.
+    /// The number of the partition, below [`PARTITIONS`].
     pub partition: u16,
     /// The owner's epoch.
     pub epoch: u32,
@@ -85,7 +85,7 @@ pub struct Batch {
 /// States that a batch is number `position` of this epoch of this partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Guard {
-    /// The partition.
+    /// The number of the partition, below [`PARTITIONS`].
     pub partition: u16,
     /// The epoch of the batch's owner.
     pub epoch: u32,
@@ -150,7 +150,7 @@ pub enum Appended {
 /// A problem with a partition's records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damage {
-    /// The partition.
+    /// The number of the partition, below [`PARTITIONS`].
     pub partition: u16,
     /// The problem in words, for the log.
     pub what: String,

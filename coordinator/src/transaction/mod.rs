@@ -12,11 +12,22 @@
 //! [`GlobalTransaction::plan`] says, from the state alone, which calls are due and when to look again. Recovery is the same code:
 //! a restart loads the open transactions and asks `plan`.
 //!
-//! | | branches registered | decision requested | time passed | call returned |
-//! |---|---|---|---|---|
-//! | **Trying** | added; a repeat: no change | Confirm of exactly the registered branches: → Confirming. Cancel: → Cancelling | past `expires_at`: → Cancelling | coordinator-driven only. OK: the branch is tried; when all are: → Confirming. Refused: → Cancelling. Unknown: retried, or → Cancelling after half of the timeout |
-//! | **Confirming, Cancelling** | rejected | the same decision: no change. The opposite: rejected | no change | OK: acknowledged; when all branches are: → Confirmed or Cancelled. Otherwise: retried without end |
-//! | **Confirmed, Cancelled** | rejected | the same decision: no change. The opposite: rejected | no change | no change |
+//! While **Trying**:
+//!
+//! - New branches are added. A branch that is registered again changes nothing.
+//! - A request to confirm exactly the registered branches leads to Confirming, a request to cancel to Cancelling.
+//! - When the time passes `expires_at`, the transaction is Cancelling.
+//! - Calls return only if the coordinator drives. OK: the branch is tried, and when all are tried the transaction is Confirming.
+//!   Refused: it is Cancelling. Unknown: the Try is retried; after half of the timeout, the transaction is Cancelling.
+//!
+//! While **Confirming** or **Cancelling**:
+//!
+//! - New branches are rejected. Time changes nothing.
+//! - The same decision again changes nothing. The opposite decision is rejected.
+//! - A call that returns OK acknowledges its branch. When all branches have acknowledged, the transaction is Confirmed or
+//!   Cancelled. Every other call is retried without end.
+//!
+//! When **Confirmed** or **Cancelled**, the same holds for branches, decisions and time, and a call that returns changes nothing.
 //!
 //! `tests/explorer.rs` visits every reachable state and checks these invariants:
 //!

@@ -5,9 +5,9 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use handfast_proto::{
-    BranchId, Xid, crash_point,
-    limits::{self, cut},
+    BranchId, Xid, crash_point, limits,
     planted::Bug,
+    text::{cut, one_line},
     time::wire_duration,
     v1::{self as pb, get_transaction_request::By},
 };
@@ -95,7 +95,7 @@ impl Decide {
 
 /// A text as the coordinator takes it for a reason: cut, and on one line.
 fn reason(text: String) -> String {
-    cut(text, limits::REASON_BYTES_MAX).replace(char::is_control, " ")
+    one_line(&cut(text, limits::REASON_BYTES_MAX))
 }
 
 impl Cancel {

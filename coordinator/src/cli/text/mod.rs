@@ -6,8 +6,9 @@ pub(super) mod tests;
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use comfy_table::{Table, presets};
-use handfast_coordinator::{dispatch::is_unprintable, transaction::Timestamp};
+use handfast_coordinator::transaction::Timestamp;
 use handfast_proto::{
+    text::{first_chars, one_line},
     time,
     v1::{self as pb, BranchState, TransactionState as State},
 };
@@ -30,7 +31,7 @@ pub(super) fn list(transactions: &[pb::Transaction], now: Timestamp) -> String {
             format!("{}{stuck}", state_word(transaction)),
             transaction.begun_at.as_ref().map(|at| ago(now, at)).unwrap_or_default(),
             format!("{}/{}", transaction.branches.len() - open, transaction.branches.len()),
-            cut(&note(transaction)),
+            first_chars(&note(transaction), NOTE_CHARS_MAX),
         ]);
     }
     print(&table)
@@ -145,11 +146,11 @@ pub(super) fn resolved(transaction: &pb::Transaction, branch_id: &str) -> String
 
 /// Puts every text that others wrote on one line: with a line break in it, it could look like a line of ours.
 pub(super) fn on_one_line(transaction: &mut pb::Transaction) {
-    let line = |text: &mut String| *text = text.replace(is_unprintable, " ");
+    let line = |text: &mut String| *text = one_line(text);
     let pairs = |pairs: &mut BTreeMap<String, String>| {
         *pairs = std::mem::take(pairs)
             .into_iter()
-            .map(|(key, value)| [key, value].map(|text| text.replace(is_unprintable, " ")))
+            .map(|(key, value)| [key, value].map(|text| one_line(&text)))
             .map(|[key, value]| (key, value))
             .collect();
     };
@@ -279,13 +280,6 @@ fn error_text(error: &pb::AttemptError, now: Timestamp) -> String {
 
 fn pairs(pairs: &BTreeMap<String, String>) -> String {
     pairs.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
-}
-
-fn cut(text: &str) -> String {
-    match text.char_indices().nth(NOTE_CHARS_MAX) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
 }
 
 /// `3m ago`, `in 12s`, `now`.

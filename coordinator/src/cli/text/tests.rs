@@ -236,8 +236,12 @@ fn ages_are_short() {
 
 #[test]
 fn long_notes_are_cut_between_characters() {
-    assert_eq!(cut(&"é".repeat(100)).chars().count(), NOTE_CHARS_MAX + 1);
-    assert_eq!(cut("short"), "short");
+    let [mut stuck, ..] = samples();
+    stuck.branches[1].last_error.as_mut().unwrap().message = "é".repeat(100);
+    let shown = list(&[stuck], NOW);
+    let note = shown.lines().nth(1).unwrap().split("  ").last().unwrap().trim();
+    assert_eq!(note.chars().count(), NOTE_CHARS_MAX + 1, "{shown}");
+    assert!(note.ends_with('…'), "{note}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! How a global transaction is converted to columns and back, for every database.
 //!
-//! A batch is converted to a [`TableChange`] for each of a few tables, and each database writes these in its own SQL. Rows that were read are
-//! converted back to transactions.
+//! A batch is converted to a [`TableChange`] for each of a few tables, and each database writes these in its own SQL. Rows that
+//! were read are converted back to transactions.
 
 use std::{collections::BTreeMap, sync::Arc};
 

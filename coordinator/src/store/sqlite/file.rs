@@ -10,7 +10,7 @@ use std::{
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 use tracing::{info, warn};
 
-use super::super::PARTITIONS;
+use crate::store::PARTITIONS;
 
 /// The value of `PRAGMA application_id` in our files: "HFST".
 const APPLICATION_ID: i64 = 0x4846_5354;

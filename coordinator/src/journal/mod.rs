@@ -217,6 +217,8 @@ impl Journal {
                     // What one partition has lost the others may have lost too.
                     self.doubted.store(true, Ordering::Relaxed);
                 }
+                // The store cannot say which partition is wrong (that would be `Damaged`), because all of its data may be. Or it
+                // has refused the COMMIT, and then a smaller batch with the same numbers could be applied beside this one.
                 Err(Error::Corrupt(what)) => {
                     error!(what, "the store refused a batch; its partitions end");
                     let all: Vec<_> = taken.outboxes.keys().copied().collect();

@@ -111,14 +111,13 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
     let fits = guards.iter().map(|Guard { partition, epoch, nonce, position }| {
         let before = position - 1;
         format!(
-            "(`partition` = {partition} AND epoch = {epoch} AND nonce = {nonce} AND position = {before})"
+            "(`partition` = {partition} AND epoch = {epoch} AND nonce = {nonce} AND batches = {before})"
         )
     });
     let fits = fits.collect::<Vec<_>>().join(" OR ");
     let all = guards.len();
-    let move_positions = format!(
-        "UPDATE `partition` FORCE INDEX (PRIMARY) SET position = position + 1 WHERE {fits}"
-    );
+    let move_positions =
+        format!("UPDATE `partition` FORCE INDEX (PRIMARY) SET batches = batches + 1 WHERE {fits}");
     // A subquery with two rows where one is expected is an error.
     let check =
         format!("SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {all} INTO @all_moved");

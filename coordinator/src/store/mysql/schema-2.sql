@@ -1,6 +1,13 @@
 -- Version 2: an owner is known by its epoch and its nonce, a transaction's row says how many branches it has, and the store remembers
 -- which epochs have lost something. A step may be run again, so each column is added only if it is not there yet.
 
+-- A coordinator of version 1 that still runs, or waits as a standby, can neither take over nor write from here on: each of its
+-- statements names the column `position`. It would not check the nonce.
+SET @alter = (SELECT IF(COUNT(*) = 0, 'DO 0', 'ALTER TABLE `partition` RENAME COLUMN position TO batches')
+    FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'partition' AND column_name = 'position');
+PREPARE alter_table FROM @alter;
+EXECUTE alter_table;
+
 SET @alter = (SELECT IF(COUNT(*) > 0, 'DO 0',
     'ALTER TABLE `partition` ADD COLUMN nonce INT UNSIGNED NOT NULL DEFAULT 0 COMMENT ''random, of the epoch: two servers that went apart can have the same epoch, but not the same nonce''')
     FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'partition' AND column_name = 'nonce');

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     clock::{Clock as _, SystemClock},
     store::{
-        Show, Store as _,
+        Damage, Guard, Show, Store as _,
         conformance::{NOW, Owner, begun, call, confirm, failed, inserted, updated},
     },
     transaction::{BranchSet, GlobalTransaction, Key, Outcome, State},
@@ -265,6 +265,15 @@ async fn a_store_of_version_1_becomes_one_of_version_2() {
         let seats = store.seats().await.unwrap();
         let seat = seats.iter().find(|seat| seat.partition == 3).unwrap();
         assert_eq!((seat.epoch, seat.nonce, seat.position), (1, 77, 5));
+        // A standby of version 1 that was not stopped can neither look, nor take over, nor write a batch.
+        for of_version_1 in [
+            "SELECT `partition`, epoch, position, owner FROM `partition`",
+            "UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = 'one'",
+            "UPDATE `partition` SET position = position + 1 WHERE `partition` = 3 AND epoch = 1 AND position = 5",
+        ] {
+            let error = sqlx::raw_sql(of_version_1).execute(&mut connection).await.unwrap_err();
+            assert!(error.to_string().contains("Unknown column 'position'"), "{error}");
+        }
         assert_eq!(store.acquire(&[3], "two", NOW).await.unwrap()[0].epoch, 2);
         database.drop().await;
     }
@@ -369,6 +378,29 @@ async fn the_server_tells_its_time() {
         let after = SystemClock::default().now();
         let apart = Duration::from_secs(1);
         assert!(told + apart >= before && after + apart >= told, "{before:?} {told:?} {after:?}");
+        database.drop().await;
+    }
+}
+
+/// Its statement may hold rows of several partitions.
+#[tokio::test]
+async fn a_row_that_the_server_refuses_ends_only_its_own_partition() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store().await;
+        let mut owner = Owner::of(&store).await;
+        let sound = begun(owner.xid(2), &["1"]);
+        let too_long = GlobalTransaction { name: "x".repeat(200), ..begun(owner.xid(1), &["1"]) };
+        let batch = owner.batch(vec![inserted(&sound), inserted(&too_long)]);
+        let Ok(Appended::Damaged(damaged)) = store.append(&batch).await else {
+            panic!("its partition was to be named")
+        };
+        let [Damage { partition: 1, what, lost: 0 }] = &damaged[..] else { panic!("{damaged:?}") };
+        assert!(what.contains("name"), "{what}");
+        let of_2 = |guard: &&Guard| guard.partition == 2;
+        let guards = batch.guards.iter().filter(of_2).copied().collect();
+        let rest = Batch { guards, writes: vec![inserted(&sound)] };
+        assert_eq!(store.append(&rest).await.unwrap(), Appended::Durable);
         database.drop().await;
     }
 }

@@ -52,8 +52,12 @@ fn refusal(refused: &dyn DatabaseError) -> Option<String> {
             ));
         }
     }
-    // An error that breaks a constraint or does not fit its column (SQLSTATE classes 22 and 23).
+    is_about_rows(refused).then(|| refused.to_string())
+}
+
+/// Whether a row breaks a constraint or does not fit its column (SQLSTATE classes 22 and 23).
+pub(super) fn is_about_rows(refused: &dyn DatabaseError) -> bool {
     let breaks = refused.kind() != sqlx::error::ErrorKind::Other;
     let does_not_fit = refused.code().is_some_and(|code| code.starts_with("22"));
-    (breaks || does_not_fit).then(|| refused.to_string())
+    breaks || does_not_fit
 }

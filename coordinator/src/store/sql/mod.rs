@@ -99,11 +99,11 @@ impl Wrote {
         Self::NotAllRows(format!("{written} of {rows} rows of `{table}` were as they must be"))
     }
 
-    /// The result if the error is about the rows to be written, such as a new row that exists already. Other errors are passed
-    /// on.
+    /// The result if the error is about the rows to be written, such as a new row that exists already, or a value that does not
+    /// fit its column. Other errors are passed on.
     pub(in crate::store) fn failed(error: sqlx::Error) -> Result<Self, Error> {
         if let sqlx::Error::Database(refused) = &error
-            && refused.is_unique_violation()
+            && error::is_about_rows(&**refused)
         {
             return Ok(Self::NotAllRows(refused.to_string()));
         }

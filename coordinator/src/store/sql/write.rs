@@ -67,7 +67,7 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     query.push(" END WHERE ended_at IS NULL AND `partition` IN (");
     query.push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
-    let mut query = Query::new("UPDATE `partition` SET position = 0 WHERE `partition` IN (");
+    let mut query = Query::new("UPDATE `partition` SET batches = 0 WHERE `partition` IN (");
     query.push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
     let mut query =
@@ -158,8 +158,15 @@ async fn append_once<D: Dialect>(
             match D::write(connection, &no_rows, counter).await? {
                 Wrote::Positions(moved) => moved, // somebody has taken over meanwhile
                 Wrote::All | Wrote::NotAllRows(_) => {
-                    let misfits = misfits::<D>(connection, batch, &noticed).await?;
+                    let mut misfits = misfits::<D>(connection, batch).await?;
                     D::run(connection, "ROLLBACK").await?;
+                    if misfits.is_empty() {
+                        misfits = refused_rows::<D>(connection, batch, counter).await?;
+                    }
+                    if misfits.is_empty() {
+                        let all = batch.guards.iter();
+                        misfits = all.map(|guard| (guard.partition, noticed.clone())).collect();
+                    }
                     return Ok(Appended::Damaged(Damage::of_rows(misfits)));
                 }
             }
@@ -177,12 +184,10 @@ async fn append_once<D: Dialect>(
     }
 }
 
-/// The transactions of a batch whose records contradict it, in words, by partition. If no record does, blames all partitions,
-/// with the problem that was `noticed`.
+/// The transactions of a batch whose records contradict it, in words, by partition.
 async fn misfits<D: Dialect>(
     connection: &mut Connection<D>,
     batch: &Batch,
-    noticed: &str,
 ) -> Result<Vec<(u16, String)>, Error> {
     let mut misfits = Vec::new();
     for writes in batch.writes.chunks(MISFITS_AT_A_TIME) {
@@ -193,15 +198,16 @@ async fn misfits<D: Dialect>(
         let rows: Vec<(Vec<u8>, i64, Option<i64>)> = D::fetch(connection, query).await?;
         let mut recorded = BTreeMap::new();
         for (xid, state, branches) in rows {
-            let xid = record::xid(&xid)?;
-            let damaged = || Error::Corrupt(format!("transaction {xid} has an impossible `state`"));
-            let state = record::state(state).ok_or_else(damaged)?;
             let branches = branches.and_then(|count| usize::try_from(count).ok());
-            recorded.insert(xid, Row { state, branches });
+            let row = record::state(state).map(|state| Row { state, branches });
+            recorded.insert(record::xid(&xid)?, row);
         }
         for write in writes {
             let xid = write.global.xid;
-            let misfit = write.misfit(recorded.get(&xid).copied());
+            let misfit = match recorded.get(&xid).copied() {
+                Some(None) => Some(format!("transaction {xid} has an impossible `state`")),
+                recorded => write.misfit(recorded.flatten()),
+            };
             misfits.extend(misfit.map(|misfit| (xid.partition, misfit)));
         }
         let key =
@@ -211,18 +217,41 @@ async fn misfits<D: Dialect>(
             let query = query.bind(key.hash.to_vec());
             let taken: Option<(Vec<u8>,)> = D::fetch(connection, query).await?.pop();
             if let Some((other,)) = taken {
-                let (xid, other) = (write.global.xid, record::xid(&other)?);
+                let other = record::xid(&other).map_or_else(
+                    |_| "a transaction with an impossible xid".to_owned(),
+                    |other| other.to_string(),
+                );
+                let xid = write.global.xid;
                 let misfit =
                     format!("the key of transaction {xid} belongs to {other} in the store");
                 misfits.push((xid.partition, misfit));
             }
         }
     }
-    if misfits.is_empty() {
-        let all = batch.guards.iter().map(|guard| (guard.partition, noticed.to_owned()));
-        misfits.extend(all);
-    }
     Ok(misfits)
+}
+
+/// The partitions with a row that the database refuses for what is in it. One statement may hold rows of several partitions, so
+/// the rows of each partition are tried alone. COMMIT is never sent here, so nothing stays.
+async fn refused_rows<D: Dialect>(
+    connection: &mut Connection<D>,
+    batch: &Batch,
+    counter: &Counter,
+) -> Result<Vec<(u16, String)>, Error> {
+    let mut refused = Vec::new();
+    for guard in &batch.guards {
+        let of_partition = |write: &&Write| write.global.xid.partition == guard.partition;
+        let writes = batch.writes.iter().filter(of_partition).cloned().collect();
+        let alone = Batch { guards: vec![*guard], writes };
+        match D::write(connection, &alone, counter).await? {
+            Wrote::NotAllRows(what) => {
+                refused.push((guard.partition, format!("the database refuses its rows: {what}")));
+            }
+            Wrote::All | Wrote::Positions(_) => {}
+        }
+        D::run(connection, "ROLLBACK").await?;
+    }
+    Ok(refused)
 }
 
 /// Marks the epochs of these partitions, which have another owner now, as lost if the next owner found fewer batches than were
@@ -281,7 +310,7 @@ async fn burn<D: Dialect>(
 pub(in crate::store) async fn seats<D: Dialect>(
     connection: &mut Connection<D>,
 ) -> Result<Vec<Seat>, Error> {
-    let query = Query::new("SELECT `partition`, epoch, nonce, position, owner FROM `partition`");
+    let query = Query::new("SELECT `partition`, epoch, nonce, batches, owner FROM `partition`");
     let rows: Vec<(u16, u32, u32, i64, Option<String>)> = D::fetch(connection, query).await?;
     let seat = |(partition, epoch, nonce, position, owner): (_, _, _, i64, _)| Seat {
         partition,

@@ -62,13 +62,13 @@ pub(super) async fn write(
 async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
     let size =
         STATEMENT_GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
-    let mut query = QueryBuilder::<Db>::new("UPDATE partition SET position = position + 1 WHERE ");
+    let mut query = QueryBuilder::<Db>::new("UPDATE partition SET batches = batches + 1 WHERE ");
     // A guard that occurs twice still counts once.
     for (n, guard) in guards.iter().cycle().take(size).enumerate() {
         query.push(if n == 0 { "(partition = " } else { " OR (partition = " });
         query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
         query.push(" AND nonce = ").push_bind(guard.nonce);
-        query.push(" AND position = ").push_bind(guard.position.cast_signed() - 1).push(")");
+        query.push(" AND batches = ").push_bind(guard.position.cast_signed() - 1).push(")");
     }
     Ok(query.build().execute(connection).await?.rows_affected())
 }

@@ -204,7 +204,7 @@ async fn migrate(connection: &mut SqliteConnection, from: i64) -> Result<(), sql
     }
     if done == 0 {
         for partition in 0..PARTITIONS {
-            sqlx::query("INSERT INTO partition (partition, epoch, position) VALUES (?, 0, 0)")
+            sqlx::query("INSERT INTO partition (partition, epoch, batches) VALUES (?, 0, 0)")
                 .bind(partition)
                 .execute(&mut *tx)
                 .await?;
@@ -304,6 +304,16 @@ mod tests {
         sqlx::raw_sql(sqlx::AssertSqlSafe(version_1)).execute(&mut connection).await.unwrap();
         connection.close().await.unwrap();
         let store = SqliteStore::open(&path).await.unwrap();
+        // A program of version 1 can neither take over nor write a batch.
+        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+        for of_version_1 in [
+            "UPDATE partition SET epoch = epoch + 1, position = 0, owner = 'one'",
+            "UPDATE partition SET position = position + 1 WHERE partition = 3 AND epoch = 1 AND position = 5",
+        ] {
+            let error = sqlx::raw_sql(of_version_1).execute(&mut connection).await.unwrap_err();
+            assert!(error.to_string().contains("no such column: position"), "{error}");
+        }
+        connection.close().await.unwrap();
         // A batch of the previous owner, if it could go on: epoch and nonce are its own.
         let guard = Guard { partition: 3, epoch: 1, nonce: 77, position: 6 };
         let batch = Batch { guards: vec![guard], writes: Vec::new() };

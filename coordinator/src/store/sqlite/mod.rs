@@ -238,7 +238,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        store::{ALL_PARTITIONS, Guard, Head, Write},
+        store::{
+            ALL_PARTITIONS, Damage, Guard, Head, Write,
+            conformance::{Owner, begun, inserted},
+        },
         transaction::{BranchSet, Drive, NewTransaction},
     };
 
@@ -424,5 +427,26 @@ mod tests {
                 assert!(matches!(answer, Ok(Appended::Damaged(_))), "{answer:?}");
             }
         }
+    }
+
+    /// A statement may hold rows of several partitions.
+    #[tokio::test]
+    async fn a_row_that_sqlite_refuses_ends_only_its_own_partition() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+        let strict = store.writer.run(async |connection| {
+            let strict = "ALTER TABLE global_transaction ADD COLUMN strict INTEGER CHECK (length(name) < 129)";
+            Ok(InSqlite::run(connection, strict).await?)
+        });
+        strict.await.unwrap();
+        let mut owner = Owner::of(&store).await;
+        let sound = begun(owner.xid(2), &["1"]);
+        let too_long = GlobalTransaction { name: "x".repeat(200), ..begun(owner.xid(1), &["1"]) };
+        let batch = owner.batch(vec![inserted(&sound), inserted(&too_long)]);
+        let Ok(Appended::Damaged(damaged)) = store.append(&batch).await else {
+            panic!("its partition was to be named")
+        };
+        let [Damage { partition: 1, what, lost: 0 }] = &damaged[..] else { panic!("{damaged:?}") };
+        assert!(what.contains("CHECK"), "{what}");
     }
 }

@@ -1,6 +1,10 @@
 -- Version 2: an owner is known by its epoch and its nonce, a transaction's row says how many branches it has, and the store
 -- remembers which epochs have lost something.
 
+-- The number of the epoch's latest batch, as before. It has another name, so that a program of version 1 can neither take over
+-- nor write: it would not check the nonce.
+ALTER TABLE partition RENAME COLUMN position TO batches;
+
 -- Random, of the epoch: two copies of a file that went apart can have the same epoch, but not the same nonce.
 ALTER TABLE partition ADD COLUMN nonce INTEGER NOT NULL DEFAULT 0;
 UPDATE partition SET nonce = coalesce((SELECT e.nonce FROM epoch AS e

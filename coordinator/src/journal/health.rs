@@ -113,6 +113,11 @@ impl JournalHealth {
         if self.is_store_silent() {
             self.outage_ended_at.store(self.clock.now().0, Ordering::Relaxed);
         }
+        self.given_up();
+    }
+
+    /// Nothing waits any more for an answer to the batch in flight.
+    pub(super) fn given_up(&self) {
         self.begun_at.store(0, Ordering::Relaxed);
     }
 }

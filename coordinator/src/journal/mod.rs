@@ -142,7 +142,10 @@ impl Journal {
             } else if stopping {
                 // Before the partitions are handed back: whoever takes them next cannot notice that batches are lost.
                 if beat_every.is_some() {
-                    drop(timeout(LAST_BEAT_TIMEOUT, self.append(self.heartbeat())).await);
+                    let last_beat = timeout(LAST_BEAT_TIMEOUT, self.append(self.heartbeat()));
+                    if last_beat.await.is_err() {
+                        self.health.given_up();
+                    }
                 }
                 return;
             } else {

@@ -438,3 +438,30 @@ async fn a_partition_that_is_taken_again_is_recorded_again() {
     assert!(store.inner.get(kept.xid).is_some());
     assert!(store.inner.get(lost.xid).is_none());
 }
+
+/// Reads that stay old ask for an empty batch again and again.
+#[tokio::test]
+async fn doubts_leave_every_other_batch_to_the_changes() {
+    let mut rig = Rig::new().await;
+    rig.store.hold();
+    rig.outboxes[&0].doubt();
+    rig.until_batches(1).await;
+    let global = rig.begin(0);
+    rig.put(&global, Head::Insert, Urgency::Awaited);
+    rig.outboxes[&0].doubt();
+    rig.store.release();
+    rig.until_batches(3).await;
+    let writes: Vec<_> = rig.store.batches().iter().map(|batch| batch.writes.len()).collect();
+    assert_eq!(writes, [0, 1, 0], "the doubt comes after what waits, and is not forgotten");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_last_heartbeat_that_is_given_up_is_not_in_flight_any_more() {
+    let rig = Rig::new().await;
+    rig.store.beats.store(true, Ordering::SeqCst);
+    rig.store.hold();
+    rig.stop.cancel();
+    rig.journal.await.unwrap();
+    rig.clock.advance(Duration::from_secs(10));
+    assert!(!rig.health.is_store_silent(), "the shutdown would wait for an answer to it");
+}

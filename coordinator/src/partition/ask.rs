@@ -10,7 +10,7 @@ use crate::{
     journal::Ended,
     store,
     transaction::{
-        BranchSpec, DecisionRequest, GlobalTransaction, NewTransaction, Rejection, StuckAfter,
+        BranchSpec, DecisionRequest, GlobalTransaction, Key, NewTransaction, Rejection, StuckAfter,
         retry::RetryPolicy,
     },
 };
@@ -19,9 +19,10 @@ use crate::{
 /// other commands wait for a place.
 pub const COMMANDS_MAX: usize = 4096;
 
-/// Callers of one partition that may wait at a time for a read, or for durability. Above this, Begin, Register and reads are
-/// refused. Decide is never refused, since reservations wait for it. While the store does not answer, only this limit bounds
-/// the waiting callers.
+/// Callers of one partition that may wait at a time for reads, and as many again for durability. Above this, calls are refused
+/// that would have to wait for the same: a call whose answer needs no batch is answered even if many decisions wait for one.
+/// Decide is never refused, since reservations wait for it. While the store does not answer, only this limit bounds the waiting
+/// callers.
 pub const WAITING_MAX: usize = 2048;
 
 /// The part of the configuration that a partition needs.
@@ -75,17 +76,6 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether the command may be refused under load. A decision must not be refused: reservations wait for it.
-    pub(super) fn may_be_refused(&self) -> bool {
-        match self {
-            Self::Begin { .. } | Self::FindKey { .. } => true,
-            Self::Ask(Ask { what, .. }) => match what {
-                What::Get | What::Register(_) | What::BeginAgain(_) => true,
-                What::Decide(_) | What::Retry | What::Resolve { .. } => false,
-            },
-        }
-    }
-
     /// The transaction that the command names, if it names one.
     pub fn xid(&self) -> Option<Xid> {
         match self {
@@ -128,8 +118,10 @@ pub enum What {
     Retry,
     /// Mark a branch as done in place of the participant, because an operator did its work by hand.
     Resolve { branch_id: BranchId, operator: String, reason: String },
-    /// The keyed Begin that began this transaction has come again. Carries the digest of the repeated request's content.
-    BeginAgain([u8; 32]),
+    /// Read its state, because the key with this hash leads to it.
+    GetByKey([u8; 32]),
+    /// The keyed Begin that began this transaction has come again.
+    BeginAgain { key: Key, new: Box<NewTransaction> },
 }
 
 /// The channel for one answer. A caller that gave up has dropped the receiving end.

@@ -20,6 +20,15 @@ use crate::{
 /// Shortest pause between two searches for callers that have given up.
 const FORGET_PAUSE: Duration = Duration::from_millis(100);
 
+/// What must come before a command can be answered.
+#[derive(Debug, Clone, Copy, Default)]
+struct Needs {
+    /// A read of the store.
+    read: bool,
+    /// A batch that is durable.
+    durability: bool,
+}
+
 impl Partition {
     pub(super) fn take_command(&mut self, command: Command) {
         match self.ended {
@@ -32,7 +41,7 @@ impl Partition {
                 return answer_now(command.into_reply(), Err(Error::Corrupt));
             }
         }
-        if command.may_be_refused() && !self.has_room_to_wait() {
+        if !self.has_room_for(&command) {
             return answer_now(command.into_reply(), Err(Error::TooManyCalls));
         }
         match command {
@@ -42,12 +51,10 @@ impl Partition {
         }
     }
 
-    /// Whether one more caller may wait for the store. Callers that have given up do not count.
-    fn has_room_to_wait(&mut self) -> bool {
-        let waiting = |partition: &Self| {
-            partition.keys.waiting() + partition.reading.waiting() + partition.effects.waiting()
-        };
-        if waiting(self) < WAITING_MAX {
+    /// Whether the command's caller may wait for what the answer needs. Callers that have given up do not count.
+    fn has_room_for(&mut self, command: &Command) -> bool {
+        let needs = self.needs_of(command);
+        if self.has_room(needs) {
             return true;
         }
         if self.now() >= self.forgot_at + FORGET_PAUSE {
@@ -56,12 +63,44 @@ impl Partition {
             self.reading.forget_gone();
             self.effects.forget_gone();
         }
-        waiting(self) < WAITING_MAX
+        self.has_room(needs)
+    }
+
+    fn has_room(&self, Needs { read, durability }: Needs) -> bool {
+        let reads = self.keys.waiting() + self.reading.waiting();
+        (!read || reads < WAITING_MAX) && (!durability || self.effects.waiting() < WAITING_MAX)
+    }
+
+    fn needs_of(&self, command: &Command) -> Needs {
+        let of_transaction = |xid: &Xid, changes: bool| match self.entries.get(xid) {
+            Some(entry) => {
+                let durability = changes || !self.effects.may_happen(entry.awaits);
+                Needs { read: false, durability }
+            }
+            None => Needs { read: true, durability: changes },
+        };
+        let of_key = |hash: &[u8; 32], changes: bool| match self.keys.leads_to(hash) {
+            Some(xid) => of_transaction(&xid, changes),
+            None => Needs { read: true, durability: changes },
+        };
+        match command {
+            Command::Begin { new, .. } => match &new.key {
+                Some(key) => of_key(&key.hash, true),
+                None => Needs { read: false, durability: true },
+            },
+            Command::FindKey { hash, .. } => of_key(hash, false),
+            Command::Ask(Ask { xid, what, .. }) => match what {
+                What::Get | What::GetByKey(_) => of_transaction(xid, false),
+                What::Register(_) | What::BeginAgain { .. } => of_transaction(xid, true),
+                // Never refused: reservations wait for a decision.
+                What::Decide(_) | What::Retry | What::Resolve { .. } => Needs::default(),
+            },
+        }
     }
 
     fn begin(&mut self, new: NewTransaction, until: Until, reply: Reply) {
         match new.key {
-            Some(key) => self.begin_with_key(key, new, until, reply),
+            Some(key) => self.begin_with_key(key, Box::new(new), until, reply),
             None => self.begin_new(new, until, reply),
         }
     }
@@ -97,9 +136,9 @@ impl Partition {
             return self.read_for(Ask { xid, what, until, reply });
         };
         let event = match what {
-            What::Get => None,
-            What::BeginAgain(digest) => {
-                if entry.global.key.is_none_or(|key| key.digest != digest) {
+            What::Get | What::GetByKey(_) => None,
+            What::BeginAgain { key, new: _ } => {
+                if entry.global.key.is_none_or(|known| known.digest != key.digest) {
                     return self.answer(xid, reply, Err(Error::KeyTaken(xid)));
                 }
                 return self.respond(xid, until, true, reply);

@@ -1,12 +1,14 @@
 //! Idempotency keys: a repeated key finds the same transaction. The keys of transactions in memory are known here. Other keys
 //! are looked up in the store. One read takes all keys that wait, and no key is in two reads at a time. Callers with the same
 //! key wait for the same read, so two Begins with one key never make two transactions.
+//!
+//! A transaction may be purged after its key was read. Then its key was purged too, and is read again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 
 use handfast_proto::Xid;
 
-use super::{Answer, Ask, Error, Partition, ReadResult, Reply, Until, What, answer_now};
+use super::{Ask, Error, Partition, ReadResult, Reply, Until, What, answer_now};
 use crate::{
     store,
     transaction::{GlobalTransaction, Key, NewTransaction},
@@ -19,34 +21,30 @@ const KEYS_MAX: usize = 256;
 pub(super) struct Keys {
     /// The keys of transactions in memory.
     known: BTreeMap<[u8; 32], Xid>,
-    /// The keys that are being read or wait to be read, with the callers that wait for each.
+    /// The keys that are being read or wait to be read, with the callers that wait for each. A key that is being read stays
+    /// here even if all its callers have given up.
     wanted: BTreeMap<[u8; 32], Vec<KeyAsk>>,
     /// The keys of `wanted` that are not being read yet.
     queue: Vec<[u8; 32]>,
-    read_in_flight: bool,
+    /// The keys of `wanted` that are being read.
+    in_flight: BTreeSet<[u8; 32]>,
     /// How many callers wait.
     waiting: usize,
 }
 
+/// A caller that waits for a key to be read.
 #[derive(Debug)]
-#[allow(clippy::large_enum_variant, reason = "nearly all of them are the large one")]
-enum KeyAsk {
-    Begin { key: Key, new: NewTransaction, until: Until, reply: Reply },
-    Find { reply: Reply },
+struct KeyAsk {
+    what: KeyWhat,
+    reply: Reply,
+    /// The key led to this transaction before, and it was purged by then.
+    purged: Option<Xid>,
 }
 
-impl KeyAsk {
-    fn is_gone(&self) -> bool {
-        match self {
-            Self::Begin { reply, .. } | Self::Find { reply } => reply.is_closed(),
-        }
-    }
-
-    fn into_reply(self) -> Reply {
-        match self {
-            Self::Begin { reply, .. } | Self::Find { reply } => reply,
-        }
-    }
+#[derive(Debug)]
+enum KeyWhat {
+    Begin { key: Key, new: Box<NewTransaction>, until: Until },
+    Find,
 }
 
 impl Keys {
@@ -68,17 +66,22 @@ impl Keys {
         }
     }
 
+    /// The transaction in memory that has this key.
+    pub(super) fn leads_to(&self, hash: &[u8; 32]) -> Option<Xid> {
+        self.known.get(hash).copied()
+    }
+
     pub(super) fn waiting(&self) -> usize {
         self.waiting
     }
 
-    /// Forgets callers that have given up, and keys without callers. If such a key is being read, the result is ignored.
+    /// Forgets callers that have given up. Also forgets queued keys without a caller.
     pub(super) fn forget_gone(&mut self) {
-        self.wanted.retain(|_, asks| {
+        self.wanted.retain(|hash, asks| {
             let before = asks.len();
-            asks.retain(|ask| !ask.is_gone());
+            asks.retain(|ask| !ask.reply.is_closed());
             self.waiting -= before - asks.len();
-            !asks.is_empty()
+            !asks.is_empty() || self.in_flight.contains(hash)
         });
         self.queue.retain(|hash| self.wanted.contains_key(hash));
     }
@@ -86,18 +89,20 @@ impl Keys {
     pub(super) fn end(&mut self, why: &Error) {
         self.waiting = 0;
         for ask in std::mem::take(&mut self.wanted).into_values().flatten() {
-            answer_now(ask.into_reply(), Err(why.clone()));
+            answer_now(ask.reply, Err(why.clone()));
         }
         self.known.clear();
         self.queue.clear();
     }
 
     fn want(&mut self, hash: [u8; 32], ask: KeyAsk) {
-        let asks = self.wanted.entry(hash).or_default();
-        if asks.is_empty() {
-            self.queue.push(hash);
+        match self.wanted.entry(hash) {
+            btree_map::Entry::Occupied(mut entry) => entry.get_mut().push(ask), // one read for all callers
+            btree_map::Entry::Vacant(entry) => {
+                entry.insert(vec![ask]);
+                self.queue.push(hash);
+            }
         }
-        asks.push(ask);
         self.waiting += 1;
     }
 
@@ -113,32 +118,53 @@ impl Partition {
     pub(super) fn begin_with_key(
         &mut self,
         key: Key,
-        new: NewTransaction,
+        new: Box<NewTransaction>,
         until: Until,
         reply: Reply,
     ) {
-        match self.keys.known.get(&key.hash) {
-            Some(xid) => {
-                self.ask(Ask { xid: *xid, what: What::BeginAgain(key.digest), until, reply });
-            }
-            None => self.keys.want(key.hash, KeyAsk::Begin { key, new, until, reply }),
-        }
+        let what = KeyWhat::Begin { key, new, until };
+        self.ask_by_key(key.hash, KeyAsk { what, reply, purged: None });
     }
 
     pub(super) fn find_key(&mut self, hash: [u8; 32], reply: Reply) {
-        match self.keys.known.get(&hash) {
-            Some(xid) => self.ask(Ask { xid: *xid, what: What::Get, until: Until::Now, reply }),
-            None => self.keys.want(hash, KeyAsk::Find { reply }),
+        self.ask_by_key(hash, KeyAsk { what: KeyWhat::Find, reply, purged: None });
+    }
+
+    fn ask_by_key(&mut self, hash: [u8; 32], ask: KeyAsk) {
+        match self.keys.leads_to(&hash) {
+            Some(xid) => self.take_key(hash, ask, Ok(Some(xid))),
+            None => self.keys.want(hash, ask),
+        }
+    }
+
+    /// Answers that a transaction is missing. If its key led to it, and it was purged since then, the key is read again.
+    pub(super) fn answer_missing(&mut self, Ask { xid, what, until, reply }: Ask, missing: Error) {
+        let purged = matches!(missing, Error::Forgotten(_)).then_some(xid);
+        match what {
+            What::GetByKey(hash) if purged.is_some() => {
+                self.ask_by_key(hash, KeyAsk { what: KeyWhat::Find, reply, purged });
+            }
+            What::BeginAgain { key, new } if purged.is_some() => {
+                let what = KeyWhat::Begin { key, new, until };
+                self.ask_by_key(key.hash, KeyAsk { what, reply, purged });
+            }
+            What::Get
+            | What::GetByKey(_)
+            | What::Register(_)
+            | What::Decide(_)
+            | What::Retry
+            | What::Resolve { .. }
+            | What::BeginAgain { .. } => answer_now(reply, Err(missing)),
         }
     }
 
     /// Reads the waiting keys, unless a read is in flight.
     pub(super) fn look_up_keys(&mut self) {
-        if self.keys.read_in_flight || self.keys.queue.is_empty() {
+        if !self.keys.in_flight.is_empty() || self.keys.queue.is_empty() {
             return;
         }
-        self.keys.read_in_flight = true;
         let hashes: Vec<_> = self.keys.queue.drain(..self.keys.queue.len().min(KEYS_MAX)).collect();
+        self.keys.in_flight.extend(&hashes);
         let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
         let known = self.known();
         self.parts.tasks.spawn(async move {
@@ -152,7 +178,7 @@ impl Partition {
         hashes: Vec<[u8; 32]>,
         found: Result<Vec<Option<Xid>>, store::Error>,
     ) {
-        self.keys.read_in_flight = false;
+        self.keys.in_flight.clear();
         let found: Vec<Result<Option<Xid>, Error>> = match found {
             Ok(found) => found.into_iter().map(Ok).collect(),
             Err(error) => {
@@ -163,31 +189,29 @@ impl Partition {
         for (hash, found) in hashes.into_iter().zip(found) {
             for ask in self.keys.answered(&hash) {
                 // If the store has no such key, the first Begin adds the key, and the callers after it find that transaction.
-                let found = found
-                    .clone()
-                    .map(|found| found.or_else(|| self.keys.known.get(&hash).copied()));
-                self.take_key(ask, found);
+                let found = found.clone().map(|found| found.or_else(|| self.keys.leads_to(&hash)));
+                self.take_key(hash, ask, found);
             }
         }
     }
 
-    fn take_key(&mut self, ask: KeyAsk, found: Result<Option<Xid>, Error>) {
-        let (found, ask): (Result<Answer, Error>, _) = match (found, ask) {
-            (Ok(Some(xid)), KeyAsk::Begin { key, until, reply, .. }) => {
-                return self.ask(Ask { xid, what: What::BeginAgain(key.digest), until, reply });
+    fn take_key(&mut self, hash: [u8; 32], ask: KeyAsk, found: Result<Option<Xid>, Error>) {
+        let KeyAsk { what, reply, purged } = ask;
+        match (found, what) {
+            // The purge deletes a transaction together with its key, so this record is damaged. Do not read it for ever.
+            (Ok(Some(xid)), _) if purged == Some(xid) => {
+                answer_now(reply, Err(Error::Forgotten(xid)));
             }
-            (Ok(Some(xid)), KeyAsk::Find { reply }) => {
-                return self.ask(Ask { xid, what: What::Get, until: Until::Now, reply });
+            (Ok(Some(xid)), KeyWhat::Begin { key, new, until }) => {
+                self.ask(Ask { xid, what: What::BeginAgain { key, new }, until, reply });
             }
-            (Ok(None), KeyAsk::Begin { reply, .. }) if reply.is_closed() => {
-                return; // the caller gave up while the store was silent
+            (Ok(Some(xid)), KeyWhat::Find) => {
+                self.ask(Ask { xid, what: What::GetByKey(hash), until: Until::Now, reply });
             }
-            (Ok(None), KeyAsk::Begin { new, until, reply, .. }) => {
-                return self.begin_new(new, until, reply);
-            }
-            (Ok(None), find @ KeyAsk::Find { .. }) => (Err(Error::KeyUnknown), find),
-            (Err(error), ask) => (Err(error), ask),
-        };
-        answer_now(ask.into_reply(), found);
+            (Ok(None), KeyWhat::Begin { .. }) if reply.is_closed() => {} // the caller gave up while the store was silent
+            (Ok(None), KeyWhat::Begin { new, until, .. }) => self.begin_new(*new, until, reply),
+            (Ok(None), KeyWhat::Find) => answer_now(reply, Err(Error::KeyUnknown)),
+            (Err(error), _) => answer_now(reply, Err(error)),
+        }
     }
 }

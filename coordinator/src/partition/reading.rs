@@ -273,7 +273,7 @@ impl Partition {
             };
             if let Some(missing) = missing {
                 for ask in self.reading.answered(xid) {
-                    answer_now(ask.reply, Err(missing.clone()));
+                    self.answer_missing(ask, missing.clone());
                 }
                 return;
             }

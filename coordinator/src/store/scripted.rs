@@ -47,6 +47,8 @@ pub(crate) struct ScriptedStore {
     pub(crate) clock: Mutex<Option<Timestamp>>,
     loads: Mutex<Vec<Xid>>,
     key_looks: Mutex<Vec<usize>>,
+    /// Reads of keys from this one on read the store, but are not answered. `None`: all are answered.
+    key_looks_held_from: watch::Sender<Option<usize>>,
 }
 
 impl ScriptedStore {
@@ -68,6 +70,11 @@ impl ScriptedStore {
     /// Whether reads of one transaction read the store but are not answered.
     pub(crate) fn hold_loads(&self, hold: bool) {
         self.loads_held.send_replace(hold);
+    }
+
+    /// Reads of keys from this one on (0 is the first) read the store, but are not answered. `None`: all are answered.
+    pub(crate) fn hold_key_looks_from(&self, first: Option<usize>) {
+        self.key_looks_held_from.send_replace(first);
     }
 
     pub(crate) fn fail_reads(&self, fail: bool) {
@@ -177,9 +184,17 @@ impl Store for ScriptedStore {
         hashes: &[[u8; 32]],
         known: Known,
     ) -> Result<Vec<Option<Xid>>, Error> {
-        lock(&self.key_looks).push(hashes.len());
+        let earlier = {
+            let mut looks = lock(&self.key_looks);
+            looks.push(hashes.len());
+            looks.len() - 1
+        };
         self.readable()?;
-        self.replica().find_keys(hashes, known).await
+        let found = self.replica().find_keys(hashes, known).await;
+        let mut held_from = self.key_looks_held_from.subscribe();
+        let is_answered = |from: &Option<usize>| from.is_none_or(|from| earlier < from);
+        held_from.wait_for(is_answered).await.expect("the store lives");
+        found
     }
 
     async fn due(

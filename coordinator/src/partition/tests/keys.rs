@@ -102,3 +102,103 @@ async fn an_old_row_does_not_take_its_key_back() {
         "one key, two transactions"
     );
 }
+
+impl Rig {
+    /// Waits until so many reads of keys have begun.
+    async fn until_key_looks(&self, count: usize) {
+        while self.store.key_looks().len() < count {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Begins a transaction with this key, and cancels it. It has left memory then.
+    async fn finished(&self, key: u8) -> Xid {
+        let xid = self.begin(keyed(key, 1)).answer().await.unwrap().global.xid;
+        self.cancel(xid).answer().await.unwrap();
+        for _ in 0..2 {
+            self.call().await.done().await;
+        }
+        self.until_memory_holds(0).await;
+        xid
+    }
+
+    async fn purge(&self) {
+        let end = Timestamp(i64::MAX);
+        self.store.purge(self.ownership, end, end, None, 100).await.unwrap();
+    }
+}
+
+/// Two reads of one key at a time could give an outdated answer: the key's transaction may begin and end between them.
+#[tokio::test]
+async fn a_key_whose_caller_gave_up_is_not_read_twice_at_a_time() {
+    let rig = Rig::new().await;
+    rig.store.hold_key_looks_from(Some(0));
+    let given_up = rig.begin(keyed(7, 1));
+    rig.until_key_looks(1).await;
+    drop(given_up);
+    // So many callers wait that those who gave up are forgotten.
+    rig.store.hold_loads(true);
+    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
+    let mut waiting = Vec::new();
+    for sequence in 1..=u64::try_from(WAITING_MAX).unwrap() {
+        let xid = Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce };
+        waiting.push(rig.ask(xid, What::Get, Until::Now));
+        if sequence % 1000 == 0 {
+            settle().await;
+        }
+    }
+    settle().await;
+    rig.clock.advance(Duration::from_secs(1));
+    drop(rig.begin(keyed(8, 1)));
+    settle().await;
+    drop(waiting);
+    rig.clock.advance(Duration::from_secs(1));
+    // The first read answers the next caller with this key. A second read would not see the transaction that begins now.
+    rig.store.hold();
+    let first = rig.begin(keyed(7, 1));
+    settle().await;
+    rig.store.hold_key_looks_from(Some(1));
+    settle().await;
+    rig.store.release();
+    rig.store.hold_loads(false);
+    let first = first.answer().await.unwrap();
+    rig.cancel(first.global.xid).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    let second = rig.begin(keyed(7, 1));
+    settle().await;
+    rig.store.hold_key_looks_from(None);
+    let second = second.answer().await.unwrap();
+    assert_eq!((second.global.xid, second.existed), (first.global.xid, true));
+}
+
+/// The purge deletes a transaction and its key together. After that the key is free, and nothing is known of it.
+#[tokio::test]
+async fn a_key_whose_transaction_is_purged_after_the_key_was_read_is_read_again() {
+    let rig = Rig::new().await;
+    let purged = rig.finished(7).await;
+    let looks = rig.store.key_looks().len();
+    rig.store.hold_key_looks_from(Some(looks));
+    let begin = rig.begin(keyed(7, 2));
+    rig.until_key_looks(looks + 1).await;
+    rig.purge().await;
+    rig.store.hold_key_looks_from(None);
+    let begun = begin.answer().await.unwrap();
+    assert!(!begun.existed && begun.global.xid != purged);
+
+    rig.cancel(begun.global.xid).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    let looks = rig.store.key_looks().len();
+    rig.store.hold_key_looks_from(Some(looks));
+    let find = rig.send(|reply| Command::FindKey { hash: [7; 32], reply });
+    rig.until_key_looks(looks + 1).await;
+    rig.purge().await;
+    rig.store.hold_key_looks_from(None);
+    let found = find.answer().await.unwrap_err();
+    assert!(matches!(found, Error::KeyUnknown), "{found:?}");
+}

@@ -104,3 +104,60 @@ async fn callers_that_wait_for_durability_are_limited() {
     }
     rig.begin(keyed(7, 1)).answer().await.unwrap();
 }
+
+/// The store answers reads, but no batches. Callers whose answer needs no batch are answered, however many decisions wait.
+#[tokio::test]
+async fn callers_that_wait_for_durability_do_not_keep_reads_from_being_answered() {
+    let rig = Rig::new().await;
+    let finished = rig.begun().await;
+    rig.cancel(finished).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    rig.until_memory_holds(0).await;
+    let (known, decided) = (rig.begun().await, rig.begun().await);
+    rig.store.hold();
+    let mut waiting = Vec::new();
+    for n in 0..WAITING_MAX {
+        waiting.push(rig.confirm(decided));
+        if n % 1000 == 0 {
+            settle().await;
+        }
+    }
+    settle().await;
+    let refused = rig.begin(new(&["1"])).answer().await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
+    // The answer would have to wait for the batch, too.
+    let refused = rig.ask(decided, What::Get, Until::Now).answer().await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
+    assert_eq!(rig.state(known).await, State::Trying, "it is in memory, and durable");
+    assert_eq!(rig.state(finished).await, State::Cancelled, "it is in the store");
+    let find = rig.send(|reply| Command::FindKey { hash: [7; 32], reply });
+    assert!(matches!(find.answer().await, Err(Error::KeyUnknown)));
+    rig.store.release();
+    for waiting in waiting {
+        assert_eq!(waiting.answer().await.unwrap().global.state, State::Confirming);
+    }
+}
+
+/// The reverse: the store answers batches, but no reads.
+#[tokio::test]
+async fn a_transaction_in_memory_is_answered_however_many_callers_wait_for_reads() {
+    let rig = Rig::new().await;
+    let known = rig.begun().await;
+    rig.store.hold_loads(true);
+    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
+    let mut waiting = Vec::new();
+    for sequence in 1..=u64::try_from(WAITING_MAX).unwrap() {
+        let xid = Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce };
+        waiting.push(rig.ask(xid, What::Get, Until::Now));
+        if sequence % 1000 == 0 {
+            settle().await;
+        }
+    }
+    settle().await;
+    assert_eq!(rig.state(known).await, State::Trying);
+    let register = rig.ask(known, What::Register(vec![registered("3", 1)]), Until::Now);
+    register.answer().await.unwrap();
+    rig.begun().await;
+}

@@ -214,9 +214,10 @@ impl Dispatch for GrpcDispatch {
                 biased;
                 permit = waiting => Some(permit),
                 () = closing.cancelled() => None,
+                () = returned.closed() => None,
             };
             let outcome = match permit {
-                Some(_permit) if !call.is_too_late(clock.now()) => {
+                Some(_permit) if !call.is_too_late(clock.now()) && !returned.is_closed() => {
                     make(&place, &call, &*clock).await
                 }
                 _ => not_made(&call, clock.now()),
@@ -234,7 +235,7 @@ async fn report(returned: &mpsc::Sender<Returned>, call: &CallRequest, outcome: 
     drop(returned.send(Returned { xid, branch, phase, outcome }).await);
 }
 
-/// The outcome of a call that was not made, because the process or phase one ended before its turn.
+/// The outcome of a call that was not made, because the process, its partition or phase one ended before its turn.
 fn not_made(call: &CallRequest, now: Timestamp) -> Outcome {
     outcome(
         call.phase,

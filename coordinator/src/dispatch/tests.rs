@@ -358,3 +358,30 @@ async fn participants_that_nobody_calls_are_forgotten() {
     peer(1, now + Duration::from_secs(600)).unwrap();
     assert_eq!(dispatch.known(), 1);
 }
+
+/// The next owner makes these calls. Here they would only take the turns of others.
+#[tokio::test]
+async fn calls_that_wait_for_a_partition_that_has_ended_are_not_made() {
+    let participant = Participant::default();
+    let address = participant.serve().await;
+    let dispatch = dispatch(&[&address]);
+    let (returned, outcomes) = mpsc::channel(64);
+    for _ in 0..20 {
+        dispatch.submit(confirm("hang", SHORT), &returned).unwrap();
+    }
+    let in_flight = async {
+        while participant.asked.load(Ordering::Relaxed) < 6 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(LONG, in_flight).await.expect("six of eight slots");
+    drop(outcomes);
+    let peer = dispatch.peer(address.parse().unwrap(), Timestamp(0)).unwrap();
+    let over = async {
+        while !peer.is_idle(Timestamp(i64::MAX), Duration::ZERO) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(LONG, over).await.expect("they end");
+    assert_eq!(participant.asked.load(Ordering::Relaxed), 6);
+}

@@ -78,17 +78,30 @@ pub(crate) fn server() -> Server {
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
 }
 
-/// Accepts `connections_max` connections at a time; further ones are closed at once. When `closing` is cancelled, connections
-/// whose client has sent nothing are closed.
+/// Permits for open connections. Clones share them: connections of the lobby that stay open after it has closed still count.
+#[derive(Debug, Clone)]
+pub(crate) struct Permits {
+    free: Arc<Semaphore>,
+    connections_max: usize,
+}
+
+impl Permits {
+    /// For `connections_max` connections at a time.
+    pub(crate) fn new(connections_max: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(connections_max)), connections_max }
+    }
+}
+
+/// Accepts a connection for each permit; further connections are closed at once. When `closing` is cancelled, connections whose
+/// client has sent nothing are closed.
 pub(crate) fn incoming(
     listener: TcpListener,
-    connections_max: usize,
+    permits: Permits,
     closing: CancellationToken,
 ) -> impl Stream<Item = io::Result<Connection<TcpStream>>> {
     let accepting = Accepting {
         listener,
-        permits: Arc::new(Semaphore::new(connections_max)),
-        connections_max,
+        permits,
         closing,
         refused: Seldom::default(),
         failed: Seldom::default(),
@@ -101,8 +114,7 @@ pub(crate) fn incoming(
 
 struct Accepting {
     listener: TcpListener,
-    permits: Arc<Semaphore>,
-    connections_max: usize,
+    permits: Permits,
     closing: CancellationToken,
     refused: Seldom,
     failed: Seldom,
@@ -113,12 +125,12 @@ impl Accepting {
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    if let Ok(permit) = self.permits.clone().try_acquire_owned() {
+                    if let Ok(permit) = self.permits.free.clone().try_acquire_owned() {
                         let _is_slower_without = stream.set_nodelay(true);
                         return Connection::new(stream, Some(permit)).until(self.closing.clone());
                     }
                     if let Some(times) = self.refused.tell() {
-                        let connections_max = self.connections_max;
+                        let connections_max = self.permits.connections_max;
                         warn!(
                             times,
                             connections_max,
@@ -168,6 +180,7 @@ impl Seldom {
 mod tests {
     use std::convert::Infallible;
 
+    use futures_util::StreamExt as _;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
         time::{Instant, timeout},
@@ -231,6 +244,30 @@ mod tests {
             after > HANDSHAKE_WITHIN && after <= Duration::from_secs(41),
             "{after:?}: it was to be asked first"
         );
+    }
+
+    /// Otherwise a client could open `limits.connections` in the lobby, and as many once more when it has closed.
+    #[tokio::test]
+    async fn a_connection_that_stays_open_keeps_its_permit() {
+        let permits = Permits::new(1);
+        let mut opened = Vec::new();
+        for is_accepted in [true, false] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let closing = CancellationToken::new();
+            let accepting = Box::pin(incoming(listener, permits.clone(), closing));
+            let mut client = TcpStream::connect(address).await.unwrap();
+            let mut byte = [0];
+            tokio::select! {
+                (accepted, _) = accepting.into_future() => {
+                    assert!(is_accepted);
+                    opened.push(accepted.unwrap().unwrap());
+                }
+                closed = client.read(&mut byte) => {
+                    assert!(!is_accepted && closed.is_ok_and(|bytes| bytes == 0));
+                }
+            }
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::{
     coordinator::{Coordinator, End, Running},
     dispatch::{GrpcDispatch, Tcp},
     journal::Ended,
-    listen,
+    listen::{self, Permits},
     lobby::Lobby,
     partition::Settings,
     rpc::{
@@ -159,10 +159,10 @@ pub async fn run(
     announce: impl FnOnce(&Started),
 ) -> Result<Exit, Error> {
     let stop = signals::stop_token(hangup).map_err(Error::Signals)?;
-    let connections_max = listen::connections_max(config.limits.connections);
+    let permits = Permits::new(listen::connections_max(config.limits.connections));
     let (listener, listening) = listen_on(config.listen).await?;
     let failed = |source| Error::Listen { address: listening, source };
-    let lobby = Lobby::open(listener, connections_max).await.map_err(failed)?;
+    let lobby = Lobby::open(listener, permits.clone()).await.map_err(failed)?;
     let Ready { services, dispatch, mut running, coordinator } = tokio::select! {
         ready = start(&config, take_over) => ready?,
         // Starting is abandoned, whatever it waits for. A takeover that has begun still completes in the store, and the next
@@ -176,7 +176,7 @@ pub async fn run(
     let services = services.until(closing.clone());
     let (router, health) = router(&services);
     let listener = lobby.close().await.map_err(failed)?;
-    let incoming = listen::incoming(listener, connections_max, closing.clone());
+    let incoming = listen::incoming(listener, permits, closing.clone());
     let mut serving = tokio::spawn(
         router.serve_with_incoming_shutdown(Box::pin(incoming), closing.clone().cancelled_owned()),
     );

@@ -33,7 +33,8 @@ pub struct EachCall {
 }
 
 impl EachCall {
-    pub(super) fn new(under_way: TaskTracker, closing: CancellationToken) -> Self {
+    /// `under_way` holds a token for each call in flight. Once `closing` is cancelled, streams of gRPC's own services end.
+    pub(crate) fn new(under_way: TaskTracker, closing: CancellationToken) -> Self {
         Self { under_way, closing, all: Budget::new(ALL_BYTES_MAX) }
     }
 }

@@ -3,6 +3,7 @@
 
 mod addresses;
 mod bad_input;
+mod execute;
 mod promises;
 
 use std::collections::BTreeMap;
@@ -51,6 +52,10 @@ struct Rig {
 
 impl Rig {
     async fn new() -> Self {
+        Self::with(Arc::new(Willing)).await
+    }
+
+    async fn with(participants: Arc<dyn Dispatch>) -> Self {
         let clock = ManualClock::at(Timestamp(1_700_000_000_000));
         let settings = Settings {
             retry: RetryPolicy {
@@ -67,7 +72,7 @@ impl Rig {
         let retention = Duration::from_secs(3600);
         let (coordinator, running) = Coordinator::start(
             store.clone(),
-            Arc::new(Willing),
+            participants,
             Arc::new(clock.clone()),
             settings,
             retention,

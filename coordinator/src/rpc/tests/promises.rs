@@ -188,34 +188,6 @@ async fn the_same_key_gives_the_same_transaction() {
 }
 
 #[tokio::test]
-async fn execute_runs_both_phases_and_brings_the_replies() {
-    let rig = Rig::new().await;
-    let branches =
-        ["1", "2"].map(|id| pb::BranchSpec { payload: payload(id.len()), ..spec(id) }).to_vec();
-    for in_order in [false, true] {
-        let request = pb::ExecuteRequest {
-            name: "checkout".to_owned(),
-            idempotency_key: format!("order-{in_order}"),
-            branches: branches.clone(),
-            in_order,
-            until: pb::Until::Completed.into(),
-            ..Default::default()
-        };
-        let executed =
-            rig.services.execute(Request::new(request.clone())).await.unwrap().into_inner();
-        let transaction = executed.transaction.unwrap();
-        assert_eq!(transaction.state(), pb::TransactionState::Confirmed);
-        assert_eq!(transaction.drive(), pb::Drive::Coordinator);
-        assert_eq!(executed.replies.len(), 2);
-        assert_eq!(executed.replies[0].reply, payload(1));
-        // The answer was lost. A repeat gets the outcome, without replies.
-        let again = rig.services.execute(Request::new(request)).await.unwrap().into_inner();
-        assert_eq!((again.existed, again.replies.len()), (true, 0));
-        assert_eq!(again.transaction.unwrap().state(), pb::TransactionState::Confirmed);
-    }
-}
-
-#[tokio::test]
 async fn an_operator_lists_hurries_and_resolves() {
     let rig = Rig::new().await;
     let (trying, done) = (rig.begun(&["1"]).await, rig.begun(&["1"]).await);

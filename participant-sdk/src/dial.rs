@@ -15,7 +15,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use handfast_proto::{
     address::Address,
-    connection::{self, Http2, endpoint},
+    connection::{self, Http2Stream, endpoint},
 };
 use hyper_util::rt::TokioIo;
 use tokio::time::timeout;
@@ -52,7 +52,7 @@ impl Addresses {
         endpoint(&self.addresses[0]).connect_with_connector_lazy(connector)
     }
 
-    async fn connect(&self, start: usize) -> io::Result<TokioIo<Http2>> {
+    async fn connect(&self, start: usize) -> io::Result<TokioIo<Http2Stream>> {
         let mut failed = io::Error::from(io::ErrorKind::NotFound);
         let mut found = Vec::new();
         for address in &*self.addresses {
@@ -94,9 +94,9 @@ struct Connector {
 }
 
 impl Service<Uri> for Connector {
-    type Response = TokioIo<Http2>;
+    type Response = TokioIo<Http2Stream>;
     type Error = io::Error;
-    type Future = BoxFuture<'static, io::Result<TokioIo<Http2>>>;
+    type Future = BoxFuture<'static, io::Result<TokioIo<Http2Stream>>>;
 
     fn poll_ready(&mut self, _: &mut task::Context<'_>) -> task::Poll<io::Result<()>> {
         task::Poll::Ready(Ok(()))

@@ -11,8 +11,11 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
+    io::{AsyncRead, Join, ReadBuf, join},
+    net::{
+        TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
 };
 use tonic::{
     ConnectError, Status,
@@ -63,10 +66,11 @@ pub fn channel(address: &Address, at: Option<SocketAddr>) -> Channel {
 /// # Errors
 ///
 /// When the connection fails.
-pub async fn connect(at: SocketAddr) -> io::Result<TokioIo<Http2>> {
+pub async fn connect(at: SocketAddr) -> io::Result<TokioIo<Http2Stream>> {
     let stream = TcpStream::connect(at).await?;
     stream.set_nodelay(true)?;
-    Ok(TokioIo::new(Http2 { stream, is_sure: false }))
+    let (reads, writes) = stream.into_split();
+    Ok(TokioIo::new(join(FirstByte { stream: reads, is_sure: false }, writes)))
 }
 
 /// Whether the call failed because it had no connection. Then the call cannot have arrived.
@@ -113,14 +117,17 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
     })
 }
 
-/// A connection that reports which protocol the peer speaks, if it is not HTTP/2. It looks at the first bytes.
+/// A connection that reports which protocol the peer speaks, if it is not HTTP/2.
+pub type Http2Stream = Join<FirstByte, OwnedWriteHalf>;
+
+/// What the peer sends. Looks at the first byte.
 #[derive(Debug)]
-pub struct Http2 {
-    stream: TcpStream,
+pub struct FirstByte {
+    stream: OwnedReadHalf,
     is_sure: bool,
 }
 
-impl AsyncRead for Http2 {
+impl AsyncRead for FirstByte {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -141,35 +148,5 @@ impl AsyncRead for Http2 {
             self.is_sure = true;
         }
         Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Http2 {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
     }
 }

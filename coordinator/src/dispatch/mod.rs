@@ -38,9 +38,9 @@ pub struct CallRequest {
     pub phase: Phase,
     /// The number of this attempt within the phase, from 1.
     pub attempt: u32,
-    /// When phase one ends.
+    /// When phase one ends. A Try is not sent after that.
     pub expires_at: Timestamp,
-    /// The labels of the transaction.
+    /// The transaction's labels, which the participant is told.
     pub labels: BTreeMap<String, String>,
     /// The deadline of the call, counted from when it is sent.
     pub deadline: Duration,

@@ -82,7 +82,7 @@ pub struct Parts {
     pub held: Arc<Held>,
     /// Spawns and counts the partition's reads.
     pub tasks: TaskTracker,
-    /// The configuration.
+    /// Limits, deadlines and pauses from the configuration.
     pub settings: Settings,
 }
 

@@ -39,13 +39,17 @@ async fn answer(
 ) -> CallStreamResponse {
     let CallStreamRequest { number, timeout_millis, call } = request;
     let timeout = (timeout_millis > 0).then(|| Duration::from_millis(timeout_millis.into()));
-    let caller = Caller { allowance, timeout };
-    let answer = within(timeout_millis, ask(&services, caller, call)).await;
+    let limits = WaitLimits { allowance, timeout };
+    let answer = within(timeout_millis, ask(&services, limits, call)).await;
     let answer = Some(answer.unwrap_or_else(|status| Answer::Failure(status.into())));
     CallStreamResponse { number, answer }
 }
 
-async fn ask(services: &Services, caller: Caller, call: Option<Call>) -> Result<Answer, Status> {
+async fn ask(
+    services: &Services,
+    limits: WaitLimits,
+    call: Option<Call>,
+) -> Result<Answer, Status> {
     let Some(call) = call else {
         return invalid("call", "is missing, or this coordinator does not know it")?;
     };
@@ -54,27 +58,27 @@ async fn ask(services: &Services, caller: Caller, call: Option<Call>) -> Result<
         Call::RegisterBranch(call) => {
             Answer::RegisterBranch(of(services.register_branch(Request::new(call)).await?))
         }
-        Call::Decide(call) => Answer::Decide(of(services.decide(caller.asks(call)).await?)),
-        Call::Execute(call) => Answer::Execute(of(services.execute(caller.asks(call)).await?)),
+        Call::Decide(call) => Answer::Decide(of(services.decide(limits.request(call)).await?)),
+        Call::Execute(call) => Answer::Execute(of(services.execute(limits.request(call)).await?)),
         Call::GetTransaction(call) => {
             Answer::GetTransaction(of(services.get_transaction(Request::new(call)).await?))
         }
         Call::WaitTransaction(call) => {
-            Answer::WaitTransaction(of(services.wait_transaction(caller.asks(call)).await?))
+            Answer::WaitTransaction(of(services.wait_transaction(limits.request(call)).await?))
         }
     })
 }
 
 /// What limits how long a call may wait.
-struct Caller {
+struct WaitLimits {
     /// How many calls of the connection may wait.
     allowance: Option<Allowance>,
     timeout: Option<Duration>,
 }
 
-impl Caller {
+impl WaitLimits {
     /// Makes the request of a call that may wait.
-    fn asks<T>(self, call: T) -> Request<T> {
+    fn request<T>(self, call: T) -> Request<T> {
         let mut request = Request::new(call);
         if let Some(allowance) = self.allowance {
             request.extensions_mut().insert(allowance);

@@ -293,9 +293,22 @@ impl<S: Streamed> Driver<S> {
                 }
                 NoAnswer::Broken(why)
             }
-            // A status without a source came from the peer: it does not support streams, or refuses this one.
+            // A status without a source came from the peer. If the peer cannot answer at the moment (a standby, a proxy in front
+            // of a server that is starting), that says nothing about streams: the next call opens one.
             Ok(Err(status)) if status.source().is_none() => {
-                self.set_slot(Slot::Unary(Instant::now() + UNARY_FOR));
+                let is_for_now = matches!(
+                    status.code(),
+                    Code::Unavailable
+                        | Code::ResourceExhausted
+                        | Code::Aborted
+                        | Code::Cancelled
+                        | Code::DeadlineExceeded
+                );
+                self.set_slot(if is_for_now {
+                    Slot::Closed
+                } else {
+                    Slot::Unary(Instant::now() + UNARY_FOR)
+                });
                 NoAnswer::MakeUnary
             }
             Ok(Err(status)) => NoAnswer::Broken(broken(status)),

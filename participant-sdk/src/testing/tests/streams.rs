@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -36,7 +36,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Clone)]
 struct Odd {
     /// If set, opening a stream fails with this code.
-    no_streams: Option<Code>,
+    no_streams: Arc<Mutex<Option<Code>>>,
     /// How many streams are still to end upon their first call.
     broken: Arc<AtomicUsize>,
     /// Ends the open stream.
@@ -44,8 +44,12 @@ struct Odd {
 }
 
 impl Odd {
+    fn without_streams(code: Option<Code>) -> Self {
+        Self { no_streams: Arc::new(Mutex::new(code)), ..Self::sound() }
+    }
+
     fn sound() -> Self {
-        Self { no_streams: None, broken: Arc::default(), end_stream: Arc::default() }
+        Self { no_streams: Arc::default(), broken: Arc::default(), end_stream: Arc::default() }
     }
 }
 
@@ -106,7 +110,8 @@ impl ParticipantService for Odd {
         &self,
         request: Request<Streaming<pb::BranchStreamRequest>>,
     ) -> Result<Response<BranchAnswers>, Status> {
-        if let Some(code) = self.no_streams {
+        let no_streams = *self.no_streams.lock().unwrap();
+        if let Some(code) = no_streams {
             return Err(Status::new(code, "no streams here"));
         }
         let one_less = |broken: usize| broken.checked_sub(1);
@@ -212,7 +217,7 @@ async fn after_a_stream_that_broke_calls_go_over_another() {
 async fn a_participant_without_streams_gets_unary_calls() {
     for code in [Code::Unimplemented, Code::FailedPrecondition, Code::Internal] {
         let network = Network::default();
-        let _serving = serve(&network, Odd { no_streams: Some(code), ..Odd::sound() });
+        let _serving = serve(&network, Odd::without_streams(Some(code)));
         let line = Line::new(network.connect("odd"));
         let [one, other] = [try_it(&line, "fast"), try_it(&line, "refuse")];
         let (one, other) = tokio::join!(one, other);
@@ -222,11 +227,26 @@ async fn a_participant_without_streams_gets_unary_calls() {
     }
 }
 
+/// A standby or an overloaded server answers so. Streams are well worth another try when it has become ready.
+#[tokio::test]
+async fn a_peer_that_is_not_available_now_is_not_taken_for_one_without_streams() {
+    for code in [Code::Unavailable, Code::ResourceExhausted] {
+        let network = Network::default();
+        let odd = Odd::without_streams(Some(code));
+        let _serving = serve(&network, odd.clone());
+        let line = Line::new(network.connect("odd"));
+        try_it(&line, "fast").await.unwrap();
+        *odd.no_streams.lock().unwrap() = None;
+        try_it(&line, "fast").await.unwrap();
+        assert_eq!(format!("{line:?}"), "Line(a stream)", "{code:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_reply_over_the_limits_of_the_contract_is_no_clear_answer() {
     for no_streams in [None, Some(Code::Unimplemented)] {
         let network = Network::default();
-        let _serving = serve(&network, Odd { no_streams, ..Odd::sound() });
+        let _serving = serve(&network, Odd::without_streams(no_streams));
         let line = Line::new(network.connect("odd"));
         for (action, told) in [
             ("long", "the reply has 65537 bytes, and may have 65536"),

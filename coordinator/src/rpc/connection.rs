@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::gather::{Budget, CONNECTION_BYTES_MAX};
+use handfast_proto::gather::Share;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -69,10 +69,8 @@ impl<IO> Connection<IO> {
             deadline: Box::pin(sleep(HANDSHAKE_WITHIN)),
             closing: None,
         };
-        let allowance = Allowance {
-            waits: Arc::new(Semaphore::new(WAITS_MAX)),
-            unfinished: Budget::new(CONNECTION_BYTES_MAX),
-        };
+        let allowance =
+            Allowance { waits: Arc::new(Semaphore::new(WAITS_MAX)), unfinished: Share::default() };
         Self { io, allowance, handshake: Some(handshake), _permit: permit }
     }
 
@@ -90,12 +88,12 @@ impl<IO> Connection<IO> {
 #[derive(Debug, Clone)]
 pub struct Allowance {
     waits: Arc<Semaphore>,
-    unfinished: Budget,
+    unfinished: Share,
 }
 
 impl Allowance {
-    /// The budget for bytes of messages that have not fully arrived.
-    pub(super) fn unfinished(&self) -> Budget {
+    /// The bytes of messages that have not fully arrived.
+    pub(super) fn unfinished(&self) -> Share {
         self.unfinished.clone()
     }
 }

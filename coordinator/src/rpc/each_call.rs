@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use handfast_proto::gather::{ALL_BYTES_MAX, Budget, Gather};
+use handfast_proto::gather::{Budget, Gather};
 use http::HeaderMap;
 use http_body::Frame;
 use tokio_util::{
@@ -29,13 +29,13 @@ const OF_GRPC: &str = "/grpc.";
 pub struct EachCall {
     under_way: TaskTracker,
     closing: CancellationToken,
-    all: Budget,
+    budget: Budget,
 }
 
 impl EachCall {
     /// `under_way` holds a token for each call in flight. Once `closing` is cancelled, streams of gRPC's own services end.
     pub(crate) fn new(under_way: TaskTracker, closing: CancellationToken) -> Self {
-        Self { under_way, closing, all: Budget::new(ALL_BYTES_MAX) }
+        Self { under_way, closing, budget: Budget::default() }
     }
 }
 
@@ -43,11 +43,11 @@ impl<S> Layer<S> for EachCall {
     type Service = Gather<Counted<S>>;
 
     fn layer(&self, inner: S) -> Gather<Counted<S>> {
-        let Self { under_way, closing, all } = self.clone();
+        let Self { under_way, closing, budget } = self.clone();
         let of_connection = |extensions: &http::Extensions| {
             extensions.get::<Allowance>().map(Allowance::unfinished)
         };
-        Gather::new(Counted { inner, under_way, closing }, all, of_connection)
+        Gather::new(Counted { inner, under_way, closing }, budget, of_connection)
     }
 }
 

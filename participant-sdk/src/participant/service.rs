@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use handfast_proto::{
     calls::{BranchAnswers, serve_branches},
-    gather::{ALL_BYTES_MAX, Budget, Gather},
+    gather::{Budget, Gather},
     limits,
     v1::{
         ActionInfo, BranchContext, BranchStreamRequest, CancelBranchRequest, CancelBranchResponse,
@@ -33,7 +33,7 @@ impl Participant {
         let service = ParticipantServiceServer::new(self)
             .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
             .max_encoding_message_size(limits::RESPONSE_BYTES_MAX);
-        Gather::new(service, Budget::new(ALL_BYTES_MAX), |_| None)
+        Gather::new(service, Budget::default(), |_| None)
     }
 }
 

@@ -2,16 +2,14 @@
 //!
 //! tonic allocates the length that a message announces. A thousand calls that announce 2 MiB and send one byte each would cost 2
 //! GiB. Here, a message costs only the bytes that have arrived. A call fails if its message takes longer than
-//! [`MESSAGE_WITHIN`], or exceeds the budget of its connection or of the process.
+//! [`MESSAGE_WITHIN`], or exceeds what its connection or the process may hold ([`Budget`]).
+
+mod budget;
 
 use std::{
     collections::VecDeque,
     future::Future as _,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -22,64 +20,31 @@ use tokio::time::{Sleep, sleep};
 use tonic::{Status, body::Body, server::NamedService};
 use tower_service::Service;
 
+pub use self::budget::{Budget, COMMON_BYTES_MAX, CONNECTION_BYTES_MAX, OWN_BYTES_MAX, Share};
 use crate::limits;
 
 /// How long a message may take from its first byte to its last.
 pub const MESSAGE_WITHIN: Duration = Duration::from_secs(30);
-/// Bytes of incomplete messages per connection: sixteen of the largest requests.
-pub const CONNECTION_BYTES_MAX: usize = 16 * limits::REQUEST_BYTES_MAX;
-/// Bytes of incomplete messages over all connections.
-pub const ALL_BYTES_MAX: usize = 8 * CONNECTION_BYTES_MAX;
 /// The header of a message: a flag and four bytes of length.
 const HEADER_BYTES: usize = 5;
-
-/// A memory budget for incomplete messages. Clones share it.
-#[derive(Debug, Clone)]
-pub struct Budget(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    held: AtomicUsize,
-    max: usize,
-}
-
-impl Budget {
-    /// A budget of `max` bytes.
-    #[must_use]
-    pub fn new(max: usize) -> Self {
-        Self(Arc::new(Shared { held: AtomicUsize::new(0), max }))
-    }
-
-    fn take(&self, bytes: usize) -> bool {
-        let held = self.0.held.fetch_add(bytes, Ordering::Relaxed);
-        let fits = held + bytes <= self.0.max;
-        if !fits {
-            self.give_back(bytes);
-        }
-        fits
-    }
-
-    fn give_back(&self, bytes: usize) {
-        self.0.held.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
 
 /// A service that receives each request message only once it is complete.
 #[derive(Debug, Clone)]
 pub struct Gather<S> {
     inner: S,
-    all: Budget,
-    of_connection: fn(&http::Extensions) -> Option<Budget>,
+    budget: Budget,
+    of_connection: fn(&http::Extensions) -> Option<Share>,
 }
 
 impl<S> Gather<S> {
-    /// `all` is the budget of all connections together. `of_connection` finds the budget of a request's connection.
+    /// `of_connection` finds the share of a request's connection. For `None`, connections are told apart by the address of the
+    /// caller.
     pub fn new(
         inner: S,
-        all: Budget,
-        of_connection: fn(&http::Extensions) -> Option<Budget>,
+        budget: Budget,
+        of_connection: fn(&http::Extensions) -> Option<Share>,
     ) -> Self {
-        Self { inner, all, of_connection }
+        Self { inner, budget, of_connection }
     }
 }
 
@@ -93,9 +58,10 @@ impl<S: Service<http::Request<Body>>> Service<http::Request<Body>> for Gather<S>
     }
 
     fn call(&mut self, request: http::Request<Body>) -> S::Future {
-        let of_connection = (self.of_connection)(request.extensions());
-        let budgets = [Some(self.all.clone()), of_connection];
-        self.inner.call(request.map(|body| Body::new(Gathered::new(body, budgets))))
+        let known = (self.of_connection)(request.extensions());
+        let share = known.unwrap_or_else(|| self.budget.share_of(request.extensions()));
+        let budget = self.budget.clone();
+        self.inner.call(request.map(|body| Body::new(Gathered::new(body, budget, share))))
     }
 }
 
@@ -110,7 +76,8 @@ struct Gathered {
     held: Vec<u8>,
     /// How many bytes are missing from this message. `None` until its header has arrived.
     lacks: Option<usize>,
-    budgets: [Option<Budget>; 2],
+    budget: Budget,
+    share: Share,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Complete messages, and the trailers.
     ready: VecDeque<Frame<Bytes>>,
@@ -119,12 +86,13 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn new(body: Body, budgets: [Option<Budget>; 2]) -> Self {
+    fn new(body: Body, budget: Budget, share: Share) -> Self {
         Self {
             body,
             held: Vec::new(),
             lacks: None,
-            budgets,
+            budget,
+            share,
             deadline: None,
             ready: VecDeque::new(),
             is_given_up: false,
@@ -185,18 +153,7 @@ impl Gathered {
     }
 
     fn hold(&mut self, part: &[u8]) -> Result<(), Status> {
-        let [all, of_connection] = &self.budgets;
-        let fits =
-            |budget: &Option<Budget>| budget.as_ref().is_none_or(|budget| budget.take(part.len()));
-        if !fits(all) {
-            return Err(too_much("this process"));
-        }
-        if !fits(of_connection) {
-            if let Some(all) = all {
-                all.give_back(part.len());
-            }
-            return Err(too_much("this connection"));
-        }
+        self.budget.take(&self.share, part.len())?;
         self.held.extend_from_slice(part);
         if self.deadline.is_none() {
             self.deadline = Some(Box::pin(sleep(MESSAGE_WITHIN)));
@@ -208,9 +165,7 @@ impl Gathered {
     fn release(&mut self) {
         self.is_given_up |= self.is_bad();
         let held = std::mem::take(&mut self.held);
-        for budget in self.budgets.iter().flatten() {
-            budget.give_back(held.len());
-        }
+        self.budget.give_back(&self.share, held.len());
         (self.lacks, self.deadline) = (None, None);
         if !held.is_empty() {
             self.ready.push_back(Frame::data(held.into()));
@@ -222,12 +177,6 @@ impl Drop for Gathered {
     fn drop(&mut self) {
         self.release();
     }
-}
-
-fn too_much(whose: &str) -> Status {
-    Status::resource_exhausted(format!(
-        "too many bytes of requests that have not arrived whole are held for {whose}; ask again"
-    ))
 }
 
 impl http_body::Body for Gathered {
@@ -284,7 +233,7 @@ mod tests {
     use futures_util::{StreamExt as _, stream};
     use http_body_util::{BodyExt as _, StreamBody};
 
-    use super::*;
+    use super::{budget::Bounds, *};
 
     fn message(length: usize) -> Vec<u8> {
         let header = u32::try_from(length).unwrap().to_be_bytes();
@@ -296,7 +245,7 @@ mod tests {
     async fn gathered(
         chunks: Vec<Vec<u8>>,
         ends: bool,
-        budgets: [Option<Budget>; 2],
+        budget: &Budget,
     ) -> Result<Vec<Bytes>, Status> {
         let chunks = stream::iter(chunks).map(|chunk| Ok::<_, Status>(Frame::data(chunk.into())));
         let body = if ends {
@@ -304,7 +253,7 @@ mod tests {
         } else {
             Body::new(StreamBody::new(chunks.chain(stream::pending())))
         };
-        let mut gathered = Gathered::new(body, budgets);
+        let mut gathered = Gathered::new(body, budget.clone(), Share::default());
         let mut left = Vec::new();
         while let Some(frame) = gathered.frame().await {
             left.push(frame?.into_data().unwrap());
@@ -312,13 +261,18 @@ mod tests {
         Ok(left)
     }
 
+    /// A budget without bytes that a connection has for itself.
+    fn common(bytes: usize) -> Budget {
+        Budget::new(Bounds { own: 0, request: bytes, connection: bytes, common: bytes })
+    }
+
     #[tokio::test]
     async fn messages_leave_whole_however_they_arrive() {
-        let budget = Budget::new(1024);
+        let budget = common(1024);
         let all: Vec<u8> = [message(0), message(7), message(300), message(1)].concat();
         for size in [1, 2, 3, 5, 6, 11, 100, 1000] {
             let chunks = all.chunks(size).map(<[u8]>::to_vec).collect();
-            let left = gathered(chunks, true, [Some(budget.clone()), None]).await.unwrap();
+            let left = gathered(chunks, true, &budget).await.unwrap();
             assert_eq!(left.concat(), all, "chunks of {size}");
             for frame in &left {
                 let mut rest = &frame[..];
@@ -329,49 +283,79 @@ mod tests {
                 assert!(rest.is_empty(), "chunks of {size}: a message left in parts");
             }
         }
-        assert_eq!(budget.0.held.load(Ordering::Relaxed), 0);
+        assert_eq!(budget.held(), 0);
     }
 
     #[tokio::test]
     async fn what_tonic_refuses_reaches_it_at_once() {
         let too_long = [&[0][..], &u32::MAX.to_be_bytes(), b"x"].concat();
         let no_message = b"GET / HTTP/1.1\r\n".to_vec();
+        let budget = Budget::default();
         for bad in [too_long, no_message] {
             for size in [1, 4, 100] {
                 let chunks = bad.chunks(size).map(<[u8]>::to_vec).collect();
-                assert_eq!(gathered(chunks, true, [None, None]).await.unwrap().concat(), bad);
+                assert_eq!(gathered(chunks, true, &budget).await.unwrap().concat(), bad);
             }
         }
         // Half a message: tonic reports that the end is missing.
         let half = message(10)[..9].to_vec();
-        assert_eq!(gathered(vec![half.clone()], true, [None, None]).await.unwrap().concat(), half);
+        assert_eq!(gathered(vec![half.clone()], true, &budget).await.unwrap().concat(), half);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_message_that_never_ends_is_given_up_and_costs_what_has_arrived() {
-        let all = Budget::new(1024);
+        let all = common(1024);
         let chunks = vec![message(limits::REQUEST_BYTES_MAX)[..6].to_vec()];
-        let waiting = gathered(chunks, false, [Some(all.clone()), None]);
+        let waiting = gathered(chunks, false, &all);
         let (ended, ()) = tokio::join!(waiting, async {
             sleep(Duration::from_secs(1)).await;
-            assert_eq!(all.0.held.load(Ordering::Relaxed), 6);
+            assert_eq!(all.held(), 6);
         });
         assert_eq!(ended.unwrap_err().code(), tonic::Code::DeadlineExceeded);
-        assert_eq!(all.0.held.load(Ordering::Relaxed), 0);
+        assert_eq!(all.held(), 0);
     }
 
     #[tokio::test]
     async fn a_connection_and_the_process_hold_no_more_than_they_may() {
-        let (all, of_one) = (Budget::new(100), Budget::new(60));
+        let budget = Budget::new(Bounds { own: 10, request: 50, connection: 60, common: 80 });
         let part = |length| vec![message(1000)[..length].to_vec()];
-        let too_much = gathered(part(61), true, [Some(all.clone()), Some(of_one.clone())]).await;
-        assert_eq!(too_much.unwrap_err().code(), tonic::Code::ResourceExhausted);
-        assert!(of_one.take(60) && all.take(60));
-        let too_much = gathered(part(41), true, [Some(all.clone()), None]).await;
-        assert_eq!(too_much.unwrap_err().code(), tonic::Code::ResourceExhausted);
-        assert!(gathered(part(40), true, [Some(all.clone()), None]).await.is_ok());
-        of_one.give_back(60);
-        all.give_back(60);
-        assert_eq!([&all, &of_one].map(|budget| budget.0.held.load(Ordering::Relaxed)), [0, 0]);
+        let too_much = gathered(part(61), true, &budget).await.unwrap_err();
+        assert_eq!(too_much.code(), tonic::Code::ResourceExhausted);
+        let (one, other) = (Share::default(), Share::default());
+        budget.take(&one, 50).unwrap(); // ten of its own
+        budget.take(&one, 1).unwrap_err();
+        assert_eq!(budget.held(), 40);
+        budget.take(&other, 50).unwrap();
+        assert_eq!(budget.held(), 80);
+        assert!(gathered(part(10), true, &budget).await.is_ok(), "it has them for itself");
+        let too_much = gathered(part(11), true, &budget).await.unwrap_err();
+        assert_eq!(too_much.code(), tonic::Code::ResourceExhausted);
+        budget.give_back(&one, 50);
+        budget.give_back(&other, 45);
+        assert_eq!((budget.held(), *one.held(), *other.held()), (0, 0, 5));
+    }
+
+    /// They take all that they can get, in messages that never end.
+    #[tokio::test]
+    async fn a_few_hostile_connections_do_not_break_the_messages_of_others() {
+        const PART: usize = 16 * 1024;
+        let budget = Budget::default();
+        let largest = message(limits::REQUEST_BYTES_MAX);
+        let arrives = async || {
+            let chunks = largest.chunks(PART).map(<[u8]>::to_vec).collect();
+            gathered(chunks, true, &budget).await.map(|whole| whole.concat() == largest)
+        };
+        let take_all = |share: &Share| while budget.take(share, PART).is_ok() {};
+        let mut hostile: Vec<_> = (0..64).map(|_| Share::default()).collect();
+        hostile.iter().for_each(take_all);
+        assert!(arrives().await.unwrap());
+        // Many of them leave each other connection what it has for itself.
+        hostile.extend((0..1000).map(|_| Share::default()));
+        hostile.iter().for_each(take_all);
+        assert_eq!(arrives().await.unwrap_err().code(), tonic::Code::ResourceExhausted);
+        let small = message(OWN_BYTES_MAX - HEADER_BYTES);
+        let chunks = small.chunks(PART).map(<[u8]>::to_vec).collect();
+        assert_eq!(gathered(chunks, true, &budget).await.unwrap().concat(), small);
+        assert!(budget.held() <= COMMON_BYTES_MAX);
     }
 }

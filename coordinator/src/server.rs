@@ -7,7 +7,7 @@
 //! 3. Requests in flight finish.
 //! 4. No new calls go to participants, and those in flight return.
 //! 5. The journal records all remaining changes.
-//! 6. The partitions are handed back.
+//! 6. The partitions are handed back, and the store is closed.
 //!
 //! A kill at any moment is equally safe, but recovery takes longer.
 
@@ -92,6 +92,8 @@ pub enum Exit {
     Corrupt,
     /// A task ended that should run for ever. Holds its name.
     Broken(&'static str),
+    /// The store's file was deleted, moved or replaced.
+    StoreGone,
 }
 
 impl Exit {
@@ -102,6 +104,7 @@ impl Exit {
             Self::Fenced => "fenced",
             Self::Corrupt => "corrupt",
             Self::Broken(task) => task,
+            Self::StoreGone => "store gone",
         }
     }
 }
@@ -191,8 +194,17 @@ pub async fn run(
             End::Partition(_, Ended::Fenced) => Exit::Fenced,
             End::Partition(_, Ended::Corrupt) => Exit::Corrupt,
             End::Task(task) => Exit::Broken(task),
+            End::StoreGone(what) => {
+                error!(what, "the store is not where it was; ending at once");
+                Exit::StoreGone
+            }
         },
     };
+    if exit == Exit::StoreGone {
+        // Nothing can be recorded any more, so there is nothing to wait for.
+        set_ready(&health, false).await;
+        return Ok(exit);
+    }
     if let Exit::Broken(task) = exit {
         // A coordinator with a dead part would only delay its callers. The next owner continues from what is durable.
         set_ready(&health, false).await;

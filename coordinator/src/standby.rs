@@ -77,6 +77,11 @@ pub async fn until_free(store: &dyn Store) {
     }
 }
 
+/// Whether no live coordinator owns the store. It takes a while to find out.
+pub async fn is_free(store: &dyn Store) -> bool {
+    tokio::time::timeout(STILL_MAX + 3 * LOOK_EVERY, until_free(store)).await.is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;

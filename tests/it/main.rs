@@ -6,6 +6,7 @@ mod process;
 mod serve;
 
 mod chaos;
+mod copies;
 mod fuzz;
 mod mishaps;
 mod mysql;

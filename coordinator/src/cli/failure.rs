@@ -19,6 +19,7 @@ pub(super) enum Code {
     Fenced = 8,
     Corrupt = 9,
     Broken = 10,
+    StoreGone = 11,
 }
 
 impl From<Code> for ExitCode {

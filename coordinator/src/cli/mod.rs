@@ -1,11 +1,13 @@
 //! The command line. Output for programs goes to stdout, messages for people go to stderr. A failure says what failed, why, and what
 //! to do, and each kind of failure has its own exit code for scripts.
 
+mod backup;
 mod client;
 mod dev;
 mod failure;
 mod json;
 mod migrate;
+mod restore;
 mod serve;
 mod text;
 
@@ -32,6 +34,7 @@ Exit codes:
   8  serve, dev: another coordinator has taken over the store
   9  serve, dev: the store contains a record that must not exist; a person must look
  10  serve, dev: the coordinator has a fault of its own; start it again
+ 11  serve, dev: the store's file was deleted, moved or replaced while it ran
 
 Examples:
   handfast dev                                      a coordinator to try things with; needs nothing
@@ -58,6 +61,8 @@ enum Command {
     )]
     Config,
     Migrate(migrate::Migrate),
+    Backup(backup::Backup),
+    Restore(restore::Restore),
     List(client::List),
     Show(client::Show),
     Retry(client::Retry),
@@ -71,6 +76,8 @@ impl Cli {
             Command::Dev(dev) => dev.run().await,
             Command::Config => tell(&handfast_coordinator::config::Config::template()),
             Command::Migrate(migrate) => migrate.run().await,
+            Command::Backup(backup) => backup.run().await,
+            Command::Restore(restore) => restore.run().await,
             Command::List(list) => list.run().await,
             Command::Show(show) => show.run().await,
             Command::Retry(retry) => retry.run().await,

@@ -179,6 +179,12 @@ pub(super) fn ended(exit: Exit) -> Result<(), Failure> {
             format!("its {task} task ended; the log says more. What is durable stands"),
             "start it again: it carries on what is open. Please report the log",
         )),
+        Exit::StoreGone => Err(Failure::new(
+            Code::StoreGone,
+            "the store's file was deleted, moved or replaced while the coordinator ran",
+            "the log says which; nothing more was acknowledged, and this coordinator has stopped",
+            "put the file and its -wal back, or restore a backup: `handfast restore --help`. A start without the file begins a new store",
+        )),
     }
 }
 
@@ -231,6 +237,7 @@ mod tests {
         assert_eq!(ended(Exit::Fenced).unwrap_err().code, Code::Fenced);
         assert_eq!(ended(Exit::Corrupt).unwrap_err().code, Code::Corrupt);
         assert_eq!(ended(Exit::Broken("journal")).unwrap_err().code, Code::Broken);
+        assert_eq!(ended(Exit::StoreGone).unwrap_err().code, Code::StoreGone);
     }
 
     #[test]

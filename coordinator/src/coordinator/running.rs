@@ -29,6 +29,8 @@ pub enum End {
     Partition(Ownership, Ended),
     /// A task is over that should run until the coordinator stops. It has panicked.
     Task(&'static str),
+    /// The store is not where it was, in words. Nothing is recorded any more.
+    StoreGone(String),
 }
 
 /// See the module's comment.
@@ -148,9 +150,10 @@ impl Running {
 
     /// The next end of something that was not told to end. Nothing that was not durable is told to callers from then on.
     pub async fn ended(&mut self) -> End {
-        match self.ends.1.recv().await {
-            Some(end) => end,
-            None => std::future::pending().await, // does not happen: this holds a sender
+        tokio::select! {
+            biased; // so that a simulated run can be repeated
+            Some(end) = self.ends.1.recv() => end, // there always is one: this holds a sender
+            what = self.store.gone() => End::StoreGone(what),
         }
     }
 
@@ -168,6 +171,7 @@ impl Running {
         {
             warn!(%error, "cannot hand the partitions back; the next owner will take them over all the same");
         }
+        self.store.close().await;
         let Counts { batches, awaited, transactions } = self.journals.counts();
         let Written { statements, rows } = self.store.written();
         info!(batches, awaited, transactions, statements, rows, "recorded");

@@ -259,6 +259,13 @@ impl Partition {
                 {
                     Some(Error::Lost(xid))
                 }
+                // The store has lost everything from some moment on. It began its present epoch after that, and has the number
+                // of a lost one: this xid is of the lost one.
+                Ok(Lookup::Absent { nonce, .. })
+                    if nonce != Some(xid.nonce) && self.is_later_than_loss(xid) =>
+                {
+                    Some(Error::Lost(xid))
+                }
                 Ok(Lookup::Absent { purged_through, nonce, lost: _ }) => {
                     // A different nonce: the xid is from a store that was deleted, or from before a backup was restored. This
                     // store does not know what happened to that transaction.
@@ -371,6 +378,10 @@ impl Partition {
     fn may_have_lost_its_decision(&self, global: &GlobalTransaction) -> bool {
         let lost_through = self.ownership.lost_through.filter(|_| !Bug::ForgetLoss.is_planted());
         global.state == State::Trying && lost_through.is_some_and(|epoch| global.xid.epoch <= epoch)
+    }
+
+    fn is_later_than_loss(&self, xid: Xid) -> bool {
+        self.ownership.lost_through.is_some_and(|epoch| xid.epoch > epoch)
     }
 
     /// Takes a transaction from the store into memory.

@@ -354,6 +354,15 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         limit: usize,
     ) -> Result<(u64, Option<Xid>), Error>;
 
+    /// Completes when the store is not where it was: its file was deleted, moved or replaced. Says so in words. From then on no
+    /// batch is [`Appended::Durable`].
+    async fn gone(&self) -> String {
+        std::future::pending().await
+    }
+
+    /// Closes the store in order. Nothing is asked of it afterwards. Safety does not depend on it.
+    async fn close(&self) {}
+
     /// Hands these partitions back. Each is handed back only if its epoch and nonce are still the given ones. Safety does not
     /// depend on it.
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error>;

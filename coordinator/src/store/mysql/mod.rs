@@ -158,6 +158,18 @@ impl MySqlStore {
         })
     }
 
+    /// Marks a store that was restored from an older copy: what its epochs lack is answered LOST from now on. Returns how many epochs
+    /// were marked. No coordinator may own it.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`]. A repeat does no harm.
+    pub async fn mark_restored(&self) -> Result<u64, Error> {
+        let mark =
+            async |connection: &mut Connection| write::mark_restored::<InMySql>(connection).await;
+        self.writer_of(0).run(mark).await
+    }
+
     /// The connection that writes this partition. A retry of a batch uses the same pool, which first kills the connection whose
     /// result is unknown.
     fn writer_of(&self, partition: u16) -> &Connections<InMySql> {

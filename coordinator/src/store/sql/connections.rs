@@ -87,6 +87,16 @@ impl<D: Dialect> Connections<D> {
         self.state().idle.clear();
     }
 
+    /// Closes all connections in order, once the work on them has ended. There will be no more work.
+    pub(in crate::store) async fn close(&self, max: usize) {
+        let all = u32::try_from(max).expect("a few connections");
+        let _no_more = self.permits.acquire_many(all).await.map(SemaphorePermit::forget);
+        let idle = std::mem::take(&mut self.state().idle);
+        for (connection, _) in idle {
+            drop(connection.close().await); // if it fails, it is gone all the same
+        }
+    }
+
     async fn lend(&self) -> Result<Lent<'_, D>, Error> {
         let permit = self.permits.acquire().await.expect("never closed");
         let mut lent = Lent { of: self, connection: None, id: 0, _permit: permit };

@@ -43,14 +43,11 @@ fn refusal(refused: &dyn DatabaseError) -> Option<String> {
             "the store's server refuses it: {mysql}. The store's user needs SELECT, INSERT, UPDATE and DELETE on all of its tables"
         ));
     }
-    if let Some(sqlite) = refused.try_downcast_ref::<SqliteError>() {
-        // The lowest byte of an extended code is the primary code.
-        let code = sqlite.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
-        if code.is_some_and(|code| DAMAGED_FILE.contains(&code)) {
-            return Some(format!(
-                "the store's file is damaged: {sqlite}. Stop this coordinator, keep the file, and restore a copy of it"
-            ));
-        }
+    if is_damaged_file(refused) {
+        return Some(format!(
+            "the store's file is damaged: {refused}. Stop this coordinator, keep the file and its -wal, and restore a backup \
+             (`handfast restore`)"
+        ));
     }
     is_about_rows(refused).then(|| refused.to_string())
 }
@@ -60,4 +57,12 @@ pub(super) fn is_about_rows(refused: &dyn DatabaseError) -> bool {
     let breaks = refused.kind() != sqlx::error::ErrorKind::Other;
     let does_not_fit = refused.code().is_some_and(|code| code.starts_with("22"));
     breaks || does_not_fit
+}
+
+/// Whether SQLite cannot make sense of the file.
+pub(in crate::store) fn is_damaged_file(refused: &dyn DatabaseError) -> bool {
+    let Some(sqlite) = refused.try_downcast_ref::<SqliteError>() else { return false };
+    // The lowest byte of an extended code is the primary code.
+    let code = sqlite.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
+    code.is_some_and(|code| DAMAGED_FILE.contains(&code))
 }

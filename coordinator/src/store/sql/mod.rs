@@ -10,6 +10,7 @@ mod sight;
 pub(in crate::store) mod write;
 
 pub(in crate::store) use connections::{CALL_TIMEOUT, Connections, Role};
+pub(in crate::store) use error::is_damaged_file;
 pub(in crate::store) use query::{Cell, FromAnyRow, Query, execute, fetch};
 pub(in crate::store) use sight::reading;
 

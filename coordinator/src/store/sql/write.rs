@@ -306,6 +306,22 @@ async fn burn<D: Dialect>(
     Ok(())
 }
 
+/// Marks the epochs of a store that was restored from an older copy: callers may have been told about what it lacks. Nobody owns it
+/// afterwards. Returns how many epochs were marked.
+pub(in crate::store) async fn mark_restored<D: Dialect>(
+    connection: &mut Connection<D>,
+) -> Result<u64, Error> {
+    D::run(connection, D::BEGIN_WRITING).await?;
+    let free = "UPDATE `partition` SET owner = NULL";
+    D::execute(connection, Query::new(free)).await?;
+    // 0: nobody knows how many batches are missing.
+    let mark = "UPDATE epoch SET lost = 0 WHERE lost IS NULL AND epoch <= \
+                (SELECT p.epoch FROM `partition` AS p WHERE p.`partition` = epoch.`partition`)";
+    let marked = D::execute(connection, Query::new(mark)).await?;
+    D::run(connection, "COMMIT").await?;
+    Ok(marked)
+}
+
 /// The recorded owner of each partition.
 pub(in crate::store) async fn seats<D: Dialect>(
     connection: &mut Connection<D>,

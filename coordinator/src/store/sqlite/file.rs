@@ -1,28 +1,31 @@
-//! The store's file: which process may use it, and whether it belongs to Handfast.
+//! The store's file: which process may use it, whether it belongs to Handfast, and whether it is still where it was.
 
 use std::{
     ffi::OsString,
     fs::{self, File, TryLockError},
     io::{Read as _, Seek as _, Write as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 use tracing::{info, warn};
 
-use crate::store::PARTITIONS;
+use super::mark::{self, Mark};
+use crate::store::{PARTITIONS, sql::is_damaged_file};
 
 /// The value of `PRAGMA application_id` in our files: "HFST".
-const APPLICATION_ID: i64 = 0x4846_5354;
+pub(super) const APPLICATION_ID: i64 = 0x4846_5354;
 /// The steps from each version of the schema to the next, oldest first. A released step never changes.
-const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
-/// The value of `PRAGMA user_version`: the number of steps that were done.
+pub(super) const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
+/// The number of steps that were done: a part of `PRAGMA user_version`.
 const SCHEMA_VERSION: i64 = 2;
 
 /// Why a store cannot be opened. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Another process holds the lock file.
+    /// Another process has locked it.
     #[error(
         "the store {} is in use by another coordinator (process {pid}); stop that one first, or give this one a file of its own",
         path.display()
@@ -38,6 +41,51 @@ pub enum OpenError {
     ReadOnly {
         /// The store's file.
         path: PathBuf,
+    },
+    /// The file has hard links.
+    #[error(
+        "the store {} has {names} names (hard links), and each would have a WAL of its own: remove the other names, or copy the store \
+         with `handfast backup`",
+        path.display()
+    )]
+    SeveralNames {
+        /// The store's file.
+        path: PathBuf,
+        /// How many names it has.
+        names: u64,
+    },
+    /// The WAL is missing, and commits with it.
+    #[error(
+        "the store {path} is not whole: its newest commits are in a file {path}-wal, and that is not here. Was the main file copied \
+         without it, or was it deleted? Put that file back beside it, or restore a backup (`handfast restore`). If it is gone for \
+         good: `handfast restore --mark` lets the store be used without those commits, and what they held is answered LOST",
+        path = path.display()
+    )]
+    NoWal {
+        /// The store's file.
+        path: PathBuf,
+    },
+    /// The WAL belongs to another copy of the file.
+    #[error(
+        "the store {path} and {path}-wal do not belong together: one of them is an older or a newer copy. Together they would be \
+         damaged. Put back both files of one moment, or restore a backup (`handfast restore` removes the other WAL)",
+        path = path.display()
+    )]
+    OtherWal {
+        /// The store's file.
+        path: PathBuf,
+    },
+    /// The file is a backup that was not restored.
+    #[error(
+        "{} is a backup, made at {}: `handfast restore {} --store sqlite:PATH` makes a store of it, which knows that it lacks what \
+         came later",
+        path.display(), made_at, path.display()
+    )]
+    Backup {
+        /// The file.
+        path: PathBuf,
+        /// When it was made.
+        made_at: String,
     },
     /// The file is not a store.
     #[error("{} is not a store of Handfast ({what}); choose another file, or move this one away", path.display())]
@@ -82,12 +130,24 @@ pub enum OpenError {
 /// The store's file, locked until this process ends for whatever reason.
 #[derive(Debug)]
 pub(super) struct LockedFile {
+    /// Without symbolic links.
     path: PathBuf,
-    /// Held open: the operating system releases the lock when the process ends, even after a kill.
+    is_new: bool,
+    id: Id,
+    /// The WAL, once there is one.
+    wal: OnceLock<Id>,
+    /// Held open: the operating system releases a lock when the process ends, even after a kill.
     _lock: File,
+    /// The file itself. Another name of it leads to the same lock. SQLite's locks are of another kind, but any close of a file
+    /// takes them away: so this one stays open, and no second one is opened while SQLite has the file.
+    file: File,
 }
 
+/// Which file it is, whatever its name: its device and its number there.
+type Id = (u64, u64);
+
 impl LockedFile {
+    /// Locks the file, and creates it if it does not exist.
     pub(super) fn lock(path: &Path) -> Result<Self, OpenError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -97,23 +157,27 @@ impl LockedFile {
         if fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly()) {
             return Err(OpenError::ReadOnly { path: path.to_owned() });
         }
+        let open = |path: &Path| {
+            let mut options = File::options();
+            options.create(true).truncate(false).read(true).write(true);
+            options.open(path).map_err(failed(path))
+        };
+        let file = open(path)?;
+        let path = &fs::canonicalize(path).map_err(failed(path))?;
         let lock_path = beside(path, ".lock");
-        let mut lock = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&lock_path)
-            .map_err(failed(&lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                lock.read_to_string(&mut pid).map_err(failed(&lock_path))?;
-                return Err(OpenError::InUse { path: path.to_owned(), pid: pid.trim().to_owned() });
-            }
-            Err(TryLockError::Error(source)) => {
-                return Err(OpenError::File { path: lock_path, source });
+        let mut lock = open(&lock_path)?;
+        for (locked, name) in [(&lock, &lock_path), (&file, path)] {
+            match locked.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let pid = fs::read_to_string(&lock_path).map_err(failed(&lock_path))?;
+                    // Empty: the file is locked under another name.
+                    let pid = if pid.trim().is_empty() { "unknown" } else { pid.trim() };
+                    return Err(OpenError::InUse { path: path.clone(), pid: pid.to_owned() });
+                }
+                Err(TryLockError::Error(source)) => {
+                    return Err(OpenError::File { path: name.clone(), source });
+                }
             }
         }
         let written = lock
@@ -121,27 +185,70 @@ impl LockedFile {
             .and_then(|()| lock.rewind())
             .and_then(|()| writeln!(lock, "{}", std::process::id()));
         written.map_err(failed(&lock_path))?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
+        let metadata = file.metadata().map_err(failed(path))?;
+        let mut locked = Self {
+            path: path.clone(),
+            is_new: metadata.len() == 0,
+            id: id(&metadata),
+            wal: OnceLock::new(),
+            _lock: lock,
+            file,
+        };
+        if !locked.is_new {
+            locked.check_header()?;
+        }
+        Ok(locked)
     }
 
-    /// Connects, checks that the file is a store, and makes the tables if it is new.
+    /// The file's name without symbolic links.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether there was no store when the file was locked.
+    pub(super) fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// Refuses a file with hard links: each name would have a WAL of its own.
+    pub(super) fn refuse_several_names(&self) -> Result<(), OpenError> {
+        let failed = |source| OpenError::File { path: self.path.clone(), source };
+        match fs::metadata(&self.path).map_err(failed)?.nlink() {
+            0 | 1 => Ok(()),
+            names => Err(OpenError::SeveralNames { path: self.path.clone(), names }),
+        }
+    }
+
+    /// Connects, checks that the file is a whole store, and makes the tables if it is new.
     pub(super) async fn open_database(
         &self,
         options: &SqliteConnectOptions,
+        missing: Missing,
     ) -> Result<SqliteConnection, OpenError> {
         let path = || self.path.clone();
-        let is_new = fs::metadata(&self.path).map_or(true, |metadata| metadata.len() == 0);
-        if !is_new {
-            self.check_header()?;
-        }
         let failed = |source| OpenError::Database { path: path(), source };
-        let mut connection = SqliteConnection::connect_with(options).await.map_err(failed)?;
-        let version: i64 = sqlx::query_scalar("PRAGMA user_version")
-            .fetch_one(&mut connection)
-            .await
-            .map_err(failed)?;
-        if version > SCHEMA_VERSION {
-            return Err(OpenError::Newer { path: path(), found: version });
+        let main = if self.is_new { None } else { Mark::of_main_file(&self.path).await };
+        let opened = async {
+            let mut connection = SqliteConnection::connect_with(options).await.map_err(failed)?;
+            let version = version(&mut connection, &self.path).await?;
+            let mark = Mark::read(&mut connection).await.map_err(failed)?;
+            Ok((connection, version, mark))
+        };
+        let (mut connection, version, mark) = match opened.await {
+            // The main file is sound, and together with its WAL it is not.
+            Err(OpenError::Database { source: sqlx::Error::Database(refused), .. })
+                if main.is_some() && is_damaged_file(&*refused) =>
+            {
+                return Err(OpenError::OtherWal { path: path() });
+            }
+            opened => opened?,
+        };
+        if let Some(mark) = mark {
+            match mark.check(main, &self.path) {
+                Err(OpenError::NoWal { .. } | OpenError::Backup { .. })
+                    if missing == Missing::Accepted => {}
+                checked => checked?,
+            }
         }
         // Version 0: the file is new, or the process was killed before the tables were made. All tables are made in one
         // transaction.
@@ -149,20 +256,46 @@ impl LockedFile {
             warn!(path = %self.path.display(), "there was no store: this is a new one, and knows no transactions");
         }
         if version < SCHEMA_VERSION {
-            migrate(&mut connection, version).await.map_err(failed)?;
+            migrate(&mut connection).await.map_err(failed)?;
             info!(path = %self.path.display(), from = version, to = SCHEMA_VERSION, "the store's tables are of this version now");
         }
         Ok(connection)
     }
 
+    /// Remembers which file the WAL is. It exists as long as a connection is open.
+    pub(super) fn watch_wal(&self) -> Result<(), OpenError> {
+        let path = beside(&self.path, "-wal");
+        let metadata = fs::metadata(&path);
+        let metadata = metadata.map_err(|source| OpenError::File { path, source })?;
+        self.wal.get_or_init(|| id(&metadata));
+        Ok(())
+    }
+
+    /// What is written to the file is lost if it is not where it was, because nobody will find it. Says so in words.
+    pub(super) fn is_gone(&self) -> Option<String> {
+        for (ending, id) in [("", Some(&self.id)), ("-wal", self.wal.get())] {
+            let path = beside(&self.path, ending);
+            let Some(id) = id else { continue };
+            let what = match fs::metadata(&path) {
+                Ok(metadata) if self::id(&metadata) == *id => continue,
+                Ok(_) => "was replaced by another file".to_owned(),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    "was deleted or moved away".to_owned()
+                }
+                Err(error) => format!("cannot be looked at: {error}"),
+            };
+            return Some(format!("the store's file {} {what}", path.display()));
+        }
+        None
+    }
+
     /// Checks the file's first bytes before SQLite opens it. Opening another program's database in WAL mode would change it.
-    fn check_header(&self) -> Result<(), OpenError> {
+    fn check_header(&mut self) -> Result<(), OpenError> {
         let not_ours =
             |what: &str| Err(OpenError::NotOurs { path: self.path.clone(), what: what.to_owned() });
         // https://www.sqlite.org/fileformat.html#the_database_header
         let mut header = [0; 100];
-        let read = File::open(&self.path).and_then(|mut file| file.read_exact(&mut header));
-        if let Err(source) = read {
+        if let Err(source) = self.file.read_exact(&mut header) {
             if source.kind() == std::io::ErrorKind::UnexpectedEof {
                 return not_ours("it is no SQLite database");
             }
@@ -189,15 +322,60 @@ impl LockedFile {
     }
 }
 
-fn beside(path: &Path, ending: &str) -> PathBuf {
+/// What to do with a store that lacks commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Missing {
+    Refused,
+    /// Somebody has said that they are gone for good.
+    Accepted,
+}
+
+fn id(metadata: &fs::Metadata) -> Id {
+    (metadata.dev(), metadata.ino())
+}
+
+pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(ending);
     PathBuf::from(name)
 }
 
+/// The version of the tables of a store; 0: it has none yet.
+pub(super) async fn version(
+    connection: &mut SqliteConnection,
+    path: &Path,
+) -> Result<i64, OpenError> {
+    let header = sqlx::query_scalar("PRAGMA user_version").fetch_one(connection).await;
+    let failed = |source| OpenError::Database { path: path.to_owned(), source };
+    match mark::version(header.map_err(failed)?) {
+        found if found > SCHEMA_VERSION => Err(OpenError::Newer { path: path.to_owned(), found }),
+        version => Ok(version),
+    }
+}
+
+/// Checks that a file that is only read is a store.
+pub(super) async fn check_is_store(
+    connection: &mut SqliteConnection,
+    path: &Path,
+) -> Result<(), OpenError> {
+    let version = version(connection, path).await?;
+    let id = sqlx::query_scalar("PRAGMA application_id").fetch_one(connection).await;
+    let id: i64 = id.map_err(|source| OpenError::Database { path: path.to_owned(), source })?;
+    if id == APPLICATION_ID && version > 0 {
+        return Ok(());
+    }
+    let what = "it is the SQLite database of another program, or has no tables".to_owned();
+    Err(OpenError::NotOurs { path: path.to_owned(), what })
+}
+
 /// Runs the missing steps, all of them or none.
-async fn migrate(connection: &mut SqliteConnection, from: i64) -> Result<(), sqlx::Error> {
+pub(super) async fn migrate(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+    let header = sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await?;
+    let from = mark::version(header);
+    if from == SCHEMA_VERSION {
+        return Ok(());
+    }
     let done = usize::try_from(from).unwrap_or(0);
     for step in STEPS.into_iter().skip(done) {
         sqlx::raw_sql(step).execute(&mut *tx).await?;
@@ -216,132 +394,4 @@ async fn migrate(connection: &mut SqliteConnection, from: i64) -> Result<(), sql
     .execute(&mut *tx)
     .await?;
     tx.commit().await
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    use super::{super::SqliteStore, *};
-    use crate::{
-        store::{Appended, Batch, Guard, Store as _, Summary},
-        transaction::{StuckAfter, Timestamp},
-    };
-
-    async fn error(path: &Path) -> String {
-        let error = SqliteStore::open(path).await.expect_err("it opened");
-        assert!(error.to_string().contains(&path.display().to_string()), "which file? {error}");
-        error.to_string()
-    }
-
-    #[tokio::test]
-    async fn one_process_at_a_time() {
-        let folder = tempfile::tempdir().unwrap();
-        // No folder is made. Otherwise a wrong path or a missing disk would give a coordinator with an empty store.
-        assert!(error(&folder.path().join("missing/store.db")).await.contains("No such file"));
-        let path = folder.path().join("store.db");
-        let store = SqliteStore::open(&path).await.unwrap();
-        let error = error(&path).await;
-        assert!(error.contains(&format!("(process {})", std::process::id())), "{error}");
-        drop(store);
-        SqliteStore::open(&path).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_read_only_file_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("store.db");
-        drop(SqliteStore::open(&path).await.unwrap());
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).unwrap();
-        assert!(error(&path).await.contains("read-only"));
-    }
-
-    #[tokio::test]
-    async fn what_is_not_ours_is_refused_and_left_as_it_was() {
-        let folder = tempfile::tempdir().unwrap();
-        let text = folder.path().join("notes.txt");
-        fs::write(&text, "Dear diary, ".repeat(100)).unwrap();
-        assert!(error(&text).await.contains("no SQLite database"));
-        assert_eq!(fs::read_to_string(&text).unwrap(), "Dear diary, ".repeat(100));
-
-        let other = folder.path().join("other.db");
-        let options = SqliteConnectOptions::new().filename(&other).create_if_missing(true);
-        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
-        sqlx::raw_sql("CREATE TABLE partition (mine TEXT)").execute(&mut connection).await.unwrap();
-        connection.close().await.unwrap();
-        let before = fs::read(&other).unwrap();
-        assert!(error(&other).await.contains("another program"));
-        assert_eq!(fs::read(&other).unwrap(), before);
-    }
-
-    #[tokio::test]
-    async fn a_newer_version_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("store.db");
-        drop(SqliteStore::open(&path).await.unwrap());
-        let mut connection =
-            SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(&path))
-                .await
-                .unwrap();
-        sqlx::raw_sql("PRAGMA user_version = 99").execute(&mut connection).await.unwrap();
-        connection.close().await.unwrap();
-        let error = error(&path).await;
-        assert!(error.contains("99") && error.contains("newer"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_store_of_version_1_becomes_one_of_this_version() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("store.db");
-        let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
-        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
-        let version_1 = format!(
-            "{}; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1;
-             INSERT INTO partition (partition, epoch, position, owner) VALUES (3, 1, 5, 'one');
-             INSERT INTO epoch (partition, epoch, nonce, owner, taken_at) VALUES (3, 1, 77, 'one', 0);",
-            STEPS[0]
-        );
-        sqlx::raw_sql(sqlx::AssertSqlSafe(version_1)).execute(&mut connection).await.unwrap();
-        connection.close().await.unwrap();
-        let store = SqliteStore::open(&path).await.unwrap();
-        // A program of version 1 can neither take over nor write a batch.
-        let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
-        for of_version_1 in [
-            "UPDATE partition SET epoch = epoch + 1, position = 0, owner = 'one'",
-            "UPDATE partition SET position = position + 1 WHERE partition = 3 AND epoch = 1 AND position = 5",
-        ] {
-            let error = sqlx::raw_sql(of_version_1).execute(&mut connection).await.unwrap_err();
-            assert!(error.to_string().contains("no such column: position"), "{error}");
-        }
-        connection.close().await.unwrap();
-        // A batch of the previous owner, if it could go on: epoch and nonce are its own.
-        let guard = Guard { partition: 3, epoch: 1, nonce: 77, position: 6 };
-        let batch = Batch { guards: vec![guard], writes: Vec::new() };
-        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
-        assert_eq!(store.acquire(&[3], "two", Timestamp(1)).await.unwrap()[0].epoch, 2);
-        drop(store);
-        SqliteStore::open(&path).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_start_that_was_killed_before_the_tables_were_there_is_taken_up() {
-        let folder = tempfile::tempdir().unwrap();
-        for bytes in [0, 4096] {
-            let path = folder.path().join(format!("{bytes}.db"));
-            if bytes == 0 {
-                fs::write(&path, []).unwrap();
-            } else {
-                // The file as `PRAGMA journal_mode = WAL` leaves it.
-                let options = SqliteConnectOptions::new()
-                    .filename(&path)
-                    .create_if_missing(true)
-                    .journal_mode(sqlx::sqlite::SqliteJournalMode::Wal);
-                SqliteConnection::connect_with(&options).await.unwrap().close().await.unwrap();
-                assert_eq!(fs::metadata(&path).unwrap().len(), bytes);
-            }
-            let store = SqliteStore::open(&path).await.unwrap();
-            let after = StuckAfter { attempts: 8, time: std::time::Duration::from_secs(120) };
-            assert_eq!(store.summary(Timestamp(0), after).await.unwrap(), Summary::default());
-        }
-    }
 }

@@ -1,14 +1,26 @@
 //! The embedded store: one SQLite file and no server. A commit is as durable as on a server: WAL with `synchronous=FULL`.
 //!
-//! One process holds the lock file for as long as it runs, so a live owner is never replaced. Still, every batch checks epoch
+//! One process holds the locks for as long as it runs, so a live owner is never replaced. Still, every batch checks epoch
 //! and position. They show whether a COMMIT whose answer was lost has taken effect (a full disk, an I/O error).
+//!
+//! A file can be copied, moved and deleted. `file` keeps others away and notices when it is not there any more, `mark` notices
+//! when a part of it is missing, and `copy` makes copies that are whole.
 
 mod batch;
+mod copy;
 mod file;
+mod mark;
+#[cfg(test)]
+mod tests;
 
+pub use copy::{CopyError, Restored, backup, mark_restored, restore};
 pub use file::OpenError;
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
 
 use handfast_proto::Xid;
 use sqlx::{
@@ -17,6 +29,10 @@ use sqlx::{
 };
 use tracing::warn;
 
+use self::{
+    file::{LockedFile, Missing},
+    mark::{Checkpoints, Mark},
+};
 use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Store, Summary, Written,
     sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read, write},
@@ -27,19 +43,27 @@ use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections for reads, in addition to the one that writes.
 const READERS: usize = 4;
+/// Connections that write. SQLite allows one at a time.
+const WRITERS: usize = 1;
 /// Bytes of the WAL file that are kept after a checkpoint.
 const JOURNAL_BYTES_KEPT: u32 = 64 * 1024 * 1024;
 /// A larger WAL file indicates a problem, most likely a read that never ends.
 const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
 
+/// How often an idle coordinator checks that the file is where it was.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
 /// See the module's comment.
 #[derive(Debug)]
 pub struct SqliteStore {
-    file: file::LockedFile,
     /// One connection that writes.
     writer: Connections<InSqlite>,
     readers: Connections<InSqlite>,
+    /// Open for as long as the store is. SQLite deletes the WAL when the last connection closes.
+    keeper: Mutex<Option<Connection>>,
     counter: Counter,
+    checkpoints: Mutex<Checkpoints>,
+    file: LockedFile,
 }
 
 /// The SQL dialect of SQLite.
@@ -101,25 +125,65 @@ impl SqliteStore {
     ///
     /// When another process uses the file, it is read-only, it is not a store, or it has a newer version.
     pub async fn open(path: &Path) -> Result<Self, OpenError> {
-        let file = file::LockedFile::lock(path)?;
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(BUSY_TIMEOUT)
-            .foreign_keys(false)
+        let file = LockedFile::lock(path)?;
+        file.refuse_several_names()?;
+        let options = options(file.path())
             .statement_cache_capacity(batch::STATEMENTS_MAX)
             .pragma("journal_size_limit", JOURNAL_BYTES_KEPT.to_string());
-        let connection = file.open_database(&options).await?;
+        let mut connection = file.open_database(&options, Missing::Refused).await?;
+        let failed = |source| OpenError::Database { path: file.path().to_owned(), source };
+        let mut keeper = Connection::connect_with(&options).await.map_err(failed)?;
+        Mark::read(&mut keeper).await.map_err(failed)?; // from the first read on, SQLite counts it
+        let mut checkpoints = Checkpoints::default();
+        let how = "PRAGMA wal_checkpoint(TRUNCATE)";
+        checkpoints.went(mark::checkpoint(&mut connection, how).await.map_err(failed)?);
+        file.watch_wal()?;
         let reading = options.clone().read_only(true).create_if_missing(false);
         Ok(Self {
-            file,
-            writer: Connections::new(Role::Write, options, 1).with_first(connection),
+            writer: Connections::new(Role::Write, options, WRITERS).with_first(connection),
             readers: Connections::new(Role::Read, reading, READERS),
+            keeper: Mutex::new(Some(keeper)),
             counter: Counter::default(),
+            checkpoints: Mutex::new(checkpoints),
+            file,
         })
     }
+
+    /// Makes a checkpoint if it is time. If that fails, the next one is tried later: the WAL has everything.
+    async fn checkpoint(&self) {
+        if !self.checkpoints().count(&self.counter) {
+            return;
+        }
+        let checkpoint =
+            async |connection: &mut Connection| Ok(mark::checkpoint_if_long(connection).await?);
+        match self.writer.run(checkpoint).await {
+            Ok(is_complete) => self.checkpoints().went(is_complete),
+            Err(error) => {
+                warn!(%error, "the store's WAL file could not be copied into its main file; will retry");
+                self.checkpoints().went(false);
+            }
+        }
+    }
+
+    fn checkpoints(&self) -> MutexGuard<'_, Checkpoints> {
+        self.checkpoints.lock().expect("nothing panics while it is locked")
+    }
+
+    fn keeper(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.keeper.lock().expect("nothing panics while it is locked")
+    }
+}
+
+/// How a store is opened to be written. SQLite makes no checkpoints by itself: see `mark`.
+fn options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY_TIMEOUT)
+        .foreign_keys(false)
+        .pragma("wal_autocheckpoint", "0")
 }
 
 #[async_trait::async_trait]
@@ -142,7 +206,39 @@ impl Store for SqliteStore {
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
-        write::append(&self.writer, batch, &self.counter).await
+        let appended = write::append(&self.writer, batch, &self.counter).await?;
+        if let Some(what) = self.file.is_gone() {
+            return Err(Error::unavailable(what));
+        }
+        self.checkpoint().await;
+        Ok(appended)
+    }
+
+    async fn gone(&self) -> String {
+        let mut every = tokio::time::interval(LOOK_EVERY);
+        loop {
+            every.tick().await;
+            if let Some(what) = self.file.is_gone() {
+                // Never closed: SQLite would delete the file that now has the name of the WAL.
+                let keeper = self.keeper().take();
+                keeper.map(|keeper| Box::leak(Box::new(keeper)));
+                return what;
+            }
+        }
+    }
+
+    async fn close(&self) {
+        self.readers.close(READERS).await;
+        let checkpoint =
+            async |connection: &mut Connection| Ok(mark::checkpoint_at_the_end(connection).await?);
+        if let Err(error) = self.writer.run(checkpoint).await {
+            warn!(%error, "the store's newest commits stay in the file that ends with -wal: keep it with the main file");
+        }
+        self.writer.close(WRITERS).await;
+        let keeper = self.keeper().take();
+        if let Some(keeper) = keeper {
+            drop(keeper.close().await); // the process ends anyway
+        }
     }
 
     async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
@@ -219,234 +315,14 @@ impl Store for SqliteStore {
         let purge = async |connection: &mut Connection| {
             write::purge::<InSqlite>(connection, ownership, &finished).await
         };
-        Ok(match self.writer.run(purge).await? {
-            0 => (0, None),
-            deleted => (deleted, next),
-        })
+        let deleted = self.writer.run(purge).await?;
+        self.checkpoint().await;
+        Ok(if deleted == 0 { (0, None) } else { (deleted, next) })
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {
         self.writer
             .run(async |connection| write::release::<InSqlite>(connection, ownerships).await)
             .await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{collections::BTreeMap, sync::Arc};
-
-    use super::*;
-    use crate::{
-        store::{
-            ALL_PARTITIONS, Damage, Guard, Head, Write,
-            conformance::{Owner, begun, inserted},
-        },
-        transaction::{BranchSet, Drive, NewTransaction},
-    };
-
-    #[tokio::test]
-    async fn a_full_disk_loses_nothing_and_is_got_over() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let Ownership { epoch, nonce, .. } =
-            store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[0];
-        let known = Known {
-            ownership: Ownership { partition: 0, epoch, nonce, lost_through: None },
-            position: 0,
-        };
-        let writes = (1..=1000).map(|sequence| {
-            let new = NewTransaction {
-                name: "x".repeat(100),
-                drive: Drive::Initiator,
-                timeout: Duration::from_secs(30),
-                labels: BTreeMap::new(),
-                key: None,
-                branches: Vec::new(),
-            };
-            let xid = Xid { partition: 0, epoch, sequence, nonce };
-            let global = Arc::new(GlobalTransaction::begin(xid, new, Timestamp(0)));
-            Write {
-                global,
-                head: Head::Insert,
-                before: None,
-                new_branches: 0,
-                changed_branches: BranchSet::EMPTY,
-            }
-        });
-        let batch = Batch {
-            guards: vec![Guard { partition: 0, epoch, nonce, position: 1 }],
-            writes: writes.collect(),
-        };
-        // Limit the file to its present size: SQLite then reports a full disk. A new connection has no limit.
-        let full = store.writer.run(async |connection| {
-            sqlx::raw_sql("PRAGMA max_page_count = 1").execute(connection).await?;
-            Ok(())
-        });
-        full.await.unwrap();
-        let error = store.append(&batch).await.unwrap_err();
-        assert!(error.to_string().contains("full"), "{error}");
-        let xid = batch.writes[0].global.xid;
-        assert!(
-            matches!(store.load(xid, known).await.unwrap(), Lookup::Absent { .. }),
-            "half of a batch"
-        );
-        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
-        assert!(matches!(store.load(xid, known).await.unwrap(), Lookup::Found(_)));
-    }
-
-    #[tokio::test]
-    async fn a_damaged_file_is_not_taken_for_one_that_does_not_answer() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("store.db");
-        let store = SqliteStore::open(&path).await.unwrap();
-        let ownership = store.acquire(&[3], "test", Timestamp(0)).await.unwrap()[0];
-        let known = Known { ownership, position: 0 };
-        let into_file = store.writer.run(async |connection| {
-            Ok(InSqlite::run(connection, "PRAGMA wal_checkpoint(TRUNCATE)").await?)
-        });
-        into_file.await.unwrap();
-        let mut bytes = std::fs::read(&path).unwrap();
-        bytes[4096..].fill(0xff); // all but the first page
-        std::fs::write(&path, bytes).unwrap();
-        let Ownership { partition, epoch, nonce, .. } = ownership;
-        let error =
-            store.load(Xid { partition, epoch, sequence: 1, nonce }, known).await.unwrap_err();
-        assert!(matches!(error, Error::Corrupt(_)), "{error:?}");
-        assert!(error.to_string().contains("damaged"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn what_is_committed_is_on_the_disk() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let settings = store.writer.run(async |connection| {
-            let journal: String =
-                sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *connection).await?;
-            let synchronous: i64 =
-                sqlx::query_scalar("PRAGMA synchronous").fetch_one(connection).await?;
-            Ok((journal, synchronous))
-        });
-        assert_eq!(settings.await.unwrap(), ("wal".to_owned(), 2), "2 is FULL");
-    }
-
-    #[tokio::test]
-    async fn people_can_read_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let Ownership { epoch, nonce, .. } =
-            store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[3];
-        let xid = Xid { partition: 3, epoch, sequence: 70_000, nonce };
-        let new = NewTransaction {
-            name: "checkout".to_owned(),
-            drive: Drive::Initiator,
-            timeout: Duration::from_secs(30),
-            labels: BTreeMap::new(),
-            key: None,
-            branches: Vec::new(),
-        };
-        let global = Arc::new(GlobalTransaction::begin(xid, new, Timestamp(1_700_000_000_123)));
-        let write = Write {
-            global,
-            head: Head::Insert,
-            before: None,
-            new_branches: 0,
-            changed_branches: BranchSet::EMPTY,
-        };
-        let batch = Batch {
-            guards: vec![Guard { partition: 3, epoch, nonce, position: 1 }],
-            writes: vec![write],
-        };
-        store.append(&batch).await.unwrap();
-        let readable = store.readers.run(async |connection| {
-            let readable = "SELECT xid, state, begun_at FROM readable_transaction";
-            Ok(InSqlite::fetch(connection, Query::new(readable)).await?.pop())
-        });
-        let row: Option<(String, String, String)> = readable.await.unwrap();
-        assert_eq!(
-            row,
-            Some((xid.to_string(), "trying".to_owned(), "2023-11-14 22:13:20.123".to_owned()))
-        );
-
-        // A decided transaction; one of its three branches has acknowledged.
-        let path = folder.path().join("store.db");
-        let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
-        sqlx::query("UPDATE global_transaction SET state = 2").execute(&mut db).await.unwrap();
-        for (position, participant, state) in
-            [(0, "order", 1), (1, "inventory", 2), (2, "points", 1)]
-        {
-            let branch = "INSERT INTO branch (xid, position, branch_id, action, participant, target, state, attempts, needs_attention)
-                          SELECT xid, ?, ?, 'a.b', ?, '', ?, 0, 0 FROM global_transaction";
-            let branch = sqlx::query(branch).bind(position).bind(position).bind(participant);
-            branch.bind(state).execute(&mut db).await.unwrap();
-        }
-        let waiting = sqlx::query_scalar("SELECT waiting_for FROM readable_transaction");
-        let waiting: String = waiting.fetch_one(&mut db).await.unwrap();
-        assert_eq!(waiting, "order, points");
-
-        // A view must not compute the text of every xid before it returns its first row.
-        for view in ["readable_transaction", "readable_branch"] {
-            let plan =
-                format!("EXPLAIN QUERY PLAN SELECT xid FROM {view} WHERE state = 'confirming'");
-            let plan: Vec<(i64, i64, i64, String)> =
-                sqlx::query_as(sqlx::AssertSqlSafe(plan)).fetch_all(&mut db).await.unwrap();
-            assert!(matches!(plan[0].3.as_str(), "SCAN g" | "SCAN b"), "{plan:?}");
-        }
-    }
-
-    #[tokio::test]
-    async fn what_is_there_twice_is_an_alarm() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let Ownership { epoch, nonce, .. } =
-            store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[3];
-        let new = NewTransaction {
-            name: "checkout".to_owned(),
-            drive: Drive::Initiator,
-            timeout: Duration::from_secs(30),
-            labels: BTreeMap::new(),
-            key: Some(crate::transaction::Key { hash: [1; 32], digest: [1; 32] }),
-            branches: Vec::new(),
-        };
-        for n in 1..=2 {
-            let xid = Xid { partition: 3, epoch, sequence: n, nonce };
-            let global = Arc::new(GlobalTransaction::begin(xid, new.clone(), Timestamp(0)));
-            let write = Write {
-                global,
-                head: Head::Insert,
-                before: None,
-                new_branches: 0,
-                changed_branches: BranchSet::EMPTY,
-            };
-            let batch = Batch {
-                guards: vec![Guard { partition: 3, epoch, nonce, position: n }],
-                writes: vec![write],
-            };
-            let answer = store.append(&batch).await;
-            if n == 2 {
-                assert!(matches!(answer, Ok(Appended::Damaged(_))), "{answer:?}");
-            }
-        }
-    }
-
-    /// A statement may hold rows of several partitions.
-    #[tokio::test]
-    async fn a_row_that_sqlite_refuses_ends_only_its_own_partition() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
-        let strict = store.writer.run(async |connection| {
-            let strict = "ALTER TABLE global_transaction ADD COLUMN strict INTEGER CHECK (length(name) < 129)";
-            Ok(InSqlite::run(connection, strict).await?)
-        });
-        strict.await.unwrap();
-        let mut owner = Owner::of(&store).await;
-        let sound = begun(owner.xid(2), &["1"]);
-        let too_long = GlobalTransaction { name: "x".repeat(200), ..begun(owner.xid(1), &["1"]) };
-        let batch = owner.batch(vec![inserted(&sound), inserted(&too_long)]);
-        let Ok(Appended::Damaged(damaged)) = store.append(&batch).await else {
-            panic!("its partition was to be named")
-        };
-        let [Damage { partition: 1, what, lost: 0 }] = &damaged[..] else { panic!("{damaged:?}") };
-        assert!(what.contains("CHECK"), "{what}");
     }
 }

@@ -1,5 +1,5 @@
 -- Version 2: an owner is known by its epoch and its nonce, a transaction's row says how many branches it has, and the store
--- remembers which epochs have lost something.
+-- remembers which epochs have lost something. The file knows whether something is missing beside it.
 
 -- The number of the epoch's latest batch, as before. It has another name, so that a program of version 1 can neither take over
 -- nor write: it would not check the nonce.
@@ -22,3 +22,13 @@ ALTER TABLE epoch ADD COLUMN lost INTEGER;
 
 -- How many rows it has in `branch`; NULL: recorded by version 1.
 ALTER TABLE global_transaction ADD COLUMN branches INTEGER;
+
+-- One row. The file names its WAL before that begins, and the WAL says its name in its first commit. See `mark.rs`.
+CREATE TABLE mark (
+    one       INTEGER PRIMARY KEY CHECK (one = 1),
+    needed    INTEGER NOT NULL,     -- random: the name of the WAL that belongs to this file
+    present   INTEGER NOT NULL,     -- the same number: that WAL is there, or the file has all of it
+    backup_at INTEGER               -- when `handfast backup` made this copy; NULL: it is no backup
+) WITHOUT ROWID;
+
+INSERT INTO mark (one, needed, present) VALUES (1, 0, 0);

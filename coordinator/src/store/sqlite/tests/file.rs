@@ -1,0 +1,124 @@
+//! Which files a coordinator opens.
+
+use std::{fs, os::unix::fs::PermissionsExt as _};
+
+use super::{
+    super::file::{APPLICATION_ID, STEPS},
+    *,
+};
+use crate::store::Guard;
+
+async fn error(path: &Path) -> String {
+    let error = SqliteStore::open(path).await.expect_err("it opened");
+    assert!(error.to_string().contains(&path.display().to_string()), "which file? {error}");
+    error.to_string()
+}
+
+#[tokio::test]
+async fn one_process_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    // No folder is made. Otherwise a wrong path or a missing disk would give a coordinator with an empty store.
+    assert!(error(&folder.path().join("missing/store.db")).await.contains("No such file"));
+    let path = folder.path().join("store.db");
+    let store = SqliteStore::open(&path).await.unwrap();
+    let error = error(&path).await;
+    assert!(error.contains(&format!("(process {})", std::process::id())), "{error}");
+    drop(store);
+    SqliteStore::open(&path).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_read_only_file_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    drop(SqliteStore::open(&path).await.unwrap());
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).unwrap();
+    assert!(error(&path).await.contains("read-only"));
+}
+
+#[tokio::test]
+async fn what_is_not_ours_is_refused_and_left_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("notes.txt");
+    fs::write(&text, "Dear diary, ".repeat(100)).unwrap();
+    assert!(error(&text).await.contains("no SQLite database"));
+    assert_eq!(fs::read_to_string(&text).unwrap(), "Dear diary, ".repeat(100));
+
+    let other = folder.path().join("other.db");
+    let options = SqliteConnectOptions::new().filename(&other).create_if_missing(true);
+    let mut connection = Connection::connect_with(&options).await.unwrap();
+    sqlx::raw_sql("CREATE TABLE partition (mine TEXT)").execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    let before = fs::read(&other).unwrap();
+    assert!(error(&other).await.contains("another program"));
+    assert_eq!(fs::read(&other).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_newer_version_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    drop(SqliteStore::open(&path).await.unwrap());
+    let mut connection =
+        Connection::connect_with(&SqliteConnectOptions::new().filename(&path)).await.unwrap();
+    sqlx::raw_sql("PRAGMA user_version = 99").execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    let error = error(&path).await;
+    assert!(error.contains("99") && error.contains("newer"), "{error}");
+}
+
+#[tokio::test]
+async fn a_store_of_version_1_becomes_one_of_this_version() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
+    let mut connection = Connection::connect_with(&options).await.unwrap();
+    let version_1 = format!(
+        "{}; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1;
+         INSERT INTO partition (partition, epoch, position, owner) VALUES (3, 1, 5, 'one');
+         INSERT INTO epoch (partition, epoch, nonce, owner, taken_at) VALUES (3, 1, 77, 'one', 0);",
+        STEPS[0]
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(version_1)).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    let store = SqliteStore::open(&path).await.unwrap();
+    // A program of version 1 can neither take over nor write a batch.
+    let mut connection = Connection::connect_with(&options).await.unwrap();
+    for of_version_1 in [
+        "UPDATE partition SET epoch = epoch + 1, position = 0, owner = 'one'",
+        "UPDATE partition SET position = position + 1 WHERE partition = 3 AND epoch = 1 AND position = 5",
+    ] {
+        let error = sqlx::raw_sql(of_version_1).execute(&mut connection).await.unwrap_err();
+        assert!(error.to_string().contains("no such column: position"), "{error}");
+    }
+    connection.close().await.unwrap();
+    // A batch of the previous owner, if it could go on: epoch and nonce are its own.
+    let guard = Guard { partition: 3, epoch: 1, nonce: 77, position: 6 };
+    let batch = Batch { guards: vec![guard], writes: Vec::new() };
+    assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
+    assert_eq!(store.acquire(&[3], "two", Timestamp(1)).await.unwrap()[0].epoch, 2);
+    drop(store);
+    SqliteStore::open(&path).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_start_that_was_killed_before_the_tables_were_there_is_taken_up() {
+    let folder = tempfile::tempdir().unwrap();
+    for bytes in [0, 4096] {
+        let path = folder.path().join(format!("{bytes}.db"));
+        if bytes == 0 {
+            fs::write(&path, []).unwrap();
+        } else {
+            // The file as `PRAGMA journal_mode = WAL` leaves it.
+            let options = SqliteConnectOptions::new()
+                .filename(&path)
+                .create_if_missing(true)
+                .journal_mode(SqliteJournalMode::Wal);
+            Connection::connect_with(&options).await.unwrap().close().await.unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().len(), bytes);
+        }
+        let store = SqliteStore::open(&path).await.unwrap();
+        let after = StuckAfter { attempts: 8, time: Duration::from_secs(120) };
+        assert_eq!(store.summary(Timestamp(0), after).await.unwrap(), Summary::default());
+    }
+}

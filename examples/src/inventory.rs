@@ -3,7 +3,7 @@
 //! Its one action is `inventory.deduct`. Try moves pieces from available to frozen. Confirm moves them from frozen to sold.
 //! Cancel moves them back to available. The fence makes each call idempotent, so this file does not have to.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use handfast::{
     Action, ActionInBatches, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, Tried,
@@ -29,8 +29,6 @@ CREATE TABLE IF NOT EXISTS deduction (
     quantity  BIGINT      NOT NULL CHECK (quantity > 0),
     state     VARCHAR(16) NOT NULL CHECK (state IN ('frozen', 'sold')) -- what was given back has no row
 )";
-
-const HOUR: Duration = Duration::from_secs(3600);
 
 struct Inventory;
 
@@ -162,11 +160,11 @@ pub async fn serve(setup: &Setup, pool: Pool<Db>) -> anyhow::Result<()> {
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
     fence.create_table_if_missing().await?;
-    let participant =
-        Participant::builder("inventory").action_in_batches(&fence, Inventory).build();
-    // Background tasks delete old fence rows, and settle reservations whose Confirm or Cancel never came.
-    let _clean_up = fence.clean_up_every(HOUR);
-    let _inquiries = participant.inquire_every(HOUR, &Handfast::connect(&setup.coordinator)?);
+    let handfast = Handfast::connect(&setup.coordinator)?;
+    let participant = Participant::builder("inventory")
+        .action_in_batches(&fence, Inventory)
+        .coordinator(&handfast)
+        .build();
     setup.serve(Server::builder().add_service(participant.into_service())).await
 }
 

@@ -30,7 +30,6 @@ CREATE TABLE IF NOT EXISTS orders (
     status       VARCHAR(16) NOT NULL CHECK (status IN ('pending', 'placed', 'cancelled'))
 )";
 
-const HOUR: Duration = Duration::from_secs(3600);
 /// Default timeout of phase one, if the customer sets none.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -233,10 +232,11 @@ pub async fn serve(
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
     fence.create_table_if_missing().await?;
-    let participant = Participant::builder("order").action_in_batches(&fence, Orders).build();
     let handfast = Handfast::connect(&setup.coordinator)?;
-    let _clean_up = fence.clean_up_every(HOUR);
-    let _inquiries = participant.inquire_every(HOUR, &handfast);
+    let participant = Participant::builder("order")
+        .action_in_batches(&fence, Orders)
+        .coordinator(&handfast)
+        .build();
     let checkout = Checkout {
         handfast,
         orders: Remote::here(&participant, &setup.url()),

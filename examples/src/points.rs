@@ -3,7 +3,7 @@
 //! Its one action is `points.earn`. Try records the points as pending. Confirm adds them to the balance. Cancel deletes them.
 //! Pending points cannot be spent, so a cancelled order never takes back points that were spent.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use handfast::{
     Action, ActionInBatches, Branch, Failed, Fence, Handfast, Json, Participant, Refusal, Tried,
@@ -28,8 +28,6 @@ CREATE TABLE IF NOT EXISTS booking (
     points   BIGINT      NOT NULL CHECK (points >= 0),
     state    VARCHAR(16) NOT NULL CHECK (state IN ('pending', 'booked')) -- what was taken back has no row
 )";
-
-const HOUR: Duration = Duration::from_secs(3600);
 
 struct Points;
 
@@ -156,9 +154,11 @@ pub async fn serve(setup: &Setup, pool: Pool<Db>) -> anyhow::Result<()> {
     sqlx::raw_sql(SCHEMA).execute(&pool).await?;
     let fence = Fence::new(pool);
     fence.create_table_if_missing().await?;
-    let participant = Participant::builder("points").action_in_batches(&fence, Points).build();
-    let _clean_up = fence.clean_up_every(HOUR);
-    let _inquiries = participant.inquire_every(HOUR, &Handfast::connect(&setup.coordinator)?);
+    let handfast = Handfast::connect(&setup.coordinator)?;
+    let participant = Participant::builder("points")
+        .action_in_batches(&fence, Points)
+        .coordinator(&handfast)
+        .build();
     setup.serve(Server::builder().add_service(participant.into_service())).await
 }
 

@@ -24,7 +24,7 @@ pub enum Answer {
     TooLate(Refusal),
     /// UNKNOWN: it failed. Of a Try nobody can tell whether something was done, so it will be cancelled.
     Unknown(String),
-    /// UNAVAILABLE: a Confirm or Cancel failed and is to be repeated.
+    /// UNAVAILABLE: it failed and is to be repeated: a Confirm or Cancel, or a call whose database takes no changes.
     Retry(String),
     /// INVALID_ARGUMENT: the call itself is wrong. Nothing was done.
     Invalid {

@@ -96,7 +96,7 @@ pub use initiator::{
     transaction::{OpenTransaction, TransactionBuilder},
 };
 pub use participant::{
-    Participant, ParticipantBuilder,
+    Participant, ParticipantBuilder, UPKEEP_INTERVAL,
     action::Action,
     batches::{ActionInBatches, Tried},
     inquiry::{Inquiry, InquiryTask},

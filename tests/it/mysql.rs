@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use handfast::{Json, Outcome};
+use handfast::{Answer, Branch, Fence, Json, Outcome, Phase, TryError, Tx};
 use handfast_proto::v1::{
     BeginRequest, BranchSpec, DecideRequest, Decision,
     coordinator_service_client::CoordinatorServiceClient,
@@ -13,6 +13,7 @@ use handfast_tests::{
     wait_for,
     warehouse::{Deduct, Warehouse},
 };
+use sqlx::{MySql, mysql::MySqlPoolOptions};
 use tonic::{Code, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
@@ -180,6 +181,39 @@ async fn a_server_that_would_lose_commits_is_refused_with_what_mends_it() {
             database.execute(flaw.mend).await;
             Coordinator::start_on(&url, &["--take-over=always"]).await.kill().await;
         }
+    }
+}
+
+/// The database of a participant fails over. The pool's connections to the old server, which is read-only now, must not be used
+/// again: a new connection may lead to the new server.
+#[tokio::test]
+async fn a_participant_leaves_a_server_that_has_become_read_only() {
+    for kind in kinds() {
+        let server = Server::start(&kind).await;
+        let database = Database::empty(&server.url()).await;
+        // `read_only` does not bind root.
+        database.execute("CREATE USER app").await;
+        database.execute("GRANT ALL ON `handfast\\_test%`.* TO app").await;
+        let pool = MySqlPoolOptions::new().max_connections(1);
+        let pool = pool.connect(&database.url().replace("root@", "app@")).await.unwrap();
+        let fence = Fence::new(pool.clone());
+        fence.create_table_if_missing().await.unwrap();
+        let connection = async || {
+            let id = sqlx::query_scalar::<_, i64>("SELECT CAST(CONNECTION_ID() AS SIGNED)");
+            id.fetch_one(&pool).await.unwrap()
+        };
+        let xid = "3-7-1042-9f3c01d2".parse().unwrap();
+        let call = Branch::new(xid, "1".parse().unwrap(), "warehouse.deduct", Phase::Try);
+        let nothing = async |_: &mut Tx<MySql>| Ok::<_, TryError>(());
+
+        let before = connection().await;
+        database.execute("SET GLOBAL read_only = 1").await;
+        let answer = fence.run(&call, b"", nothing).await;
+        assert!(matches!(&answer, Answer::Retry(text) if text.contains("1290")), "{answer:?}");
+        assert_ne!(connection().await, before, "{kind}");
+        database.execute("SET GLOBAL read_only = 0").await;
+        let answer = fence.run(&call, b"", nothing).await;
+        assert!(matches!(answer, Answer::Done(_)), "{answer:?}");
     }
 }
 

@@ -97,7 +97,7 @@ pub(super) struct Retry {
 /// Settles a branch by hand, if its participant will never answer.
 ///
 /// No more calls go to the branch, and it counts as done. This is recorded for ever, with the operator and the reason, and cannot be
-/// undone. Use it when the participant is gone and its data was corrected by other means.
+/// undone. Use it when the participant is gone. Correct its data afterwards: until this returns, the next call may still arrive.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:

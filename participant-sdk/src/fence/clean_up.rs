@@ -7,7 +7,7 @@
 //! 3. Phase one ended at least the margin ago. A Try that arrives after the deletion is therefore rejected as expired. The same
 //!    clock decides both, so they cannot contradict each other.
 
-use std::{fmt, io::ErrorKind, time::Duration};
+use std::{fmt, io::ErrorKind, sync::Arc, time::Duration};
 
 use handfast_proto::{BranchId, Xid};
 use sqlx::Error;
@@ -15,7 +15,7 @@ use tokio::{task::JoinHandle, time};
 
 use super::{
     Fence,
-    db::{FenceDb, Key, Old, Overdue},
+    db::{FenceDb, Key, KeyRow, Old, Overdue},
     millis,
     tx::Tx,
 };
@@ -66,20 +66,29 @@ impl<DB: FenceDb> Fence<DB> {
         match DB::delete_old(&mut tx, &old).await {
             Ok(deleted) => tx.commit().await.map(|()| deleted),
             Err(error) => {
-                tx.rollback().await;
+                tx.rollback_after(&error).await;
                 Err(error)
             }
         }
     }
 
-    /// Some branches of this action that are still tried although phase one ended [`EXPIRY_MARGIN`] ago, oldest first.
-    pub(crate) async fn overdue(&self, action: &str) -> Result<Vec<(Xid, BranchId)>, Error> {
-        let overdue =
-            Overdue { action, margin_millis: millis(EXPIRY_MARGIN), limit: i64::from(BATCH) };
+    /// The next branches of this action, after `after`, that are still tried although phase one ended [`EXPIRY_MARGIN`] ago.
+    pub(crate) async fn overdue(&self, action: &str, after: &KeyRow) -> Result<OverduePage, Error> {
+        let margin_millis = millis(EXPIRY_MARGIN);
+        let overdue = Overdue { action, margin_millis, after, limit: i64::from(BATCH) };
         let mut tx = Tx::begin(&self.pool).await?;
         let rows = DB::overdue(&mut tx, &overdue).await;
-        tx.rollback().await; // nothing was changed
-        Ok(rows?.iter().filter_map(|(xid, branch_id)| Key::read(xid, branch_id)).collect())
+        drop(tx.rollback().await); // nothing was changed
+        let mut rows = rows?;
+        let branches =
+            rows.iter().filter_map(|(xid, branch_id)| Key::read(xid, branch_id)).collect();
+        let is_last = rows.len() < BATCH as usize;
+        Ok(OverduePage { branches, next: rows.pop().filter(|_| !is_last) })
+    }
+
+    /// Whether both fences share one table, because one is a clone of the other.
+    pub(crate) fn id(&self) -> usize {
+        Arc::as_ptr(&self.failed_batches).addr()
     }
 
     /// Cleans up in the background: one pass per `interval` (an hour is a good value), until the guard is dropped. Several
@@ -89,17 +98,28 @@ impl<DB: FenceDb> Fence<DB> {
         let task = tokio::spawn(async move {
             loop {
                 time::sleep(interval).await;
-                match fence.clean_up().await {
-                    Ok(0) => {}
-                    Ok(rows) => tracing::debug!(rows, "fence cleaned up"),
-                    Err(error) => tracing::warn!(
-                        error = %crate::error::chain(&error),
-                        "fence not cleaned up; trying again after the interval"
-                    ),
-                }
+                log_clean_up(&fence.clean_up().await);
             }
         });
         CleanUp { task }
+    }
+}
+
+/// Some overdue branches.
+pub(crate) struct OverduePage {
+    pub(crate) branches: Vec<(Xid, BranchId)>,
+    /// The key after which the next page begins. `None`: there are no more.
+    pub(crate) next: Option<KeyRow>,
+}
+
+pub(crate) fn log_clean_up(deleted: &Result<u64, Error>) {
+    match deleted {
+        Ok(0) => {}
+        Ok(rows) => tracing::debug!(rows, "fence cleaned up"),
+        Err(error) => tracing::warn!(
+            error = %crate::error::chain(error),
+            "fence not cleaned up; trying again after the interval"
+        ),
     }
 }
 

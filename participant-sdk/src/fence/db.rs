@@ -12,6 +12,7 @@ use std::{future::Future, time::Duration};
 
 use handfast_proto::{BranchId, Xid};
 use sqlx::{Database, Error, Pool, pool::PoolConnection};
+use sqlx_core::transaction::TransactionManager as _;
 
 use super::verdict::State;
 use crate::branch::Branch;
@@ -97,13 +98,32 @@ pub trait Statements: Database {
         sql: &'static str,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// Commits the local transaction, or releases the author's innermost savepoint. Once this returns `Ok`, it is durable.
+    ///
+    /// Fails if the local transaction that [`Statements::BEGIN`] has begun has ended already.
+    fn commit(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send {
+        Self::TransactionManager::commit(connection)
+    }
+
+    /// Rolls the local transaction back, or the author's innermost savepoint. Returns whether that has undone all of the work.
+    fn rollback(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<bool, Error>> + Send {
+        let rollback = Self::TransactionManager::rollback(connection);
+        async { rollback.await.map(|()| true) }
+    }
+
+    /// Whether the error says that this connection's server takes no changes. A new connection may lead to another server.
+    fn cannot_write(error: &Error) -> bool;
+
     /// Deletes some of the rows that no call can need any more. Returns their number.
     fn delete_old(
         connection: &mut Self::Connection,
         old: &Old,
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
-    /// Some rows of an action that are still tried although phase one ended at least `margin` ago: xid and branch id.
+    /// Some rows of an action that are still tried although phase one ended at least `margin` ago: xid and branch id, in this
+    /// order.
     fn overdue(
         connection: &mut Self::Connection,
         overdue: &Overdue<'_>,
@@ -147,7 +167,7 @@ impl Key {
     }
 }
 
-/// A [`Key`] as selected from the table: xid and branch id.
+/// A [`Key`] as selected from the table: xid and branch id. Every key is after the empty one.
 pub(crate) type KeyRow = (Vec<u8>, Vec<u8>);
 
 /// The row that a Try or a Cancel inserts if there is none.
@@ -179,11 +199,12 @@ pub struct Old {
     pub(crate) limit: i64,
 }
 
-/// Selects overdue rows: of this action, still tried, and expired at least `margin` ago.
+/// Selects overdue rows: of this action, still tried, expired at least `margin` ago, and with a key after `after`.
 #[derive(Debug)]
 pub struct Overdue<'a> {
     pub(crate) action: &'a str,
     pub(crate) margin_millis: i64,
+    pub(crate) after: &'a KeyRow,
     /// The maximum number of rows.
     pub(crate) limit: i64,
 }

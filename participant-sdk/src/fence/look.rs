@@ -11,7 +11,7 @@ use super::{
     Fence,
     clean_up::EXPIRY_MARGIN,
     db::{Claim, FenceDb, Key, Record, Settle},
-    millis,
+    millis, tx,
     verdict::{State, Verdict, verdict},
 };
 use crate::{
@@ -231,10 +231,7 @@ fn wrote_all(written: u64, rows: usize) -> Result<(), Error> {
     if usize::try_from(written) == Ok(rows) {
         return Ok(());
     }
-    Err(Error::InvalidArgument(
-        "the local transaction ended before its work was done: a statement failed in it and the code went on, or the code ended it"
-            .to_owned(),
-    ))
+    Err(tx::ended())
 }
 
 /// When the row of a branch that expired at `expires_at` may have been cleaned up. Before that time, a missing row means that

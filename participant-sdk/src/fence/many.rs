@@ -77,7 +77,14 @@ impl<DB: FenceDb> Fence<DB> {
         let verdicts = match self.within_many(&mut tx, phase, branches, work).await {
             Ok(verdicts) => verdicts,
             Err(failed) => {
-                tx.rollback().await;
+                if let Failed::Retry(error) = &failed
+                    && let Some(error) = error.downcast_ref()
+                {
+                    tx.rollback_after(error).await;
+                } else {
+                    // Each branch runs alone, and finds out whether something was committed.
+                    drop(tx.rollback().await);
+                }
                 self.failed_batches.fetch_add(1, Ordering::Relaxed);
                 // A failing branch logs its error again when it runs alone. Batches that block each other are visible only here.
                 let (branches, error) = (

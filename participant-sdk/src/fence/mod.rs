@@ -75,6 +75,7 @@ pub(crate) mod fixture;
 mod tests;
 
 pub use clean_up::{CleanUp, EXPIRY_MARGIN, RETENTION};
+pub(crate) use clean_up::{OverduePage, log_clean_up};
 pub use db::{FenceDb, LOCK_WAIT};
 pub use table::{SCHEMA_MYSQL, SCHEMA_POSTGRES, SCHEMA_SQLITE, TableError};
 pub use tx::Tx;
@@ -176,16 +177,15 @@ impl<DB: FenceDb> Fence<DB> {
         let began = Instant::now();
         let span = tracing::info_span!("branch", xid = %branch.xid, branch_id = %branch.branch_id, phase = %branch.phase);
         let attempt = self.attempt(branch, payload, work).instrument(span);
-        let (verdict, answer) = attempt
-            .await
-            .unwrap_or_else(|error| (None, Answer::failed(branch.phase, chain(&error))));
+        let (verdict, answer) =
+            attempt.await.unwrap_or_else(|error| (None, failed::<DB>(branch.phase, &error)));
         log::log(branch, verdict, &answer, began.elapsed());
         answer
     }
 
     /// Closes a branch that was settled by hand: records the `phase` of `branch`, Confirm or Cancel, without running the
-    /// author's code. It is meant for an operator's tool, after `handfast resolve` and after the data was repaired. Without it,
-    /// the branch would stay tried and be reported as overdue for ever, and a late Cancel would run the author's code.
+    /// author's code. After `handfast resolve`, [`Participant::inquire`](crate::Participant::inquire) does it; this is for an
+    /// operator's tool that does it at once. Until then, a late Cancel would run the author's code.
     ///
     /// Returns [`Answer::Done`] once it is recorded, by this call or an earlier one. A repeat gets the same answer.
     pub async fn close(&self, branch: &Branch) -> Answer {
@@ -211,15 +211,22 @@ impl<DB: FenceDb> Fence<DB> {
             return Ok((None, Answer::Invalid { field: "payload.data", message }));
         }
         let mut tx = Tx::begin(&self.pool).await?;
-        let result = self.within(&mut tx, branch, payload, work).await;
-        if let Ok((_, Answer::Done(_))) = result {
+        let (verdict, answer) = match self.within(&mut tx, branch, payload, work).await {
+            Ok(done) => done,
+            Err(error) => {
+                tx.rollback_after(&error).await;
+                return Err(error);
+            }
+        };
+        if let Answer::Done(_) = answer {
             crash_point!("fence.before_commit");
             tx.commit().await?;
             crash_point!("fence.after_commit");
-        } else {
-            tx.rollback().await;
+        } else if let (Err(error), Answer::Refused(_)) = (tx.rollback().await, &answer) {
+            // A refusal says that nothing was done.
+            return Err(error);
         }
-        result.map(|(verdict, answer)| (Some(verdict), answer))
+        Ok((Some(verdict), answer))
     }
 
     /// The three steps inside the local transaction; see the module's comment.
@@ -337,6 +344,14 @@ impl<DB: FenceDb> Fence<DB> {
     pub fn failed_batches(&self) -> u64 {
         self.failed_batches.load(Ordering::Relaxed)
     }
+}
+
+/// The answer to a call that failed with this error of the database.
+fn failed<DB: FenceDb>(phase: Phase, error: &Error) -> Answer {
+    if DB::cannot_write(error) {
+        return Answer::Retry(chain(error)); // nothing was done, and the next call gets another connection
+    }
+    Answer::failed(phase, chain(error))
 }
 
 /// Converts a duration to milliseconds for the database.

@@ -3,14 +3,26 @@
 //!
 //! The isolation level may be REPEATABLE READ or READ COMMITTED. The fence reads no row before it holds the row's lock. A
 //! locking read opens no snapshot, so the author's first SELECT sees the changes that the lock waited for.
+//!
+//! The statements run in every `sql_mode` (MariaDB's ORACLE too) and with `sql_safe_updates`.
+//!
+//! Many statements commit implicitly, such as CREATE TABLE. If the author's code runs one, the fence's row is committed in the
+//! middle of the work. A savepoint is set together with BEGIN and released together with COMMIT. If it is gone by then, the
+//! local transaction has ended before.
 
 use std::sync::LazyLock;
 
-use sqlx::{Error, MySql, MySqlConnection, pool::PoolConnection};
+use sqlx::{
+    AssertSqlSafe, Error, MySql, MySqlConnection, mysql::MySqlDatabaseError, pool::PoolConnection,
+};
+use sqlx_core::transaction::TransactionManager as _;
 
-use super::db::{
-    Claim, FenceDb, FoundRow, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements,
-    in_order,
+use super::{
+    db::{
+        Claim, FenceDb, FoundRow, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements,
+        in_order,
+    },
+    tx,
 };
 
 // UTC_TIMESTAMP is the time at which its statement began. So the time is read by a statement after the one that may wait for a
@@ -78,34 +90,46 @@ AND (expires_at IS NULL
     OR expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?)
 ORDER BY changed_at LIMIT ?";
 
-// A join and not `IN (…)`, for the same reason. If `changed_at` differs, the row has been replaced since it was found.
-const DELETE: &str = "
-DELETE f FROM JSON_TABLE(?, '$[*]' COLUMNS (
-    xid CHAR(32) PATH '$[0]', branch_id CHAR(64) PATH '$[1]', changed_at BIGINT PATH '$[2]')) AS old
-STRAIGHT_JOIN handfast_fence AS f FORCE INDEX (PRIMARY)
-ON f.xid = UNHEX(old.xid) AND f.branch_id = UNHEX(old.branch_id) AND f.changed_at = old.changed_at";
+// One statement for each row, for the same reason, and several statements in one packet. If `changed_at` differs, the row has been
+// replaced since it was found.
+const DELETE: &str = "DELETE FROM handfast_fence WHERE xid = x'{xid}' AND branch_id = x'{branch_id}' AND changed_at = ";
 
 const OVERDUE: &str = "
 SELECT xid, branch_id FROM handfast_fence
 WHERE state = 1 AND action = ?
 AND expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?
-ORDER BY expires_at LIMIT ?";
+AND xid >= ? AND (xid > ? OR branch_id > ?)
+ORDER BY xid, branch_id LIMIT ?";
 
 const COLUMNS: &str = "
 SELECT CAST(column_name AS CHAR), CAST(data_type AS CHAR), CAST(column_key = 'PRI' AS SIGNED)
 FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'handfast_fence'";
 
+// One packet each, like BEGIN. If the savepoint is gone, the first statement fails, and the second one is not executed.
+const COMMIT: &str = "RELEASE SAVEPOINT handfast_begun; COMMIT";
+const ROLLBACK: &str = "ROLLBACK TO SAVEPOINT handfast_begun; ROLLBACK";
+/// The server's error for a savepoint that does not exist.
+const NO_SAVEPOINT: u16 = 1305;
+
+/// The server's errors on a connection that takes no changes: `read_only` or `super_read_only` (a replica, or a primary that was
+/// replaced), a server in read-only mode, a read-only session, and a Galera member outside its cluster.
+const CANNOT_WRITE: [u16; 4] = [1290, 1836, 1792, 1047];
+
 const RESTORE: &str = "SET SESSION innodb_lock_wait_timeout = @handfast_lock_wait";
+
+type Manager = <MySql as sqlx::Database>::TransactionManager;
 
 impl FenceDb for MySql {}
 
 impl Statements for MySql {
     // One packet, one round trip. MySQL cannot set this lock timeout for a single local transaction, so `restore` resets it for
-    // the session. (In MySQL, LEAST of two integers does not have an integer type, so it is cast.)
+    // the session. (In MySQL, LEAST of two integers does not have an integer type, so it is cast. In ORACLE mode, BEGIN would begin
+    // a block of statements.)
     const BEGIN: &'static str = "
 SET @handfast_lock_wait = @@SESSION.innodb_lock_wait_timeout;
 SET SESSION innodb_lock_wait_timeout = CAST(LEAST(3, @@SESSION.innodb_lock_wait_timeout) AS SIGNED);
-BEGIN";
+START TRANSACTION;
+SAVEPOINT handfast_begun";
     const SCHEMA: &'static str = super::SCHEMA_MYSQL;
     const SCHEMA_FILE: &'static str = "schema/mysql.sql";
     const COLUMNS: [(&'static str, &'static str); 11] = [
@@ -215,22 +239,54 @@ BEGIN";
         Ok(())
     }
 
+    async fn commit(connection: &mut MySqlConnection) -> Result<(), Error> {
+        if Manager::get_transaction_depth(connection) > 1 {
+            return Manager::commit(connection).await;
+        }
+        match Self::execute(connection, COMMIT).await {
+            Err(error) if number(&error) == Some(NO_SAVEPOINT) => return Err(tx::ended()),
+            committed => committed?,
+        }
+        // sqlx counts only its own COMMIT. This makes it count, and costs no round trip: the next statement takes it along.
+        Manager::start_rollback(connection);
+        Ok(())
+    }
+
+    async fn rollback(connection: &mut MySqlConnection) -> Result<bool, Error> {
+        if Manager::get_transaction_depth(connection) > 1 {
+            return Manager::rollback(connection).await.map(|()| true);
+        }
+        let undone = match Self::execute(connection, ROLLBACK).await {
+            Err(error) if number(&error) == Some(NO_SAVEPOINT) => false,
+            rolled_back => rolled_back.map(|()| true)?,
+        };
+        Manager::start_rollback(connection);
+        Ok(undone)
+    }
+
+    fn cannot_write(error: &Error) -> bool {
+        number(error).is_some_and(|number| CANNOT_WRITE.contains(&number))
+    }
+
     async fn delete_old(connection: &mut MySqlConnection, old: &Old) -> Result<u64, Error> {
-        let rows: Vec<(String, String, i64)> = sqlx::query_as(FIND_OLD)
+        let found: Vec<(String, String, i64)> = sqlx::query_as(FIND_OLD)
             .bind(old.retention_millis)
             .bind(old.margin_millis)
             .bind(old.limit)
             .fetch_all(&mut *connection)
             .await?;
-        let rows: Vec<_> = rows
-            .into_iter()
-            .map(|(xid, branch_id, changed_at)| {
-                format!("[\"{xid}\", \"{branch_id}\", {changed_at}]")
-            })
-            .collect();
-        let rows = format!("[{}]", rows.join(", "));
-        let deleted = sqlx::query(DELETE).bind(rows).execute(connection).await?;
-        Ok(deleted.rows_affected())
+        let mut deleted = 0;
+        for rows in found.chunks(ROWS_MAX) {
+            let deletes = rows.iter().map(|(xid, branch_id, changed_at)| {
+                let delete = DELETE.replace("{xid}", xid).replace("{branch_id}", branch_id);
+                format!("{delete}{changed_at}")
+            });
+            let deletes = deletes.collect::<Vec<_>>().join("; ");
+            // Hexadecimal digits and numbers only.
+            let done = sqlx::raw_sql(AssertSqlSafe(deletes)).execute(&mut *connection).await?;
+            deleted += done.rows_affected();
+        }
+        Ok(deleted)
     }
 
     async fn overdue(
@@ -240,6 +296,9 @@ BEGIN";
         sqlx::query_as(OVERDUE)
             .bind(overdue.action)
             .bind(overdue.margin_millis)
+            .bind(&overdue.after.0)
+            .bind(&overdue.after.0)
+            .bind(&overdue.after.1)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await
@@ -254,7 +313,9 @@ BEGIN";
     }
 
     async fn create(connection: &mut MySqlConnection) -> Result<(), Error> {
-        Self::execute(connection, Self::SCHEMA).await
+        Self::execute(connection, Self::SCHEMA).await?;
+        // The statements above have committed, and the caller commits again.
+        Self::execute(connection, "START TRANSACTION; SAVEPOINT handfast_begun").await
     }
 
     async fn restore(connection: &mut MySqlConnection) -> Result<(), Error> {
@@ -285,4 +346,10 @@ async fn read(connection: &mut MySqlConnection, key: &Key) -> Result<Record, Err
         .fetch_one(connection)
         .await?
         .try_into()
+}
+
+/// The server's number for the error, if the server has reported one.
+fn number(error: &Error) -> Option<u16> {
+    let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
+    Some(error.number())
 }

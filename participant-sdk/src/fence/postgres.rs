@@ -61,7 +61,8 @@ DELETE FROM handfast_fence WHERE (xid, branch_id) IN (
 const OVERDUE: &str = "
 SELECT xid, branch_id FROM handfast_fence
 WHERE state = 1 AND action = $1 AND expires_at <= (extract(epoch FROM now()) * 1000)::bigint - $2
-ORDER BY expires_at LIMIT $3";
+AND xid >= $3 AND (xid > $3 OR branch_id > $4)
+ORDER BY xid, branch_id LIMIT $5";
 
 const COLUMNS: &str = "
 SELECT a.attname::text, format_type(a.atttypid, NULL), coalesce(a.attnum = ANY (i.indkey), false)
@@ -71,6 +72,9 @@ WHERE a.attrelid = to_regclass('handfast_fence') AND a.attnum > 0 AND NOT a.atti
 // Without this lock, two processes could both find no table and both create it, and one would fail. IF NOT EXISTS does not
 // prevent that.
 const CREATE_ONE_AT_A_TIME: &str = "SELECT pg_advisory_xact_lock(hashtext('handfast_fence'))";
+
+/// The server's error for a change in a read-only transaction: the server is a standby, or the session is read-only.
+const READ_ONLY: &str = "25006";
 
 impl FenceDb for Postgres {}
 
@@ -159,6 +163,10 @@ impl Statements for Postgres {
         Ok(())
     }
 
+    fn cannot_write(error: &Error) -> bool {
+        error.as_database_error().and_then(|error| error.code()).as_deref() == Some(READ_ONLY)
+    }
+
     async fn delete_old(connection: &mut PgConnection, old: &Old) -> Result<u64, Error> {
         let done = sqlx::query(DELETE_OLD)
             .bind(old.retention_millis)
@@ -176,6 +184,8 @@ impl Statements for Postgres {
         sqlx::query_as(OVERDUE)
             .bind(overdue.action)
             .bind(overdue.margin_millis)
+            .bind(&overdue.after.0)
+            .bind(&overdue.after.1)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await

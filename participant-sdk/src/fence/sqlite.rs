@@ -43,7 +43,8 @@ DELETE FROM handfast_fence WHERE rowid IN (
 const OVERDUE: &str = "
 SELECT xid, branch_id FROM handfast_fence
 WHERE state = 1 AND action = ?1 AND expires_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?2
-ORDER BY expires_at LIMIT ?3";
+AND xid >= ?3 AND (xid > ?3 OR branch_id > ?4)
+ORDER BY xid, branch_id LIMIT ?5";
 
 const COLUMNS: &str = "SELECT name, type, pk > 0 FROM pragma_table_info('handfast_fence')";
 
@@ -146,6 +147,11 @@ impl Statements for Sqlite {
         Ok(())
     }
 
+    /// A file has no other server.
+    fn cannot_write(_: &Error) -> bool {
+        false
+    }
+
     async fn delete_old(connection: &mut SqliteConnection, old: &Old) -> Result<u64, Error> {
         let done = sqlx::query(DELETE_OLD)
             .bind(old.retention_millis)
@@ -163,6 +169,8 @@ impl Statements for Sqlite {
         sqlx::query_as(OVERDUE)
             .bind(overdue.action)
             .bind(overdue.margin_millis)
+            .bind(&overdue.after.0)
+            .bind(&overdue.after.1)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await

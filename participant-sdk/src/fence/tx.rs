@@ -30,6 +30,9 @@ const MARK_AGAIN: &str = "RELEASE SAVEPOINT handfast; SAVEPOINT handfast";
 /// cannot commit or roll back; the fence does it after you return. You may use savepoints (`tx.begin()` of
 /// [`sqlx::Connection`]).
 ///
+/// On MySQL and MariaDB, keep statements out of it that commit implicitly, such as CREATE TABLE and TRUNCATE. The fence notices
+/// them and reports an error, but what they have committed stays.
+///
 /// ```
 /// # #[cfg(feature = "sqlite")]
 /// # async fn example(tx: &mut handfast::Tx<sqlx::Sqlite>) -> Result<(), sqlx::Error> {
@@ -89,7 +92,7 @@ impl<DB: FenceDb> Tx<DB> {
 
     /// Once this returns `Ok`, the work is durable. After an error, it may or may not be durable.
     pub(super) async fn commit(mut self) -> Result<(), Error> {
-        DB::TransactionManager::commit(&mut self).await?;
+        DB::commit(&mut self).await?;
         if self.is_in_transaction() {
             return Err(Error::InvalidArgument("the work left a savepoint open".to_owned()));
         }
@@ -97,11 +100,27 @@ impl<DB: FenceDb> Tx<DB> {
         Ok(())
     }
 
-    /// Once this returns, nothing that was done in this local transaction takes effect, now or later.
-    pub(super) async fn rollback(mut self) {
-        let rollback = DB::TransactionManager::rollback(&mut self);
-        if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, rollback).await {
+    /// Once this returns `Ok`, nothing that was done in this local transaction takes effect, now or later.
+    ///
+    /// # Errors
+    ///
+    /// When the local transaction had ended before, so a part of the work may be committed.
+    pub(super) async fn rollback(mut self) -> Result<(), Error> {
+        let rollback = DB::rollback(&mut self);
+        let Ok(Ok(undone)) = tokio::time::timeout(GIVE_BACK_WITHIN, rollback).await else {
+            return Ok(()); // the connection is closed, which rolls back
+        };
+        // If the work has left a savepoint open, only that was rolled back.
+        if !self.is_in_transaction() {
             self.give_back().await;
+        }
+        if undone { Ok(()) } else { Err(ended()) }
+    }
+
+    /// As [`Tx::rollback`], after a statement has failed with this error.
+    pub(super) async fn rollback_after(self, error: &Error) {
+        if !DB::cannot_write(error) {
+            drop(self.rollback().await); // the statement's error says more
         }
     }
 
@@ -135,6 +154,15 @@ impl<DB: FenceDb> DerefMut for Tx<DB> {
     fn deref_mut(&mut self) -> &mut DB::Connection {
         self.connection.as_mut().expect("taken only by `give_back` and `drop`, which own the Tx")
     }
+}
+
+/// The error when the author's code has ended the local transaction, or gone on after its end.
+pub(super) fn ended() -> Error {
+    Error::InvalidArgument(
+        "the local transaction ended before its work was done: a statement failed in it and the code went on, the code ended it, or \
+         a statement committed it (on MySQL and MariaDB, CREATE TABLE and many others do)"
+            .to_owned(),
+    )
 }
 
 /// Never prints a payload.

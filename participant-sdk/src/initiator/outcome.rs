@@ -179,13 +179,31 @@ impl Handfast {
         self.ask(By::IdempotencyKey(key.to_owned()), format!("key {key}")).await
     }
 
+    /// As [`Handfast::outcome`], and whether an operator has settled this branch of the transaction by hand.
+    pub(crate) async fn outcome_of_branch(
+        &self,
+        xid: Xid,
+        branch_id: &BranchId,
+    ) -> Result<(Outcome, bool), Unanswered> {
+        let (outcome, branches) = self.look(By::Xid(xid.to_string()), xid.to_string()).await?;
+        let resolved = branches.iter().any(|branch| {
+            branch.state() == pb::BranchState::Resolved && *branch.branch_id == *branch_id.as_str()
+        });
+        Ok((outcome, resolved))
+    }
+
     async fn ask(&self, by: By, asked: String) -> Result<Outcome, Unanswered> {
+        self.look(by, asked).await.map(|(outcome, _)| outcome)
+    }
+
+    async fn look(&self, by: By, asked: String) -> Result<(Outcome, Vec<pb::Branch>), Unanswered> {
+        let nothing = |outcome| Ok((outcome, Vec::new()));
         match self.get(by, Instant::now() + ASK_PATIENCE).await {
-            Ok(transaction) => Ok(Outcome::of(&transaction)),
+            Ok(transaction) => Ok((Outcome::of(&transaction), transaction.branches)),
             Err(status) => match Reason::of(&status) {
-                Reason::NeverRecorded => Ok(Outcome::NeverRecorded),
-                Reason::Forgotten => Ok(Outcome::Forgotten),
-                Reason::KeyUnknown => Ok(Outcome::KeyUnknown),
+                Reason::NeverRecorded => nothing(Outcome::NeverRecorded),
+                Reason::Forgotten => nothing(Outcome::Forgotten),
+                Reason::KeyUnknown => nothing(Outcome::KeyUnknown),
                 Reason::KeyTaken
                 | Reason::AlreadyDecided
                 | Reason::BranchesDiffer

@@ -5,14 +5,13 @@ use std::{error::Error, future::Future, time::Duration};
 use futures_util::future::BoxFuture;
 #[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
 use futures_util::future::join_all;
-use handfast_proto::{BranchId, Xid};
 
 use crate::{
     answer::Answer,
     branch::{Branch, Phase},
     contract::{Contract, Payload},
     error::{Failed, TryError},
-    fence::{Fence, FenceDb, Tx, log},
+    fence::{Fence, FenceDb, OverduePage, Tx, db::KeyRow, log},
 };
 
 /// What a participant does for one action.
@@ -123,11 +122,15 @@ pub(crate) trait Served: Send + Sync {
         Box::pin(join_all(branches.iter().map(|branch| self.handle(branch, &[]))))
     }
     fn content_types(&self) -> ContentTypes;
-    /// Branches that are still tried long after the end of phase one.
-    fn overdue(&self) -> BoxFuture<'_, Overdue>;
+    /// The next branches, after this key, that are still tried long after the end of phase one.
+    fn overdue<'a>(&'a self, after: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>>;
+    /// As [`Fence::close`].
+    fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer>;
+    /// As [`Fence::clean_up`].
+    fn clean_up(&self) -> BoxFuture<'_, Result<u64, sqlx::Error>>;
+    /// Actions with the same number share a fence.
+    fn fence_id(&self) -> usize;
 }
-
-pub(crate) type Overdue = Result<Vec<(Xid, BranchId)>, sqlx::Error>;
 
 pub(crate) struct ContentTypes {
     pub(crate) args: &'static str,
@@ -161,8 +164,20 @@ impl<A: Action> Served for Fenced<A> {
         ContentTypes::of::<Args<A>, Reply<A>>()
     }
 
-    fn overdue(&self) -> BoxFuture<'_, Overdue> {
-        Box::pin(self.fence.overdue(<A::Contract as Contract>::NAME))
+    fn overdue<'a>(&'a self, after: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
+        Box::pin(self.fence.overdue(<A::Contract as Contract>::NAME, after))
+    }
+
+    fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer> {
+        Box::pin(self.fence.close(branch))
+    }
+
+    fn clean_up(&self) -> BoxFuture<'_, Result<u64, sqlx::Error>> {
+        Box::pin(self.fence.clean_up())
+    }
+
+    fn fence_id(&self) -> usize {
+        self.fence.id()
     }
 }
 

@@ -9,7 +9,12 @@ use tracing::{error, info, warn};
 
 use super::Participant;
 use crate::{
-    answer::Answer, branch::Branch, error::BoxError, initiator::outcome::Outcome, rpc::Handfast,
+    answer::Answer,
+    branch::{Branch, Phase},
+    error::BoxError,
+    fence::db::KeyRow,
+    initiator::outcome::{Outcome, Unanswered},
+    rpc::Handfast,
 };
 
 /// The result of asking about overdue branches.
@@ -18,14 +23,24 @@ use crate::{
 pub struct Inquiry {
     /// Branches that were cancelled, because their transaction was cancelled or never recorded.
     pub cancelled: usize,
+    /// Branches that an operator has settled by hand. They were closed in the fence without running the action's code.
+    pub closed: usize,
     /// Branches that were left alone, because their transaction is confirmed, undecided or forgotten. A person should check
     /// them: each is logged.
     pub reported: usize,
 }
 
+/// What the inquiry did about one branch.
+enum Settled {
+    Cancelled,
+    Closed,
+    Reported,
+}
+
 impl Participant {
     /// Asks the coordinator about branches that are still tried an hour after the end of phase one. Cancels those whose
-    /// transaction was cancelled or never recorded. Never confirms: only the coordinator does.
+    /// transaction was cancelled or never recorded. Closes those that an operator has settled by hand (`handfast resolve`):
+    /// records the decision, and runs no code. Never confirms otherwise: only the coordinator does.
     ///
     /// # Errors
     ///
@@ -38,26 +53,57 @@ impl Participant {
     pub async fn inquire(&self, handfast: &Handfast) -> Result<Inquiry, BoxError> {
         let mut inquiry = Inquiry::default();
         let mut unanswered = None;
-        for branch in self.overdue().await? {
-            // Without an answer for this branch, go on with the others.
-            let outcome = match handfast.outcome(branch.xid).await {
-                Ok(outcome) => outcome,
-                Err(error) => {
-                    warn!(xid = %branch.xid, branch_id = %branch.branch_id, %error, "no answer about an overdue reservation");
-                    unanswered = Some(error);
-                    continue;
+        for (action, served) in self.actions.iter() {
+            let mut after = Some(KeyRow::default());
+            while let Some(key) = after {
+                let page = served.overdue(&key).await?;
+                for (xid, branch_id) in page.branches {
+                    let branch = Branch::new(xid, branch_id, *action, Phase::Cancel);
+                    // Without an answer for this branch, go on with the others.
+                    match self.ask_about(branch, handfast).await {
+                        Ok(Settled::Cancelled) => inquiry.cancelled += 1,
+                        Ok(Settled::Closed) => inquiry.closed += 1,
+                        Ok(Settled::Reported) => inquiry.reported += 1,
+                        Err(error) => unanswered = Some(error),
+                    }
                 }
-            };
-            if self.settle(&branch, &outcome).await {
-                inquiry.cancelled += 1;
-            } else {
-                inquiry.reported += 1;
+                after = page.next;
             }
         }
         match unanswered {
             None => Ok(inquiry),
             Some(error) => Err(error.into()),
         }
+    }
+
+    async fn ask_about(&self, branch: Branch, handfast: &Handfast) -> Result<Settled, Unanswered> {
+        let Branch { xid, branch_id, .. } = &branch;
+        match handfast.outcome_of_branch(*xid, branch_id).await {
+            Ok((outcome, true)) => Ok(self.close(branch, &outcome).await),
+            Ok((outcome, false)) if self.settle(&branch, &outcome).await => Ok(Settled::Cancelled),
+            Ok(_) => Ok(Settled::Reported),
+            Err(error) => {
+                warn!(%xid, %branch_id, %error, "no answer about an overdue reservation");
+                Err(error)
+            }
+        }
+    }
+
+    /// Records what became of a branch that an operator has settled. The operator has done the action's work, so its code must not
+    /// run.
+    async fn close(&self, mut branch: Branch, outcome: &Outcome) -> Settled {
+        if let Outcome::Confirmed { .. } = outcome {
+            branch.phase = Phase::Confirm;
+        }
+        let Branch { xid, branch_id, action, .. } = &branch;
+        let Some(served) = self.actions.get(action.as_str()) else { return Settled::Reported };
+        let answer = served.close(&branch).await;
+        if let Answer::Done(_) = answer {
+            info!(%xid, %branch_id, action, ?outcome, "reservation closed: an operator has settled it");
+            return Settled::Closed;
+        }
+        warn!(%xid, %branch_id, action, ?answer, "a reservation that an operator has settled cannot be closed yet");
+        Settled::Reported
     }
 
     /// Cancels the branch if its outcome allows that. Returns whether it was cancelled.
@@ -96,9 +142,7 @@ impl Participant {
         let task = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(interval).await;
-                if let Err(error) = participant.inquire(&handfast).await {
-                    warn!(%error, "cannot ask about overdue reservations; will retry");
-                }
+                participant.inquire_and_log(&handfast).await;
             }
         });
         InquiryTask { task }

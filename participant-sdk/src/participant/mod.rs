@@ -1,12 +1,14 @@
 //! The participant's side: it serves the Try, Confirm and Cancel of its actions.
 //!
 //! `action.rs` contains what an author writes, and the code that runs it. `service.rs` serves a participant over gRPC.
-//! `batches/` runs waiting Confirms together. `inquiry.rs` asks about reservations that were never settled.
+//! `batches/` runs waiting Confirms together. `inquiry.rs` asks about reservations that were never settled. `upkeep.rs` does that
+//! regularly, and cleans up.
 
 pub(crate) mod action;
 pub(crate) mod batches;
 pub(crate) mod inquiry;
 mod service;
+mod upkeep;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -15,14 +17,18 @@ use handfast_proto::{limits, reason};
 
 use crate::{
     answer::Answer,
-    branch::{Branch, Phase},
+    branch::Branch,
     contract::Contract,
     error::Refusal,
     fence::{Fence, log},
     remote::{Local, Reach, Remote},
+    rpc::Handfast,
 };
 
 use action::{Action, ContentTypes, Fenced, Served};
+use upkeep::Upkeep;
+
+pub use upkeep::UPKEEP_INTERVAL;
 
 /// A program that serves actions. Cheap to clone.
 ///
@@ -31,6 +37,8 @@ use action::{Action, ContentTypes, Fenced, Served};
 pub struct Participant {
     name: Arc<str>,
     actions: Arc<BTreeMap<&'static str, Box<dyn Served>>>,
+    /// `None`: its coordinator is not known, or this is the upkeep's own clone.
+    upkeep: Option<Upkeep>,
 }
 
 /// Builds a [`Participant`].
@@ -38,6 +46,8 @@ pub struct Participant {
 pub struct ParticipantBuilder {
     name: Arc<str>,
     actions: BTreeMap<&'static str, Box<dyn Served>>,
+    coordinator: Option<Handfast>,
+    upkeep_interval: Duration,
 }
 
 impl Participant {
@@ -51,7 +61,8 @@ impl Participant {
         let name = name.into();
         let max = limits::PARTICIPANT_BYTES_MAX;
         assert!((1..=max).contains(&name.len()), "a participant's name has 1 to {max} bytes");
-        ParticipantBuilder { name, actions: BTreeMap::new() }
+        let upkeep_interval = UPKEEP_INTERVAL;
+        ParticipantBuilder { name, actions: BTreeMap::new(), coordinator: None, upkeep_interval }
     }
 
     /// The participant's name.
@@ -102,16 +113,6 @@ impl Participant {
         Refusal::of_handfast(reason::ACTION_UNKNOWN, message)
     }
 
-    /// Cancel calls for the branches, of all actions, that are still tried long after the end of phase one.
-    pub(crate) async fn overdue(&self) -> Result<Vec<Branch>, sqlx::Error> {
-        let mut overdue = Vec::new();
-        for (name, served) in self.actions.iter() {
-            let cancel = |(xid, branch_id)| Branch::new(xid, branch_id, *name, Phase::Cancel);
-            overdue.extend(served.overdue().await?.into_iter().map(cancel));
-        }
-        Ok(overdue)
-    }
-
     /// Each action with the content types of its arguments and its reply.
     pub(crate) fn content_types(&self) -> impl Iterator<Item = (&'static str, ContentTypes)> {
         self.actions.iter().map(|(name, served)| (*name, served.content_types()))
@@ -134,6 +135,20 @@ impl ParticipantBuilder {
         self.serve(<A::Contract as Contract>::NAME, Box::new(served))
     }
 
+    /// Says which coordinator the participant belongs to. [`Participant::into_service`] then also starts its upkeep, which goes
+    /// on until the service is dropped: once per [`UPKEEP_INTERVAL`], it [inquires](Participant::inquire) about overdue
+    /// reservations and [cleans up](Fence::clean_up) the fences of its actions. The first time is within a minute.
+    ///
+    /// Without a coordinator nothing is started: see [`Participant::inquire_every`] and [`Fence::clean_up_every`].
+    pub fn coordinator(self, handfast: &Handfast) -> Self {
+        Self { coordinator: Some(handfast.clone()), ..self }
+    }
+
+    /// Sets the interval of the upkeep; see [`ParticipantBuilder::coordinator`].
+    pub fn upkeep_every(self, interval: Duration) -> Self {
+        Self { upkeep_interval: interval, ..self }
+    }
+
     pub(crate) fn serve(mut self, name: &'static str, served: Box<dyn Served>) -> Self {
         let max = limits::ACTION_BYTES_MAX;
         assert!((1..=max).contains(&name.len()), "an action's name has 1 to {max} bytes");
@@ -145,7 +160,9 @@ impl ParticipantBuilder {
     /// Builds the participant.
     #[must_use]
     pub fn build(self) -> Participant {
-        Participant { name: self.name, actions: Arc::new(self.actions) }
+        let interval = self.upkeep_interval;
+        let upkeep = self.coordinator.map(|handfast| Upkeep::new(handfast, interval));
+        Participant { name: self.name, actions: Arc::new(self.actions), upkeep }
     }
 }
 
@@ -181,7 +198,7 @@ impl fmt::Debug for ParticipantBuilder {
 mod tests {
     use super::*;
     use crate::{
-        TryError, Tx,
+        Phase, TryError, Tx,
         fence::fixture::{DeductStock, Shop, branch, payload, payload_that},
     };
 

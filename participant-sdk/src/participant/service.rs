@@ -28,9 +28,16 @@ const SDK: &str = concat!("handfast-rust/", env!("CARGO_PKG_VERSION"));
 impl Participant {
     /// The participant as a tonic service, for `Server::builder().add_service(…)`. A request uses memory only for the bytes that
     /// have arrived, not for the length that it announces.
+    ///
+    /// Starts the participant's upkeep if it knows its coordinator; see
+    /// [`ParticipantBuilder::coordinator`](crate::ParticipantBuilder::coordinator).
+    ///
+    /// # Panics
+    ///
+    /// When it knows its coordinator and this is not called within a tokio runtime.
     #[must_use]
     pub fn into_service(self) -> Gather<ParticipantServiceServer<Self>> {
-        let service = ParticipantServiceServer::new(self)
+        let service = ParticipantServiceServer::new(self.with_upkeep())
             .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
             .max_encoding_message_size(limits::RESPONSE_BYTES_MAX);
         Gather::new(service, Budget::default(), |_| None)

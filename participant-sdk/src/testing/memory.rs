@@ -27,8 +27,8 @@ use crate::{
     contract::{Contract, Payload as _},
     error::{Failed, TryError},
     fence::{
-        EXPIRY_MARGIN, RETENTION, Verdict,
-        db::{Key, Record},
+        EXPIRY_MARGIN, OverduePage, RETENTION, Verdict,
+        db::{Key, KeyRow, Record},
         log,
         look::{self, Look},
         millis,
@@ -36,7 +36,7 @@ use crate::{
     },
     participant::{
         ParticipantBuilder,
-        action::{ContentTypes, Overdue, Served, unreadable, unreadable_stored},
+        action::{ContentTypes, Served, unreadable, unreadable_stored},
     },
 };
 
@@ -360,8 +360,21 @@ impl<A: MemoryAction> Served for InMemory<A> {
         ContentTypes::of::<Args<A>, Reply<A>>()
     }
 
-    fn overdue(&self) -> BoxFuture<'_, Overdue> {
-        Box::pin(async { Ok(self.fence.overdue(<A::Contract as Contract>::NAME)) })
+    fn overdue<'a>(&'a self, _: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
+        let branches = self.fence.overdue(<A::Contract as Contract>::NAME);
+        Box::pin(async { Ok(OverduePage { branches, next: None }) })
+    }
+
+    fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer> {
+        Box::pin(async { self.fence.run(branch, &[], |_| Ok(Bytes::new())) })
+    }
+
+    fn clean_up(&self) -> BoxFuture<'_, Result<u64, sqlx::Error>> {
+        Box::pin(async { Ok(self.fence.clean_up()) })
+    }
+
+    fn fence_id(&self) -> usize {
+        Arc::as_ptr(&self.fence.forgotten_confirms).addr()
     }
 }
 

@@ -16,14 +16,17 @@ mod shop;
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod suite;
 
+use std::time::Duration;
+
 use server::{Home, Place, places};
+use sqlx::Executor as _;
 
 use crate::{
     branch::Phase,
-    error::TryError,
+    error::{Refusal, TryError},
     fence::{
-        Tx,
-        fixture::{Level, branch, payload, word},
+        Fence, Tx,
+        fixture::{Level, STOCK, UNTOUCHED, branch, payload, word},
     },
 };
 
@@ -43,6 +46,8 @@ const ISOLATIONS: [&str; 2] = [
 const SERIALIZES: Option<&str> = None;
 /// The database's error code for a deadlock.
 const DEADLOCK: &str = "1213";
+/// Makes a connection refuse all changes.
+const READ_ONLY: Option<&str> = Some("SET SESSION TRANSACTION READ ONLY");
 
 /// Drops a database. The time limit is for tests that left a local transaction open: without it, DROP would wait for ever.
 fn drop_database(name: &str) -> String {
@@ -70,5 +75,99 @@ async fn work_that_commits_does_not_overwrite_what_others_have_done_meanwhile() 
         let answer = shop.fence.run(&branch(1, Phase::Try), &payload(2), commits).await;
         assert_eq!(word(&answer), "Unknown", "{answer:?}");
         assert_eq!(shop.state(1).await.as_deref(), Some("cancelled"));
+    }
+}
+
+/// The same without another call in between. What was committed stays, so a repeat must not do it again.
+#[tokio::test]
+async fn work_that_commits_is_not_called_done_and_not_done_twice() {
+    const TAKE: &str = "UPDATE shelf SET free = free - 2, held = held + 2";
+    const SELL: &str = "UPDATE shelf SET held = held - 2, sold = sold + 2";
+    const COMMITS: &str = "CREATE TABLE IF NOT EXISTS nothing (n INT)";
+    for place in places().await {
+        let shop = place.open(4).await;
+        let take = async |tx: &mut Tx<Db>| {
+            sqlx::raw_sql(TAKE).execute(&mut **tx).await?;
+            sqlx::raw_sql(COMMITS).execute(&mut **tx).await?;
+            Ok::<(), TryError>(())
+        };
+        let answer = shop.fence.run(&branch(1, Phase::Try), &payload(2), take).await;
+        assert!(
+            format!("{answer:?}").starts_with("Unknown(the local transaction ended"),
+            "{answer:?}"
+        );
+        let cancel = shop.deliver(Level::Action, &branch(1, Phase::Cancel), &[]).await;
+        assert_eq!((word(&cancel), shop.shelf().await), ("Done", UNTOUCHED));
+
+        let refuses = async |tx: &mut Tx<Db>| {
+            take(tx).await?;
+            Err::<(), TryError>(Refusal::new("OUT_OF_STOCK").into())
+        };
+        let answer = shop.fence.run(&branch(2, Phase::Try), &payload(2), refuses).await;
+        assert_eq!(
+            word(&answer),
+            "Unknown",
+            "a part of the refused work was committed: {answer:?}"
+        );
+
+        let shop = place.open(4).await;
+        shop.deliver(Level::Action, &branch(3, Phase::Try), &payload(2)).await;
+        let sell = async |tx: &mut Tx<Db>| {
+            sqlx::raw_sql(COMMITS).execute(&mut **tx).await?;
+            sqlx::raw_sql(SELL).execute(&mut **tx).await?;
+            Ok::<(), TryError>(())
+        };
+        let answer = shop.fence.run(&branch(3, Phase::Confirm), &[], sell).await;
+        assert_eq!(word(&answer), "Retry", "{answer:?}");
+        let answer = shop.fence.run(&branch(3, Phase::Confirm), &[], sell).await;
+        assert_eq!((word(&answer), shop.shelf().await), ("Done", (STOCK - 2, 0, 2)));
+    }
+}
+
+/// Some servers are set up for programs that were written for another database, or for people who forget WHERE.
+#[tokio::test]
+async fn every_mode_of_a_session_will_do() {
+    const MODES: [&str; 5] = ["", "ANSI", "ANSI_QUOTES", "TRADITIONAL", "NO_BACKSLASH_ESCAPES"];
+    const OF_MARIADB: [&str; 5] = ["ORACLE", "MSSQL", "DB2", "POSTGRESQL", "MAXDB"];
+    for place in places().await {
+        let shop = place.open(1).await;
+        let version: String =
+            sqlx::query_scalar("SELECT VERSION()").fetch_one(&shop.pool).await.unwrap();
+        let others: &[&str] = if version.contains("MariaDB") { &OF_MARIADB } else { &[] };
+        for mode in MODES.iter().chain(others) {
+            let url = shop.home.as_ref().unwrap().url();
+            let set = format!("SET SESSION sql_mode = '{mode}', sql_safe_updates = 1");
+            let pool = PoolOptions::new().max_connections(4).after_connect(move |connection, _| {
+                let set = AssertSqlSafe(set.clone());
+                Box::pin(async move { connection.execute(set).await.map(drop) })
+            });
+            let drop_table = "DROP VIEW handfast_fence_readable; DROP TABLE handfast_fence";
+            shop.pool.execute(drop_table).await.unwrap();
+            let pool = pool.connect(&url).await.unwrap();
+            let fence = Fence::new(pool).retention(Duration::ZERO);
+            fence.create_table_if_missing().await.unwrap();
+            let work = async |tx: &mut Tx<Db>| {
+                sqlx::raw_sql("INSERT INTO shelf VALUES (1, 1, 1)").execute(&mut **tx).await?;
+                Ok::<_, TryError>(())
+            };
+            for n in 1..=3 {
+                let phase = if n == 1 { Phase::Cancel } else { Phase::Confirm };
+                let answer = fence.run(&branch(n, Phase::Try), &payload(2), work).await;
+                assert_eq!(word(&answer), "Done", "{mode}: {answer:?}");
+                let answer = if n == 3 {
+                    let work = async |(tx, _): (&mut Tx<Db>, _)| Ok(tx.mark().await?);
+                    fence.run_many(phase, &[branch(n, phase)], work).await.remove(0).unwrap()
+                } else {
+                    fence.run(&branch(n, phase), &[], work).await
+                };
+                assert_eq!(word(&answer), "Done", "{mode}: {answer:?}");
+            }
+            assert_eq!(shop.state(3).await.as_deref(), Some("confirmed"), "{mode}");
+            assert_eq!(
+                fence.overdue("inventory.deduct", &Default::default()).await.unwrap().branches,
+                []
+            );
+            assert_eq!(fence.clean_up().await.map_err(|error| format!("{mode}: {error}")), Ok(3));
+        }
     }
 }

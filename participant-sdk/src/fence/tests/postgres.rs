@@ -36,6 +36,8 @@ const ISOLATIONS: [&str; 2] = [
 const SERIALIZES: Option<&str> = Some(ISOLATIONS[1]);
 /// The database's error code for a deadlock.
 const DEADLOCK: &str = "40P01";
+/// Makes a connection refuse all changes.
+const READ_ONLY: Option<&str> = Some("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY");
 
 /// Drops a database, even if connections of a dropped pool are still open.
 fn drop_database(name: &str) -> String {

@@ -37,6 +37,8 @@ const GIVEN_UP: [(Level, bool); 7] = [
 ];
 /// Begins a local transaction without the fence.
 const BEGIN: &str = "BEGIN IMMEDIATE";
+/// Makes a connection refuse all changes. A file has no other server to connect to.
+const READ_ONLY: Option<&str> = None;
 
 /// SQLite has no servers, so there is a single place.
 struct Place;

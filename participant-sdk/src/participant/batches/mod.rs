@@ -16,12 +16,16 @@ use crate::{
     branch::{Branch, Phase},
     contract::{Contract, Payload as _},
     error::Failed,
-    fence::{Fence, Tx, db::Statements as _, many::ToRun},
+    fence::{
+        Fence, OverduePage, Tx,
+        db::{KeyRow, Statements as _},
+        many::ToRun,
+    },
 };
 
 use super::{
     ParticipantBuilder,
-    action::{Action, ContentTypes, Fenced, Overdue, Served, unreadable_stored},
+    action::{Action, ContentTypes, Fenced, Served, unreadable_stored},
 };
 
 mod queue;
@@ -296,8 +300,20 @@ impl<A: ActionInBatches> Served for InBatches<A> {
         self.0.alone.content_types()
     }
 
-    fn overdue(&self) -> BoxFuture<'_, Overdue> {
-        self.0.alone.overdue()
+    fn overdue<'a>(&'a self, after: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
+        self.0.alone.overdue(after)
+    }
+
+    fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer> {
+        self.0.alone.close(branch)
+    }
+
+    fn clean_up(&self) -> BoxFuture<'_, Result<u64, sqlx::Error>> {
+        self.0.alone.clean_up()
+    }
+
+    fn fence_id(&self) -> usize {
+        self.0.alone.fence_id()
     }
 }
 

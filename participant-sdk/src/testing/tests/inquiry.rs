@@ -1,9 +1,11 @@
 //! A participant asks the coordinator about overdue reservations.
 
-use std::time::Duration;
+use std::{iter::repeat_n, time::Duration};
+
+use handfast_proto::v1::{ResolveBranchRequest, admin_service_client::AdminServiceClient};
 
 use super::*;
-use crate::{Answer, Outcome, Phase, Xid};
+use crate::{Answer, Outcome, Phase, Xid, testing::Fault};
 
 /// Makes all fence rows look as if phase one had ended this long ago.
 async fn age(db: &Database, by: Duration) {
@@ -76,4 +78,119 @@ async fn a_branch_that_nobody_can_answer_for_does_not_stand_in_the_way_of_others
     age(&db, Duration::from_secs(3700)).await;
     inventory.inquire(&handfast).await.unwrap_err();
     assert_eq!(stock(&db.pool()).await, (7, 3, 0));
+}
+
+#[tokio::test]
+async fn many_branches_that_are_only_reported_do_not_hide_others() {
+    let db = Database::new(SCHEMA).await;
+    let inventory = participant("inventory", &db, Inventory).await;
+    let coordinator = Coordinator::start([inventory.clone()]).await;
+    let handfast = coordinator.handfast();
+    let known = handfast.transaction("order").begin().await.unwrap().xid().await.unwrap();
+    let forgotten = Xid { nonce: !known.nonce, ..known };
+    reserve(&inventory, forgotten).await;
+    age(&db, Duration::from_secs(7200)).await;
+    let copy = "INSERT INTO handfast_fence SELECT ?, branch_id, state, action, payload, reply, digest, expires_at, created_at, \
+                changed_at, seen FROM handfast_fence WHERE xid = ?";
+    for n in 1..=1000 {
+        let xid = Xid { sequence: forgotten.sequence + n, ..forgotten }.to_bytes();
+        let copy = sqlx::query(copy).bind(&xid[..]).bind(forgotten.to_bytes().to_vec());
+        copy.execute(&db.pool()).await.unwrap();
+    }
+    let lost = Xid { sequence: known.sequence + 2000, ..known };
+    reserve(&inventory, lost).await;
+    let late = "UPDATE handfast_fence SET expires_at = expires_at - 1 WHERE expires_at IS NOT NULL";
+    sqlx::query(late).execute(&db.pool()).await.unwrap();
+    let expired = "UPDATE handfast_fence SET expires_at = (SELECT max(expires_at) FROM handfast_fence) + 1 WHERE expires_at IS NULL";
+    sqlx::query(expired).execute(&db.pool()).await.unwrap();
+    let inquiry = inventory.inquire(&handfast).await.unwrap();
+    assert_eq!((inquiry.cancelled, inquiry.reported), (1, 1001));
+    assert_eq!(stock(&db.pool()).await, (7, 3, 0));
+}
+
+/// The operator has done by hand what the participant would have done.
+#[tokio::test]
+async fn what_an_operator_has_settled_is_closed_and_not_done_again() {
+    for confirm in [false, true] {
+        let db = Database::new(SCHEMA).await;
+        let inventory = participant("inventory", &db, Inventory).await;
+        let coordinator = Coordinator::start([inventory.clone()]).await;
+        let handfast = coordinator.handfast();
+        for phase in [Phase::Confirm, Phase::Cancel] {
+            coordinator.script(Deduct::NAME, phase, repeat_n(Fault::Unavailable, 1000));
+        }
+        let open = handfast.transaction("order").until_decided().begin().await.unwrap();
+        let xid = open.xid().await.unwrap();
+        open.call::<Deduct>(&coordinator.remote("inventory"), Json(3)).await.unwrap();
+        let by_hand = if confirm {
+            open.confirm().await.unwrap();
+            "UPDATE stock SET held = held - 3, sold = sold + 3"
+        } else {
+            open.cancel("no longer wanted").await.unwrap();
+            "UPDATE stock SET held = held - 3, free = free + 3"
+        };
+        sqlx::query(by_hand).execute(&db.pool()).await.unwrap();
+        let settled = stock(&db.pool()).await;
+        let mut operator = AdminServiceClient::new(coordinator.channel());
+        let resolve = ResolveBranchRequest {
+            xid: xid.to_string(),
+            branch_id: "1".to_owned(),
+            reason: "corrected by hand".to_owned(),
+            operator: "ana".to_owned(),
+        };
+        operator.resolve_branch(resolve).await.unwrap();
+
+        age(&db, Duration::from_secs(3700)).await;
+        let inquiry = inventory.inquire(&handfast).await.unwrap();
+        assert_eq!(stock(&db.pool()).await, settled);
+        assert_eq!((inquiry.cancelled, inquiry.closed, inquiry.reported), (0, 1, 0));
+        let state: String = sqlx::query_scalar("SELECT state FROM handfast_fence_readable")
+            .fetch_one(&db.pool())
+            .await
+            .unwrap();
+        assert_eq!(state, if confirm { "confirmed" } else { "cancelled" });
+        assert_eq!(inventory.inquire(&handfast).await.unwrap(), crate::Inquiry::default());
+    }
+}
+
+#[tokio::test]
+async fn a_served_participant_that_knows_its_coordinator_looks_after_its_fence() {
+    let db = Database::new(SCHEMA).await;
+    let fence = Fence::new(db.pool()).retention(Duration::ZERO);
+    fence.create_table_if_missing().await.unwrap();
+    let coordinator = Coordinator::start([]).await;
+    let handfast = coordinator.handfast();
+    let inventory = Participant::builder("inventory")
+        .action(&fence, Inventory)
+        .coordinator(&handfast)
+        .upkeep_every(Duration::from_millis(20))
+        .build();
+    let known = handfast.transaction("order").begin().await.unwrap().xid().await.unwrap();
+    let lost = Xid { sequence: known.sequence + 7, ..known };
+    reserve(&inventory, lost).await;
+    age(&db, Duration::from_secs(3700)).await;
+    let rows = async || {
+        let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM handfast_fence");
+        count.fetch_one(&db.pool()).await.unwrap()
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!((stock(&db.pool()).await, rows().await), ((7, 3, 0), 1), "it is not served yet");
+
+    // The reservation is given back, and then its row is deleted.
+    let service = inventory.clone().into_service();
+    for _ in 0..500 {
+        if rows().await == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!((stock(&db.pool()).await, rows().await), ((10, 0, 0), 0));
+
+    drop(service);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let lost = Xid { sequence: known.sequence + 8, ..known };
+    reserve(&inventory, lost).await;
+    age(&db, Duration::from_secs(3700)).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!((stock(&db.pool()).await, rows().await), ((7, 3, 0), 1));
 }

@@ -151,6 +151,24 @@ async fn savepoints_are_the_authors_own() {
 }
 
 #[tokio::test]
+async fn work_that_leaves_a_savepoint_open_and_fails_is_undone() {
+    for place in places().await {
+        let shop = place.open(1).await;
+        let work = async |tx: &mut Tx<Db>| {
+            let take = "UPDATE shelf SET free = free - 1, held = held + 1";
+            sqlx::query(take).execute(&mut **tx).await?;
+            std::mem::forget(tx.begin().await?);
+            Err(TryError::from(crate::Refusal::new("NO")))
+        };
+        let answer = shop.fence.run(&branch(1, Phase::Try), b"", work).await;
+        assert_eq!(word(&answer), "NO");
+        // The only connection is not in a local transaction.
+        done(&shop.deliver(Level::Action, &branch(2, Phase::Try), &payload(2)).await);
+        assert_eq!((shop.shelf().await, shop.state(1).await), ((STOCK - 2, 2, 0), None));
+    }
+}
+
+#[tokio::test]
 async fn an_error_cannot_say_done() {
     for place in places().await {
         struct AllIsWell;
@@ -180,5 +198,26 @@ async fn what_is_too_long_is_not_kept() {
             assert!(format!("{answer:?}").contains("the reply has 65538 bytes"), "{answer:?}");
             assert_eq!((shop.shelf().await, shop.state(1).await), (UNTOUCHED, None));
         }
+    }
+}
+
+/// After a failover, the connections of the pool may lead to a server that has become read-only.
+#[tokio::test]
+async fn a_connection_that_cannot_write_is_not_used_again() {
+    let Some(read_only) = READ_ONLY else { return };
+    for place in places().await {
+        let shop = place.open(1).await;
+        for (phase, payload) in [(Phase::Try, payload(2)), (Phase::Confirm, Vec::new())] {
+            sqlx::raw_sql(read_only).execute(&shop.pool).await.unwrap();
+            let answer = shop.deliver(Level::Action, &branch(1, phase), &payload).await;
+            assert!(matches!(answer, Answer::Retry(_)), "{answer:?}");
+            done(&shop.deliver(Level::Action, &branch(1, phase), &payload).await);
+        }
+        done(&shop.deliver(Level::Action, &branch(2, Phase::Try), &payload(2)).await);
+        sqlx::raw_sql(read_only).execute(&shop.pool).await.unwrap();
+        done(&shop.deliver(Level::Batch, &branch(2, Phase::Confirm), &[]).await); // alone, after its batch failed
+        sqlx::raw_sql(read_only).execute(&shop.pool).await.unwrap();
+        shop.fence.clone().retention(Duration::ZERO).clean_up().await.unwrap_err();
+        assert_eq!(shop.fence.clone().retention(Duration::ZERO).clean_up().await.unwrap(), 2);
     }
 }

@@ -128,12 +128,27 @@ fn dependencies_point_one_way() {
     );
 }
 
+/// Every folder of code in which modules can use each other: the root of a library or of a program.
+const ROOTS: [&str; 12] = [
+    "coordinator/src",
+    "examples/src",
+    "examples/src/bin/shop",
+    "participant-sdk/src",
+    "proto/src",
+    "tests/it",
+    "tests/model/src",
+    "tests/src",
+    "tests/src/bin/bench",
+    "tests/src/bin/chaos",
+    "tests/src/bin/recovery",
+    "tests/src/bin/simulate",
+];
+
 #[test]
 fn no_two_modules_use_each_other() {
     let mut found = String::new();
-    for name in ["proto", "coordinator", "participant-sdk"] {
-        let src = root().join(name).join("src");
-        let read = Crate::read(&src, &files(&format!("{name}/src"), ".rs"));
+    for name in ROOTS {
+        let read = Crate::read(&root().join(name), &files(name, ".rs"));
         for parent in read.parents() {
             let uses = read.uses_below(&parent);
             for circle in modules::circles(&uses) {
@@ -147,6 +162,21 @@ fn no_two_modules_use_each_other() {
         }
     }
     assert!(found.is_empty(), "modules that use each other:{found}");
+}
+
+/// A program with several modules is in the list above.
+#[test]
+fn every_crate_is_looked_at() {
+    let mut roots: Vec<_> = files("", ".rs")
+        .into_iter()
+        .map(|(path, _)| path)
+        .filter(|path| path.ends_with("lib.rs") || path.ends_with("main.rs"))
+        .map(|path| path.parent().unwrap().strip_prefix(root()).unwrap().to_owned())
+        .collect();
+    roots.sort();
+    roots.dedup();
+    let looked_at = ROOTS.map(PathBuf::from).to_vec();
+    assert_eq!(roots, looked_at);
 }
 
 /// A file longer than this wants to be two files.

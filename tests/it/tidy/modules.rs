@@ -1,5 +1,8 @@
 //! Which module of a crate uses which. Read from the source text: `use` declarations and paths that begin with `crate` or `super`.
 //! Modules for tests are left out.
+//!
+//! Only siblings are compared. A parent and its child may use each other: the child is a part of the parent. A glob (`use super::*`)
+//! counts as a use of the module that is named, and not of the modules behind the names that it brings.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,17 +29,19 @@ struct File {
 }
 
 impl Crate {
-    /// Reads a crate from its `src` folder and the files in it.
+    /// Reads a crate from the folder of its root and the files in it. The root is `lib.rs`, or `main.rs` where there is none.
     pub(super) fn read(src: &Path, sources: &[(std::path::PathBuf, String)]) -> Self {
         let mut files = BTreeMap::new();
+        let is_library = sources.iter().any(|(path, _)| *path == src.join("lib.rs"));
         for (path, text) in sources {
             let path = path.strip_prefix(src).unwrap().with_extension("");
             let mut module: Module =
                 path.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
-            if module == ["main"] {
-                continue; // a crate of its own
+            let is_other_crate = is_library && module == ["main"] || module[0] == "bin";
+            if is_other_crate {
+                continue;
             }
-            if matches!(module.last().unwrap().as_str(), "mod" | "lib") {
+            if module == ["lib"] || module == ["main"] || module.last().unwrap() == "mod" {
                 module.pop();
             }
             files.insert(module, File::read(text));

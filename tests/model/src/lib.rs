@@ -21,4 +21,13 @@ pub mod search;
 pub mod several;
 mod variant;
 
-pub use variant::{Outcome, Size, Summary, Variant, Verdict, all, run_all};
+pub use variant::{Outcome, Size, Summary, Variant, Verdict, run_all};
+
+/// All variants of all models.
+#[must_use]
+pub fn all() -> Vec<Variant> {
+    let mut variants = protocol::variants();
+    variants.extend(several::variants());
+    variants.extend(key::variants());
+    variants
+}

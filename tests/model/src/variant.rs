@@ -14,11 +14,7 @@ use std::{
 use serde_json::json;
 use stateright::{Model, Representative};
 
-use crate::{
-    key, protocol,
-    search::{Found, Violation, search},
-    several,
-};
+use crate::search::{Found, Violation, search};
 
 /// How long a variant takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,15 +116,6 @@ impl Outcome {
     pub fn violation(&self, variant: &Variant) -> Option<&Violation> {
         variant.expects.and_then(|expects| self.found.violation(expects))
     }
-}
-
-/// All variants of all models.
-#[must_use]
-pub fn all() -> Vec<Variant> {
-    let mut variants = protocol::variants();
-    variants.extend(several::variants());
-    variants.extend(key::variants());
-    variants
 }
 
 /// Runs the variants, `jobs` at a time, and returns their results in the same order. `done` is called as each one ends.

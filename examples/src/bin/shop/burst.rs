@@ -15,13 +15,11 @@ use tokio::{
 };
 
 use super::{
+    process::COORDINATOR,
     screen::Screen,
-    walk::{CUSTOMERS, Walk, answer, request},
-    world::{COORDINATOR, World},
+    walk::{BURST_SKUS, CUSTOMERS, Walk, answer, request},
+    world::World,
 };
-
-/// The SKUs that are ordered: few, so that orders compete for the same rows.
-pub(crate) const BURST_SKUS: [&str; 3] = ["lamp", "mug", "pen"];
 
 /// The size of the burst.
 #[derive(Debug, Clone, Copy)]

@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use handfast_shop::store::{Store, Stores, without_password};
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection, mysql::MySqlConnectOptions};
 
-use super::world::{INVENTORY, NAMES, ORDER, POINTS};
+use super::process::{INVENTORY, NAMES, ORDER, POINTS};
 
 /// How long the server may take to respond.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);

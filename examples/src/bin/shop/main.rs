@@ -34,10 +34,11 @@ use self::{
     binaries::Binaries,
     burst::Size,
     databases::Server,
+    process::{COORDINATOR, INVENTORY, NAMES},
     screen::Screen,
     steps::STEPS,
     walk::Walk,
-    world::{COORDINATOR, INVENTORY, NAMES, World},
+    world::World,
 };
 
 const HELP: &str = "\

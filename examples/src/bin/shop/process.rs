@@ -22,6 +22,13 @@ use tokio::{
 
 use super::events::Events;
 
+pub(crate) const COORDINATOR: &str = "coordinator";
+pub(crate) const ORDER: &str = "order";
+pub(crate) const INVENTORY: &str = "inventory";
+pub(crate) const POINTS: &str = "points";
+/// The names of all processes, in the order in which they are started.
+pub(crate) const NAMES: [&str; 4] = [COORDINATOR, INVENTORY, POINTS, ORDER];
+
 /// How many of the last log lines are shown if the process dies.
 const TAIL: usize = 12;
 /// How long a process may take to start serving.

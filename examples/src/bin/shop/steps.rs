@@ -19,8 +19,8 @@ use super::{
     burst::{self, Size},
     events::{Call, Event, What},
     network::{Fault, HELD_UP},
+    process::{COORDINATOR, INVENTORY, ORDER, POINTS},
     walk::{Walk, money, request},
-    world::{COORDINATOR, INVENTORY, ORDER, POINTS},
 };
 
 /// The number of steps.

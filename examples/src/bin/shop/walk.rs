@@ -16,17 +16,12 @@ use handfast_shop::{
 };
 use tokio::time::Instant;
 
-use super::{
-    burst::BURST_SKUS,
-    events::What,
-    ledger,
-    screen::Screen,
-    timeline,
-    world::{COORDINATOR, World},
-};
+use super::{events::What, ledger, process::COORDINATOR, screen::Screen, timeline, world::World};
 
 /// The initial stock, without the SKUs of the burst.
 const STOCK: [(&str, i64); 3] = [("keyboard", 100), ("mouse", 100), ("monitor", 2)];
+/// The SKUs of the burst: few, so that orders compete for the same rows.
+pub(crate) const BURST_SKUS: [&str; 3] = ["lamp", "mug", "pen"];
 /// The customers.
 pub(crate) const CUSTOMERS: [&str; 4] = ["ada", "ben", "cleo", "dan"];
 

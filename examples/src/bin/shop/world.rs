@@ -25,15 +25,8 @@ use super::{
     databases::{Databases, Server},
     events::{Event, Events, What},
     network::Network,
-    process::Process,
+    process::{COORDINATOR, INVENTORY, NAMES, ORDER, POINTS, Process},
 };
-
-pub(crate) const COORDINATOR: &str = "coordinator";
-pub(crate) const ORDER: &str = "order";
-pub(crate) const INVENTORY: &str = "inventory";
-pub(crate) const POINTS: &str = "points";
-/// All processes, in the order in which they are started.
-pub(crate) const NAMES: [&str; 4] = [COORDINATOR, INVENTORY, POINTS, ORDER];
 
 /// Ports are chosen from this range. It lies below the system's range for outgoing connections, so a port stays free while its
 /// process is down.

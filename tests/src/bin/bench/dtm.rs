@@ -27,7 +27,7 @@ use serde_json::json;
 use tokio::{net::TcpListener, task::JoinHandle};
 
 use super::{
-    initiator::Decided,
+    latency::Decided,
     ledger::{Ledger, Name},
 };
 

@@ -15,14 +15,12 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::{
     dtm::DtmInitiator,
-    latency::Steps,
+    latency::Decided,
     ledger::Ledger,
     options::Drive,
     participants::{Work, name_of},
 };
 
-/// Deadline for the last Confirm of a decided transaction.
-const COMPLETION_PATIENCE: Duration = Duration::from_secs(60);
 /// Phase-one timeout of transactions that are held open.
 const HELD_TIMEOUT: Duration = Duration::from_secs(3600);
 
@@ -52,20 +50,6 @@ pub(crate) struct Hold {
     pub(crate) held: AtomicU64,
     /// One permit for each transaction that may be decided.
     pub(crate) let_go: Semaphore,
-}
-
-/// A transaction whose decision is confirm. Some of its branches may not be confirmed yet.
-#[derive(Debug)]
-pub(crate) struct Decided {
-    /// When the transaction was scheduled to begin.
-    pub(crate) meant: Instant,
-    /// When Begin was answered, and when the last Try was. `None` if the initiator cannot see that step.
-    pub(crate) begun: Option<Instant>,
-    pub(crate) tried: Option<Instant>,
-    /// When the decision was answered.
-    pub(crate) decided: Instant,
-    /// Fires at the last Confirm.
-    pub(crate) completion: oneshot::Receiver<()>,
 }
 
 impl Initiator {
@@ -137,15 +121,5 @@ impl SdkInitiator {
     fn expect(&self, xid: handfast::Xid) -> oneshot::Receiver<()> {
         let branches = u16::try_from(self.remotes.len()).expect("at most 64");
         self.ledger.expect(name_of(xid), branches)
-    }
-}
-
-impl Decided {
-    /// Waits for the last Confirm.
-    pub(crate) async fn completed(self) -> anyhow::Result<Steps> {
-        let Self { meant, begun, tried, decided, completion } = self;
-        let waited = tokio::time::timeout(COMPLETION_PATIENCE, completion).await;
-        waited.context("confirmed, and a participant was not told")??;
-        Ok(Steps { meant, begun, tried, decided, completed: Instant::now() })
     }
 }

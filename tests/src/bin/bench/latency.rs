@@ -6,8 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use hdrhistogram::Histogram;
+use tokio::sync::oneshot;
 
+/// Deadline for the last Confirm of a decided transaction.
+const COMPLETION_PATIENCE: Duration = Duration::from_secs(60);
 /// Longer latencies are counted as this one.
 const LONGEST: Duration = Duration::from_secs(600);
 /// Significant digits kept of each latency.
@@ -26,6 +30,30 @@ pub(crate) struct Steps {
     pub(crate) decided: Instant,
     /// When the participant served the last Confirm.
     pub(crate) completed: Instant,
+}
+
+/// A transaction whose decision is confirm. Some of its branches may not be confirmed yet.
+#[derive(Debug)]
+pub(crate) struct Decided {
+    /// When the transaction was scheduled to begin.
+    pub(crate) meant: Instant,
+    /// When Begin was answered, and when the last Try was. `None` if the initiator cannot see that step.
+    pub(crate) begun: Option<Instant>,
+    pub(crate) tried: Option<Instant>,
+    /// When the decision was answered.
+    pub(crate) decided: Instant,
+    /// Fires at the last Confirm.
+    pub(crate) completion: oneshot::Receiver<()>,
+}
+
+impl Decided {
+    /// Waits for the last Confirm.
+    pub(crate) async fn completed(self) -> anyhow::Result<Steps> {
+        let Self { meant, begun, tried, decided, completion } = self;
+        let waited = tokio::time::timeout(COMPLETION_PATIENCE, completion).await;
+        waited.context("confirmed, and a participant was not told")??;
+        Ok(Steps { meant, begun, tried, decided, completed: Instant::now() })
+    }
 }
 
 /// The latencies of many transactions.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use handfast::Xid;
 use handfast_coordinator::transaction::Decision;
 
-use crate::{participant::Effects, world::World};
+use crate::{account::Effects, world::World};
 
 /// What is not resolved, in words. Empty if everything is.
 pub(crate) fn unresolved(world: &World) -> Vec<String> {

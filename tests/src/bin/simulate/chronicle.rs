@@ -13,10 +13,13 @@ use serde::{Deserialize, Serialize};
 /// How many violations of a seed are kept. The first ones are enough.
 const VIOLATIONS_MAX: usize = 20;
 
+/// Stands in place of an invariant: the process of the seed died, or took too long.
+pub(crate) const DIED: &str = "process";
+
 /// A promise that was broken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Violation {
-    /// I1 to I14.
+    /// I1 to I14, or [`DIED`].
     pub(crate) invariant: String,
     /// Simulated milliseconds since the start.
     pub(crate) at: u64,

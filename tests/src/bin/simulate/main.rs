@@ -27,6 +27,7 @@ mod coordinator;
 mod initiator;
 mod participant;
 
+mod account;
 mod chronicle;
 mod clock;
 mod network;

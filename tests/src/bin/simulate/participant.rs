@@ -1,16 +1,11 @@
-//! The participants: accounts with reservations, and counters of every effect. The audit trusts these counters and nothing else.
+//! The participants: programs that reserve amounts of their accounts.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use handfast::{
-    Branch, BranchId, Context, ContextLayer, Contract, Failed, Handfast, Json, Participant,
-    Refusal, Remote, TryError, Xid,
-    testing::{MemoryAction, MemoryFence},
+    Branch, Context, ContextLayer, Contract, Failed, Handfast, Json, Participant, Refusal, Remote,
+    TryError, testing::MemoryAction,
 };
 use handfast_coordinator::transaction::Decision;
 use handfast_tests::gift::{
@@ -20,10 +15,12 @@ use handfast_tests::gift::{
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
 
-use crate::{clock::Wall, network::url, world::World};
+use crate::{
+    account::{Account, Effects},
+    network::url,
+    world::World,
+};
 
-/// The amount in each account at the start. A run cannot use it up.
-const FUNDS: i64 = 1_000_000;
 /// How often a participant inquires about overdue reservations and cleans up its fence.
 const INQUIRY: Duration = Duration::from_secs(3);
 
@@ -50,52 +47,6 @@ pub(crate) enum How {
     Well,
     Refuse,
     Fail,
-}
-
-/// The effects of one branch. Each must happen at most once, and never both Confirm and Cancel.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Effects {
-    pub(crate) order: u64,
-    pub(crate) reserved: u32,
-    pub(crate) confirmed: u32,
-    pub(crate) released: u32,
-}
-
-/// One participant's database.
-pub(crate) struct Account {
-    pub(crate) name: String,
-    pub(crate) fence: MemoryFence,
-    books: Mutex<Books>,
-}
-
-#[derive(Debug)]
-pub(crate) struct Books {
-    pub(crate) effects: BTreeMap<(Xid, BranchId), Effects>,
-    pub(crate) free: i64,
-    pub(crate) held: i64,
-    pub(crate) used: i64,
-    rng: fastrand::Rng,
-}
-
-impl Account {
-    pub(crate) fn new(name: String, wall: Wall, rng: fastrand::Rng) -> Arc<Self> {
-        let (effects, free, held, used) = (BTreeMap::new(), FUNDS, 0, 0);
-        Arc::new(Self {
-            name,
-            fence: MemoryFence::with_clock(Arc::new(wall)),
-            books: Mutex::new(Books { effects, free, held, used, rng }),
-        })
-    }
-
-    pub(crate) fn books(&self) -> MutexGuard<'_, Books> {
-        self.books.lock().expect("nothing panics while it is locked")
-    }
-}
-
-impl Books {
-    pub(crate) fn is_conserved(&self) -> bool {
-        self.free + self.held + self.used == FUNDS
-    }
 }
 
 /// The action on an account.

@@ -7,12 +7,11 @@ use turmoil::Sim;
 
 use crate::{
     audit,
-    chronicle::Violation,
+    chronicle::{DIED, Violation},
     coordinator, initiator,
     mix::Mix,
     nemesis::Nemesis,
     participant,
-    workers::DIED,
     world::{self, World},
 };
 

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    chronicle::Violation,
+    chronicle::{DIED, Violation},
     run::{self, Outcome},
 };
 
@@ -109,9 +109,6 @@ fn end(worker: &mut Child) {
     drop(worker.kill()); // it may have ended already
     drop(worker.wait());
 }
-
-/// Stands in place of an invariant: the process of the seed died, or took too long.
-pub(crate) const DIED: &str = "process";
 
 /// The outcome of a seed whose worker died.
 fn died(seed: u64) -> Outcome {

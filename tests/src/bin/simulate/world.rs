@@ -14,11 +14,11 @@ use handfast_coordinator::transaction::Decision;
 use tokio::sync::Notify;
 
 use crate::{
+    account::Account,
     chronicle::Chronicle,
     clock::Wall,
     mix::Mix,
     network::{COORDINATORS, Network},
-    participant::Account,
     store::Database,
 };
 

@@ -3,6 +3,16 @@
 
 use super::*;
 
+/// The longest time before a retry. With full jitter it is below five seconds once in six million runs.
+const LATE: Duration = Duration::from_secs(3600 * 24 * 365);
+
+/// A partition whose retries are so late that a transaction which waits for one has no reason to stay in memory.
+async fn with_late_retries() -> Rig {
+    let mut rig = Rig::new().await;
+    rig.settings.retry = RetryPolicy { initial: LATE, max: LATE };
+    rig.restart().await
+}
+
 #[tokio::test]
 async fn what_is_finished_leaves_memory_and_one_read_serves_all_who_ask() {
     let rig = Rig::new().await;
@@ -57,10 +67,7 @@ async fn a_row_that_was_read_before_memory_changed_it_is_dropped() {
 
 #[tokio::test]
 async fn a_transaction_whose_next_attempt_is_far_away_leaves_memory_and_comes_back() {
-    let far = Duration::from_secs(3600 * 24 * 365); // full jitter: below five seconds once in six million runs
-    let mut rig = Rig::new().await;
-    rig.settings.retry = RetryPolicy { initial: far, max: far };
-    let rig = rig.restart().await;
+    let rig = with_late_retries().await;
     let xid = rig.begun().await;
     rig.confirm(xid).answer().await.unwrap();
     rig.call().await.done().await;
@@ -73,7 +80,7 @@ async fn a_transaction_whose_next_attempt_is_far_away_leaves_memory_and_comes_ba
         1,
         "the acknowledgement is recorded"
     );
-    rig.clock.advance(far);
+    rig.clock.advance(LATE);
     let made = rig.call().await;
     assert_eq!((made.call.phase, made.call.attempt), (Phase::Confirm, 2));
     made.done().await;
@@ -83,10 +90,7 @@ async fn a_transaction_whose_next_attempt_is_far_away_leaves_memory_and_comes_ba
 
 #[tokio::test]
 async fn an_operator_hurries_a_transaction_that_has_left_memory() {
-    let far = Duration::from_secs(3600 * 24 * 365);
-    let mut rig = Rig::new().await;
-    rig.settings.retry = RetryPolicy { initial: far, max: far };
-    let rig = rig.restart().await;
+    let rig = with_late_retries().await;
     let xid = rig.begun().await;
     rig.confirm(xid).answer().await.unwrap();
     rig.call().await.done().await;
@@ -153,10 +157,7 @@ async fn a_new_transaction_is_refused_when_too_many_are_open_and_a_decision_is_n
 
 #[tokio::test]
 async fn a_caller_who_gave_up_does_not_keep_a_transaction_in_memory() {
-    let far = Duration::from_secs(3600 * 24 * 365);
-    let mut rig = Rig::new().await;
-    rig.settings.retry = RetryPolicy { initial: far, max: far };
-    let rig = rig.restart().await;
+    let rig = with_late_retries().await;
     let xid = rig.begun().await;
     let tried = ["1", "2"].map(|id| id.parse().unwrap()).into();
     let waiting = rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Completed);
@@ -186,10 +187,7 @@ async fn what_the_breaker_postpones_leaves_memory_too() {
 
 #[tokio::test]
 async fn a_branch_that_was_resolved_while_its_call_was_under_way_keeps_nothing_in_memory() {
-    let far = Duration::from_secs(3600 * 24 * 365);
-    let mut rig = Rig::new().await;
-    rig.settings.retry = RetryPolicy { initial: far, max: far };
-    let rig = rig.restart().await;
+    let rig = with_late_retries().await;
     let xid = rig.begun().await;
     rig.confirm(xid).answer().await.unwrap();
     let (one, two) = (rig.call().await, rig.call().await);
@@ -223,10 +221,7 @@ async fn what_cannot_be_read_is_not_taken_for_absent() {
 /// Reads go to a server that is not updated: a lagging replica, or the old primary after a switch-over.
 #[tokio::test]
 async fn a_read_that_is_older_than_what_was_told_is_not_believed() {
-    let far = Duration::from_secs(3600 * 24 * 365);
-    let mut rig = Rig::new().await;
-    rig.settings.retry = RetryPolicy { initial: far, max: far };
-    let rig = rig.restart().await;
+    let rig = with_late_retries().await;
     let xid = rig.begun().await;
     let replica = rig.store.inner.copy(); // where it is trying
     rig.confirm(xid).answer().await.unwrap();
@@ -311,10 +306,7 @@ async fn a_read_that_ends_does_not_make_an_older_one_believe_its_old_rows() {
 /// Rule 16: a transaction whose latest change is not durable stays in memory. A read would return its state before that change.
 #[tokio::test]
 async fn a_transaction_leaves_memory_only_when_its_latest_change_is_durable() {
-    let far = Duration::from_secs(3600 * 24 * 365);
-    let mut rig = Rig::new().await;
-    rig.settings.retry = RetryPolicy { initial: far, max: far };
-    let rig = rig.restart().await;
+    let rig = with_late_retries().await;
     let xid = rig.begun().await;
     rig.confirm(xid).answer().await.unwrap();
     let (one, two) = (rig.call().await, rig.call().await);

@@ -93,13 +93,9 @@ pub fn binary(name: &str) -> PathBuf {
 /// Builds the binaries of other packages, which cargo does not build for tests or for `cargo run`. The arguments match those of the
 /// running program, so that cargo can reuse most of its build. A program that cargo did not start uses the binaries that exist.
 fn build(what: &[&str]) {
-    let (folder, is_test) = target_folder();
+    let folder = target_folder().0;
     let profile = folder.file_name().and_then(|name| name.to_str()).expect("target/debug");
-    let cargo = match std::env::var("CARGO") {
-        Ok(cargo) => cargo,
-        Err(_) if is_test => "cargo".to_owned(),
-        Err(_) => return,
-    };
+    let Ok(cargo) = std::env::var("CARGO") else { return };
     let mut command = std::process::Command::new(cargo);
     command
         .args(["build", "--quiet"])

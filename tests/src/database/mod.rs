@@ -132,7 +132,7 @@ async fn script(arguments: &[&str], folder: &Path, port: u16) -> anyhow::Result<
     let mut text = String::new();
     said.rewind()?;
     said.read_to_string(&mut text)?;
-    ensure!(status.success(), "{}", text.lines().last().unwrap_or("scripts/database failed"));
+    ensure!(status.success(), "scripts/database: {status}: {}", text.trim());
     Ok(())
 }
 

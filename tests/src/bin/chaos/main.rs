@@ -35,11 +35,15 @@ use self::{
     load::{CUSTOMERS, Progress, STOCK},
     report::Report,
     services::Troubled,
+    tally::DATABASE_SWITCHED,
     world::{SERVICES, World},
 };
 
-/// A run is extended up to this many times its length until every kind of fault has occurred.
-const LONGER_MAX: u32 = 3;
+/// A run is extended up to this many times its length until every kind of fault that is asked for has occurred, and enough customers
+/// were told that their order is placed.
+const LONGER_MAX: u32 = 6;
+/// With fewer orders a run shows little: nothing that could have been lost.
+const PLACED_MIN: u64 = 10;
 
 const HELP: &str = "\
 Exit codes:
@@ -61,6 +65,9 @@ struct Flags {
     /// In a group: seconds between two switches. New connections go to another server, and old ones live on
     #[arg(long, value_name = "S", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=3_600))]
     move_every: u64,
+    /// In a group: extend the run only until there was a switch, and not until every kind of fault has occurred
+    #[arg(long)]
+    only_switches: bool,
     /// Customers in parallel. With many of them, every process that dies loses many calls in flight
     #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=2_000))]
     customers: u16,
@@ -138,7 +145,7 @@ async fn run(flags: &Flags, seed: u64, folder: &TempDir) -> anyhow::Result<Repor
     };
     let mut told = tokio::select! {
         ended = trouble => ended?.0,
-        () = keep_time(&world, &progress, length) => unreachable!("it goes on for ever"),
+        () = keep_time(&world, &progress, flags) => unreachable!("it goes on for ever"),
     };
     report::tell("healing");
     networks::heal(&world);
@@ -155,14 +162,17 @@ async fn run(flags: &Flags, seed: u64, folder: &TempDir) -> anyhow::Result<Repor
     Ok(report)
 }
 
-/// Prints the counts each second, and ends the run after `length`, or later if a kind of fault has not occurred yet.
-async fn keep_time(world: &World, progress: &Progress, length: Duration) {
+/// Prints the counts each second, and ends the run after its length, or later if not enough has happened yet.
+async fn keep_time(world: &World, progress: &Progress, flags: &Flags) {
+    let length = Duration::from_secs(flags.seconds);
+    let is_asked_for = |kind: &&str| !flags.only_switches || *kind == DATABASE_SWITCHED;
     let began = Instant::now();
     let mut seconds = interval(Duration::from_secs(1));
     loop {
         seconds.tick().await;
-        let rest = if world.tally.missing(&world.databases).is_empty() { 1 } else { LONGER_MAX };
-        if began.elapsed() >= length * rest {
+        let is_missing = world.tally.missing(&world.databases).iter().any(is_asked_for)
+            || progress.placed.load(Ordering::Relaxed) < PLACED_MIN;
+        if began.elapsed() >= length * if is_missing { LONGER_MAX } else { 1 } {
             world.tally.end();
         }
         let [placed, refused, cancelled, unknown] =

@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_millis(500);
 #[command(
     name = "recovery",
     after_help = "Example:
-  cargo run --release -p handfast-tests --bin recovery -- --server mysql://root@127.0.0.1:3306 --open 1000000"
+  cargo run --profile dist -p handfast-tests --bin recovery -- --server mysql://root@127.0.0.1:3306 --open 1000000"
 )]
 struct Options {
     /// A MySQL or MariaDB server. The program makes a database on it, and drops it at the end

@@ -3,7 +3,6 @@
 
 use std::{
     io,
-    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -56,7 +55,7 @@ impl Addresses {
         let mut failed = io::Error::from(io::ErrorKind::NotFound);
         let mut found = Vec::new();
         for address in &*self.addresses {
-            match look_up(address).await {
+            match connection::look_up(address).await {
                 Ok(addresses) => found.extend(addresses),
                 Err(error) => failed = error,
             }
@@ -72,19 +71,6 @@ impl Addresses {
         }
         Err(failed)
     }
-}
-
-/// The IP addresses of a name, sorted: the same number means the same one for every connection.
-async fn look_up(address: &Address) -> io::Result<Vec<SocketAddr>> {
-    let uri = address.uri();
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-    let port = uri.port_u16().unwrap_or_default();
-    let unknown = |_| io::Error::other(format!("the name {host} was not found"));
-    let found = tokio::net::lookup_host((host.as_str(), port)).await.map_err(unknown)?;
-    let mut found: Vec<_> = found.collect();
-    found.sort();
-    found.dedup();
-    Ok(found)
 }
 
 #[derive(Clone)]

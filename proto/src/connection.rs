@@ -13,19 +13,22 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, Join, ReadBuf, join},
     net::{
-        TcpStream,
+        TcpStream, lookup_host,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
+    time::timeout,
 };
 use tonic::{
     ConnectError, Status,
     transport::{Channel, Endpoint, Uri},
 };
 
-use crate::address::Address;
+use crate::address::{Address, Host};
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long looking up a name may take.
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a connection with calls in flight may be silent before it is pinged.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// How long the peer may take to answer a ping before the connection is closed.
@@ -59,6 +62,32 @@ pub fn channel(address: &Address, at: Option<SocketAddr>) -> Channel {
     let endpoint = endpoint(address);
     let Some(at) = at else { return endpoint.connect_lazy() };
     endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| connect(at)))
+}
+
+/// The IP addresses behind `address`, sorted. Both sides look names up with this and choose among the addresses. A connection that
+/// looks the name up by itself always begins with the first one.
+///
+/// # Errors
+///
+/// When the name does not exist, or could not be looked up in time.
+pub async fn look_up(address: &Address) -> io::Result<Vec<SocketAddr>> {
+    let port = address.port();
+    let name = match address.host() {
+        Host::V4(ip) => return Ok(vec![(*ip, port).into()]),
+        Host::V6(ip) => return Ok(vec![(*ip, port).into()]),
+        Host::Name(name) => name,
+    };
+    let what = match timeout(LOOK_UP_TIMEOUT, lookup_host((name.as_str(), port))).await {
+        Ok(Ok(found)) => {
+            let mut found: Vec<_> = found.collect();
+            found.sort();
+            found.dedup();
+            return Ok(found);
+        }
+        Ok(Err(_)) => "was not found",
+        Err(_) => "could not be looked up in time",
+    };
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("the name {name} {what}")))
 }
 
 /// Opens a connection, for channels that manage their own connections.

@@ -67,6 +67,11 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
     assert_eq!(code, 0);
     assert!(table.contains(&text) && table.contains("stuck"), "{table}");
 
+    for (label, found) in [("customer=ann", 1), ("customer=an", 0), ("order=ann", 0)] {
+        let list = json(&coordinator, &["list", "--label", label]).await;
+        assert_eq!(list["transactions"].as_array().unwrap().len(), found, "{label}");
+    }
+
     let (code, shown, _) = run(&coordinator, &["show", &text]).await;
     assert_eq!(code, 0);
     for word in

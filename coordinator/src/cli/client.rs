@@ -1,6 +1,6 @@
 //! `handfast list`, `show`, `retry`, `resolve`. They call a coordinator over gRPC, and use only AdminService and GetTransaction.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use clap::{Args, ValueEnum};
 use handfast_coordinator::{
@@ -32,7 +32,8 @@ is true, there are older ones.
 
 Examples:
   handfast list --stuck -o json | jq -r '.transactions[].xid'
-  handfast list --open --name checkout")]
+  handfast list --open --name checkout
+  handfast list --label order=1042")]
 pub(super) struct List {
     /// Only transactions whose phase two keeps failing
     #[arg(long, conflicts_with = "open")]
@@ -43,6 +44,10 @@ pub(super) struct List {
     /// Only transactions with this name
     #[arg(long)]
     name: Option<String>,
+    /// Only transactions with this label. May be given several times: all must match. Labels and names have no index: the search
+    /// reads the recorded transactions, from the newest back, until it has found enough of them
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    label: Vec<(String, String)>,
     /// List at most this many
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     limit: u32,
@@ -138,6 +143,11 @@ enum Output {
     Json,
 }
 
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("one looks like order=1042")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
 fn server_url(text: &str) -> Result<String, String> {
     let is_plain = |uri: &Uri| {
         uri.scheme() == Some(&Scheme::HTTP)
@@ -217,6 +227,7 @@ impl List {
             (false, false) => Which::All,
         };
         let name = self.name.unwrap_or_default();
+        let labels: BTreeMap<String, String> = self.label.into_iter().collect();
         let mut answer = pb::ListTransactionsResponse::default();
         // Large transactions come in several pages.
         loop {
@@ -226,6 +237,7 @@ impl List {
                 name: name.clone(),
                 limit: self.limit.saturating_sub(listed),
                 page: answer.next_page,
+                labels: labels.clone(),
             };
             let ask = async |mut client: AdminServiceClient<Channel>| {
                 client.list_transactions(request).await
@@ -361,7 +373,8 @@ mod tests {
 
     async fn listed(url: &str, timeout: Duration) -> Failure {
         let server = Server { url: url.to_owned(), timeout, output: Output::Table };
-        let list = List { stuck: false, open: false, name: None, limit: 1, server };
+        let list =
+            List { stuck: false, open: false, name: None, label: Vec::new(), limit: 1, server };
         list.run().await.unwrap_err()
     }
 

@@ -167,11 +167,13 @@ impl Coordinator {
         filter: &ListFilter,
         limit: usize,
     ) -> Result<(Vec<Arc<GlobalTransaction>>, Option<Listed>), Error> {
-        let mut recorded =
-            self.store.list(filter, limit + 1).await.map_err(|error| Error::from(&error))?;
+        let listing = self.store.list(filter, limit + 1).await;
+        let listing = listing.map_err(|error| Error::from(&error))?;
+        let mut recorded = listing.transactions;
         let more = recorded.len() > limit;
         recorded.truncate(limit);
-        let next = recorded.last().filter(|_| more).map(|last| (last.begun_at, last.xid));
+        let last = recorded.last().filter(|_| more).map(|last| (last.begun_at, last.xid));
+        let next = last.or(listing.looked_to);
         let mut found = Vec::with_capacity(recorded.len());
         for global in recorded {
             // What is open may have come further in memory than in its record.

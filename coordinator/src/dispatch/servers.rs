@@ -25,8 +25,6 @@ use crate::{clock::Clock, transaction::Timestamp};
 
 /// How long the result of a name look-up is used.
 const LOOK_UP_AGAIN: Duration = Duration::from_secs(5);
-/// The deadline of a look-up.
-const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Servers of one participant. Further servers are ignored.
 const SERVERS_MAX: usize = 64;
 /// How long a server that did not answer is skipped.
@@ -61,19 +59,7 @@ pub struct Tcp;
 #[async_trait::async_trait]
 impl Dialler for Tcp {
     async fn destinations(&self, address: &Address) -> io::Result<Vec<Destination>> {
-        let port = address.port();
-        let at: Vec<SocketAddr> = match address.host() {
-            Host::V4(ip) => vec![((*ip), port).into()],
-            Host::V6(ip) => vec![((*ip), port).into()],
-            Host::Name(name) => {
-                let found = tokio::net::lookup_host((name.as_str(), port));
-                match tokio::time::timeout(LOOK_UP_TIMEOUT, found).await {
-                    Ok(Ok(found)) => found.collect(),
-                    Ok(Err(_)) => return Err(not_found(name, "was not found")),
-                    Err(_) => return Err(not_found(name, "could not be looked up in time")),
-                }
-            }
-        };
+        let at = connection::look_up(address).await?;
         Ok(at
             .into_iter()
             .map(|at| Destination { address: address.clone(), at: Some(at) })
@@ -83,10 +69,6 @@ impl Dialler for Tcp {
     fn channel(&self, destination: &Destination) -> Channel {
         connection::channel(&destination.address, destination.at)
     }
-}
-
-fn not_found(name: &str, what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, format!("the name {name} {what}"))
 }
 
 #[derive(Debug)]

@@ -414,11 +414,13 @@ pub(super) fn list(
         limit => return invalid("limit", format!("is {limit}, and may be {}", limits::LIST_MAX)),
     };
     let name = words("name", request.name, limits::NAME_BYTES_MAX)?;
+    let labels = labels(request.labels)?;
     let after = match request.page.as_str() {
         "" => None,
         page => Some(listed(page)?),
     };
-    Ok((ListFilter { show, name: Some(name).filter(|name| !name.is_empty()), after }, limit))
+    let name = Some(name).filter(|name| !name.is_empty());
+    Ok((ListFilter { name, labels, after, ..ListFilter::of(show) }, limit))
 }
 
 /// Parses a page token of [`super::response::page`].

@@ -10,8 +10,8 @@ use std::{
 use handfast_proto::Xid;
 
 use super::{
-    Appended, Batch, Damage, DuePage, Error, Guard, Head, Known, ListFilter, Lookup, Ownership,
-    PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge, xids_of,
+    Appended, Batch, Damage, DuePage, Error, Guard, Head, Known, ListFilter, Listing, Lookup,
+    Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge, xids_of,
 };
 use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
 
@@ -238,11 +238,7 @@ impl Store for MemoryStore {
         })
     }
 
-    async fn list(
-        &self,
-        filter: &ListFilter,
-        limit: usize,
-    ) -> Result<Vec<GlobalTransaction>, Error> {
+    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error> {
         let tables = self.tables();
         let mut fitting: Vec<_> = (tables.transactions.values())
             .filter(|global| match filter.show {
@@ -250,11 +246,20 @@ impl Store for MemoryStore {
                 Show::Open => !global.state.is_final(),
                 Show::Stuck(now, after) => global.is_stuck(now, after),
             })
-            .filter(|global| filter.name.as_ref().is_none_or(|name| global.name == *name))
             .filter(|global| filter.after.is_none_or(|after| (global.begun_at, global.xid) < after))
             .collect();
         fitting.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
-        Ok(fitting.into_iter().take(limit).cloned().collect())
+        let mut looked_to = None;
+        if filter.searches() && fitting.len() > filter.looked_max {
+            fitting.truncate(filter.looked_max);
+            looked_to = fitting.last().map(|last| (last.begun_at, last.xid));
+        }
+        let named = |global: &GlobalTransaction| {
+            filter.name.as_ref().is_none_or(|name| global.name == *name)
+                && filter.labels.iter().all(|(key, value)| global.labels.get(key) == Some(value))
+        };
+        let found = fitting.into_iter().filter(|global| named(global)).take(limit).cloned();
+        Ok(Listing { transactions: found.collect(), looked_to })
     }
 
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {

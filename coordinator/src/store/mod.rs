@@ -23,7 +23,7 @@ pub(crate) mod scripted;
 mod sql;
 pub mod sqlite;
 
-use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use handfast_proto::Xid;
 
@@ -193,8 +193,38 @@ pub struct ListFilter {
     pub show: Show,
     /// Only transactions with this name.
     pub name: Option<String>,
+    /// Only transactions that have all these labels.
+    pub labels: BTreeMap<String, String>,
     /// Only transactions after this one in the list: older ones, and equally old ones with a smaller xid.
     pub after: Option<Listed>,
+    /// Names and labels have no index. A search for them with [`Show::All`] looks at this many transactions of each partition.
+    pub looked_max: usize,
+}
+
+impl ListFilter {
+    /// The default of `looked_max`: 160,000 transactions in all, which takes about a second.
+    pub const LOOKED_MAX: usize = 10_000;
+
+    /// Selects by state only.
+    #[must_use]
+    pub fn of(show: Show) -> Self {
+        let labels = BTreeMap::new();
+        Self { show, name: None, labels, after: None, looked_max: Self::LOOKED_MAX }
+    }
+
+    /// Whether every row must be read to see if it matches.
+    pub(crate) fn searches(&self) -> bool {
+        self.show == Show::All && (self.name.is_some() || !self.labels.is_empty())
+    }
+}
+
+/// What was found for a [`ListFilter`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Listing {
+    /// Newest first. Their payloads may be left out.
+    pub transactions: Vec<GlobalTransaction>,
+    /// Where the search has ended: nothing that comes later in the list was looked at. `None`: at the end.
+    pub looked_to: Option<Listed>,
 }
 
 /// A transaction's place in a list: when it began, and its xid.
@@ -330,11 +360,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     ) -> Result<DuePage, Error>;
 
     /// For operators: up to `limit` transactions that match, newest first.
-    async fn list(
-        &self,
-        filter: &ListFilter,
-        limit: usize,
-    ) -> Result<Vec<GlobalTransaction>, Error>;
+    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error>;
 
     /// For operators: how many transactions are open, and how many of these are stuck at `now`.
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error>;

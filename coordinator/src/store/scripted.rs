@@ -210,11 +210,7 @@ impl Store for ScriptedStore {
         page
     }
 
-    async fn list(
-        &self,
-        filter: &ListFilter,
-        limit: usize,
-    ) -> Result<Vec<GlobalTransaction>, Error> {
+    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error> {
         self.inner.list(filter, limit).await
     }
 

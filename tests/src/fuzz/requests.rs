@@ -353,6 +353,10 @@ impl Asking<'_> {
             name: self.random.text_of(&["", "checkout"]),
             limit: self.random.of(&[0, 1, 50, 1000, 1001, u32::MAX]),
             page: self.random.text_of(&["", "0/3-7-1042-9f3c01d2", "-1/x"]),
+            labels: BTreeMap::from([(
+                self.random.text_of(&["", "order", "\"\\"]),
+                self.random.text_of(&["", "1042"]),
+            )]),
         }
     }
 }

@@ -59,9 +59,9 @@ async fn a_decision_that_stands_is_answered_when_the_wait_for_completion_fails()
     };
     let services = rig.services.clone();
     let executing = tokio::spawn(async move { services.execute(Request::new(request)).await });
-    let all = ListFilter { show: Show::All, name: None, after: None };
+    let all = ListFilter::of(Show::All);
     let decided = async || {
-        let recorded = rig.store.list(&all, 1).await.unwrap().pop();
+        let recorded = rig.store.list(&all, 1).await.unwrap().transactions.pop();
         recorded.and_then(|global| global.state.decision())
     };
     while decided().await != Some(Decision::Confirm) {

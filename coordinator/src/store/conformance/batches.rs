@@ -205,7 +205,7 @@ async fn given_up_after(polls: usize, call: impl Future) {
 pub(super) async fn calls_that_are_given_up_leave_the_store_working(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let mut globals = Vec::new();
-    let all = ListFilter { show: Show::All, name: None, after: None };
+    let all = ListFilter::of(Show::All);
     for polls in 1..=30 {
         let global = begun(owner.xid(1), &["1"]);
         let batch = owner.batch(vec![inserted(&global)]);

@@ -73,6 +73,7 @@ on_every_store! {
         what_is_due_comes_in_pages_and_in_order
         a_read_that_is_older_than_what_is_known_is_not_believed
         the_list_shows_the_newest_that_fit
+        the_list_finds_labels
         the_summary_counts
     }
     purge {

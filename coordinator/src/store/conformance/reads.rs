@@ -52,6 +52,62 @@ pub(super) async fn what_is_due_comes_in_pages_and_in_order(store: &dyn Store) {
     assert_eq!(store.due(until, None, 3, owner.known(0)).await.unwrap(), DuePage::default());
 }
 
+/// A search that may not look at everything at once says how far it came, and goes on from there.
+pub(super) async fn the_list_finds_labels(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let mut written = Vec::new();
+    let labels = [
+        ("order", "1042"),
+        ("order", "10421"),
+        ("order", "1042\",\"order\":\"7"),
+        ("Order", "1042"),
+        ("the order", "7"),
+        ("order", "7"),
+        ("say \"order\"", "\\7\\"),
+        ("订单", "7%_"),
+    ];
+    for (n, (key, value)) in labels.into_iter().enumerate() {
+        let n = u16::try_from(n).unwrap();
+        let mut global = begun(owner.xid(n % 3), &["1"]);
+        global.begun_at = NOW + Duration::from_secs(n.into());
+        global.labels = BTreeMap::from([(key.to_owned(), value.to_owned())]);
+        global.labels.insert("customer".to_owned(), "ann".to_owned());
+        owner.insert(&global).await;
+        written.push(global);
+    }
+    let search = async |show, labels: &[(&str, &str)], looked_max| {
+        let own = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+        let labels: BTreeMap<_, _> = labels.iter().map(own).collect();
+        let (mut found, mut after, mut searches) = (Vec::new(), None, 0);
+        loop {
+            searches += 1;
+            assert!(searches < 20);
+            let labels = labels.clone();
+            let filter = ListFilter { labels, after, looked_max, ..ListFilter::of(show) };
+            let listing = store.list(&filter, 10).await.unwrap();
+            let place = |global: &GlobalTransaction| {
+                written.iter().position(|written| written.xid == global.xid).unwrap()
+            };
+            found.extend(listing.transactions.iter().map(place));
+            after = listing.looked_to;
+            if after.is_none() {
+                return (found, searches);
+            }
+        }
+    };
+    for (n, label) in labels.into_iter().enumerate() {
+        for show in [Show::All, Show::Open] {
+            assert_eq!(search(show, &[label], 100).await, (vec![n], 1), "{label:?}");
+        }
+        let (found, searches) = search(Show::All, &[label, ("customer", "ann")], 1).await;
+        assert_eq!(found, [n], "{label:?}");
+        assert!(searches > 2, "{searches}");
+    }
+    assert_eq!(search(Show::All, &[("customer", "ann")], 2).await.0, [7, 6, 5, 4, 3, 2, 1, 0]);
+    let none = [("order", "1042"), ("customer", "bob")];
+    assert_eq!(search(Show::All, &none, 100).await, (vec![], 1));
+}
+
 pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let mut written = Vec::new();
@@ -77,8 +133,8 @@ pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
         written.push(global);
     }
     let list = async |show, name: Option<&str>, limit| -> Vec<usize> {
-        let filter = ListFilter { show, name: name.map(str::to_owned), after: None };
-        let found = store.list(&filter, limit).await.unwrap();
+        let filter = ListFilter { name: name.map(str::to_owned), ..ListFilter::of(show) };
+        let found = store.list(&filter, limit).await.unwrap().transactions;
         found
             .iter()
             .map(|global| {
@@ -96,8 +152,9 @@ pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
     for (show, all) in [(Show::All, vec![5, 4, 3, 2, 1, 0]), (Show::Open, vec![5, 4, 3, 1, 0])] {
         let (mut seen, mut after) = (Vec::new(), None);
         loop {
-            let filter = ListFilter { show, name: None, after };
-            let Some(global) = store.list(&filter, 1).await.unwrap().pop() else { break };
+            let filter = ListFilter { after, ..ListFilter::of(show) };
+            let mut listing = store.list(&filter, 1).await.unwrap();
+            let Some(global) = listing.transactions.pop() else { break };
             after = Some((global.begun_at, global.xid));
             seen.push(written.iter().position(|written| written.xid == global.xid).unwrap());
         }

@@ -25,14 +25,14 @@ use sqlx::{
 use tracing::{info, warn};
 
 use super::{
-    Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Seat, Store, Summary,
-    Written,
+    Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Seat, Store,
+    Summary, Written,
     sql::{
         self, CALL_TIMEOUT, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read,
         write,
     },
 };
-use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
+use crate::transaction::{StuckAfter, Timestamp};
 
 /// A writing connection without a statement for this many seconds is closed by the server. Otherwise an owner that died with an
 /// open batch would keep its rows locked.
@@ -263,11 +263,7 @@ impl Store for MySqlStore {
         sql::reading(&self.readers, self.writer_of(known.ownership.partition), due).await
     }
 
-    async fn list(
-        &self,
-        filter: &ListFilter,
-        limit: usize,
-    ) -> Result<Vec<GlobalTransaction>, Error> {
+    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error> {
         let list = async |connection: &mut Connection| {
             read::list::<InMySql>(connection, filter, limit).await
         };

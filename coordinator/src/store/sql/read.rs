@@ -13,7 +13,10 @@ use super::{
     sight::{Beside, SEEN, Seen, Sight},
 };
 use crate::{
-    store::{DuePage, Error, Known, ListFilter, Lookup, PARTITIONS, Show, Summary, xids_of},
+    store::{
+        DuePage, Error, Known, ListFilter, Listed, Listing, Lookup, PARTITIONS, Show, Summary,
+        xids_of,
+    },
     transaction::{GlobalTransaction, StuckAfter, Timestamp},
 };
 
@@ -30,6 +33,11 @@ const SELECT_TRANSACTIONS: &str =
 const JOIN_DIGESTS: &str = ") AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ";
 const BRANCH: &str =
     "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at";
+
+/// The same for a list, which shows no payloads.
+const BRANCH_IN_LIST: &str = "SELECT b.xid, b.position, b.branch_id, b.action, b.participant, b.target, b.state, b.attempts, b.needs_attention, \
+     NULL AS payload, NULL AS payload_type, b.due_at, b.error_code, b.error_message, b.error_at, \
+     r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at";
 
 /// [`GlobalTransaction::is_stuck`] in SQL. Bind: decided before, attempts.
 const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_at <= ? OR EXISTS (SELECT 1 FROM branch AS b \
@@ -76,7 +84,7 @@ pub(in crate::store) async fn load<D: Dialect>(
     let lookup = match row.head.0 {
         Some(head) => {
             let branches =
-                branches::<D>(connection, &mut sight, &[xid.to_bytes().to_vec()]).await?;
+                branches::<D>(connection, &mut sight, BRANCH, &[xid.to_bytes().to_vec()]).await?;
             Lookup::Found(Box::new(head.into_transaction(branches)?))
         }
         None => Lookup::Absent {
@@ -146,7 +154,7 @@ pub(in crate::store) async fn due<D: Dialect>(
         }
         _ => None,
     };
-    let transactions = undamaged::<D>(connection, &mut sight, heads).await?;
+    let transactions = undamaged::<D>(connection, &mut sight, BRANCH, heads).await?;
     let mut next_due_at: Option<(Vec<u8>, i64)> = None;
     if !more {
         let mut query = Query::new("SELECT g.xid, g.due_at");
@@ -167,9 +175,9 @@ pub(in crate::store) async fn list<D: Dialect>(
     connection: &mut Connection<D>,
     filter: &ListFilter,
     limit: usize,
-) -> Result<Vec<GlobalTransaction>, Error> {
+) -> Result<Listing, Error> {
     D::run(connection, D::BEGIN_READING).await?;
-    let mut found = Vec::new();
+    let (mut found, mut looked_to) = (Vec::new(), None);
     match filter.show {
         // There are few open transactions, and they have an index.
         Show::Open | Show::Stuck(..) => {
@@ -178,7 +186,8 @@ pub(in crate::store) async fn list<D: Dialect>(
             if let Show::Stuck(now, after) = filter.show {
                 push_stuck(query.push(" AND "), now, after);
             }
-            push_filter(&mut query, filter);
+            push_after(&mut query, filter);
+            push_names(&mut query, filter);
             query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ");
             query.push_bind(sql_limit(limit));
             query.push(JOIN_DIGESTS).push("ORDER BY g.begun_at DESC, g.xid DESC");
@@ -187,20 +196,43 @@ pub(in crate::store) async fn list<D: Dialect>(
         // There are many transactions in all, but within a partition they are sorted by age.
         Show::All => {
             for partition in 0..PARTITIONS {
-                let (first, last) = xids_of(partition);
+                let (mut first, last) = xids_of(partition);
+                if filter.searches() {
+                    let end = last_looked_at::<D>(connection, (first, last), filter).await?;
+                    first = end.map_or(first, |(_, xid)| xid);
+                    looked_to = looked_to.max(end);
+                }
                 let mut query = Query::new(SELECT_TRANSACTIONS);
                 query.push("WHERE g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
-                push_filter(&mut query, filter);
+                push_after(&mut query, filter);
+                push_names(&mut query, filter);
                 query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(sql_limit(limit));
                 query.push(JOIN_DIGESTS);
                 found.append(&mut transactions::<D>(connection, query).await?);
             }
+            // Where one partition was looked at further back than another one, the rest belongs to the next page.
+            found.retain(|global| Some((global.begun_at, global.xid)) >= looked_to);
             found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
             found.truncate(limit);
         }
     }
     D::run(connection, END_READING).await?;
-    Ok(found)
+    Ok(Listing { transactions: found, looked_to })
+}
+
+/// The last transaction of a partition that a search looks at. `None`: it looks at all of them.
+async fn last_looked_at<D: Dialect>(
+    connection: &mut Connection<D>,
+    (first, last): (Xid, Xid),
+    filter: &ListFilter,
+) -> Result<Option<Listed>, Error> {
+    let mut query = Query::new("SELECT g.begun_at, g.xid FROM global_transaction AS g ");
+    query.push("WHERE g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
+    push_after(&mut query, filter);
+    query.push(" ORDER BY g.xid DESC LIMIT 1 OFFSET ");
+    query.push_bind(sql_limit(filter.looked_max.saturating_sub(1)));
+    let end: Option<(i64, Vec<u8>)> = D::fetch(connection, query).await?.pop();
+    end.map(|(begun_at, xid)| Ok((Timestamp(begun_at), record::xid(&xid)?))).transpose()
 }
 
 pub(in crate::store) async fn summary<D: Dialect>(
@@ -269,19 +301,20 @@ async fn transactions<D: Dialect>(
     query: Query,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let heads = D::fetch(connection, query).await?;
-    undamaged::<D>(connection, &mut Sight::of_people(), heads).await
+    undamaged::<D>(connection, &mut Sight::of_people(), BRANCH_IN_LIST, heads).await
 }
 
 /// Rebuilds transactions from their rows. A damaged one is logged and left out, so that it does not block the others.
 async fn undamaged<D: Dialect>(
     connection: &mut Connection<D>,
     sight: &mut Sight,
+    select_branches: &str,
     heads: Vec<TransactionRow>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let mut branches: BTreeMap<Vec<u8>, Vec<BranchRow>> = BTreeMap::new();
     for some in heads.chunks(XIDS_MAX) {
         let xids: Vec<_> = some.iter().map(|head| head.xid.clone()).collect();
-        for row in self::branches::<D>(connection, sight, &xids).await? {
+        for row in self::branches::<D>(connection, sight, select_branches, &xids).await? {
             branches.entry(row.xid.clone()).or_default().push(row);
         }
     }
@@ -305,9 +338,10 @@ async fn undamaged<D: Dialect>(
 async fn branches<D: Dialect>(
     connection: &mut Connection<D>,
     sight: &mut Sight,
+    select: &str,
     xids: &[Vec<u8>],
 ) -> Result<Vec<BranchRow>, Error> {
-    let mut query = Query::new(BRANCH);
+    let mut query = Query::new(select);
     query.push(SEEN).push("LEFT JOIN branch AS b ON b.xid IN (").push_list(xids.iter().cloned());
     query.push(" LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id");
     sight.push_partition(&mut query);
@@ -326,10 +360,17 @@ fn push_stuck(query: &mut Query, now: Timestamp, after: StuckAfter) {
     query.push(parts.next().unwrap_or_default());
 }
 
-fn push_filter(query: &mut Query, filter: &ListFilter) {
+/// The conditions that have no index.
+fn push_names(query: &mut Query, filter: &ListFilter) {
     if let Some(name) = &filter.name {
         query.push(" AND g.name = ").push_bind(name.clone());
     }
+    for (key, value) in &filter.labels {
+        query.push(" AND INSTR(g.labels, ").push_bind(record::label(key, value)).push(") > 0");
+    }
+}
+
+fn push_after(query: &mut Query, filter: &ListFilter) {
     if let Some((begun_at, xid)) = filter.after {
         query.push(" AND (g.begun_at < ").push_bind(begun_at.0);
         query.push(" OR g.begun_at = ").push_bind(begun_at.0);

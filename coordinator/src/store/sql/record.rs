@@ -476,6 +476,12 @@ pub(in crate::store) fn xid(column: &[u8]) -> Result<Xid, Error> {
     Ok(Xid::from_bytes(bytes))
 }
 
+/// How a label is written in the column `labels`. This text cannot be a part of another label: a quotation mark in a key or a value
+/// has a backslash before it.
+pub(in crate::store) fn label(key: &str, value: &str) -> String {
+    format!("{}:{}", json(&key), json(&value))
+}
+
 fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("strings and maps of strings always become JSON")
 }

@@ -34,10 +34,11 @@ use self::{
     mark::{Checkpoints, Mark},
 };
 use super::{
-    Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Store, Summary, Written,
+    Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Store, Summary,
+    Written,
     sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read, write},
 };
-use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
+use crate::transaction::{StuckAfter, Timestamp};
 
 /// How long a statement waits for another process's lock, such as that of a shell in the middle of a write.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -272,11 +273,7 @@ impl Store for SqliteStore {
         sql::reading(&self.readers, &self.writer, due).await
     }
 
-    async fn list(
-        &self,
-        filter: &ListFilter,
-        limit: usize,
-    ) -> Result<Vec<GlobalTransaction>, Error> {
+    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error> {
         self.readers
             .run(async |connection| read::list::<InSqlite>(connection, filter, limit).await)
             .await

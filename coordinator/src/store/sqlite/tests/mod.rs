@@ -10,7 +10,7 @@ use crate::{
         ALL_PARTITIONS, Damage, Guard, Head, Write,
         conformance::{Owner, begun, inserted},
     },
-    transaction::{BranchSet, Drive, NewTransaction},
+    transaction::{BranchSet, Drive, GlobalTransaction, NewTransaction},
 };
 
 #[tokio::test]

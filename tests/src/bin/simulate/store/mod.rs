@@ -18,8 +18,8 @@ use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use handfast_coordinator::{
     store::{
-        Appended, Batch, DuePage, Error, Known, ListFilter, Lookup, Ownership, Seat, Store,
-        Summary, memory::MemoryStore,
+        Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Seat,
+        Store, Summary, memory::MemoryStore,
     },
     transaction::{Decision, GlobalTransaction, StuckAfter, Timestamp},
 };
@@ -169,9 +169,8 @@ impl Database {
 
     /// The recorded transactions that are not final.
     pub(crate) fn open(&self) -> Vec<GlobalTransaction> {
-        let filter =
-            ListFilter { show: handfast_coordinator::store::Show::Open, name: None, after: None };
-        at_once(self.tables().list(&filter, usize::MAX)).expect("memory answers")
+        let filter = ListFilter::of(handfast_coordinator::store::Show::Open);
+        at_once(self.tables().list(&filter, usize::MAX)).expect("memory answers").transactions
     }
 
     /// The record of a transaction.
@@ -454,11 +453,7 @@ impl Store for Client {
         self.read(move |tables| at_once(tables.due(until, after, limit, known))).await
     }
 
-    async fn list(
-        &self,
-        filter: &ListFilter,
-        limit: usize,
-    ) -> Result<Vec<GlobalTransaction>, Error> {
+    async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error> {
         let filter = filter.clone();
         self.read(move |tables| at_once(tables.list(&filter, limit))).await
     }

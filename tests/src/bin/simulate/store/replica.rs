@@ -139,8 +139,8 @@ impl Database {
 /// The transactions that differ on the two servers, and those that are undecided on the second one in a partition that is behind.
 fn lost(first: &MemoryStore, second: &MemoryStore, behind: &BTreeSet<u16>) -> Vec<Xid> {
     let all = |tables: &MemoryStore| {
-        let filter = ListFilter { show: Show::All, name: None, after: None };
-        at_once(tables.list(&filter, usize::MAX)).expect("memory answers")
+        let filter = ListFilter::of(Show::All);
+        at_once(tables.list(&filter, usize::MAX)).expect("memory answers").transactions
     };
     let (first, second) = (all(first), all(second));
     let differ = first.iter().filter(|global| !second.contains(global));

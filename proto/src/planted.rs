@@ -1,5 +1,5 @@
-//! Deliberate bugs, to prove that the test tools find bugs. One of seven bugs can be planted at run time, and only in a program
-//! built with the cargo feature `planted-bugs`. No release has this feature. Without it, every check is the constant `false`.
+//! Deliberate bugs, to prove that the test tools find bugs. One bug at a time can be planted at run time, and only in a
+//! program built with the cargo feature `planted-bugs`. No release has this feature. Without it, every check is the constant `false`.
 
 /// A safeguard that is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,11 +18,13 @@ pub enum Bug {
     BelieveOldRead = 6,
     /// A store that has lost batches is trusted about the time before the loss.
     ForgetLoss = 7,
+    /// Old transactions are deleted although the store's clock contradicts this machine's.
+    BelieveClock = 8,
 }
 
 impl Bug {
     /// All bugs, with their names on the command line.
-    pub const ALL: [(&'static str, Self); 7] = [
+    pub const ALL: [(&'static str, Self); 8] = [
         ("decide-before-durable", Self::DecideBeforeDurable),
         ("skip-epoch-check", Self::SkipEpochCheck),
         ("forget-trying", Self::ForgetTrying),
@@ -30,6 +32,7 @@ impl Bug {
         ("unknown-is-refused", Self::UnknownIsRefused),
         ("believe-old-read", Self::BelieveOldRead),
         ("forget-loss", Self::ForgetLoss),
+        ("believe-clock", Self::BelieveClock),
     ];
 
     /// Whether this bug is planted in this process.

@@ -69,6 +69,7 @@ const FOUND: [(&str, &str, &str); Bug::ALL.len()] = [
     ("unknown-is-refused", "5", "30"),
     ("believe-old-read", "4", "30"),
     ("forget-loss", "15", "30"),
+    ("believe-clock", "43", "30"),
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use handfast_proto::planted::Bug;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -67,7 +68,7 @@ impl Coordinator {
                     let apart_ms = theirs.0 - now.0;
                     warn!(apart_ms, "the store's clock and this machine's differ; old transactions are kept until they agree");
                 });
-                agrees.then_some(now)
+                (agrees || Bug::BelieveClock.is_planted()).then_some(now)
             }
             Ok(None) => {
                 let now = self.clock.now();

@@ -14,6 +14,11 @@ use handfast_coordinator::{clock::Clock, transaction::Timestamp};
 /// When every simulation begins.
 const START: Timestamp = Timestamp(1_700_000_000_000);
 
+/// The true time when the simulation has run for so long.
+pub(crate) fn true_time(elapsed: Duration) -> Timestamp {
+    START + elapsed
+}
+
 /// The wall clock of one machine. It goes back when it is set back.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Wall {
@@ -36,7 +41,7 @@ impl Clock for Wall {
     fn now(&self) -> Timestamp {
         // Outside of a host, at the end of a simulation, the time does not matter.
         let elapsed = turmoil::sim_elapsed().unwrap_or_default();
-        Timestamp((START + elapsed).0 + self.wrong_by())
+        Timestamp(true_time(elapsed).0 + self.wrong_by())
     }
 
     fn sleep_until(&self, at: Timestamp) -> Pin<Box<dyn Future<Output = ()> + Send>> {

@@ -3,6 +3,12 @@
 
 use std::time::Duration;
 
+/// The retention in seeds with a clock that is far ahead. No order is repeated for so long: only a wrong clock can delete a
+/// transaction too early.
+const RETENTION_OF_FAR_AHEAD: Duration = Duration::from_secs(120);
+/// A clock that is far ahead is ahead by the retention and up to this much.
+const AHEAD_OF_RETENTION_MAX: Duration = Duration::from_secs(10);
+
 /// The settings of one seed.
 #[derive(Debug, Clone)]
 pub(crate) struct Mix {
@@ -55,6 +61,8 @@ pub(crate) struct StoreMix {
     pub(crate) reads_of_replica: u32,
     /// How many milliseconds the replica lags, at most; 0: there is none.
     pub(crate) replica_lag: u64,
+    /// The server tells its time.
+    pub(crate) has_clock: bool,
 }
 
 /// A fault that the nemesis injects.
@@ -78,12 +86,14 @@ pub(crate) enum Fault {
     /// A replica takes the place of the store's server, and lacks its last changes.
     FailOver,
     JumpCoordinatorClock,
+    /// For a few seconds, a coordinator's clock is ahead by more than the retention.
+    FarAheadClock,
     JumpParticipantClock,
     Slow,
 }
 
 impl Fault {
-    /// All but `FailOver`, which `Mix::of` gives to some seeds.
+    /// All but `FailOver` and `FarAheadClock`, which `Mix::of` gives to some seeds.
     const ORDINARY: [Self; 14] = [
         Self::CrashCoordinator,
         Self::StopCoordinator,
@@ -116,6 +126,7 @@ impl Fault {
             Self::SlowStore => "store slow",
             Self::FailOver => "store failed over",
             Self::JumpCoordinatorClock => "coordinator's clock jumped",
+            Self::FarAheadClock => "coordinator's clock far ahead",
             Self::JumpParticipantClock => "participant's clock jumped",
             Self::Slow => "network slow",
         }
@@ -157,7 +168,12 @@ impl Mix {
         if !quiet && replica.u32(..4) == 0 {
             faults.push(Fault::FailOver);
         }
-        Self {
+        let far_ahead = !quiet && fastrand::Rng::with_seed(seed ^ 0x6661_7261).u32(..5) == 0;
+        if far_ahead {
+            faults.push(Fault::FarAheadClock);
+        }
+        let store = StoreMix { has_clock: far_ahead, ..store };
+        let mix = Self {
             coordinators: pick(rng, &[1, 2, 2]),
             participants: rng.usize(2..=3),
             initiators: rng.usize(1..=2),
@@ -176,7 +192,14 @@ impl Mix {
             between_faults: Duration::from_millis(pick(rng, &[300, 1000, 2500])),
             faults,
             store,
-        }
+        };
+        if far_ahead { Self { retention: RETENTION_OF_FAR_AHEAD, ..mix } } else { mix }
+    }
+
+    /// How far a clock may be ahead in this seed.
+    pub(crate) fn ahead_max(&self) -> Option<Duration> {
+        let is_far = self.faults.contains(&Fault::FarAheadClock);
+        is_far.then(|| self.retention + AHEAD_OF_RETENTION_MAX)
     }
 }
 

@@ -41,6 +41,7 @@ enum Heal {
     Store(usize),
     StoreSpeed,
     NetworkSpeed,
+    CoordinatorClock(usize),
     ParticipantClock(usize, i64),
 }
 
@@ -173,11 +174,27 @@ impl Nemesis {
             Fault::JumpCoordinatorClock => {
                 let far = [100, 2000, COORDINATOR_WRONG_MAX][self.rng.usize(..3)];
                 let wall = &world.coordinators[a_coordinator].wall;
+                if wall.wrong_by() > COORDINATOR_WRONG_MAX {
+                    return false;
+                }
                 let jump = self.rng.i64(-far..=far);
                 let bounded = (wall.wrong_by() + jump)
                     .clamp(-COORDINATOR_WRONG_MAX, COORDINATOR_WRONG_MAX)
                     - wall.wrong_by();
                 wall.jump(bounded);
+                true
+            }
+            Fault::FarAheadClock => {
+                let wall = &world.coordinators[a_coordinator].wall;
+                if wall.wrong_by() > COORDINATOR_WRONG_MAX {
+                    return false;
+                }
+                let millis = |length: Duration| i64::try_from(length.as_millis()).unwrap_or(0);
+                let max = millis(mix.ahead_max().unwrap_or_default());
+                let ahead = self.rng.i64(millis(mix.retention) + 1000..max);
+                wall.jump(ahead - wall.wrong_by());
+                let lasts = self.rng.u64(6000..10_000); // more than the pause between two purges
+                self.later(sim, lasts, Heal::CoordinatorClock(a_coordinator));
                 true
             }
             Fault::JumpParticipantClock => {
@@ -263,6 +280,10 @@ impl Nemesis {
             Heal::Store(coordinator) => self.world.database.heal(coordinator),
             Heal::StoreSpeed => self.world.database.slow_down(1),
             Heal::NetworkSpeed => sim.set_max_message_latency(self.world.mix.latency_max),
+            Heal::CoordinatorClock(coordinator) => {
+                let wall = &self.world.coordinators[coordinator].wall;
+                wall.jump(-wall.wrong_by());
+            }
             Heal::ParticipantClock(participant, millis) => {
                 self.world.participant_walls[participant].jump(millis);
             }

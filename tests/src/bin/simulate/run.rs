@@ -115,7 +115,9 @@ fn step(sim: &mut Sim<'_>, world: &World) {
 
 /// Waits until everything is resolved. Returns whether it was, in time and without a violation.
 fn settle(sim: &mut Sim<'_>, world: &World, nemesis: &mut Nemesis) -> bool {
-    let deadline = sim.elapsed() + RESOLVED_WITHIN;
+    // A coordinator whose clock was far ahead has recorded times that its successor waits for.
+    let ahead = world.mix.ahead_max().unwrap_or_default();
+    let deadline = sim.elapsed() + RESOLVED_WITHIN + ahead;
     let mut look_at = sim.elapsed();
     loop {
         if world.chronicle.is_violated() {

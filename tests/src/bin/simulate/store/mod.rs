@@ -27,7 +27,7 @@ use handfast_proto::Xid;
 use tokio::sync::oneshot;
 
 use self::replica::{Failovers, Replica};
-use crate::{chronicle::Chronicle, mix::StoreMix};
+use crate::{chronicle::Chronicle, clock::true_time, mix::StoreMix};
 
 /// How often an owner sends a heartbeat.
 const HEARTBEAT: Duration = Duration::from_secs(2);
@@ -148,7 +148,8 @@ impl Database {
     /// Ends all failures.
     pub(crate) fn behave(&self) {
         let mut state = self.state();
-        state.mix = StoreMix { millis: state.mix.millis, ..StoreMix::default() };
+        let StoreMix { millis, has_clock, .. } = state.mix;
+        state.mix = StoreMix { millis, has_clock, ..StoreMix::default() };
         (state.slowness, state.down_until) = (1, Duration::ZERO);
         state.replica = None;
         state.cut.clear();
@@ -386,6 +387,14 @@ impl Store for Client {
         2
     }
 
+    async fn clock(&self) -> Result<Option<Timestamp>, Error> {
+        if !self.database.state().mix.has_clock {
+            return Ok(None);
+        }
+        let clock = |database: &Database| Ok(Some(true_time(database.state().now)));
+        self.call(Kind::Read, clock).await
+    }
+
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
         self.call(Kind::Read, |database| at_once(database.tables().seats())).await
     }
@@ -415,7 +424,7 @@ impl Store for Client {
         let appended = self.write(move |database| database.append(&batch)).await;
         let wrong = match &appended {
             Err(Error::Corrupt(what)) => Some(what.clone()),
-            Ok(Appended::Damaged(_)) if self.database.has_lost() => {
+            Ok(Appended::Damaged(_)) if self.database.has_lost_batches() => {
                 self.database.chronicle.count("store: loss noticed");
                 None
             }

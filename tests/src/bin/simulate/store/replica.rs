@@ -30,6 +30,8 @@ pub(super) struct Failovers {
     owners: BTreeMap<u16, u64>,
     /// Transactions of which a failover has lost a change, or may have lost a decision. A person must look at them.
     lost: BTreeSet<Xid>,
+    /// A failover has lost batches. They may have been heartbeats, which no transaction shows.
+    has_lost_batches: bool,
 }
 
 impl Database {
@@ -94,8 +96,8 @@ impl Database {
         self.state().failovers.lost.contains(&xid)
     }
 
-    pub(crate) fn has_lost(&self) -> bool {
-        !self.state().failovers.lost.is_empty()
+    pub(crate) fn has_lost_batches(&self) -> bool {
+        self.state().failovers.has_lost_batches
     }
 
     /// The first server fails, and the replica takes its place, so that changes are lost which the replica does not have. This is done
@@ -127,6 +129,7 @@ impl Database {
         let mut state = self.state();
         state.jobs.clear(); // every connection breaks
         state.failovers.lost.extend(lost);
+        state.failovers.has_lost_batches |= !behind.is_empty();
         // The first server may go on to answer reads.
         let catches_up_at = state.now + Duration::from_millis(state.mix.replica_lag);
         state.replica = Some(Replica { tables: first, catches_up_at });

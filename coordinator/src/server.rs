@@ -4,7 +4,7 @@
 //!
 //! 1. Health says not ready.
 //! 2. No new connections are accepted, and clients are asked to close theirs.
-//! 3. Requests in flight finish.
+//! 3. Requests in flight finish. Those that only wait for a transaction to complete are answered at once.
 //! 4. No new calls go to participants, and those in flight return.
 //! 5. The journal records all remaining changes.
 //! 6. The partitions are handed back, and the store is closed.
@@ -216,6 +216,7 @@ pub async fn run(
     readiness.abort();
     set_ready(&health, false).await;
     closing.cancel();
+    coordinator.end_waits();
     let in_order = async {
         let answered = answered(&mut serving, &services);
         stop_in_order(answered, &dispatch, running, deadline, config.shutdown_grace).await

@@ -37,6 +37,20 @@ pub enum Answer {
     NotServed(Refusal),
 }
 
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Done(_) => f.write_str("done"),
+            Self::Refused(refusal) => write!(f, "refused: {refusal}"),
+            Self::TooLate(refusal) => write!(f, "too late: {refusal}"),
+            Self::Unknown(message) => write!(f, "unknown: {message}"),
+            Self::Retry(message) => write!(f, "to be repeated: {message}"),
+            Self::Invalid { field, message } => write!(f, "invalid: {field} {message}"),
+            Self::NotServed(refusal) => write!(f, "not served: {refusal}"),
+        }
+    }
+}
+
 impl Answer {
     /// The answer when the call failed, for a reason that is not the author's decision.
     pub(crate) fn failed(phase: Phase, message: String) -> Self {

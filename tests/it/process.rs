@@ -16,6 +16,11 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, future::join_all, stream};
 
 use handfast::{Handfast, Json};
+use handfast_proto::v1::{
+    BeginRequest, BranchSpec, DecideRequest, Decision, GetTransactionRequest, TransactionState,
+    Until, WaitTransactionRequest, coordinator_service_client::CoordinatorServiceClient,
+    get_transaction_request::By,
+};
 use handfast_tests::{
     PATIENCE,
     database::{Database, servers},
@@ -171,6 +176,58 @@ async fn clients_with_nothing_under_way_do_not_hold_up_the_end() {
     let took = end(&mut coordinator).await;
     assert!(took < Duration::from_secs(6), "{took:?}");
     drop((silent, slow, frozen, asked));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_wait_for_completion_do_not_hold_up_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut coordinator = Coordinator::start(&folder.path().join("store.db"), &[]).await;
+    let mut client = CoordinatorServiceClient::new(coordinator.channel());
+    // Nothing listens there, so the transaction is decided and does not complete.
+    let branch = BranchSpec {
+        branch_id: "1".to_owned(),
+        action: "warehouse.deduct".to_owned(),
+        participant: "warehouse".to_owned(),
+        target: "http://127.0.0.1:9".to_owned(),
+        ..BranchSpec::default()
+    };
+    let begin = BeginRequest {
+        name: "order".to_owned(),
+        branches: vec![branch],
+        ..BeginRequest::default()
+    };
+    let xid = client.begin(begin).await.unwrap().into_inner().transaction.unwrap().xid;
+    let wait = Some(prost_types::Duration { seconds: 30, nanos: 0 });
+    let decide = DecideRequest {
+        xid: xid.clone(),
+        decision: Decision::Confirm.into(),
+        tried_branch_ids: vec!["1".to_owned()],
+        until: Until::Completed.into(),
+        wait,
+        ..DecideRequest::default()
+    };
+    let mut deciding = client.clone();
+    let decided = tokio::spawn(async move { deciding.decide(decide).await });
+    let is_decided = wait_for("it is decided", async || {
+        let by = Some(By::Xid(xid.clone()));
+        let get = GetTransactionRequest { by, ..GetTransactionRequest::default() };
+        let found = client.clone().get_transaction(get).await.unwrap().into_inner();
+        (found.transaction.unwrap().decision() == Decision::Confirm).then_some(())
+    });
+    is_decided.await;
+    let wait = WaitTransactionRequest { xid, until: Until::Completed.into(), wait };
+    let waited = tokio::spawn(async move { client.wait_transaction(wait).await });
+    tokio::time::sleep(Duration::from_millis(100)).await; // until it waits
+    let took = end(&mut coordinator).await;
+    assert!(took < Duration::from_secs(6), "{took:?}");
+    let decided = decided.await.unwrap().unwrap().into_inner().transaction.unwrap();
+    let waited = waited.await.unwrap().unwrap().into_inner().transaction.unwrap();
+    for told in [decided, waited] {
+        assert_eq!(
+            (told.decision(), told.state()),
+            (Decision::Confirm, TransactionState::Confirming)
+        );
+    }
 }
 
 /// A proxy that forwards connections to a server until it is told to stop forwarding.

@@ -18,6 +18,7 @@ use std::{
 
 use handfast_proto::Xid;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 pub use self::running::{End, Running};
 use self::{
@@ -49,6 +50,8 @@ pub struct Coordinator {
     store: Arc<dyn Store>,
     clock: Arc<dyn Clock>,
     stuck_after: StuckAfter,
+    /// Cancelled when callers wait no longer for transactions to come further.
+    waits_end: CancellationToken,
 }
 
 impl Coordinator {
@@ -82,6 +85,7 @@ impl Coordinator {
             store: running.store.clone(),
             clock: running.clock.clone(),
             stuck_after: running.settings.stuck_after,
+            waits_end: CancellationToken::new(),
         })
     }
 
@@ -131,9 +135,10 @@ impl Coordinator {
         }
         let command = |reply| Command::Ask(Ask { xid, what: What::Get, until, reply });
         let waited = door.send(command).await?;
-        let told = match tokio::time::timeout(patience, waited).await {
-            Ok(waited) => waited.unwrap_or(Err(Error::Stopping)),
-            Err(_) => {
+        let waited = tokio::time::timeout(patience, waited);
+        let told = match self.waits_end.run_until_cancelled(waited).await {
+            Some(Ok(waited)) => waited.unwrap_or(Err(Error::Stopping)),
+            Some(Err(_)) | None => {
                 let command =
                     |reply| Command::Ask(Ask { xid, what: What::Get, until: Until::Now, reply });
                 Self::answered(door.send(command).await?, ANSWER_TIMEOUT).await
@@ -144,6 +149,12 @@ impl Coordinator {
             Err(Error::TooManyCalls) => Ok(answer),
             told => told,
         }
+    }
+
+    /// From now on [`Coordinator::ask`] does not wait for a transaction to come further, and tells how far it is. The next owner
+    /// carries it on.
+    pub fn end_waits(&self) {
+        self.waits_end.cancel();
     }
 
     /// Finds the transaction of a key, by its SHA-256.

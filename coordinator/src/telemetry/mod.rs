@@ -22,7 +22,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-use self::writer::LogWriter;
+use self::writer::{LogWriter, TextWriter};
 use crate::config::{LogFilter, LogFormat};
 
 /// At the end of the process, how long to wait for unwritten log lines.
@@ -51,11 +51,8 @@ pub fn init(filter: &LogFilter, format: LogFormat) -> io::Result<()> {
     let done_before = if is_json {
         json(filter, writer.clone()).try_init()
     } else {
-        let text =
-            Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(writer.clone());
-        // Otherwise errors would be reported on stderr, with a panic if that cannot be written either.
-        let text = text.log_internal_errors(false);
-        text.with_ansi(io::stderr().is_terminal()).finish().try_init()
+        let colours = io::stderr().is_terminal();
+        text(filter, TextWriter { writer: writer.clone(), colours }).try_init()
     };
     if done_before.is_ok() && WRITER.set(writer).is_ok() {
         // A panic may end the process at once, so write the waiting lines first.
@@ -86,6 +83,13 @@ where
     lines.json().flatten_event(true).with_target(true).with_span_list(false).finish()
 }
 
+fn text(filter: &LogFilter, writer: TextWriter) -> impl Subscriber + Send + Sync {
+    let colours = writer.colours;
+    let lines = Lines::builder().with_env_filter(filter.to_env_filter()).with_writer(writer);
+    // Otherwise errors would be reported on stderr, with a panic if that cannot be written either.
+    lines.log_internal_errors(false).with_ansi(colours).finish()
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::{Arc, Mutex};
@@ -102,6 +106,39 @@ mod tests {
 
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
+        }
+    }
+
+    /// Whatever comes from outside: a name, a message as a value and as debug output, an error, a field of a span.
+    #[test]
+    fn a_line_of_text_stays_a_line_and_no_terminal_obeys_it() {
+        let harm = "a\nERROR forged\r\u{1b}[8m\u{1b}]0;x\u{7}\u{9b}2J\u{202e}b\u{2028}c\u{1b}";
+        for colours in [false, true] {
+            let lines = Written::default();
+            let writer = LogWriter::start(lines.clone()).unwrap();
+            let text_writer = TextWriter { writer: writer.clone(), colours };
+            let subscriber = text(&"info".parse().unwrap(), text_writer);
+            tracing::subscriber::with_default(subscriber, || {
+                let span = tracing::info_span!("span", xid = harm, name = %harm);
+                let _in_it = span.enter();
+                let error = io::Error::other(harm);
+                tracing::info!(name = %harm, text = harm, debug = ?harm, %error, "{harm}");
+                tracing::info!(error = &error as &dyn std::error::Error, "as it is");
+            });
+            writer.flush(Duration::from_secs(60));
+            let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(lines.matches('\n').count(), 2, "{lines:?}");
+            for line in lines.lines() {
+                let mut parts = line.split('\u{1b}');
+                assert!(!parts.next().unwrap().contains(handfast_proto::text::is_unprintable));
+                for part in parts {
+                    assert!(colours, "{line:?}");
+                    let style = part.split_once('m').unwrap().0;
+                    assert!(["[0", "[2", "[3", "[32", "[1"].contains(&style), "{line:?}");
+                    assert!(!part.contains(handfast_proto::text::is_unprintable), "{line:?}");
+                }
+                assert!(line.contains("a\\nERROR forged"), "{line:?}");
+            }
         }
     }
 

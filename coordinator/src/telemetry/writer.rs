@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use handfast_proto::text::is_unprintable;
 use tracing::warn;
 use tracing_subscriber::fmt::writer::MakeWriter;
 
@@ -116,6 +117,62 @@ impl<'a> MakeWriter<'a> for LogWriter {
     fn make_writer(&'a self) -> Line<'a> {
         Line(self)
     }
+}
+
+/// The same, for text. A line stays one line, and no terminal obeys what others wrote into it.
+#[derive(Debug, Clone)]
+pub(super) struct TextWriter {
+    pub(super) writer: LogWriter,
+    /// Whether tracing-subscriber colours the lines.
+    pub(super) colours: bool,
+}
+
+/// One log event as text.
+#[derive(Debug)]
+pub(super) struct TextLine<'a>(&'a TextWriter);
+
+impl Write for TextLine<'_> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let TextWriter { writer, colours } = self.0;
+        let text = String::from_utf8_lossy(line);
+        let text = text.strip_suffix('\n').unwrap_or(&text);
+        if text.contains(is_unprintable) {
+            writer.push(escaped(text, *colours).as_bytes());
+        } else {
+            writer.push(line);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for TextWriter {
+    type Writer = TextLine<'a>;
+
+    fn make_writer(&'a self) -> TextLine<'a> {
+        TextLine(self)
+    }
+}
+
+/// What tracing-subscriber writes behind ESC for its colours and styles. In a text of others they do no more than that either.
+const STYLES: [&str; 9] = ["[0m", "[1m", "[2m", "[3m", "[31m", "[32m", "[33m", "[34m", "[35m"];
+
+/// The line with each unprintable character as Rust writes it (`\n`, `\u{202e}`), and with its end.
+fn escaped(text: &str, colours: bool) -> String {
+    let mut line = String::with_capacity(text.len() + 16);
+    for (at, c) in text.char_indices() {
+        let is_style = |style: &&str| text[at + 1..].starts_with(style);
+        if !is_unprintable(c) || colours && c == '\u{1b}' && STYLES.iter().any(is_style) {
+            line.push(c);
+        } else {
+            line.extend(c.escape_default());
+        }
+    }
+    line.push('\n');
+    line
 }
 
 /// The thread's loop. It never ends.

@@ -1,6 +1,6 @@
 //! What becomes of a global transaction, in the words of its initiator.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use handfast_proto::{
     BranchId, Xid,
@@ -130,6 +130,25 @@ pub enum Outcome {
     /// No transaction has this idempotency key: none was ever begun with it, or the one that was begun has been deleted after its
     /// retention. If the key is younger than the coordinator's retention, run the operation again with the same key.
     KeyUnknown,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let open = |completed: &bool| if *completed { "" } else { ", not complete yet" };
+        match self {
+            Self::Undecided => f.write_str("undecided"),
+            Self::Confirmed { completed } => write!(f, "confirmed{}", open(completed)),
+            Self::Cancelled { completed, reason } if reason.is_empty() => {
+                write!(f, "cancelled{}", open(completed))
+            }
+            Self::Cancelled { completed, reason } => {
+                write!(f, "cancelled{}: {reason}", open(completed))
+            }
+            Self::NeverRecorded => f.write_str("never recorded"),
+            Self::Forgotten => f.write_str("forgotten"),
+            Self::KeyUnknown => f.write_str("key unknown"),
+        }
+    }
 }
 
 impl Outcome {

@@ -355,8 +355,11 @@ impl Drop for OpenTransaction {
             // A transaction that another run with the same key has begun is left to that run.
             if let Closed::Begun { xid, existed: false } = global.close().await {
                 let cause = "the initiator gave up before it decided".into();
-                let outcome = decider.cancel(xid, Cancel::because(xid, cause)).await;
-                tracing::debug!(%xid, ?outcome, "abandoned");
+                match decider.cancel(xid, Cancel::because(xid, cause)).await {
+                    // Another run with this key has confirmed it.
+                    Ok(_) => tracing::debug!(%xid, "abandoned, but confirmed"),
+                    Err(outcome) => tracing::debug!(%xid, %outcome, "abandoned"),
+                }
             }
         });
     }

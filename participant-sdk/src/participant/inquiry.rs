@@ -114,9 +114,9 @@ impl Participant {
                 let answer = self.handle(branch, &[]).await;
                 let done = matches!(answer, Answer::Done(_));
                 if done {
-                    info!(%xid, %branch_id, action, ?outcome, "overdue reservation cancelled");
+                    info!(%xid, %branch_id, action, %outcome, "overdue reservation cancelled");
                 } else {
-                    warn!(%xid, %branch_id, action, ?answer, "overdue reservation cannot be cancelled yet");
+                    warn!(%xid, %branch_id, action, %answer, "overdue reservation cannot be cancelled yet");
                 }
                 done
             }
@@ -129,7 +129,7 @@ impl Participant {
                 false
             }
             Outcome::Undecided | Outcome::Confirmed { completed: false } => {
-                warn!(%xid, %branch_id, action, ?outcome, "overdue reservation; the coordinator has not settled it yet");
+                warn!(%xid, %branch_id, action, %outcome, "overdue reservation; the coordinator has not settled it yet");
                 false
             }
         }

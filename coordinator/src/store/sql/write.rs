@@ -108,13 +108,18 @@ pub(in crate::store) async fn append<D: Dialect>(
                     mark_lost_before_takeover::<D>(connection, batch, &fenced).await
                 };
                 let lost = connections.run(mark).await?;
-                if !lost.is_empty() {
-                    error!(?lost, "batches were lost before another coordinator took over");
+                for Damage { partition, what, .. } in &lost {
+                    error!(
+                        partition,
+                        what, "batches were lost before another coordinator took over"
+                    );
                 }
                 return Ok(Appended::Fenced(fenced));
             }
             Appended::Damaged(damaged) if !looked_again => {
-                warn!(?damaged, "a batch does not fit what is recorded; looking again");
+                for Damage { partition, what, .. } in &damaged {
+                    warn!(partition, what, "a batch does not fit what is recorded; looking again");
+                }
                 connections.close_idle();
                 tokio::time::sleep(LOOK_AGAIN_AFTER).await;
                 looked_again = true;

@@ -1,12 +1,17 @@
 //! The operators' command line, used on a coordinator with a stuck transaction.
 
 use handfast::{Json, Outcome, Remote};
+use handfast_proto::v1::{
+    BeginRequest, BranchSpec, DecideRequest, Decision, Payload,
+    coordinator_service_client::CoordinatorServiceClient,
+};
 use handfast_tests::{
-    process::{Coordinator, handfast},
+    process::{Coordinator, Signal, handfast},
     wait_for,
     warehouse::{Deduct, Warehouse},
 };
 use serde_json::Value;
+use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
 /// Runs an operator command. Returns its exit code, stdout and stderr.
 async fn run(coordinator: &Coordinator, arguments: &[&str]) -> (i32, String, String) {
@@ -120,6 +125,62 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
         json(&coordinator, &["list", "--stuck"]).await["transactions"].as_array().unwrap().len(),
         0
     );
+}
+
+/// The payload's type is gone from the record, so the participant cannot be called.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_branch_whose_record_is_damaged_is_stuck_with_its_reason_and_resolved() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = folder.path().join("store.db");
+    let east = Warehouse::open("east", folder.path()).await;
+    let mut coordinator = Coordinator::start(&store, &[]).await;
+    let mut client = CoordinatorServiceClient::new(coordinator.channel());
+    let branch = |id: &str, target: String, data: Option<&str>| BranchSpec {
+        branch_id: id.to_owned(),
+        action: "warehouse.deduct".to_owned(),
+        participant: "east".to_owned(),
+        target,
+        carry_payload: data.is_some(),
+        payload: data.map(|data| Payload {
+            content_type: "application/json".to_owned(),
+            data: data.as_bytes().to_vec().into(),
+        }),
+        ..BranchSpec::default()
+    };
+    let branches = vec![
+        branch("1", "http://127.0.0.1:9".to_owned(), None),
+        branch("2", east.url(), Some("2")),
+    ];
+    let begin = BeginRequest { name: "order".to_owned(), branches, ..BeginRequest::default() };
+    let begun = client.begin(begin).await.unwrap().into_inner().transaction.unwrap();
+    coordinator.signal(Signal::TERM);
+    assert!(coordinator.ended().await.success());
+    let options = SqliteConnectOptions::new().filename(&store);
+    let mut db = SqliteConnection::connect_with(&options).await.unwrap();
+    let damage = "UPDATE branch SET payload_type = NULL WHERE payload_type IS NOT NULL";
+    assert_eq!(sqlx::query(damage).execute(&mut db).await.unwrap().rows_affected(), 1);
+    db.close().await.unwrap();
+
+    let coordinator = Coordinator::start(&store, &[]).await;
+    let mut client = CoordinatorServiceClient::new(coordinator.channel());
+    let decide = DecideRequest {
+        xid: begun.xid.clone(),
+        decision: Decision::Cancel.into(),
+        ..DecideRequest::default()
+    };
+    client.decide(decide).await.unwrap();
+    let stuck = wait_for("it is stuck", async || {
+        let list = json(&coordinator, &["list", "--stuck"]).await;
+        list["transactions"].as_array().unwrap().first().cloned()
+    });
+    let error = stuck.await["branches"][1]["last_error"].clone();
+    assert_eq!(error["code"], "DATA_LOSS");
+    assert!(error["message"].to_string().contains("type of its payload"), "{error}");
+    let resolve = ["resolve", &begun.xid, "2", "--reason", "given back", "--operator", "ann"];
+    let (code, _, words) = run(&coordinator, &resolve).await;
+    assert_eq!(code, 0, "{words}");
+    let shown = json(&coordinator, &["show", &begun.xid]).await;
+    assert_eq!(shown["branches"][1]["state"], "resolved");
 }
 
 #[tokio::test]

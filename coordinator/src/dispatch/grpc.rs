@@ -10,6 +10,7 @@ use handfast_proto::{
     calls::{BranchCall, BranchRequest, ToParticipant},
     connection::{self, DEADLINE_MARGIN},
     crash_point,
+    failure::code_name,
     stream::Line,
     time::timestamp,
     v1 as pb,
@@ -19,7 +20,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{
     CallRequest, Dispatch, Later, Returned,
@@ -30,7 +31,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    transaction::{Outcome, Payload, Phase, Timestamp},
+    transaction::{AttemptError, Outcome, Payload, Phase, Timestamp},
 };
 
 /// Participants that are known at a time. Participants are told apart by their addresses.
@@ -194,6 +195,18 @@ impl Dispatch for GrpcDispatch {
         let (clock, closing) = (self.clock.clone(), self.closing.clone());
         let returned = returned.clone();
         let spec = &call.spec;
+        if let Some(damage) = spec.damage {
+            let error = AttemptError {
+                code: code_name(Code::DataLoss).to_owned(),
+                message: format!(
+                    "its record in the store is damaged ({damage}), so the participant is not called"
+                ),
+                at: self.clock.now(),
+            };
+            let outcome = Outcome::Unknown { error, timed_out: false, hopeless: true };
+            self.calls.spawn(async move { report(&returned, &call, outcome).await });
+            return Ok(());
+        }
         let addresses = match self.targets.addresses(&spec.participant, &spec.target) {
             Ok(addresses) => addresses,
             Err(unreachable) => {

@@ -158,6 +158,7 @@ fn confirm(action: &str, deadline: Duration) -> CallRequest {
             payload: None,
             carry_payload: false,
             try_timeout: None,
+            damage: None,
         }),
         phase: Phase::Confirm,
         attempt: 1,
@@ -205,6 +206,19 @@ async fn a_target_that_is_no_address_is_stuck_with_its_reason_and_hurts_nobody_e
     }
     let participant = Participant::default().serve().await;
     assert!(is_done(&dispatch, at(&participant, confirm("deduct", LONG))).await);
+}
+
+#[tokio::test]
+async fn a_branch_whose_record_is_damaged_is_not_called() {
+    let participant = Participant::default();
+    let dispatch = dispatch(&[&participant.serve().await]);
+    let call = confirm("deduct", LONG);
+    let spec = BranchSpec { damage: Some("its payload is missing"), ..(*call.spec).clone() };
+    let damaged = CallRequest { spec: Arc::new(spec), ..call };
+    let (error, hopeless) = failure(&dispatch, damaged).await;
+    assert!(error.starts_with("DATA_LOSS: its record"), "{error}");
+    assert!(error.contains("its payload is missing") && hopeless, "{error}");
+    assert_eq!(participant.asked.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]

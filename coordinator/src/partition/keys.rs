@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet, btree_map};
 
 use handfast_proto::Xid;
 
-use super::{Ask, Error, Partition, ReadResult, Reply, Until, What, answer_now};
+use super::{Ask, Error, FoundKeys, Partition, ReadResult, Reply, Until, What, answer_now};
 use crate::{
-    store,
+    store::{self, Known, Store},
     transaction::{GlobalTransaction, Key, NewTransaction},
 };
 
@@ -168,19 +168,18 @@ impl Partition {
         let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
         let known = self.known();
         self.parts.tasks.spawn(async move {
-            let found = store.find_keys(&hashes, known).await;
+            let found = found_keys(&*store, &hashes, known).await;
             drop(reads.send(ReadResult::Keys { hashes, found })); // the partition may be gone
         });
     }
 
-    pub(super) fn take_keys(
-        &mut self,
-        hashes: Vec<[u8; 32]>,
-        found: Result<Vec<Option<Xid>>, store::Error>,
-    ) {
+    pub(super) fn take_keys(&mut self, hashes: Vec<[u8; 32]>, found: FoundKeys) {
         self.keys.in_flight.clear();
         let found: Vec<Result<Option<Xid>, Error>> = match found {
-            Ok(found) => found.into_iter().map(Ok).collect(),
+            Ok(found) => {
+                let each = found.into_iter();
+                each.map(|found| found.map_err(|error| self.read_failed(&error))).collect()
+            }
             Err(error) => {
                 let failed = self.read_failed(&error);
                 hashes.iter().map(|_| Err(failed.clone())).collect()
@@ -213,5 +212,72 @@ impl Partition {
             (Ok(None), KeyWhat::Find) => answer_now(reply, Err(Error::KeyUnknown)),
             (Err(error), _) => answer_now(reply, Err(error)),
         }
+    }
+}
+
+/// Looks keys up. One with a damaged record does not hurt the others.
+async fn found_keys(store: &dyn Store, hashes: &[[u8; 32]], known: Known) -> FoundKeys {
+    match store.find_keys(hashes, known).await {
+        Ok(found) => Ok(found.into_iter().map(Ok).collect()),
+        Err(store::Error::Corrupt(_)) if hashes.len() > 1 => {
+            let mut each = Vec::with_capacity(hashes.len());
+            for hash in hashes {
+                let found = store.find_keys(&[*hash], known).await;
+                each.push(found.map(|found| found.into_iter().next().flatten()));
+            }
+            Ok(each)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{Connection as _, SqliteConnection};
+
+    use super::*;
+    use crate::{
+        store::{ALL_PARTITIONS, Appended, Batch, Guard, Head, Write, sqlite::SqliteStore},
+        transaction::{BranchSet, Drive, Timestamp},
+    };
+
+    fn keyed(xid: Xid, key: u8) -> Write {
+        let new = NewTransaction {
+            name: "checkout".to_owned(),
+            drive: Drive::Initiator,
+            timeout: std::time::Duration::from_secs(30),
+            labels: BTreeMap::new(),
+            key: Some(Key { hash: [key; 32], digest: [key; 32] }),
+            branches: Vec::new(),
+        };
+        Write {
+            global: std::sync::Arc::new(GlobalTransaction::begin(xid, new, Timestamp(0))),
+            head: Head::Insert,
+            before: None,
+            new_branches: 0,
+            changed_branches: BranchSet::EMPTY,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_with_a_damaged_record_does_not_hurt_those_of_the_same_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let store = SqliteStore::open(&path).await.unwrap();
+        let ownership = store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[3];
+        let (partition, epoch, nonce) = (3, ownership.epoch, ownership.nonce);
+        let xid = |sequence| Xid { partition, epoch, sequence, nonce };
+        let guards = vec![Guard { partition, epoch, nonce, position: 1 }];
+        let batch = Batch { guards, writes: vec![keyed(xid(1), 1), keyed(xid(2), 2)] };
+        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
+        let mut db = SqliteConnection::connect(&path.display().to_string()).await.unwrap();
+        let damage = "UPDATE idempotency SET xid = x'01' WHERE key_hash = (SELECT min(key_hash) FROM idempotency)";
+        sqlx::raw_sql(damage).execute(&mut db).await.unwrap();
+        let known = Known { ownership, position: 1 };
+        let found = found_keys(&store, &[[1; 32], [2; 32], [3; 32]], known).await;
+        let [damaged, sound, absent] = &found.unwrap()[..] else { panic!() };
+        assert!(matches!(damaged, Err(store::Error::Corrupt(_))), "{damaged:?}");
+        assert_eq!(sound.as_ref().unwrap(), &Some(xid(2)));
+        assert_eq!(absent.as_ref().unwrap(), &None);
     }
 }

@@ -45,7 +45,7 @@ use self::{
     effects::{Effect, Effects},
     entry::{Entry, Watcher},
     keys::Keys,
-    reading::{ReadResult, Reading},
+    reading::{FoundKeys, ReadResult, Reading},
     specs::Specs,
 };
 pub use self::{

@@ -63,12 +63,15 @@ pub(super) struct Reading {
     left_due: Option<Timestamp>,
 }
 
+/// What a read of keys has found, for each of them.
+pub(super) type FoundKeys = Result<Vec<Result<Option<Xid>, store::Error>>, store::Error>;
+
 /// The result of a read.
 #[derive(Debug)]
 pub(super) enum ReadResult {
     One { xid: Xid, began: u64, found: Result<Lookup, store::Error> },
     Due { began: u64, until: Timestamp, page: Result<DuePage, store::Error> },
-    Keys { hashes: Vec<[u8; 32]>, found: Result<Vec<Option<Xid>>, store::Error> },
+    Keys { hashes: Vec<[u8; 32]>, found: FoundKeys },
 }
 
 impl Reading {

@@ -237,6 +237,7 @@ fn branch(
         try_timeout: try_timeout
             .map(|wire| timeout(&format!("{field}.try_timeout"), &wire))
             .transpose()?,
+        damage: None,
     };
     if let Err(unreachable) = targets.addresses(&spec.participant, &spec.target) {
         return invalid(format!("{field}.target"), unreachable.to_string());

@@ -350,7 +350,8 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     -> Result<Vec<Option<Xid>>, Error>;
 
     /// Up to `limit` transactions of the partition of `known` that were due by `until`. Starts after the end of an earlier
-    /// page. Sees the same as [`Store::load`]. A damaged record is logged and left out.
+    /// page. Sees the same as [`Store::load`]. A record that is too damaged to be carried
+    /// out is logged and left out.
     async fn due(
         &self,
         until: Timestamp,

@@ -209,6 +209,9 @@ pub struct BranchSpec {
     pub carry_payload: bool,
     /// Coordinator-driven: how long the first attempt of the Try may take. Not stored: after a restart no Try is made.
     pub try_timeout: Option<Duration>,
+    /// What is wrong with its record, if it cannot be carried out as it is. The participant is not called then: an operator
+    /// settles the branch.
+    pub damage: Option<&'static str>,
 }
 
 impl BranchSpec {

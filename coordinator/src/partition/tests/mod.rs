@@ -240,6 +240,7 @@ fn new(branches: &[&str]) -> NewTransaction {
         payload: None,
         carry_payload: false,
         try_timeout: None,
+        damage: None,
     };
     NewTransaction {
         name: "checkout".to_owned(),

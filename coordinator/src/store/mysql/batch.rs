@@ -12,7 +12,7 @@ use crate::store::{
     Batch, Error, Guard,
     sql::{
         Cell, Counter, Wrote,
-        record::{self, TableChange},
+        changes::{self, TableChange},
     },
 };
 
@@ -29,7 +29,7 @@ pub(super) async fn write(
     counter: &Counter,
 ) -> Result<Wrote, Error> {
     let mut statements = begin(guards);
-    for change in &record::by_table(writes) {
+    for change in &changes::by_table(writes) {
         let all: Vec<_> = change.cells.chunks(change.columns.len()).collect();
         for some in all.chunks(ROWS_MAX) {
             push_statements(&mut statements, change, some);

@@ -1,6 +1,7 @@
 //! The common part of the stores in SQL databases. Reads, writes and connection pools are written once, for any [`Dialect`]. A
 //! dialect supplies what differs between databases.
 
+pub(in crate::store) mod changes;
 mod connections;
 mod error;
 mod query;

@@ -9,7 +9,7 @@ use tracing::error;
 
 use super::{
     Connection, Dialect, Query,
-    record::{self, BranchRow, TransactionRow},
+    record::{self, BranchRow, Found, TransactionRow},
     sight::{Beside, SEEN, Seen, Sight},
 };
 use crate::{
@@ -85,6 +85,8 @@ pub(in crate::store) async fn load<D: Dialect>(
         Some(head) => {
             let branches =
                 branches::<D>(connection, &mut sight, BRANCH, &[xid.to_bytes().to_vec()]).await?;
+            let branches = branches.into_iter().map(|branch| branch.row);
+            let branches = branches.collect::<Result<_, _>>().map_err(Error::Corrupt)?;
             Lookup::Found(Box::new(head.into_transaction(branches)?))
         }
         None => Lookup::Absent {
@@ -145,15 +147,11 @@ pub(in crate::store) async fn due<D: Dialect>(
     query.push(") AS g ON TRUE LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash");
     sight.push_partition(&mut query);
     query.push(" ORDER BY g.due_at, g.xid");
-    let mut heads: Vec<TransactionRow> = sight.fetch::<D, _>(connection, query).await?;
+    let mut heads: Vec<Found<TransactionRow>> = sight.fetch::<D, _>(connection, query).await?;
     let more = heads.len() > limit;
     heads.truncate(limit);
-    let next = match heads.last() {
-        Some(TransactionRow { due_at: Some(due_at), xid, .. }) if more => {
-            Some((Timestamp(*due_at), record::xid(xid)?))
-        }
-        _ => None,
-    };
+    let place = |head: &Found<_>| Some((Timestamp(head.due_at?), record::xid(&head.xid).ok()?));
+    let next = heads.iter().rev().find_map(place).filter(|_| more);
     let transactions = undamaged::<D>(connection, &mut sight, BRANCH, heads).await?;
     let mut next_due_at: Option<(Vec<u8>, i64)> = None;
     if !more {
@@ -282,11 +280,16 @@ pub(in crate::store) async fn finished<D: Dialect>(
         "SELECT xid, begun_at, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
     );
     let query = query.bind(after.unwrap_or(first)).bind(last).bind(sql_limit(limit));
-    let found: Vec<(Vec<u8>, i64, Option<i64>)> = D::fetch(connection, query).await?;
+    type Row = (Vec<u8>, i64, Option<i64>);
+    let found: Vec<Found<Row>> = D::fetch(connection, query).await?;
     let (mut finished, mut next) = (Vec::new(), None);
     let full = found.len() == limit;
-    for (xid, begun_at, finished_at) in found {
-        let xid = record::xid(&xid)?;
+    for Found { xid, row, .. } in found {
+        let Ok(xid) = record::xid(&xid) else { continue }; // no xid of ours
+        let Ok((_, begun_at, finished_at)) = row else {
+            next = full.then_some(xid); // it is damaged, and kept
+            continue;
+        };
         next = (full && (begun_at < before.0 || begun_at > now.0)).then_some(xid);
         if finished_at.is_some_and(|at| at < before.0) {
             finished.push(xid);
@@ -309,9 +312,9 @@ async fn undamaged<D: Dialect>(
     connection: &mut Connection<D>,
     sight: &mut Sight,
     select_branches: &str,
-    heads: Vec<TransactionRow>,
+    heads: Vec<Found<TransactionRow>>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
-    let mut branches: BTreeMap<Vec<u8>, Vec<BranchRow>> = BTreeMap::new();
+    let mut branches: BTreeMap<Vec<u8>, Vec<Found<BranchRow>>> = BTreeMap::new();
     for some in heads.chunks(XIDS_MAX) {
         let xids: Vec<_> = some.iter().map(|head| head.xid.clone()).collect();
         for row in self::branches::<D>(connection, sight, select_branches, &xids).await? {
@@ -321,17 +324,27 @@ async fn undamaged<D: Dialect>(
     let mut found = Vec::with_capacity(heads.len());
     for head in heads {
         let branches = branches.remove(&head.xid).unwrap_or_default();
-        match head.into_transaction(branches) {
+        match rebuilt(head, branches) {
             Ok(global) => found.push(global),
-            Err(Error::Corrupt(what)) => {
-                error!(what, "a damaged record is left alone; a person must look");
-            }
-            Err(error @ (Error::Unavailable(_) | Error::Old(_) | Error::Replaced(_))) => {
-                return Err(error);
-            }
+            Err(what) => error!(what, "a damaged record is left alone; a person must look"),
         }
     }
     Ok(found)
+}
+
+/// A transaction from its rows, or what is wrong with them.
+fn rebuilt(
+    head: Found<TransactionRow>,
+    branches: Vec<Found<BranchRow>>,
+) -> Result<GlobalTransaction, String> {
+    let xid = head.xid;
+    let unreadable = |what: String| match record::xid(&xid) {
+        Ok(xid) => format!("transaction {xid} cannot be read: {what}"),
+        Err(_) => format!("the transaction of {xid:02x?} cannot be read: {what}"),
+    };
+    let branches = branches.into_iter().map(|branch| branch.row).collect::<Result<_, _>>();
+    let global = head.row.map_err(unreadable)?.into_transaction(branches.map_err(unreadable)?);
+    global.map_err(|error| error.to_string())
 }
 
 /// The branches of these transactions, in order.
@@ -340,7 +353,7 @@ async fn branches<D: Dialect>(
     sight: &mut Sight,
     select: &str,
     xids: &[Vec<u8>],
-) -> Result<Vec<BranchRow>, Error> {
+) -> Result<Vec<Found<BranchRow>>, Error> {
     let mut query = Query::new(select);
     query.push(SEEN).push("LEFT JOIN branch AS b ON b.xid IN (").push_list(xids.iter().cloned());
     query.push(" LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id");

@@ -1,145 +1,25 @@
 //! How a global transaction is converted to columns and back, for every database.
 //!
-//! A batch is converted to a [`TableChange`] for each of a few tables, and each database writes these in its own SQL. Rows that
-//! were read are converted back to transactions.
+//! A row that was read may be damaged. It is converted as far as the transaction can still be carried out, and hurts no other.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use handfast_proto::{BranchId, Xid, limits};
 use serde::{Deserialize, Serialize};
+use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
+use tracing::error;
 
-use super::Cell;
 use crate::{
-    store::{Error, Head, Write},
+    store::Error,
     transaction::{
         AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
         GlobalTransaction, Key, Payload, Refusal, Resolution, State, Timestamp,
     },
 };
 
-/// New or changed rows of one table, all with the same columns.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::store) struct TableChange {
-    pub(in crate::store) table: &'static str,
-    pub(in crate::store) columns: &'static [&'static str],
-    /// The number of leading columns that identify the row to change. 0: the rows are new.
-    pub(in crate::store) keys: usize,
-    /// The number of columns after the keys whose present value is checked. A row that differs is not written. NULL also
-    /// matches.
-    pub(in crate::store) expected: usize,
-    /// The cells, row after row.
-    pub(in crate::store) cells: Vec<Cell>,
-}
-
-/// Builds the [`TableChange`] of a table from these columns of these records.
-macro_rules! columns {
-    ($table:literal, $keys:literal, $records:expr => $($column:ident)*) => {
-        TableChange {
-            table: $table,
-            columns: &[$(stringify!($column)),*],
-            keys: $keys,
-            expected: 0,
-            cells: $records.flat_map(|record| [$(Cell::from(record.$column)),*]).collect(),
-        }
-    };
-}
-
-/// The same for transactions that have a row. They change only if state and number of branches are as expected.
-macro_rules! changed_columns {
-    ($records:expr => $($column:ident)*) => {
-        TableChange {
-            table: "global_transaction",
-            columns: &["xid", "state", "branches", $(stringify!($column)),*],
-            keys: 1,
-            expected: 2,
-            cells: $records.flat_map(|HeadChange { row, was_state, was_branches }| [
-                Cell::from(row.xid), Cell::from(was_state), Cell::from(was_branches), $(Cell::from(row.$column)),*
-            ]).collect(),
-        }
-    };
-}
-
-fn new_of(write: &Write) -> &[Branch] {
-    write.global.branches.get(write.new_branches..).unwrap_or_default()
-}
-
-/// The changes of `writes` to each table, in the order in which they must be made.
-pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 8] {
-    let of = |head: Head| writes.iter().filter(move |write| write.head == head);
-    let keys = of(Head::Insert)
-        .map(|write| TransactionRow::of(&write.global))
-        .filter(|row| row.key_hash.is_some());
-    let new_branches = writes.iter().flat_map(|write| {
-        let positions = write.new_branches..write.global.branches.len();
-        positions.map(|position| BranchRow::of(&write.global, position))
-    });
-    let changed_branches = writes.iter().flat_map(|write| {
-        let known = write.changed_branches.iter().filter(|position| *position < write.new_branches);
-        known.map(|position| BranchRow::of(&write.global, position))
-    });
-    let resolutions = writes.iter().flat_map(|write| {
-        let changed = write.changed_branches.iter();
-        changed.filter_map(|position| ResolutionRow::of(&write.global, position))
-    });
-    // A new transaction is nearly always undecided, and its branches have no failures and no payload. Then half of the columns
-    // are NULL, and are left out.
-    let decided = |write: &Write| write.head == Head::Insert && write.global.decided_at.is_some();
-    let has_more = |branch: &Branch| branch.spec.carry_payload || branch.last_error.is_some();
-    let new = of(Head::Insert).map(|write| TransactionRow::of(&write.global));
-    [
-        if writes.iter().any(decided) {
-            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash branches decided_at
-                finished_at cancel_cause cancel_branch_id cancel_reason refusal)
-        } else {
-            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash branches)
-        },
-        columns!("idempotency", 0, keys => key_hash xid key_digest),
-        changed_columns!(alike(of(Head::Update)) => state branches decided_at finished_at due_at cancel_cause
-            cancel_branch_id cancel_reason refusal),
-        changed_columns!(alike(of(Head::Finish)) => state finished_at due_at),
-        changed_columns!(alike(of(Head::Keep)) => branches),
-        if writes.iter().flat_map(new_of).any(has_more) {
-            columns!("branch", 0, new_branches => xid position branch_id action participant target state attempts
-                needs_attention payload payload_type due_at error_code error_message error_at)
-        } else {
-            columns!("branch", 0, new_branches => xid position branch_id action participant target state attempts needs_attention)
-        },
-        columns!("branch", 2, changed_branches => xid position state attempts needs_attention due_at error_code
-            error_message error_at),
-        columns!("resolution", 0, resolutions => xid branch_id decision name action operator reason at),
-    ]
-}
-
-/// A change of a transaction's row.
-struct HeadChange {
-    row: TransactionRow,
-    was_state: i64,
-    was_branches: i64,
-}
-
-impl HeadChange {
-    fn of(write: &Write) -> Self {
-        Self {
-            row: TransactionRow::of(&write.global),
-            was_state: write.before.map_or(0, state_number), // 0: it has no row, so none will fit
-            was_branches: i64::try_from(write.new_branches).unwrap_or(i64::MAX),
-        }
-    }
-}
-
-/// Sorts changes so that equal kinds are adjacent: most stores can write those together.
-fn alike<'a>(writes: impl Iterator<Item = &'a Write>) -> impl Iterator<Item = HeadChange> {
-    let mut changes: Vec<_> = writes.map(HeadChange::of).collect();
-    changes.sort_by_cached_key(|HeadChange { row, was_state, was_branches }| {
-        let how = (row.state, row.cancel_cause, row.cancel_reason.clone());
-        (how, *was_state, *was_branches, row.branches)
-    });
-    changes.into_iter()
-}
-
 /// The value of the column `state`.
-fn state_number(state: State) -> i64 {
+pub(super) fn state_number(state: State) -> i64 {
     match state {
         State::Trying => 1,
         State::Confirming => 2,
@@ -154,38 +34,6 @@ pub(in crate::store) fn state(column: i64) -> Option<State> {
     [State::Trying, State::Confirming, State::Cancelling, State::Confirmed, State::Cancelled]
         .into_iter()
         .find(|state| state_number(*state) == column)
-}
-
-/// A row of `resolution`: an operator's resolution of a branch.
-struct ResolutionRow {
-    xid: Vec<u8>,
-    branch_id: String,
-    decision: i64,
-    name: String,
-    action: String,
-    operator: String,
-    reason: String,
-    at: i64,
-}
-
-impl ResolutionRow {
-    fn of(global: &GlobalTransaction, position: usize) -> Option<Self> {
-        let branch = &global.branches[position];
-        let BranchState::Resolved(resolution) = &branch.state else { return None };
-        Some(Self {
-            xid: global.xid.to_bytes().to_vec(),
-            branch_id: branch.spec.branch_id.to_string(),
-            decision: match global.state.decision().expect("only what is decided is resolved") {
-                Decision::Confirm => 1,
-                Decision::Cancel => 2,
-            },
-            name: global.name.clone(),
-            action: branch.spec.action.clone(),
-            operator: resolution.operator.clone(),
-            reason: resolution.reason.clone(),
-            at: resolution.at.0,
-        })
-    }
 }
 
 /// A row of `global_transaction`. The comments in the schema explain each column.
@@ -231,6 +79,29 @@ pub(in crate::store) struct BranchRow {
     pub(in crate::store) resolved_by: Option<String>,
     pub(in crate::store) resolved_reason: Option<String>,
     pub(in crate::store) resolved_at: Option<i64>,
+}
+
+/// A row that may hold values that its columns cannot have (SQLite takes any). It does not keep others from being read.
+#[derive(Debug)]
+pub(in crate::store) struct Found<T> {
+    pub(in crate::store) xid: Vec<u8>,
+    pub(in crate::store) due_at: Option<i64>,
+    pub(in crate::store) row: Result<T, String>,
+}
+
+impl<'r, R: Row, T: FromRow<'r, R>> FromRow<'r, R> for Found<T>
+where
+    &'static str: ColumnIndex<R>,
+    Vec<u8>: Decode<'r, R::Database> + Type<R::Database>,
+    i64: Decode<'r, R::Database> + Type<R::Database>,
+{
+    fn from_row(row: &'r R) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            xid: row.try_get("xid").unwrap_or_default(),
+            due_at: row.try_get("due_at").unwrap_or_default(),
+            row: T::from_row(row).map_err(|error| error.to_string()),
+        })
+    }
 }
 
 /// The column `refusal`, as JSON.
@@ -287,31 +158,43 @@ impl TransactionRow {
             return Err(damaged("branches"));
         }
         let begun_at = Timestamp(self.begun_at);
+        // What is not needed to carry the transaction out is left out if it is damaged.
+        let mut left_out = Vec::new();
+        let mut leave_out = |column: &'static str| left_out.push(column);
+        let cancel = self.cancel().unwrap_or_else(|column| {
+            leave_out(column);
+            let reason = format!("its record is damaged ({column})");
+            let is_cancelled = state.decision() == Some(Decision::Cancel);
+            is_cancelled.then_some(CancelCause::Requested { reason })
+        });
+        let key = self.key().unwrap_or_else(|column| {
+            leave_out(column);
+            None
+        });
         let global = GlobalTransaction {
             xid,
             drive: match self.drive {
                 1 => Drive::Initiator,
                 2 => Drive::Coordinator { in_order: false },
                 3 => Drive::Coordinator { in_order: true },
-                _ => return Err(damaged("drive")),
+                _ => {
+                    leave_out("drive");
+                    Drive::Initiator // no Try is made after a restart anyway
+                }
             },
             state,
-            labels: serde_json::from_str(&self.labels).map_err(|_| damaged("labels"))?,
+            labels: serde_json::from_str(&self.labels).unwrap_or_else(|_| {
+                leave_out("labels");
+                BTreeMap::new()
+            }),
             begun_at,
             expires_at: Timestamp(self.expires_at),
             decided_at: self.decided_at.map(Timestamp),
             finished_at: self.finished_at.map(Timestamp),
-            cancel: self.cancel().map_err(damaged)?,
-            key: match (&self.key_hash, &self.key_digest) {
-                (None, None) => None,
-                (Some(hash), Some(digest)) => Some(Key {
-                    hash: hash.as_slice().try_into().map_err(|_| damaged("key_hash"))?,
-                    digest: digest.as_slice().try_into().map_err(|_| damaged("digest"))?,
-                }),
-                (None, Some(_)) | (Some(_), None) => return Err(damaged("key_hash")),
-            },
+            cancel,
+            key,
             branches: (branches.into_iter())
-                .map(|row| row.into_branch(state, begun_at).map_err(damaged))
+                .map(|row| row.into_branch(state, begun_at, &mut leave_out).map_err(damaged))
                 .collect::<Result<_, _>>()?,
             name: self.name,
         };
@@ -321,7 +204,22 @@ impl TransactionRow {
         {
             return Err(damaged("decided_at"));
         }
+        if !left_out.is_empty() {
+            let columns = left_out.join(", ");
+            error!(%xid, columns, "a record is damaged; the transaction is carried out without these columns");
+        }
         Ok(global)
+    }
+
+    fn key(&self) -> Result<Option<Key>, &'static str> {
+        match (&self.key_hash, &self.key_digest) {
+            (None, None) => Ok(None),
+            (Some(hash), Some(digest)) => Ok(Some(Key {
+                hash: hash.as_slice().try_into().map_err(|_| "key_hash")?,
+                digest: digest.as_slice().try_into().map_err(|_| "key_digest")?,
+            })),
+            (None, Some(_)) | (Some(_), None) => Err("key_hash"),
+        }
     }
 
     fn cancel(&self) -> Result<Option<CancelCause>, &'static str> {
@@ -410,36 +308,53 @@ impl BranchRow {
         }
     }
 
-    fn into_branch(self, state: State, begun_at: Timestamp) -> Result<Branch, &'static str> {
-        let payload = match (self.payload, self.payload_type) {
+    fn into_branch(
+        self,
+        state: State,
+        begun_at: Timestamp,
+        leave_out: &mut impl FnMut(&'static str),
+    ) -> Result<Branch, &'static str> {
+        let (payload, damage) = match (self.payload, self.payload_type) {
             (Some(data), Some(content_type)) => {
-                Some(Payload { data: Bytes::from(data), content_type })
+                (Some(Payload { data: Bytes::from(data), content_type }), None)
             }
-            (None, None) => None,
-            (None, Some(_)) | (Some(_), None) => return Err("payload_type"),
+            (None, None) => (None, None),
+            (None, Some(_)) => (None, Some("its payload is missing")),
+            (Some(_), None) => (None, Some("the type of its payload is missing")),
         };
         let last_error = match (self.error_code, self.error_message, self.error_at) {
             (Some(code), Some(message), Some(at)) => {
                 Some(Box::new(AttemptError { code, message, at: Timestamp(at) }))
             }
             (None, None, None) => None,
-            _ => return Err("error_at"),
+            _ => {
+                leave_out("error_at");
+                None
+            }
         };
-        let branch_state =
-            match (self.state, self.resolved_by, self.resolved_reason, self.resolved_at) {
-                // If all went well, the rows of branches are not written again. The final state implies that they acknowledged.
-                (1, None, None, None) if state.is_final() => BranchState::Acknowledged,
-                (1, None, None, None) => BranchState::Registered,
-                (2, None, None, None) => BranchState::Acknowledged,
-                (3, Some(operator), Some(reason), Some(at)) => {
-                    BranchState::Resolved(Box::new(Resolution {
-                        operator,
-                        reason,
-                        at: Timestamp(at),
-                    }))
-                }
-                _ => return Err("branch.state"),
-            };
+        let resolution = match (self.resolved_by, self.resolved_reason, self.resolved_at) {
+            (Some(operator), Some(reason), Some(at)) => {
+                Some(Resolution { operator, reason, at: Timestamp(at) })
+            }
+            _ => None,
+        };
+        let branch_state = match (self.state, resolution) {
+            // If all went well, the rows of branches are not written again. The final state implies that they acknowledged.
+            (1, None) if state.is_final() => BranchState::Acknowledged,
+            (1, None) => BranchState::Registered,
+            (2, None) => BranchState::Acknowledged,
+            (3, Some(resolution)) => BranchState::Resolved(Box::new(resolution)),
+            // An operator's resolution is kept for ever, and is there.
+            (_, Some(resolution)) => {
+                leave_out("branch.state");
+                BranchState::Resolved(Box::new(resolution))
+            }
+            // Whether it has acknowledged is not known. A repeat of its call does no harm.
+            (_, None) => {
+                leave_out("branch.state");
+                if state.is_final() { BranchState::Acknowledged } else { BranchState::Registered }
+            }
+        };
         Ok(Branch {
             spec: Arc::new(BranchSpec {
                 branch_id: self.branch_id.parse().map_err(|_| "branch_id")?,
@@ -449,15 +364,17 @@ impl BranchRow {
                 carry_payload: payload.is_some(),
                 payload,
                 try_timeout: None,
+                damage,
             }),
             attempts: match branch_state {
                 BranchState::Acknowledged if self.state == 1 => 1,
                 BranchState::Acknowledged
                 | BranchState::Registered
                 | BranchState::Tried
-                | BranchState::Resolved(_) => {
-                    u32::try_from(self.attempts).map_err(|_| "attempts")?
-                }
+                | BranchState::Resolved(_) => u32::try_from(self.attempts).unwrap_or_else(|_| {
+                    leave_out("attempts");
+                    0
+                }),
             },
             state: branch_state,
             timeouts: 0,

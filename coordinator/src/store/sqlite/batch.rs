@@ -8,7 +8,7 @@ use crate::store::{
     Batch, Error, Guard,
     sql::{
         Cell, Counter, Wrote,
-        record::{self, TableChange},
+        changes::{self, TableChange},
     },
 };
 
@@ -32,7 +32,7 @@ pub(super) async fn write(
     if moved != guards.len() as u64 {
         return Ok(Wrote::Positions(moved));
     }
-    for change in record::by_table(writes) {
+    for change in changes::by_table(writes) {
         let all: Vec<_> = change.cells.chunks(change.columns.len()).collect();
         let mut left = &all[..];
         while !left.is_empty() {

@@ -23,9 +23,9 @@ ALTER TABLE epoch ADD COLUMN lost INTEGER;
 -- How many rows it has in `branch`; NULL: recorded by version 1.
 ALTER TABLE global_transaction ADD COLUMN branches INTEGER;
 
--- One row. The file names its WAL before that begins, and the WAL says its name in its first commit. See `mark.rs`.
+-- The file names its WAL before that begins, and the WAL says its name in its first commit. See `mark.rs`.
 CREATE TABLE mark (
-    one       INTEGER PRIMARY KEY CHECK (one = 1),
+    one       INTEGER PRIMARY KEY CHECK (one = 1),  -- there is one row
     needed    INTEGER NOT NULL,     -- random: the name of the WAL that belongs to this file
     present   INTEGER NOT NULL,     -- the same number: that WAL is there, or the file has all of it
     backup_at INTEGER               -- when `handfast backup` made this copy; NULL: it is no backup

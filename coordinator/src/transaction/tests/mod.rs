@@ -19,6 +19,7 @@ fn spec(branch_id: &str) -> BranchSpec {
         payload: None,
         carry_payload: false,
         try_timeout: None,
+        damage: None,
     }
 }
 

@@ -1,4 +1,5 @@
 mod copies;
+mod damaged;
 mod file;
 mod whole;
 

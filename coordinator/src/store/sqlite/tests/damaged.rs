@@ -1,0 +1,180 @@
+//! One damaged record hurts nobody else, and is carried out as far as it can be.
+
+use super::*;
+use crate::{
+    store::conformance::{NOW, cancel, confirm, updated},
+    transaction::{BranchState, CancelCause, Decision, Resolution, State},
+};
+
+/// What the coordinator reads of a store in which `damage` was done to the second of three transactions. Their decision is
+/// `decision`.
+struct Read {
+    due: Vec<GlobalTransaction>,
+    listed: Vec<GlobalTransaction>,
+    loaded: Result<Lookup, Error>,
+    xid: Xid,
+}
+
+impl Read {
+    async fn after(decision: Decision, damage: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let store = SqliteStore::open(&path).await.unwrap();
+        let mut owner = Owner::of(&store).await;
+        let mut xids = Vec::new();
+        for _ in 0..3 {
+            let mut global = begun(owner.xid(3), &["a", "b"]);
+            xids.push(global.xid);
+            owner.insert(&global).await;
+            match decision {
+                Decision::Confirm => confirm(&mut global),
+                Decision::Cancel => cancel(&mut global, CancelCause::TimedOut),
+            }
+            owner.append(vec![updated(&global, BranchSet::EMPTY)]).await;
+        }
+        let xid = xids[1];
+        let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
+        let hex: String = xid.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let damage = damage.replace("THIS", &format!("x'{hex}'"));
+        sqlx::raw_sql(sqlx::AssertSqlSafe(damage)).execute(&mut db).await.unwrap();
+        let until = NOW + Duration::from_secs(3600);
+        // Two to a page, so that the place where the next page starts is needed too.
+        let (mut due, mut after) = (Vec::new(), None);
+        loop {
+            let page = store.due(until, after, 2, owner.known(3)).await.unwrap();
+            due.extend(page.transactions);
+            after = page.next;
+            if after.is_none() {
+                break;
+            }
+        }
+        let filter = ListFilter::of(crate::store::Show::Open);
+        let listed = store.list(&filter, 10).await.unwrap().transactions;
+        let loaded = store.load(xid, owner.known(3)).await;
+        Self { due, listed, loaded, xid }
+    }
+
+    /// It was read, and so were the others.
+    fn carried_out(self, damage: &str) -> GlobalTransaction {
+        assert_eq!((self.due.len(), self.listed.len()), (3, 3), "{damage}");
+        let found = self.due.into_iter().find(|global| global.xid == self.xid).unwrap();
+        assert!(matches!(self.loaded, Ok(Lookup::Found(_))), "{damage}: {:?}", self.loaded);
+        found
+    }
+
+    /// It was told, and the others were read.
+    fn left_out(self, damage: &str) {
+        for read in [&self.due, &self.listed] {
+            assert_eq!(read.len(), 2, "{damage}");
+            assert!(read.iter().all(|global| global.xid != self.xid), "{damage}");
+        }
+        assert!(matches!(self.loaded, Err(Error::Corrupt(_))), "{damage}: {:?}", self.loaded);
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_needed_is_left_out() {
+    for damage in [
+        "UPDATE global_transaction SET labels = '{' WHERE xid = THIS",
+        "UPDATE global_transaction SET drive = 9 WHERE xid = THIS",
+        "UPDATE global_transaction SET key_hash = x'01' WHERE xid = THIS",
+        "UPDATE global_transaction SET cancel_cause = 9 WHERE xid = THIS",
+        "UPDATE global_transaction SET cancel_branch_id = ' ' WHERE xid = THIS",
+        "UPDATE global_transaction SET cancel_cause = 2, refusal = '{' WHERE xid = THIS",
+        "UPDATE branch SET attempts = -1 WHERE xid = THIS",
+        "UPDATE branch SET error_code = 'UNAVAILABLE' WHERE xid = THIS",
+    ] {
+        let global = Read::after(Decision::Cancel, damage).await.carried_out(damage);
+        assert_eq!(global.state, State::Cancelling, "{damage}");
+        assert!(global.cancel.is_some(), "{damage}");
+        assert!(global.branches.iter().all(|branch| branch.spec.damage.is_none()), "{damage}");
+    }
+}
+
+#[tokio::test]
+async fn a_branch_in_an_unknown_state_is_called_again_unless_somebody_resolved_it() {
+    let unknown = "UPDATE branch SET state = 9 WHERE xid = THIS AND position = 0";
+    let global = Read::after(Decision::Confirm, unknown).await.carried_out(unknown);
+    assert_eq!(global.branches[0].state, BranchState::Registered);
+    let resolved = "UPDATE branch SET state = 9 WHERE xid = THIS; INSERT INTO resolution \
+                    SELECT xid, branch_id, 1, 'checkout', action, 'ann', 'by hand', 7 FROM branch \
+                    WHERE xid = THIS AND position = 0";
+    let global = Read::after(Decision::Confirm, resolved).await.carried_out(resolved);
+    let resolution =
+        Resolution { operator: "ann".to_owned(), reason: "by hand".to_owned(), at: Timestamp(7) };
+    assert_eq!(global.branches[0].state, BranchState::Resolved(Box::new(resolution)));
+    assert_eq!(global.branches[1].state, BranchState::Registered);
+}
+
+#[tokio::test]
+async fn a_branch_without_a_part_of_its_payload_is_not_called() {
+    for (damage, what) in [
+        ("payload = x'01'", "the type of its payload is missing"),
+        ("payload_type = 'a/b'", "its payload is missing"),
+    ] {
+        let damage = format!("UPDATE branch SET {damage} WHERE xid = THIS AND position = 1");
+        let global = Read::after(Decision::Confirm, &damage).await.carried_out(&damage);
+        assert_eq!(global.branches[0].spec.damage, None);
+        assert_eq!(global.branches[1].spec.damage, Some(what));
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_carried_out_is_left_alone_and_the_others_go_on() {
+    for damage in [
+        "UPDATE global_transaction SET state = 9 WHERE xid = THIS",
+        "UPDATE global_transaction SET state = 1 WHERE xid = THIS", // and yet it has a decided_at
+        "UPDATE global_transaction SET branches = 7 WHERE xid = THIS",
+        "DELETE FROM branch WHERE xid = THIS AND position = 0",
+        "UPDATE branch SET branch_id = 'no id!' WHERE xid = THIS AND position = 0",
+        // SQLite takes values of any type.
+        "UPDATE global_transaction SET begun_at = 'noon' WHERE xid = THIS",
+        "UPDATE global_transaction SET name = x'ff' WHERE xid = THIS",
+        "UPDATE branch SET attempts = 'many' WHERE xid = THIS AND position = 1",
+    ] {
+        Read::after(Decision::Confirm, damage).await.left_out(damage);
+    }
+}
+
+#[tokio::test]
+async fn a_row_whose_xid_is_none_does_not_stop_the_others() {
+    // Between the second and the third, in every order.
+    let damage = "INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, due_at) \
+                  SELECT substr(xid, 1, 15), name, drive, state, labels, begun_at, expires_at, due_at \
+                  FROM global_transaction WHERE xid = THIS";
+    let read = Read::after(Decision::Confirm, damage).await;
+    assert_eq!((read.due.len(), read.listed.len()), (3, 3));
+    assert!(matches!(read.loaded, Ok(Lookup::Found(_))));
+}
+
+#[tokio::test]
+async fn a_damaged_record_does_not_stop_the_purge() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let store = SqliteStore::open(&path).await.unwrap();
+    let mut owner = Owner::of(&store).await;
+    for _ in 0..4 {
+        let mut global = begun(owner.xid(3), &[]);
+        cancel(&mut global, CancelCause::TimedOut); // and finished, since it has no branches
+        owner.insert(&global).await;
+    }
+    let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
+    for damage in [
+        "UPDATE global_transaction SET finished_at = 'noon' WHERE xid = (SELECT max(xid) FROM global_transaction)",
+        "UPDATE global_transaction SET xid = substr(xid, 1, 15) WHERE xid = (SELECT min(xid) FROM global_transaction)",
+    ] {
+        sqlx::raw_sql(damage).execute(&mut db).await.unwrap();
+    }
+    let later = NOW + Duration::from_secs(3600);
+    let (mut deleted, mut after) = (0, None);
+    loop {
+        let ownership = owner.ownership(3);
+        let (more, next) = store.purge(ownership, later, later, after, 2).await.unwrap();
+        deleted += more;
+        after = next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(deleted, 2);
+}

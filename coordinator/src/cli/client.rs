@@ -36,11 +36,14 @@ Examples:
   handfast list --label order=1042")]
 pub(super) struct List {
     /// Only transactions whose phase two keeps failing
-    #[arg(long, conflicts_with = "open")]
+    #[arg(long, conflicts_with_all = ["open", "lost"])]
     stuck: bool,
     /// Only transactions that are not finished
-    #[arg(long)]
+    #[arg(long, conflicts_with = "lost")]
     open: bool,
+    /// Only undecided transactions whose decision may be among records that the store has lost
+    #[arg(long)]
+    lost: bool,
     /// Only transactions with this name
     #[arg(long)]
     name: Option<String>,
@@ -99,21 +102,34 @@ pub(super) struct Retry {
     server: Server,
 }
 
-/// Settles a branch by hand, if its participant will never answer.
+/// Settles a branch by hand, if its participant will never answer. Or decides a transaction whose decision is lost.
 ///
-/// No more calls go to the branch, and it counts as done. This is recorded for ever, with the operator and the reason, and cannot be
-/// undone. Use it when the participant is gone. Correct its data afterwards: until this returns, the next call may still arrive.
+/// With BRANCH: no more calls go to the branch, and it counts as done. Use it when the participant is gone. Correct its data afterwards:
+/// until this returns, the next call may still arrive.
+///
+/// With --decision: decides a transaction of `handfast list --lost`. Before, find out from its participants whether it was confirmed.
+/// Then every participant is called, as for any decided transaction.
+///
+/// Either is recorded for ever, with the operator and the reason, and cannot be undone.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
+Examples:
+  handfast resolve 3-7-1042-9f3c01d2 --decision confirm --reason \"inventory has confirmed its branch, ticket 815\"
   handfast resolve 3-7-1042-9f3c01d2 2 --reason \"points service retired; 40 points given back by hand, ticket 812\"")]
 pub(super) struct Resolve {
     /// The transaction's xid, as `handfast list` prints it
     xid: Xid,
     /// The branch's id, as `handfast show` prints it
-    #[arg(value_name = "BRANCH")]
-    branch_id: BranchId,
-    /// What was done in the participant's place
+    #[arg(
+        value_name = "BRANCH",
+        required_unless_present = "decision",
+        conflicts_with = "decision"
+    )]
+    branch_id: Option<BranchId>,
+    /// Decide the whole transaction, whose own decision may be lost
+    #[arg(long, value_enum)]
+    decision: Option<Chosen>,
+    /// What was done in the participant's place, or why this decision is right
     #[arg(long, value_name = "TEXT")]
     reason: String,
     /// The name of the operator
@@ -121,6 +137,15 @@ pub(super) struct Resolve {
     operator: String,
     #[command(flatten)]
     server: Server,
+}
+
+/// An operator's decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Chosen {
+    /// Its branches are used
+    Confirm,
+    /// Its branches are released
+    Cancel,
 }
 
 /// The coordinator to ask, and the form of the output.
@@ -221,10 +246,11 @@ impl Server {
 
 impl List {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        let show = match (self.stuck, self.open) {
-            (true, _) => Which::Stuck,
-            (false, true) => Which::Open,
-            (false, false) => Which::All,
+        let show = match (self.stuck, self.open, self.lost) {
+            (true, ..) => Which::Stuck,
+            (_, true, _) => Which::Open,
+            (.., true) => Which::Lost,
+            (false, false, false) => Which::All,
         };
         let name = self.name.unwrap_or_default();
         let labels: BTreeMap<String, String> = self.label.into_iter().collect();
@@ -302,7 +328,27 @@ impl Retry {
 
 impl Resolve {
     pub(super) async fn run(self) -> Result<(), Failure> {
-        let Self { xid, branch_id, reason, operator, server } = self;
+        let Self { xid, branch_id, decision, reason, operator, server } = self;
+        let Some(branch_id) = branch_id else {
+            let decision = match decision {
+                Some(Chosen::Confirm) => pb::Decision::Confirm,
+                Some(Chosen::Cancel) => pb::Decision::Cancel,
+                None => pb::Decision::Unspecified, // does not happen: one of the two is required
+            };
+            let request = pb::ResolveTransactionRequest {
+                xid: xid.to_string(),
+                decision: decision.into(),
+                reason,
+                operator,
+            };
+            let ask = async |mut client: AdminServiceClient<Channel>| {
+                client.resolve_transaction(request).await
+            };
+            let answer = server.ask_admin(&format!("cannot decide {xid}"), ask).await?;
+            return server.tell(answer.transaction, |transaction| {
+                text::decided(transaction, &server.flag())
+            });
+        };
         let request = pb::ResolveBranchRequest {
             xid: xid.to_string(),
             branch_id: branch_id.to_string(),
@@ -350,6 +396,15 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_refused() {
         assert_eq!(refused("handfast list --stuck --open").0, ErrorKind::ArgumentConflict);
+        assert_eq!(refused("handfast list --stuck --lost").0, ErrorKind::ArgumentConflict);
+        let resolve = "handfast resolve 3-7-1042-9f3c01d2";
+        for (given, kind) in [
+            ("--reason x --operator y", ErrorKind::MissingRequiredArgument),
+            ("2 --decision confirm --reason x --operator y", ErrorKind::ArgumentConflict),
+            ("--decision maybe --reason x --operator y", ErrorKind::InvalidValue),
+        ] {
+            assert_eq!(refused(&format!("{resolve} {given}")).0, kind, "{given}");
+        }
         assert_eq!(refused("handfast list --limit 0").0, ErrorKind::ValueValidation);
         assert_eq!(refused("handfast list --limit 1001").0, ErrorKind::ValueValidation);
         assert_eq!(refused("handfast list --timeout 10").0, ErrorKind::ValueValidation);
@@ -374,7 +429,7 @@ mod tests {
     async fn listed(url: &str, timeout: Duration) -> Failure {
         let server = Server { url: url.to_owned(), timeout, output: Output::Table };
         let list =
-            List { stuck: false, open: false, name: None, label: Vec::new(), limit: 1, server };
+            List { stuck: false, open: false, lost: false, name: None, label: Vec::new(), limit: 1, server };
         list.run().await.unwrap_err()
     }
 

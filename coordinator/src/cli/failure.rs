@@ -103,7 +103,8 @@ impl Failure {
                 "how long finished transactions are kept is `retention` in the coordinator's configuration"
             }
             reason::LOST => {
-                "its participants may know: look for this xid in their fences. The coordinator's log says when and why records were lost"
+                "its participants may know: look for this xid in their fences, and then `handfast resolve XID --decision confirm` or `cancel`. \
+                 The coordinator's log says when and why records were lost"
             }
             reason::BRANCH_UNKNOWN => "`handfast show XID` tells its branches",
             reason::NOT_DECIDED => {

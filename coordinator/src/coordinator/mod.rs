@@ -30,7 +30,7 @@ use crate::{
     dispatch::Dispatch,
     partition::{Answer, Ask, Command, Error, Settings, Until, What},
     store::{self, ALL_PARTITIONS, ListFilter, Listed, PARTITIONS, Show, Store},
-    transaction::{GlobalTransaction, NewTransaction, StuckAfter},
+    transaction::{GlobalTransaction, NewTransaction, State, StuckAfter},
 };
 
 /// Longest wait for an answer that only the store can hold up. It is shorter than what callers wait (the SDK: 5 s), so that they get
@@ -200,6 +200,7 @@ impl Coordinator {
                 Show::All => true,
                 Show::Open => !now.state.is_final(),
                 Show::Stuck(at, after) => now.is_stuck(at, after),
+                Show::Lost => now.state == State::Trying, // it may have been decided meanwhile
             };
             if fits {
                 found.push(now);

@@ -148,12 +148,43 @@ impl Running {
         tokio::spawn(self.background.clone().run_until_cancelled_owned(work));
     }
 
-    /// The next end of something that was not told to end. Nothing that was not durable is told to callers from then on.
+    /// The next end of something that was not told to end, and that does not go on at once. Nothing that was not durable is told
+    /// to callers from then on.
     pub async fn ended(&mut self) -> End {
-        tokio::select! {
-            biased; // so that a simulated run can be repeated
-            Some(end) = self.ends.1.recv() => end, // there always is one: this holds a sender
-            what = self.store.gone() => End::StoreGone(what),
+        loop {
+            let end = tokio::select! {
+                biased; // so that a simulated run can be repeated
+                Some(end) = self.ends.1.recv() => end, // there always is one: this holds a sender
+                what = self.store.gone() => return End::StoreGone(what),
+            };
+            match end {
+                End::Partition(ownership, Ended::Fenced) if self.take_back(ownership).await => {}
+                end => return end,
+            }
+        }
+    }
+
+    /// Takes a partition over again if its ownership was ended without a next owner. The store does that when a loss of batches is
+    /// noticed after the takeover. The next ownership knows of the loss.
+    async fn take_back(&self, Ownership { partition, epoch, .. }: Ownership) -> bool {
+        let seats = match self.store.seats().await {
+            Ok(seats) => seats,
+            Err(error) => {
+                warn!(partition, %error, "cannot read who owns the partition");
+                return false;
+            }
+        };
+        let seat = seats.into_iter().find(|seat| seat.partition == partition);
+        if seat.is_none_or(|seat| seat.epoch != epoch + 1 || seat.owner.is_some()) {
+            return false;
+        }
+        warn!(partition, "a loss of batches was noticed after the takeover; taking over again");
+        match self.take_over(&[partition]).await {
+            Ok(()) => true,
+            Err(error) => {
+                warn!(partition, %error, "cannot take the partition over again");
+                false
+            }
         }
     }
 

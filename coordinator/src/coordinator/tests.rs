@@ -8,7 +8,9 @@ use crate::{
     clock::{Clock as _, ManualClock},
     dispatch::{CallRequest, Later, Returned},
     journal::Ended,
-    store::{Store as _, memory::MemoryStore, scripted::ScriptedStore},
+    store::{
+        Appended, Batch, Guard, Ownership, Store as _, memory::MemoryStore, scripted::ScriptedStore,
+    },
     transaction::{DecisionRequest, Drive, Key, Timestamp, retry::RetryPolicy},
 };
 
@@ -120,6 +122,32 @@ async fn a_partition_ends_by_itself_and_can_be_taken_again() {
         .map(|seat| seat.partition)
         .collect();
     assert!(free.contains(&3) && free.contains(&4), "{free:?}");
+}
+
+#[tokio::test]
+async fn a_partition_whose_ownership_a_late_loss_has_ended_is_taken_again() {
+    let store = Arc::new(MemoryStore::default());
+    let first = store.acquire(&[3], "the first", Timestamp(1)).await.unwrap()[0];
+    let mut second = running(&store);
+    second.take_over(&[3]).await.unwrap();
+    let coordinator = Coordinator::of(&second);
+    let before = coordinator.begin(new(Some(3)), Until::Now).await.unwrap().global.xid;
+    // The first owner knows of batches that the second one has not found.
+    let Ownership { partition, epoch, nonce, .. } = first;
+    let guards = vec![Guard { partition, epoch, nonce, position: 20 }];
+    let late = store.append(&Batch { guards, writes: Vec::new() }).await.unwrap();
+    assert_eq!(late, Appended::Fenced(vec![3]));
+    // The second one notices with its next batch, and goes on as the owner of a later epoch.
+    let mut key = new(Some(3));
+    key.key.as_mut().unwrap().hash[31] = 8;
+    let during = coordinator.begin(key, Until::Now).await;
+    assert!(matches!(during, Err(Error::StoreSilent)), "it was taken in: {during:?}");
+    let goes_on = tokio::time::timeout(Duration::from_millis(50), second.ended()).await;
+    assert!(goes_on.is_err(), "{goes_on:?}");
+    assert_eq!(get(&coordinator, before).await.unwrap().global.xid, before);
+    let ownership = second.doors.ownerships()[0];
+    assert_eq!((ownership.epoch, ownership.lost_through), (epoch + 3, Some(epoch)));
+    second.stop().await;
 }
 
 #[tokio::test]

@@ -13,7 +13,8 @@ use crate::{
     journal::Ended,
     store::Ownership,
     transaction::{
-        BranchSet, Change, Event, GlobalTransaction, NewTransaction, Resolution, Weight,
+        BranchSet, Change, Event, GlobalTransaction, NewTransaction, Rejection, Resolution, State,
+        Weight,
     },
 };
 
@@ -93,7 +94,9 @@ impl Partition {
                 What::Get | What::GetByKey(_) => of_transaction(xid, false),
                 What::Register(_) | What::BeginAgain { .. } => of_transaction(xid, true),
                 // Never refused: reservations wait for a decision.
-                What::Decide(_) | What::Retry | What::Resolve { .. } => Needs::default(),
+                What::Decide(_) | What::Retry | What::Resolve { .. } | What::Settle { .. } => {
+                    Needs::default()
+                }
             },
         }
     }
@@ -155,6 +158,18 @@ impl Partition {
                 branch_id,
                 resolution: Resolution { operator, reason, at: now },
             }),
+            What::Settle { decision, operator, reason } => {
+                let global = &entry.global;
+                let lost = self.ownership.may_have_lost_the_decision_of(global);
+                if global.state == State::Trying && !lost {
+                    let (rejection, global) = (Rejection::NotLost, global.clone());
+                    return self.answer(xid, reply, Err(Error::Rejected { rejection, global }));
+                }
+                if lost {
+                    warn!(%xid, decision = decision.as_str(), operator, reason, "an operator decides what may have been decided before");
+                }
+                Some(Event::Settled { decision, by: Resolution { operator, reason, at: now } })
+            }
         };
         if let Some(event) = event {
             let resolving = if let Event::Resolved { branch_id, resolution } = &event {

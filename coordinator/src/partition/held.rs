@@ -92,8 +92,9 @@ pub(super) fn bytes_of(global: &GlobalTransaction) -> usize {
         Some(CancelCause::TryUnknown { error, .. }) => error.len(),
         Some(CancelCause::TimedOut | CancelCause::CoordinatorRestarted) | None => 0,
     };
+    let settled = global.settled.as_ref().map_or(0, |by| by.operator.len() + by.reason.len());
     let branches: usize = global.branches.iter().map(bytes_of_branch).sum();
-    TRANSACTION_BYTES + global.name.len() + labels + cancel + branches
+    TRANSACTION_BYTES + global.name.len() + labels + cancel + settled + branches
 }
 
 fn bytes_of_branch(branch: &Branch) -> usize {

@@ -154,6 +154,7 @@ impl Partition {
             | What::Decide(_)
             | What::Retry
             | What::Resolve { .. }
+            | What::Settle { .. }
             | What::BeginAgain { .. } => answer_now(reply, Err(missing)),
         }
     }

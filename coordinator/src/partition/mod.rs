@@ -35,10 +35,10 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::{Xid, crash_point};
+use handfast_proto::{Xid, crash_point, planted::Bug};
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::info;
+use tracing::{info, warn};
 
 use self::{
     ask::answer_now,
@@ -118,6 +118,16 @@ impl Partition {
     pub fn new(ownership: Ownership, parts: Parts, outbox: Arc<Outbox>) -> Self {
         let now = parts.clock.now();
         let Durable { upto, ended, position } = *outbox.durable().borrow();
+        let lost_through = ownership.lost_through.filter(|_| !Bug::ForgetLoss.is_planted());
+        let ownership = Ownership { lost_through, ..ownership };
+        if let Some(epoch) = lost_through {
+            warn!(
+                partition = ownership.partition,
+                epoch,
+                "the store has lost batches up to this epoch; what was undecided then waits for \
+                   a person: handfast list --lost"
+            );
+        }
         Self {
             ownership,
             parts,

@@ -14,10 +14,10 @@ use std::{
 use handfast_proto::{Xid, crash_point, planted::Bug};
 use tracing::warn;
 
-use super::{Ask, Entry, Error, PARK_AFTER, Partition, answer_now};
+use super::{Ask, Entry, Error, PARK_AFTER, Partition, What, answer_now};
 use crate::{
     store::{self, DuePage, Known, Lookup},
-    transaction::{Event, GlobalTransaction, State, Timestamp},
+    transaction::{Event, State, Timestamp},
 };
 
 /// Reads of single transactions that may be in flight at a time.
@@ -137,6 +137,14 @@ impl Reading {
         queue.retain(|xid| asks.contains_key(xid));
     }
 
+    /// Removes and returns the first operator's decision among the callers that wait for this transaction.
+    fn settlement_of(&mut self, xid: Xid) -> Option<Ask> {
+        let asks = self.asks.get_mut(&xid)?;
+        let first = asks.iter().position(|ask| matches!(ask.what, What::Settle { .. }))?;
+        self.waiting -= 1;
+        Some(asks.remove(first))
+    }
+
     /// Removes and returns the callers that waited for this transaction.
     fn answered(&mut self, xid: Xid) -> Vec<Ask> {
         let asks = self.asks.remove(&xid).unwrap_or_default();
@@ -250,8 +258,18 @@ impl Partition {
                 return self.begin_reads();
             }
             let missing = match found {
-                Ok(Lookup::Found(global)) if self.may_have_lost_its_decision(&global) => {
-                    Some(Error::Lost(xid))
+                Ok(Lookup::Found(global))
+                    if self.ownership.may_have_lost_the_decision_of(&global) =>
+                {
+                    match self.reading.settlement_of(xid) {
+                        None => Some(Error::Lost(xid)),
+                        // It is decided at once, so that it is never in memory undecided.
+                        Some(settlement) => {
+                            self.insert(Entry::loaded(*global));
+                            self.ask(settlement);
+                            None
+                        }
+                    }
                 }
                 Ok(Lookup::Found(global)) => {
                     self.take_in(Entry::loaded(*global));
@@ -349,11 +367,6 @@ impl Partition {
                     if global.state == State::Trying && Bug::ForgetTrying.is_planted() {
                         continue;
                     }
-                    if self.may_have_lost_its_decision(&global) {
-                        warn!(xid = %global.xid, "the store has lost batches, and this transaction's decision may have been in one; \
-                               it stays undecided, and a person must look");
-                        continue;
-                    }
                     if !self.entries.contains_key(&global.xid)
                         && !self.reading.is_stale(global.xid, began)
                     {
@@ -374,13 +387,6 @@ impl Partition {
             }
         }
         self.reading.done(began);
-    }
-
-    /// Whether the row is undecided and from before a loss of records. Its decision may have been lost after callers were told,
-    /// so no new decision may be made.
-    fn may_have_lost_its_decision(&self, global: &GlobalTransaction) -> bool {
-        let lost_through = self.ownership.lost_through.filter(|_| !Bug::ForgetLoss.is_planted());
-        global.state == State::Trying && lost_through.is_some_and(|epoch| global.xid.epoch <= epoch)
     }
 
     fn is_later_than_loss(&self, xid: Xid) -> bool {

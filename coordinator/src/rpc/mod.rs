@@ -282,4 +282,15 @@ impl AdminService for Services {
             transaction: self.transaction(&answer.global),
         }))
     }
+
+    async fn resolve_transaction(
+        &self,
+        request: Request<pb::ResolveTransactionRequest>,
+    ) -> Result<Response<pb::ResolveTransactionResponse>, Status> {
+        let (xid, what) = request::settle(request.into_inner())?;
+        let answer = self.coordinator.ask(xid, what, Until::Now, Duration::ZERO).await?;
+        Ok(Response::new(pb::ResolveTransactionResponse {
+            transaction: self.transaction(&answer.global),
+        }))
+    }
 }

@@ -14,8 +14,8 @@ use crate::{
     partition::{Until, What},
     store::{ListFilter, Listed, Show},
     transaction::{
-        BranchSpec, CancelCause, DecisionRequest, Drive, Key, NewTransaction, Payload, Refusal,
-        Timestamp,
+        BranchSpec, CancelCause, Decision, DecisionRequest, Drive, Key, NewTransaction, Payload,
+        Refusal, Timestamp,
     },
 };
 
@@ -398,6 +398,22 @@ pub(super) fn resolve(request: pb::ResolveBranchRequest) -> Result<(Xid, What), 
     Ok((xid(&request.xid)?, what))
 }
 
+pub(super) fn settle(request: pb::ResolveTransactionRequest) -> Result<(Xid, What), Invalid> {
+    let decision = match request.decision() {
+        pb::Decision::Confirm => Decision::Confirm,
+        pb::Decision::Cancel => Decision::Cancel,
+        pb::Decision::Unspecified => {
+            return invalid("decision", "must be CONFIRM or CANCEL");
+        }
+    };
+    let what = What::Settle {
+        decision,
+        operator: name("operator", request.operator, limits::OPERATOR_BYTES_MAX)?,
+        reason: name("reason", request.reason, limits::REASON_BYTES_MAX)?,
+    };
+    Ok((xid(&request.xid)?, what))
+}
+
 /// The filter of a list, and the number of transactions on a page.
 pub(super) fn list(
     request: pb::ListTransactionsRequest,
@@ -408,6 +424,7 @@ pub(super) fn list(
         | pb::list_transactions_request::Show::All => Show::All,
         pb::list_transactions_request::Show::Open => Show::Open,
         pb::list_transactions_request::Show::Stuck => stuck_now,
+        pb::list_transactions_request::Show::Lost => Show::Lost,
     };
     let limit = match request.limit as usize {
         0 => limits::LIST_DEFAULT,

@@ -93,7 +93,7 @@ fn rejected(rejection: Rejection, global: &GlobalTransaction) -> Status {
         Rejection::CoordinatorDriven => {
             status(Code::FailedPrecondition, reason::COORDINATOR_DRIVEN, text, Metadata::new())
         }
-        Rejection::NotDecided => {
+        Rejection::NotDecided | Rejection::NotLost => {
             status(Code::FailedPrecondition, reason::NOT_DECIDED, text, Metadata::new())
         }
         Rejection::BranchUnknown(_) => {

@@ -84,6 +84,31 @@ impl Known {
     }
 }
 
+/// An epoch of a partition, as the store has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) struct Epoch {
+    pub(in crate::store) epoch: u32,
+    pub(in crate::store) nonce: u32,
+    /// How many of its batches are recorded.
+    pub(in crate::store) batches: u64,
+    /// Whether it is marked as an epoch with lost batches.
+    pub(in crate::store) lost: bool,
+}
+
+/// What the store has lost of a batch's owner and does not know yet: the epoch to mark, and the number of batches. `epochs` are
+/// those up to the owner's epoch, the newest first. The owner's own takeover counts as a batch. If it is gone, batches of the
+/// owner before it may be gone too, so that epoch is marked.
+pub(in crate::store) fn loss(guard: Guard, epochs: &[Epoch]) -> Option<(u32, u64)> {
+    let Guard { epoch, nonce, position, .. } = guard;
+    let acknowledged = position - 1;
+    let own = epochs.iter().find(|found| (found.epoch, found.nonce) == (epoch, nonce));
+    let (marked, lost) = match own {
+        Some(own) => (own, acknowledged.saturating_sub(own.batches)),
+        None => (epochs.iter().find(|found| found.epoch < epoch)?, acknowledged + 1),
+    };
+    (lost > 0 && !marked.lost).then_some((marked.epoch, lost))
+}
+
 /// What the rows of a batch's partitions say about the batch. `None`: it is the next batch of all of them and may be applied
 /// now. Otherwise, the result of appending it.
 ///
@@ -171,7 +196,7 @@ impl Damage {
                 ),
             ),
             Some(found) if found.epoch < epoch => (
-                acknowledged,
+                acknowledged + 1,
                 format!(
                     "the store has lost a takeover that it had acknowledged: it is at epoch {}, and this coordinator has recorded \
                      {acknowledged} batches in epoch {epoch}. {WHY_LOST}",

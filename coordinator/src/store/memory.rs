@@ -10,10 +10,11 @@ use std::{
 use handfast_proto::Xid;
 
 use super::{
-    Appended, Batch, Damage, DuePage, Error, Guard, Head, Known, ListFilter, Listing, Lookup,
-    Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge, xids_of,
+    Appended, Batch, Damage, DuePage, Epoch, Error, Guard, Head, Known, ListFilter, Listing, Lookup,
+    Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge, loss,
+    xids_of,
 };
-use crate::transaction::{GlobalTransaction, StuckAfter, Timestamp};
+use crate::transaction::{GlobalTransaction, State, StuckAfter, Timestamp};
 
 /// See the module's comment.
 #[derive(Debug, Default)]
@@ -80,6 +81,50 @@ impl MemoryStore {
     }
 }
 
+impl Tables {
+    /// Begins the next epoch of a partition. `owner`: `None` only ends the present ownership.
+    fn take_over(&mut self, partition: u16, owner: Option<&str>) -> Ownership {
+        let nonce = fastrand::u32(..);
+        let recorded = self.partitions.entry(partition).or_default();
+        let (earlier, epoch) = (*recorded, recorded.epoch + 1);
+        *recorded = PartitionRow { epoch, nonce, position: 0 };
+        self.ended.insert((partition, earlier.epoch), earlier.position);
+        self.nonces.insert((partition, epoch), nonce);
+        match owner {
+            Some(owner) => drop(self.owners.insert(partition, owner.to_owned())),
+            None => drop(self.owners.remove(&partition)),
+        }
+        let lossy = self.lost.range((partition, 0)..=(partition, u32::MAX));
+        let lost_through = lossy.last().map(|(_, epoch)| *epoch);
+        Ownership { partition, epoch, nonce, lost_through }
+    }
+
+    /// Marks what is lost of this batch's owner in these partitions.
+    fn note_losses(&mut self, batch: &Batch, partitions: &[u16]) {
+        for guard in batch.guards.iter().filter(|guard| partitions.contains(&guard.partition)) {
+            let Guard { partition, .. } = *guard;
+            let epochs = self.nonces.range((partition, 0)..=(partition, guard.epoch)).rev();
+            let epoch = |(&(_, epoch), &nonce): (&(u16, u32), &u32)| {
+                let present = || self.partitions.get(&partition).map_or(0, |it| it.position);
+                let ended = self.ended.get(&(partition, epoch)).copied();
+                let batches = ended.unwrap_or_else(present);
+                Epoch { epoch, nonce, batches, lost: self.lost.contains(&(partition, epoch)) }
+            };
+            let epochs: Vec<_> = epochs.map(epoch).collect();
+            if let Some((epoch, _)) = loss(*guard, &epochs) {
+                self.lost.insert((partition, epoch));
+                self.take_over(partition, None);
+            }
+        }
+    }
+
+    fn may_have_lost_the_decision_of(&self, global: &GlobalTransaction) -> bool {
+        let partition = global.xid.partition;
+        let lossy = self.lost.range((partition, global.xid.epoch)..=(partition, u32::MAX));
+        global.state == State::Trying && lossy.last().is_some()
+    }
+}
+
 #[async_trait::async_trait]
 impl Store for MemoryStore {
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
@@ -105,18 +150,7 @@ impl Store for MemoryStore {
         }
         let mut tables = self.tables();
         Ok((partitions.iter().copied())
-            .map(|partition| {
-                let nonce = fastrand::u32(..);
-                let recorded = tables.partitions.entry(partition).or_default();
-                let (earlier, epoch) = (*recorded, recorded.epoch + 1);
-                *recorded = PartitionRow { epoch, nonce, position: 0 };
-                tables.ended.insert((partition, earlier.epoch), earlier.position);
-                tables.nonces.insert((partition, epoch), nonce);
-                tables.owners.insert(partition, owner.to_owned());
-                let lossy = tables.lost.range((partition, 0)..=(partition, u32::MAX));
-                let lost_through = lossy.last().map(|(_, epoch)| *epoch);
-                Ownership { partition, epoch, nonce, lost_through }
-            })
+            .map(|partition| tables.take_over(partition, Some(owner)))
             .collect())
     }
 
@@ -129,23 +163,13 @@ impl Store for MemoryStore {
         if let Some(appended) =
             judge(batch, |partition| tables.partitions.get(&partition).copied())?
         {
-            if let Appended::Fenced(fenced) = &appended {
-                let of_fenced =
-                    batch.guards.iter().filter(|guard| fenced.contains(&guard.partition));
-                for Guard { partition, epoch, nonce, position } in of_fenced {
-                    let is_ours = tables.nonces.get(&(*partition, *epoch)) == Some(nonce);
-                    let ended = tables.ended.get(&(*partition, *epoch)).copied();
-                    if is_ours && ended.is_some_and(|batches| batches + 1 < *position) {
-                        tables.lost.insert((*partition, *epoch));
-                    }
+            match &appended {
+                Appended::Fenced(fenced) => tables.note_losses(batch, fenced),
+                Appended::Damaged(damaged) => {
+                    let damaged: Vec<_> = damaged.iter().map(|damage| damage.partition).collect();
+                    tables.note_losses(batch, &damaged);
                 }
-            }
-            if let Appended::Damaged(damaged) = &appended {
-                // Mark the epoch that is recorded: a later epoch was lost together with its takeover.
-                for Damage { partition, .. } in damaged.iter().filter(|damage| damage.lost > 0) {
-                    let recorded = tables.partitions.get(partition).map(|it| it.epoch);
-                    tables.lost.extend(recorded.map(|epoch| (*partition, epoch)));
-                }
+                Appended::Durable => {}
             }
             return Ok(appended);
         }
@@ -218,6 +242,7 @@ impl Store for MemoryStore {
         let (first, last) = xids_of(known.ownership.partition);
         let of_partition = tables.transactions.range(first..=last).map(|(_, global)| global);
         let mut due: Vec<_> = of_partition
+            .filter(|global| !known.ownership.may_have_lost_the_decision_of(global))
             .filter_map(|global| Some((global.due_at()?, global.xid, global)))
             .collect();
         due.sort_by_key(|(due_at, xid, _)| (*due_at, *xid));
@@ -245,6 +270,7 @@ impl Store for MemoryStore {
                 Show::All => true,
                 Show::Open => !global.state.is_final(),
                 Show::Stuck(now, after) => global.is_stuck(now, after),
+                Show::Lost => tables.may_have_lost_the_decision_of(global),
             })
             .filter(|global| filter.after.is_none_or(|after| (global.begun_at, global.xid) < after))
             .collect();

@@ -27,7 +27,7 @@ use std::{collections::BTreeMap, error::Error as StdError, fmt, sync::Arc, time:
 
 use handfast_proto::Xid;
 
-use self::judge::{PartitionRow, Row, judge};
+use self::judge::{Epoch, PartitionRow, Row, judge, loss};
 use crate::transaction::{BranchSet, GlobalTransaction, State, StuckAfter, Timestamp};
 
 /// The number of partitions. Fixed when the store is made, since an xid contains its partition.
@@ -54,7 +54,8 @@ pub struct Ownership {
     /// Random. It is part of every xid of this epoch.
     pub nonce: u32,
     /// The store has lost batches of epochs up to this one. `None`: no loss is known. An undecided transaction of these epochs
-    /// may have had a decision that callers were told. So the owner does not decide it.
+    /// may have had a decision that callers were told. So the owner does not decide it. A loss that is noticed later ends the
+    /// ownership.
     pub lost_through: Option<u32>,
 }
 
@@ -135,6 +136,22 @@ pub struct Known {
     pub position: u64,
 }
 
+impl Ownership {
+    /// The last xid that a transaction of a lost epoch can have. `None`: no loss is known.
+    #[must_use]
+    pub fn last_lost(&self) -> Option<Xid> {
+        let epoch = self.lost_through?;
+        Some(Xid { epoch, ..xids_of(self.partition).1 })
+    }
+
+    /// Whether the transaction is undecided and of a lost epoch. Its decision may have been lost after callers were told, so no
+    /// new decision may be made.
+    #[must_use]
+    pub fn may_have_lost_the_decision_of(&self, global: &GlobalTransaction) -> bool {
+        global.state == State::Trying && self.last_lost().is_some_and(|last| global.xid <= last)
+    }
+}
+
 /// The result of appending a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Appended {
@@ -154,7 +171,7 @@ pub struct Damage {
     pub partition: u16,
     /// The problem in words, for the log.
     pub what: String,
-    /// How many acknowledged batches are missing. 0: it is another problem.
+    /// How many acknowledged batches are missing. The takeover counts as one. 0: it is another problem.
     pub lost: u64,
 }
 
@@ -239,6 +256,8 @@ pub enum Show {
     Open,
     /// Transactions that are stuck at this moment.
     Stuck(Timestamp, StuckAfter),
+    /// Undecided transactions whose decision may have been in batches that the store has lost.
+    Lost,
 }
 
 /// How many transactions are open.
@@ -337,6 +356,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Makes `batch` durable, exactly once. A crash before the return leaves all of the batch or nothing. After
     /// [`Error::Unavailable`] the result is unknown: append the same batch again before any other batch of its partitions.
+    ///
+    /// If the store lacks batches that this owner knows to be durable, it marks their epoch as lost, and ends the present
+    /// ownership of the partition: its owner took over before the loss was known, and might decide what was decided already.
     async fn append(&self, batch: &Batch) -> Result<Appended, Error>;
 
     /// Looks up one transaction in the partition of `known`. Sees everything that is known to be durable, or fails with
@@ -351,7 +373,8 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Up to `limit` transactions of the partition of `known` that were due by `until`. Starts after the end of an earlier
     /// page. Sees the same as [`Store::load`]. A record that is too damaged to be carried
-    /// out is logged and left out.
+    /// out is logged and left out. A transaction that may have lost its decision is left out too
+    /// ([`Ownership::may_have_lost_the_decision_of`]): only an operator can decide it.
     async fn due(
         &self,
         until: Timestamp,

@@ -6,7 +6,7 @@ use handfast_proto::{BranchId, limits};
 
 use super::{
     AttemptError, Branch, BranchSet, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
-    GlobalTransaction, Payload, Phase, Refusal, Resolution, State, Timestamp,
+    GlobalTransaction, Payload, Phase, Refusal, Rejection, Resolution, State, Timestamp,
 };
 
 /// Something that happened.
@@ -53,6 +53,13 @@ pub enum Event {
         branch_id: BranchId,
         /// What is recorded about it for ever.
         resolution: Resolution,
+    },
+    /// An operator decides, because records were lost and the decision may have been among them.
+    Settled {
+        /// What the operator found to be right.
+        decision: Decision,
+        /// What is recorded about it for ever.
+        by: Resolution,
     },
 }
 
@@ -126,51 +133,6 @@ impl Change {
     }
 }
 
-/// Why an event was rejected. The transaction is unchanged.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Rejection {
-    /// The opposite decision was made before; or a branch asks to join, and any decision was made before.
-    #[error("{}", match .0 {
-        Decision::Confirm => "the transaction has been confirmed",
-        Decision::Cancel => "the transaction has been cancelled",
-    })]
-    AlreadyDecided(Decision),
-    /// Confirm did not name exactly the registered branches.
-    #[error("Confirm must name exactly the registered branches")]
-    BranchesDiffer {
-        /// Registered, but not named.
-        not_named: Vec<BranchId>,
-        /// Named, but not registered.
-        not_registered: Vec<BranchId>,
-    },
-    /// The branch id belongs to a branch with other content.
-    #[error("branch {0} is registered already, with other content")]
-    BranchTaken(BranchId),
-    /// The transaction would have too many branches.
-    #[error("a transaction has at most {} branches", limits::BRANCHES_MAX)]
-    TooManyBranches,
-    /// The carried payloads would be too large in total.
-    #[error(
-        "the payloads of a transaction have at most {} bytes together",
-        limits::PAYLOADS_BYTES_MAX
-    )]
-    PayloadsTooLarge,
-    /// The transaction is coordinator-driven: only the coordinator registers its branches and confirms it.
-    #[error(
-        "the coordinator drives this transaction itself: its branches come with Execute, and only Cancel may be asked for"
-    )]
-    CoordinatorDriven,
-    /// There is nothing to resolve before the decision.
-    #[error("there is no decision yet, so there is nothing to resolve")]
-    NotDecided,
-    /// The transaction has no such branch.
-    #[error("the transaction has no branch {0}")]
-    BranchUnknown(BranchId),
-    /// The participant has acknowledged the branch.
-    #[error("the participant has acknowledged branch {0} itself")]
-    AlreadyAcknowledged(BranchId),
-}
-
 impl GlobalTransaction {
     /// Applies `event`. After `Err` the transaction is unchanged. A repeat is `Ok` and changes nothing.
     ///
@@ -197,6 +159,7 @@ impl GlobalTransaction {
             Event::Recovered => Ok(self.recover(now)),
             Event::RetryRequested => Ok(self.retry_now(now)),
             Event::Resolved { branch_id, resolution } => self.resolve(&branch_id, resolution, now),
+            Event::Settled { decision, by } => self.settle(decision, by, now),
         }
     }
 
@@ -417,6 +380,25 @@ impl GlobalTransaction {
                 Ok(Change { weight: Weight::Durable, ..change })
             }
         }
+    }
+
+    fn settle(
+        &mut self,
+        decision: Decision,
+        by: Resolution,
+        now: Timestamp,
+    ) -> Result<Change, Rejection> {
+        match self.state.decision() {
+            Some(present) if present == decision => return Ok(Change::NOTHING),
+            Some(present) => return Err(Rejection::AlreadyDecided(present)),
+            None => {}
+        }
+        let reason = format!("{}, an operator: {}", by.operator, by.reason);
+        self.settled = Some(Box::new(by));
+        Ok(match decision {
+            Decision::Confirm => self.decide(State::Confirming, now),
+            Decision::Cancel => self.cancel(CancelCause::Requested { reason }, now),
+        })
     }
 
     fn cancel(&mut self, cause: CancelCause, now: Timestamp) -> Change {

@@ -41,16 +41,18 @@ mod apply;
 mod branch_set;
 mod model;
 mod plan;
+mod rejection;
 pub mod retry;
 #[cfg(test)]
 mod tests;
 
 pub use handfast_proto::time::Timestamp;
 
-pub use apply::{Change, DecisionRequest, Event, Outcome, Rejection, Weight};
+pub use apply::{Change, DecisionRequest, Event, Outcome, Weight};
 pub use branch_set::BranchSet;
 pub use model::{
     AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
     GlobalTransaction, Key, NewTransaction, Payload, Phase, Refusal, Resolution, State, StuckAfter,
 };
 pub use plan::{DueCall, Plan};
+pub use rejection::Rejection;

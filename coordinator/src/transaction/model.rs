@@ -371,6 +371,8 @@ pub struct GlobalTransaction {
     pub key: Option<Key>,
     /// In order of registration. The list grows only while trying.
     pub branches: Vec<Branch>,
+    /// The operator who decided it, because records were lost. Written with the decision, and kept for ever. Not read again.
+    pub settled: Option<Box<Resolution>>,
 }
 
 /// When a decided transaction is reported as stuck. Only a view for operators: the coordinator retries it all the same.
@@ -399,6 +401,7 @@ impl GlobalTransaction {
             cancel: None,
             key: new.key,
             branches: new.branches.into_iter().map(|spec| Branch::registered(spec, now)).collect(),
+            settled: None,
         }
     }
 
@@ -430,7 +433,7 @@ impl GlobalTransaction {
     /// The transaction as a store returns it: without the fields that exist only in memory.
     #[must_use]
     pub fn recorded(&self) -> Self {
-        let mut recorded = self.clone();
+        let mut recorded = Self { settled: None, ..self.clone() };
         for branch in &mut recorded.branches {
             branch.reply = None;
             branch.timeouts = 0;

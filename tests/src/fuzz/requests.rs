@@ -166,7 +166,7 @@ impl Asking<'_> {
     /// The path of a call, whether the call may wait, and its messages.
     fn call(&mut self) -> (&'static str, bool, Vec<Vec<u8>>) {
         let one = |message: Vec<u8>| vec![message];
-        match self.random.below(14) {
+        match self.random.below(15) {
             0..=2 => {
                 ("/handfast.v1.CoordinatorService/Begin", false, one(self.begin().encode_to_vec()))
             }
@@ -210,6 +210,16 @@ impl Asking<'_> {
                     operator: self.random.text_of(&["ann"]),
                 };
                 ("/handfast.v1.AdminService/ResolveBranch", false, one(resolve.encode_to_vec()))
+            }
+            13 => {
+                let resolve = pb::ResolveTransactionRequest {
+                    xid: self.xid(),
+                    decision: self.random.of(&[0, 1, 2, 3]),
+                    reason: self.random.text_of(&["by the fences"]),
+                    operator: self.random.text_of(&["ann"]),
+                };
+                let resolve = one(resolve.encode_to_vec());
+                ("/handfast.v1.AdminService/ResolveTransaction", false, resolve)
             }
             _ => {
                 let calls = (0..self.random.below(5)).map(|_| self.on_stream().encode_to_vec());

@@ -144,6 +144,12 @@ pub(super) fn resolved(transaction: &pb::Transaction, branch_id: &str) -> String
     format!("Branch {branch_id} is resolved, by {operator}: {reason}\n{}\n", headline(transaction))
 }
 
+/// The result of `resolve --decision`.
+pub(super) fn decided(transaction: &pb::Transaction, server: &str) -> String {
+    let xid = &transaction.xid;
+    format!("{}\nIts participants are called: handfast show{server} {xid}\n", headline(transaction))
+}
+
 /// Puts every text that others wrote on one line: with a line break in it, it could look like a line of ours.
 pub(super) fn on_one_line(transaction: &mut pb::Transaction) {
     let line = |text: &mut String| *text = one_line(text);

@@ -1,7 +1,10 @@
 //! Recovery is the ordinary path: a new owner reads the due transactions and continues them.
 
 use super::*;
-use crate::store::{Appended, Batch, Guard};
+use crate::{
+    store::{Appended, Batch, DuePage, Guard, Known},
+    transaction::Rejection,
+};
 
 #[tokio::test]
 async fn the_next_owner_carries_on_what_was_decided_and_waits_for_what_was_not() {
@@ -81,6 +84,84 @@ async fn what_may_have_lost_its_decision_is_not_decided_again() {
     // A transaction that begins now is not affected.
     let new = rig.begun().await;
     assert_eq!(rig.confirm(new).answer().await.unwrap().global.state, State::Confirming);
+}
+
+/// The store has lost batches of `first`, whose position is `position` as it knows.
+async fn lose(first: &Rig, position: u64) {
+    let Ownership { partition, epoch, nonce, .. } = first.ownership;
+    let guards = vec![Guard { partition, epoch, nonce, position }];
+    let appended = first.store.append(&Batch { guards, writes: Vec::new() }).await.unwrap();
+    assert!(matches!(appended, Appended::Damaged(_) | Appended::Fenced(_)), "{appended:?}");
+}
+
+/// A standby has taken over and read an undecided transaction. Only then the replaced owner finds that its last batches, with
+/// the decision, are lost.
+#[tokio::test]
+async fn a_loss_that_is_noticed_after_the_takeover_ends_the_ownership() {
+    let first = Rig::new().await;
+    let lost = first.begun().await;
+    let standby = first.restart().await;
+    assert_eq!(standby.state(lost).await, State::Trying);
+    lose(&first, 20).await;
+    // Its timeout passes in the memory of the standby.
+    standby.clock.advance(TIMEOUT);
+    standby.no_call().await;
+    let answer = standby.cancel(lost).answer().await.unwrap_err();
+    assert!(matches!(answer, Error::Fenced | Error::NotHere(_)), "{answer:?}");
+    assert_eq!(standby.stored(lost).await.unwrap().state, State::Trying);
+    let next = standby.restart().await;
+    let answer = next.cancel(lost).answer().await.unwrap_err();
+    assert!(matches!(answer, Error::Lost(xid) if xid == lost), "{answer:?}");
+    next.no_call().await;
+}
+
+#[tokio::test]
+async fn an_operator_decides_what_may_have_lost_its_decision() {
+    let first = Rig::new().await;
+    let (kept, other) = (first.begun().await, first.begun().await);
+    let key = first.begin(keyed(7, 7)).answer().await.unwrap().global.xid;
+    lose(&first, 20).await;
+    let rig = first.restart().await;
+    let settle = |xid, decision| {
+        let (operator, reason) = ("ann".to_owned(), "inventory has confirmed".to_owned());
+        rig.ask(xid, What::Settle { decision, operator, reason }, Until::Now)
+    };
+    // The key leads to a transaction of that time.
+    let again = rig.begin(keyed(7, 7)).answer().await.unwrap_err();
+    assert!(matches!(again, Error::Lost(xid) if xid == key), "{again:?}");
+    // Due for long, they are not read again and again.
+    rig.clock.advance(TIMEOUT);
+    rig.no_call().await;
+    let known = Known { ownership: rig.ownership, position: 0 };
+    let page = rig.store.due(rig.clock.now(), None, 10, known).await.unwrap();
+    assert_eq!(page, DuePage::default(), "what is lost is not looked at again");
+
+    let confirmed = settle(kept, Decision::Confirm).answer().await.unwrap();
+    assert_eq!(confirmed.global.state, State::Confirming);
+    for _ in 0..2 {
+        let made = rig.call().await;
+        assert_eq!((made.call.xid, made.call.phase), (kept, Phase::Confirm));
+        made.done().await;
+    }
+    // A decision is final, an operator's too.
+    settle(kept, Decision::Confirm).answer().await.unwrap();
+    let opposite = settle(kept, Decision::Cancel).answer().await.unwrap_err();
+    let Error::Rejected { rejection, .. } = opposite else { panic!("{opposite:?}") };
+    assert_eq!(rejection, Rejection::AlreadyDecided(Decision::Confirm));
+    let cancelled = settle(other, Decision::Cancel).answer().await.unwrap();
+    assert_eq!(cancelled.global.state, State::Cancelling);
+    let cause = cancelled.global.cancel.as_ref().unwrap().to_string();
+    assert!(cause.contains("ann, an operator: inventory has confirmed"), "{cause}");
+    for _ in 0..2 {
+        rig.call().await.done().await;
+    }
+    // Others are decided by their initiators.
+    let new = rig.begun().await;
+    let answer = settle(new, Decision::Confirm).answer().await.unwrap_err();
+    let Error::Rejected { rejection: Rejection::NotLost, .. } = answer else {
+        panic!("{answer:?}")
+    };
+    assert_eq!(rig.state(new).await, State::Trying);
 }
 
 #[tokio::test]

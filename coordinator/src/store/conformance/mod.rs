@@ -11,8 +11,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{memory::MemoryStore, mysql::fixture, sqlite::SqliteStore, *};
 use crate::transaction::{
-    AttemptError, BranchSpec, BranchState, CancelCause, DecisionRequest, Drive, Event, Key,
-    NewTransaction, Outcome, Payload, Phase, Refusal, Resolution, State,
+    AttemptError, BranchSpec, BranchState, CancelCause, Decision, DecisionRequest, Drive, Event,
+    Key, NewTransaction, Outcome, Payload, Phase, Refusal, Resolution, State,
 };
 
 pub(super) const NOW: Timestamp = Timestamp(1_700_000_000_000);

@@ -104,14 +104,45 @@ pub(super) async fn a_takeover_takes_the_partitions_that_it_names(store: &dyn St
 /// The next owner took over on a server that lacked the last batches. Only the previous owner can know about them.
 pub(super) async fn a_loss_before_a_takeover_is_found_by_the_owner_before(store: &dyn Store) {
     let mut old = Owner::of(store).await;
-    let (lost, kept) = (begun(old.xid(1), &["1"]), begun(old.xid(2), &["1"]));
-    let mut batch = old.batch(vec![inserted(&lost), inserted(&kept)]);
-    batch.guards[0].position = 3; // numbers 1 and 2 of partition 1 were acknowledged, and are gone
+    let undecided = begun(old.xid(1), &["1"]);
+    old.insert(&undecided).await;
+    let (gone, kept) = (begun(old.xid(1), &["1"]), begun(old.xid(2), &["1"]));
+    let mut batch = old.batch(vec![inserted(&gone), inserted(&kept)]);
+    batch.guards[0].position = 4; // numbers 2 and 3 of partition 1 were acknowledged, and are gone
     let mut new = Owner::of(store).await;
+    assert_eq!(new.ownership(1).lost_through, None);
     assert_eq!(store.append(&batch).await.unwrap(), Appended::Fenced(vec![1, 2]));
-    assert!(matches!(new.load(lost.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
+    assert_eq!(store.append(&batch).await.unwrap(), Appended::Fenced(vec![1, 2]));
+    // The new owner has taken over without knowing. It must not decide what it has read, so its ownership has ended.
+    for seat in store.seats().await.unwrap() {
+        let (ended, owner) = if seat.partition == 1 { (1, None) } else { (0, Some("test")) };
+        let epoch = new.ownership(seat.partition).epoch + ended;
+        assert_eq!((seat.epoch, seat.owner.as_deref()), (epoch, owner));
+    }
+    let late = begun(new.xid(1), &["1"]);
+    let late = new.batch(vec![inserted(&late)]);
+    assert_eq!(store.append(&late).await.unwrap(), Appended::Fenced(vec![1]));
+    assert!(matches!(new.load(gone.xid).await.unwrap_err(), Error::Replaced(_)));
     assert!(matches!(new.load(kept.xid).await.unwrap(), Lookup::Absent { lost: false, .. }));
-    let next = begun(new.xid(1), &["1"]);
+    let next = begun(new.xid(2), &["1"]);
     new.insert(&next).await;
     assert_eq!(new.found(next.xid).await, next.recorded());
+
+    let mut knows = Owner::of(store).await;
+    assert_eq!(knows.ownership(1).lost_through, Some(old.ownership(1).epoch));
+    assert!(matches!(knows.load(gone.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
+    // What was undecided at that time is not due any more, and is listed for operators.
+    let lost = ListFilter::of(Show::Lost);
+    let due = store.due(undecided.expires_at, None, 10, knows.known(1)).await.unwrap();
+    assert_eq!(due, DuePage::default());
+    let found = store.list(&lost, 10).await.unwrap().transactions;
+    assert_eq!(found, [undecided.recorded()]);
+    let mut decided = undecided.clone();
+    let by = Resolution { operator: "ann".to_owned(), reason: "by the fences".to_owned(), at: NOW };
+    decided.apply(Event::Settled { decision: Decision::Confirm, by }, NOW).unwrap();
+    knows.append(vec![updated(&decided, BranchSet::EMPTY)]).await;
+    call(&mut decided, 0, failed(false));
+    knows.append(vec![updated(&decided, BranchSet::only(0))]).await;
+    assert_eq!(knows.found(undecided.xid).await, decided.recorded());
+    assert_eq!(store.list(&lost, 10).await.unwrap().transactions, []);
 }

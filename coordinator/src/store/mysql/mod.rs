@@ -50,9 +50,6 @@ const READERS: usize = 4;
 /// Attempts at a takeover. An attempt fails if it waits too long for a batch of the previous owner.
 const ACQUIRE_ATTEMPTS: usize = 6;
 
-/// The server's time in milliseconds.
-const CLOCK: &str = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
-
 /// How often the most contested partition was taken over. Bind: from, until.
 const TAKEOVERS: &str = "SELECT CAST(COALESCE(MAX(times), 0) AS SIGNED) FROM (SELECT COUNT(*) AS times FROM epoch \
                          WHERE taken_at BETWEEN ? AND ? GROUP BY `partition`) AS of_each";
@@ -81,6 +78,7 @@ impl Dialect for InMySql {
     const BEGIN_READING: &'static str = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
     const UPSERT_PURGED: &'static str = "INSERT INTO purged (`partition`, through) VALUES (?, ?) \
                                          ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
+    const CLOCK: &'static str = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
 
     async fn connect(
         options: &MySqlConnectOptions,
@@ -271,8 +269,7 @@ impl Store for MySqlStore {
     }
 
     async fn clock(&self) -> Result<Option<Timestamp>, Error> {
-        let clock =
-            async |connection: &mut Connection| read::clock::<InMySql>(connection, CLOCK).await;
+        let clock = async |connection: &mut Connection| read::clock::<InMySql>(connection).await;
         self.readers.run(clock).await.map(Some)
     }
 

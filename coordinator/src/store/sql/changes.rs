@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     store::{Head, Write},
-    transaction::{Branch, BranchState, Decision, GlobalTransaction},
+    transaction::{Branch, BranchState, Decision, GlobalTransaction, Resolution, State},
 };
 
 /// New or changed rows of one table, all with the same columns.
@@ -71,7 +71,10 @@ pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 8] {
     });
     let resolutions = writes.iter().flat_map(|write| {
         let changed = write.changed_branches.iter();
-        changed.filter_map(|position| ResolutionRow::of(&write.global, position))
+        let settled = write.global.settled.as_deref();
+        let settled = settled.filter(|_| write.before == Some(State::Trying));
+        let settled = settled.and_then(|by| ResolutionRow::of_all(&write.global, by));
+        changed.filter_map(|position| ResolutionRow::of(&write.global, position)).chain(settled)
     });
     // A new transaction is nearly always undecided, and its branches have no failures and no payload. Then half of the columns
     // are NULL, and are left out.
@@ -129,7 +132,8 @@ fn alike<'a>(writes: impl Iterator<Item = &'a Write>) -> impl Iterator<Item = He
     changes.into_iter()
 }
 
-/// A row of `resolution`: an operator's resolution of a branch.
+/// A row of `resolution`: an operator's resolution of a branch. If its `branch_id` is empty, the operator has decided the whole
+/// transaction.
 struct ResolutionRow {
     xid: Vec<u8>,
     branch_id: String,
@@ -142,21 +146,40 @@ struct ResolutionRow {
 }
 
 impl ResolutionRow {
+    fn of_all(global: &GlobalTransaction, by: &Resolution) -> Option<Self> {
+        Some(Self {
+            xid: global.xid.to_bytes().to_vec(),
+            branch_id: String::new(),
+            decision: decision_number(global.state.decision()?),
+            name: global.name.clone(),
+            action: String::new(),
+            operator: by.operator.clone(),
+            reason: by.reason.clone(),
+            at: by.at.0,
+        })
+    }
+
     fn of(global: &GlobalTransaction, position: usize) -> Option<Self> {
         let branch = &global.branches[position];
         let BranchState::Resolved(resolution) = &branch.state else { return None };
         Some(Self {
             xid: global.xid.to_bytes().to_vec(),
             branch_id: branch.spec.branch_id.to_string(),
-            decision: match global.state.decision().expect("only what is decided is resolved") {
-                Decision::Confirm => 1,
-                Decision::Cancel => 2,
-            },
+            decision: decision_number(
+                global.state.decision().expect("only what is decided is resolved"),
+            ),
             name: global.name.clone(),
             action: branch.spec.action.clone(),
             operator: resolution.operator.clone(),
             reason: resolution.reason.clone(),
             at: resolution.at.0,
         })
+    }
+}
+
+fn decision_number(decision: Decision) -> i64 {
+    match decision {
+        Decision::Confirm => 1,
+        Decision::Cancel => 2,
     }
 }

@@ -39,6 +39,8 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
     const BEGIN_READING: &'static str;
     /// Raises the purge mark of a partition, and never lowers it. Bind: partition, xid, xid.
     const UPSERT_PURGED: &'static str;
+    /// A query for the database's time, in milliseconds since 1970.
+    const CLOCK: &'static str;
 
     /// Opens a connection and returns it with the server's id of it. Before that, it kills at the server the `doubtful`
     /// connections of the same role, which may still be running a statement.

@@ -136,6 +136,7 @@ pub(in crate::store) async fn due<D: Dialect>(
     query.push(SEEN).push("LEFT JOIN (SELECT g.* FROM global_transaction AS g WHERE g.due_at <= ");
     query.push_bind(until);
     query.push(" AND g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
+    push_not_lost(&mut query, known);
     if let Some((due_at, xid)) = after {
         // This condition lets the database start at the right place in the index.
         query.push(" AND g.due_at >= ").push_bind(due_at);
@@ -156,12 +157,13 @@ pub(in crate::store) async fn due<D: Dialect>(
     let mut next_due_at: Option<(Vec<u8>, i64)> = None;
     if !more {
         let mut query = Query::new("SELECT g.xid, g.due_at");
-        query
-            .push(SEEN)
-            .push("LEFT JOIN (SELECT xid, due_at FROM global_transaction WHERE due_at > ");
+        query.push(SEEN).push(
+            "LEFT JOIN (SELECT g.xid, g.due_at FROM global_transaction AS g WHERE g.due_at > ",
+        );
         query.push_bind(until);
-        query.push(" AND xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
-        query.push(" ORDER BY due_at LIMIT 1) AS g ON TRUE");
+        query.push(" AND g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
+        push_not_lost(&mut query, known);
+        query.push(" ORDER BY g.due_at LIMIT 1) AS g ON TRUE");
         sight.push_partition(&mut query);
         next_due_at = sight.fetch::<D, _>(connection, query).await?.pop();
     }
@@ -190,6 +192,23 @@ pub(in crate::store) async fn list<D: Dialect>(
             query.push_bind(sql_limit(limit));
             query.push(JOIN_DIGESTS).push("ORDER BY g.begun_at DESC, g.xid DESC");
             found = transactions::<D>(connection, query).await?;
+        }
+        Show::Lost => {
+            let lossy = lossy::<D>(connection).await?;
+            for (partition, epoch) in lossy {
+                let (first, last) = xids_of(partition);
+                let mut query = Query::new(SELECT_TRANSACTIONS);
+                query.push("WHERE g.due_at IS NOT NULL AND g.state = 1 AND g.xid BETWEEN ");
+                query.push_bind(first).push(" AND ").push_bind(Xid { epoch, ..last });
+                push_after(&mut query, filter);
+                push_names(&mut query, filter);
+                query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ");
+                query.push_bind(sql_limit(limit));
+                query.push(JOIN_DIGESTS);
+                found.append(&mut transactions::<D>(connection, query).await?);
+            }
+            found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
+            found.truncate(limit);
         }
         // There are many transactions in all, but within a partition they are sorted by age.
         Show::All => {
@@ -254,12 +273,22 @@ pub(in crate::store) async fn summary<D: Dialect>(
     })
 }
 
-/// The server's time in milliseconds.
+/// The newest epoch of each partition that has lost batches.
+pub(in crate::store) async fn lossy<D: Dialect>(
+    connection: &mut Connection<D>,
+) -> Result<BTreeMap<u16, u32>, Error> {
+    let query = Query::new(
+        "SELECT `partition`, MAX(epoch) FROM epoch WHERE lost IS NOT NULL GROUP BY `partition`",
+    );
+    let lossy: Vec<(u16, u32)> = D::fetch(connection, query).await?;
+    Ok(lossy.into_iter().collect())
+}
+
+/// The database's time.
 pub(in crate::store) async fn clock<D: Dialect>(
     connection: &mut Connection<D>,
-    query: &'static str,
 ) -> Result<Timestamp, Error> {
-    let row: Option<(i64,)> = D::fetch(connection, Query::new(query)).await?.pop();
+    let row: Option<(i64,)> = D::fetch(connection, Query::new(D::CLOCK)).await?.pop();
     let (millis,) = row.ok_or(sqlx::Error::RowNotFound)?;
     Ok(Timestamp(millis))
 }
@@ -362,6 +391,13 @@ async fn branches<D: Dialect>(
     // Only frequent sizes are worth keeping prepared.
     query.persistent = [1, XIDS_MAX].contains(&xids.len());
     sight.fetch::<D, _>(connection, query).await
+}
+
+/// Leaves out undecided transactions of lost epochs. They stay due for ever, and must not be read at each look.
+fn push_not_lost(query: &mut Query, known: Known) {
+    if let Some(last) = known.ownership.last_lost() {
+        query.push(" AND (g.state <> 1 OR g.xid > ").push_bind(last).push(")");
+    }
 }
 
 fn push_stuck(query: &mut Query, now: Timestamp, after: StuckAfter) {

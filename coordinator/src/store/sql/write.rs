@@ -9,8 +9,8 @@ use tracing::{error, warn};
 use super::{Cell, Connection, Connections, Counter, Dialect, Query, Wrote, record};
 use crate::{
     store::{
-        Appended, Batch, Damage, Error, Guard, Head, Ownership, PartitionRow, Row, Seat, Write,
-        judge,
+        Appended, Batch, Damage, Epoch, Error, Head, Ownership, PartitionRow, Row, Seat, Write,
+        judge, loss,
     },
     transaction::Timestamp,
 };
@@ -19,6 +19,8 @@ use crate::{
 const MISFITS_AT_A_TIME: usize = 256;
 /// Pause before mismatched rows are checked again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
+/// The owner of an epoch that only ends the one before it.
+const NOBODY: &str = "nobody: the owner before had taken over before a loss of batches was known";
 
 pub(in crate::store) async fn acquire<D: Dialect>(
     connection: &mut Connection<D>,
@@ -29,9 +31,23 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     if partitions.is_empty() {
         return Ok(Vec::new());
     }
+    D::run(connection, D::BEGIN_WRITING).await?;
+    let ownerships = take_over::<D>(connection, partitions, owner, now).await?;
+    crash_point!("takeover.before_commit");
+    D::run(connection, "COMMIT").await?;
+    crash_point!("takeover.after_commit");
+    Ok(ownerships)
+}
+
+/// Begins the next epoch of these partitions, inside a local transaction.
+async fn take_over<D: Dialect>(
+    connection: &mut Connection<D>,
+    partitions: &[u16],
+    owner: &str,
+    now: Timestamp,
+) -> Result<Vec<Ownership>, Error> {
     let nonces: BTreeMap<u16, u32> =
         partitions.iter().map(|partition| (*partition, rand::random())).collect();
-    D::run(connection, D::BEGIN_WRITING).await?;
     // UPDATE first: it locks the rows, so the following read sees exactly what was written.
     let mut query = Query::new("UPDATE `partition` SET epoch = epoch + 1, owner = ?").bind(owner);
     query.push(", nonce = CASE `partition`");
@@ -41,11 +57,7 @@ pub(in crate::store) async fn acquire<D: Dialect>(
     query.push(" END WHERE `partition` IN (").push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
     let recorded = recorded::<D>(connection).await?;
-    let query = Query::new(
-        "SELECT `partition`, MAX(epoch) FROM epoch WHERE lost IS NOT NULL GROUP BY `partition`",
-    );
-    let lossy: Vec<(u16, u32)> = D::fetch(connection, query).await?;
-    let lossy: BTreeMap<u16, u32> = lossy.into_iter().collect();
+    let lossy = super::read::lossy::<D>(connection).await?;
     let ownership = |partition: &u16| match recorded.get(partition) {
         Some(PartitionRow { epoch, nonce, .. }) => Ok(Ownership {
             partition: *partition,
@@ -83,9 +95,6 @@ pub(in crate::store) async fn acquire<D: Dialect>(
         ]);
     }
     D::execute(connection, query).await?;
-    crash_point!("takeover.before_commit");
-    D::run(connection, "COMMIT").await?;
-    crash_point!("takeover.after_commit");
     Ok(ownerships)
 }
 
@@ -104,14 +113,14 @@ pub(in crate::store) async fn append<D: Dialect>(
         match connections.run(append).await? {
             Appended::Fenced(fenced) => {
                 // The new owner may have taken over on a server that lacked the last batches.
-                let mark = async |connection: &mut Connection<D>| {
-                    mark_lost_before_takeover::<D>(connection, batch, &fenced).await
+                let note = async |connection: &mut Connection<D>| {
+                    note_losses::<D>(connection, batch, &fenced).await
                 };
-                let lost = connections.run(mark).await?;
-                for Damage { partition, what, .. } in &lost {
+                for Lost { partition, epoch, batches } in connections.run(note).await? {
                     error!(
                         partition,
-                        what, "batches were lost before another coordinator took over"
+                        epoch,
+                        batches, "batches were lost before another coordinator took over"
                     );
                 }
                 return Ok(Appended::Fenced(fenced));
@@ -125,10 +134,11 @@ pub(in crate::store) async fn append<D: Dialect>(
                 looked_again = true;
             }
             Appended::Damaged(damaged) => {
-                let burn = async |connection: &mut Connection<D>| {
-                    burn::<D>(connection, batch, &damaged).await
+                let partitions: Vec<_> = damaged.iter().map(|damage| damage.partition).collect();
+                let note = async |connection: &mut Connection<D>| {
+                    note_losses::<D>(connection, batch, &partitions).await
                 };
-                connections.run(burn).await?;
+                connections.run(note).await?;
                 return Ok(Appended::Damaged(damaged));
             }
             Appended::Durable => return Ok(Appended::Durable),
@@ -259,56 +269,54 @@ async fn refused_rows<D: Dialect>(
     Ok(refused)
 }
 
-/// Marks the epochs of these partitions, which have another owner now, as lost if the next owner found fewer batches than were
-/// acknowledged. Returns the damage.
-async fn mark_lost_before_takeover<D: Dialect>(
+/// If these partitions lack batches that the batch's owner knows to be durable: marks their epoch as lost, because callers may
+/// have been told about the lost changes, and ends the present ownership. Whoever owns the partition has taken over without
+/// knowing of the loss, and might decide otherwise what was decided. Returns what is lost.
+async fn note_losses<D: Dialect>(
     connection: &mut Connection<D>,
     batch: &Batch,
-    fenced: &[u16],
-) -> Result<Vec<Damage>, Error> {
-    let mut lost = Vec::new();
+    partitions: &[u16],
+) -> Result<Vec<Lost>, Error> {
+    let mut noted = Vec::new();
     D::run(connection, D::BEGIN_WRITING).await?;
-    for guard in batch.guards.iter().filter(|guard| fenced.contains(&guard.partition)) {
-        let Guard { partition, epoch, nonce, position } = *guard;
-        let which = "`partition` = ? AND epoch = ? AND nonce = ? AND lost IS NULL";
-        let query = Query::new(&format!("SELECT batches FROM epoch WHERE {which}"));
-        let query = query.bind(partition).bind(epoch).bind(nonce);
-        let row: Option<(Option<i64>,)> = D::fetch(connection, query).await?.pop();
-        let Some((Some(batches),)) = row else { continue };
-        let recorded = PartitionRow { epoch, nonce, position: batches.cast_unsigned() };
-        if recorded.position + 1 >= position {
-            continue;
-        }
-        let damage = Damage::of(*guard, Some(recorded));
-        let query = Query::new(&format!("UPDATE epoch SET lost = ? WHERE {which}"));
-        let query = query.bind(i64::try_from(damage.lost).unwrap_or(i64::MAX));
-        D::execute(connection, query.bind(partition).bind(epoch).bind(nonce)).await?;
-        lost.push(damage);
+    for guard in batch.guards.iter().filter(|guard| partitions.contains(&guard.partition)) {
+        let partition = guard.partition;
+        // Lock the row: neither a batch nor a takeover comes between the look and the mark.
+        let lock = Query::new("UPDATE `partition` SET owner = owner WHERE `partition` = ?");
+        D::execute(connection, lock.bind(partition)).await?;
+        let query = Query::new(
+            "SELECT e.epoch, e.nonce, COALESCE(e.batches, p.batches), e.lost FROM epoch AS e \
+             JOIN `partition` AS p ON p.`partition` = e.`partition` \
+             WHERE e.`partition` = ? AND e.epoch <= ? ORDER BY e.epoch DESC LIMIT 2",
+        );
+        let query = query.bind(partition).bind(guard.epoch);
+        let rows: Vec<(u32, u32, i64, Option<i64>)> = D::fetch(connection, query).await?;
+        let epoch = |(epoch, nonce, batches, lost): (_, _, i64, Option<i64>)| Epoch {
+            epoch,
+            nonce,
+            batches: batches.cast_unsigned(),
+            lost: lost.is_some(),
+        };
+        let epochs: Vec<_> = rows.into_iter().map(epoch).collect();
+        let Some((epoch, batches)) = loss(*guard, &epochs) else { continue };
+        let mark = Query::new("UPDATE epoch SET lost = ? WHERE `partition` = ? AND epoch = ?");
+        let mark = mark.bind(i64::try_from(batches).unwrap_or(i64::MAX));
+        D::execute(connection, mark.bind(partition).bind(epoch)).await?;
+        let now = super::read::clock::<D>(connection).await?;
+        take_over::<D>(connection, &[partition], NOBODY, now).await?;
+        let free = Query::new("UPDATE `partition` SET owner = NULL WHERE `partition` = ?");
+        D::execute(connection, free.bind(partition)).await?;
+        noted.push(Lost { partition, epoch, batches });
     }
     D::run(connection, "COMMIT").await?;
-    Ok(lost)
+    Ok(noted)
 }
 
-/// Marks the epochs that have lost batches, because callers may have been told about the lost changes. Marks the recorded
-/// epoch: a later epoch was lost together with its takeover.
-async fn burn<D: Dialect>(
-    connection: &mut Connection<D>,
-    batch: &Batch,
-    damaged: &[Damage],
-) -> Result<(), Error> {
-    D::run(connection, D::BEGIN_WRITING).await?;
-    for Damage { partition, lost, .. } in damaged.iter().filter(|damage| damage.lost > 0) {
-        for guard in batch.guards.iter().filter(|guard| guard.partition == *partition) {
-            let lost = i64::try_from(*lost).unwrap_or(i64::MAX);
-            let mut query = Query::new("UPDATE epoch SET lost = ? WHERE `partition` = ?");
-            query = query.bind(lost).bind(*partition);
-            query.push(" AND epoch = (SELECT p.epoch FROM `partition` AS p WHERE p.`partition` = ");
-            query.push_bind(*partition).push(") AND epoch <= ").push_bind(guard.epoch);
-            D::execute(connection, query).await?;
-        }
-    }
-    D::run(connection, "COMMIT").await?;
-    Ok(())
+/// A loss, for the log.
+struct Lost {
+    partition: u16,
+    epoch: u32,
+    batches: u64,
 }
 
 /// Marks the epochs of a store that was restored from an older copy: callers may have been told about what it lacks. Nobody owns it

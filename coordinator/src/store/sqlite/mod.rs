@@ -80,6 +80,7 @@ impl Dialect for InSqlite {
     const BEGIN_READING: &'static str = "BEGIN";
     const UPSERT_PURGED: &'static str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
                                          ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
+    const CLOCK: &'static str = "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)";
 
     /// Closing a connection ends its local transaction, so nothing remains to be killed.
     async fn connect(

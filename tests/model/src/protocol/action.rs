@@ -181,8 +181,9 @@ impl Protocol {
             | Action::TakeTried(who, ..)
             | Action::TakeAcknowledged(who, ..)
             | Action::Send(who)
-            | Action::Hear(who)
             | Action::TakeRow(who, ..) => owns(who),
+            // The owner of a batch that was lost hears that it had landed, and notices the loss later. (Who never hears it has told nobody.)
+            Action::Hear(who) => owns(who) || state.history.loss_unnoticed,
             Action::Confirm(branch) | Action::Cancel(branch) => {
                 state.coordinators.iter().any(|process| {
                     state.is_live_owner(process)

@@ -115,6 +115,9 @@ pub enum Guard {
     PurgeIsRemembered,
     /// An owner that finds acknowledged changes lost records the loss before it stops.
     LossIsRecorded,
+    /// Whoever records a loss also ends the present ownership. Its owner took over before the loss was known, and would decide what it
+    /// has read.
+    LossEndsOwnership,
     /// After a loss a row that says "trying" may have had a decision. No owner decides it again; a person must look.
     LostIsNotDecided,
 
@@ -208,6 +211,7 @@ impl Guard {
             | Self::OtherHistoriesAreNotOurs
             | Self::PurgeIsRemembered
             | Self::LossIsRecorded
+            | Self::LossEndsOwnership
             | Self::LostIsNotDecided => 14,
             Self::UndecidedIsNoPromise => 15,
             Self::CleanBeforeLeaving | Self::StaleRowDropped => 16,

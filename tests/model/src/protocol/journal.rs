@@ -85,11 +85,13 @@ impl Protocol {
         let position = next || !self.keeps(Guard::PositionInGuard);
         let unguarded = batch.repeat && !self.keeps(Guard::RepeatIsGuarded);
         let passes = epoch && nonce && position || unguarded || !self.keeps(Guard::GuardIsHeeded);
+        let decides = passes && batch.record.status.decision().is_some();
+        when(!decides || !self.is_beyond_help(state, batch.epoch, batch.record))?;
         Some(if passes { Progress::Guarded } else { Progress::Missed })
     }
 
     /// Whether a batch holds the partition's row. Other writers wait for it.
-    fn is_row_held(&self, state: &State) -> bool {
+    pub(super) fn is_row_held(&self, state: &State) -> bool {
         let of_owners = state.coordinators.iter().filter_map(|process| process.batch.as_ref());
         self.keeps(Guard::GuardInsideTransaction)
             && of_owners
@@ -106,9 +108,12 @@ impl Protocol {
         let same_nonce = batch.nonce == store.nonce() || !self.keeps(Guard::LookComparesNonce);
         let landed = batch.position == store.position && same_epoch && same_nonce;
         let known = state.coordinators[who].known_position();
+        let lost_before = self.lost_before_takeover(&state.coordinators[who], &store).is_some();
         let batch = state.coordinators[who].batch.as_mut()?;
         batch.progress = if landed || !self.keeps(Guard::MissIsNoLanding) {
             Progress::Landed
+        } else if lost_before {
+            Progress::Lost
         } else if store.epoch > batch.epoch || !self.keeps(Guard::MissIsNoFence) {
             Progress::Fenced
         } else if self.is_behind(batch.epoch, batch.nonce, known, &store) {
@@ -330,7 +335,7 @@ impl Protocol {
         when(state.coordinators[who].role == Role::Standby)?;
         let as_before = !self.keeps(Guard::StartIsTakeover);
         when(as_before || !self.is_row_held(state))?;
-        when(!state.history.loss_unnoticed)?;
+        when(!state.history.loss_unnoticed || self.scope.late_notice)?;
         if state.has_live_owner() {
             when(state.spent.takeovers < self.scope.takeovers)?;
             state.spent.takeovers += 1;
@@ -345,14 +350,14 @@ impl Protocol {
             when(state.spent.faults < self.scope.faults)?;
             state.spent.faults += 1;
             if self.keeps(Guard::LostTakeoverIsRepeated) {
-                Self::begin_epoch(state, epoch, nonce);
+                self.begin_epoch(state, epoch, nonce);
                 return Some(());
             }
             // The takeover never reached the database, and the process goes on as if it had.
         } else if as_before {
             (epoch, nonce) = (state.store.epoch, state.store.nonce());
         } else {
-            Self::begin_epoch(state, epoch, nonce);
+            self.begin_epoch(state, epoch, nonce);
         }
         let process = &mut state.coordinators[who];
         process.role = Role::Owner;
@@ -362,7 +367,10 @@ impl Protocol {
         Some(())
     }
 
-    fn begin_epoch(state: &mut State, epoch: u8, nonce: u8) {
+    pub(super) fn begin_epoch(&self, state: &mut State, epoch: u8, nonce: u8) {
+        if self.scope.late_notice {
+            state.store.ended[usize::from(state.store.epoch)] = state.store.position;
+        }
         (state.store.epoch, state.store.position) = (epoch, 0);
         state.store.nonces[usize::from(epoch)] = nonce;
     }

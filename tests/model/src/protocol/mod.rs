@@ -61,6 +61,8 @@ pub struct Scope {
     pub failovers: u8,
     /// A failover may also lose acknowledged batches, of an owner that is alive and will notice.
     pub losses: bool,
+    /// A standby may take over before the loss is noticed.
+    pub late_notice: bool,
 }
 
 /// The protocol, without some of its guards.

@@ -178,6 +178,9 @@ impl Protocol {
     /// here.
     pub(super) fn read_from(&self, state: &mut State, who: usize, store: Store) -> Option<()> {
         when(self.is_in_sight(&state.coordinators[who], &store))?;
+        let epoch = state.coordinators[who].epoch;
+        let absent = store.record == Record::ABSENT;
+        when(!absent || !self.is_beyond_help(state, epoch, store.record))?;
         let process = &mut state.coordinators[who];
         let early = process.role == Role::Standby && !self.keeps(Guard::LoadAfterTakeover);
         when(process.owns() || early)?;

@@ -100,6 +100,8 @@ pub(super) struct Store {
     pub(super) purged: bool,
     /// Acknowledged changes of epochs up to this one are lost; 0: no loss is known.
     pub(super) lost_through: u8,
+    /// How many batches each epoch had when the next one began, where the variant needs it.
+    pub(super) ended: [u8; EPOCHS],
 }
 
 impl Store {
@@ -358,6 +360,7 @@ impl State {
                 position: 0,
                 purged: false,
                 lost_through: 0,
+                ended: [0; EPOCHS],
             },
             past: Vec::new(),
             coordinators: [owner, Coordinator { role, ..Coordinator::DOWN }],

@@ -21,6 +21,7 @@ const ALONE: Scope = Scope {
     old_reads: false,
     failovers: 0,
     losses: false,
+    late_notice: false,
 };
 /// A standby takes over from an owner that lives on as a zombie.
 const ZOMBIE: Scope = Scope { standby: true, crashes: 0, takeovers: 1, faults: 0, ..ALONE };
@@ -35,6 +36,9 @@ const LAGGING: Scope = old_reads(ALONE);
 const TWO_HISTORIES: Scope = Scope { standby: true, crashes: 1, faults: 0, failovers: 1, ..ALONE };
 /// A failover loses batches of an owner that is still alive.
 const LOSSY: Scope = Scope { crashes: 0, faults: 0, failovers: 1, losses: true, ..ALONE };
+
+/// A standby takes over before the owner notices the loss.
+const NOTICED_LATE: Scope = Scope { standby: true, takeovers: 1, late_notice: true, ..LOSSY };
 
 /// All variants.
 #[must_use]
@@ -80,6 +84,7 @@ fn clean() -> Vec<Variant> {
         small("a failover loses batches, 1 crash", Scope { crashes: 1, ..LOSSY }),
         small("a failover loses batches, the fence forgets", Scope { cleanup: true, ..LOSSY }),
         small("a failover loses batches and a takeover", Scope { losses: true, ..TWO_HISTORIES }),
+        small("a failover loses batches, a takeover before that is noticed", NOTICED_LATE),
         large("a replica lags, memory and store forget, 1 crash, 1 fault", old_reads(FORGETFUL)),
         large("a replica lags, a takeover, 1 fault", old_reads(FAULTY)),
         large(
@@ -198,6 +203,7 @@ fn broken() -> Vec<Variant> {
         without(G::OtherHistoriesAreNotOurs, "I4", old_reads(TWO_HISTORIES)),
         without(G::LossIsRecorded, "I4", LOSSY),
         without(G::LostIsNotDecided, "I4", LOSSY),
+        without(G::LossEndsOwnership, "I4", NOTICED_LATE),
         without(G::SightEpoch, "I4", LAGGING),
         without(G::SightNonce, "I4", TWO_HISTORIES),
         without(G::SightPosition, "I4", old_reads(FORGETFUL)),

@@ -8,6 +8,7 @@ mod serve;
 mod chaos;
 mod copies;
 mod fuzz;
+mod groups;
 mod mishaps;
 mod mysql;
 mod nested;

@@ -428,8 +428,15 @@ mod tests {
 
     async fn listed(url: &str, timeout: Duration) -> Failure {
         let server = Server { url: url.to_owned(), timeout, output: Output::Table };
-        let list =
-            List { stuck: false, open: false, lost: false, name: None, label: Vec::new(), limit: 1, server };
+        let list = List {
+            stuck: false,
+            open: false,
+            lost: false,
+            name: None,
+            label: Vec::new(),
+            limit: 1,
+            server,
+        };
         list.run().await.unwrap_err()
     }
 

@@ -38,7 +38,8 @@ pub(super) struct Keys {
     #[config(env = "HANDFAST_INSECURE", default = false, deserialize_with = value::yes_or_no)]
     pub(super) insecure: bool,
 
-    /// Where to record transactions: a file, sqlite:PATH, or a server, mysql://user:password@host:3306/database. No default.
+    /// Where to record transactions: a file, sqlite:PATH, or a server, mysql://user:password@host:3306/database. The servers of a
+    /// group are named with commas: mysql://user:password@db1,db2:3307,db3/database. No default.
     /// Flag: --store
     #[config(env = "HANDFAST_STORE", deserialize_with = value::parsed)]
     pub(super) store: StoreUrl,

@@ -24,7 +24,7 @@ pub(super) const LENGTH_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 360
 pub enum StoreUrl {
     /// `sqlite:PATH`
     Sqlite(PathBuf),
-    /// `mysql://user:password@host:3306/database`
+    /// `mysql://user:password@host:3306/database`, with several hosts for a group of servers
     MySql(MySqlUrl),
     /// `memory:`. It needs `store_unsafe`, because nothing in it survives the process.
     Memory,
@@ -78,11 +78,8 @@ impl FromStr for StoreUrl {
         match text.split_once(':') {
             Some(("memory", "")) => Ok(Self::Memory),
             Some(("mysql" | "mariadb", _)) => {
-                let options = mysql::options(text).map_err(|error| error.to_string())?;
-                let (user, host) = (options.get_username(), options.get_host());
-                let (port, database) = (options.get_port(), options.get_database());
-                let database = database.unwrap_or_default();
-                let shown = format!("mysql://{user}@{host}:{port}/{database}");
+                let addresses = mysql::Addresses::parse(text).map_err(|error| error.to_string())?;
+                let shown = addresses.to_string();
                 Ok(Self::MySql(MySqlUrl { secret: text.to_owned(), shown }))
             }
             Some(("sqlite", "" | ":memory:")) => wrong("names no file"),

@@ -159,7 +159,7 @@ impl Running {
             };
             match end {
                 End::Partition(ownership, Ended::Fenced) if self.take_back(ownership).await => {}
-                end => return end,
+                end @ (End::Partition(..) | End::Task(_) | End::StoreGone(_)) => return end,
             }
         }
     }

@@ -123,9 +123,7 @@ impl Partition {
         if let Some(epoch) = lost_through {
             warn!(
                 partition = ownership.partition,
-                epoch,
-                "the store has lost batches up to this epoch; what was undecided then waits for \
-                   a person: handfast list --lost"
+                epoch, "the store has lost batches up to this epoch"
             );
         }
         Self {

@@ -10,9 +10,9 @@ use std::{
 use handfast_proto::Xid;
 
 use super::{
-    Appended, Batch, Damage, DuePage, Epoch, Error, Guard, Head, Known, ListFilter, Listing, Lookup,
-    Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge, loss,
-    xids_of,
+    Appended, Batch, Damage, DuePage, Epoch, Error, Guard, Head, Known, ListFilter, Listing,
+    Lookup, Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge,
+    loss, xids_of,
 };
 use crate::transaction::{GlobalTransaction, State, StuckAfter, Timestamp};
 

@@ -49,7 +49,20 @@ impl Database {
         database
     }
 
-    async fn empty(server: &str) -> Self {
+    /// A database with the same name on another server, with tables.
+    pub(super) async fn namesake(&self, server: &str) -> Self {
+        let namesake = Self { server: server.to_owned(), name: self.name.clone() };
+        namesake.execute(&format!("CREATE DATABASE {}", namesake.name)).await;
+        migrate(&namesake.url()).await.unwrap();
+        namesake
+    }
+
+    /// The host and port of its server.
+    pub(super) fn address(&self) -> &str {
+        self.server.rsplit_once('@').map_or("", |(_, address)| address)
+    }
+
+    pub(super) async fn empty(server: &str) -> Self {
         let name = format!("handfast_test_{:016x}", rand::random::<u64>());
         let database = Self { server: server.to_owned(), name };
         database.execute(&format!("CREATE DATABASE {}", database.name)).await;
@@ -124,7 +137,7 @@ impl Database {
         MySqlStore::open(&url, true).await.unwrap()
     }
 
-    async fn execute(&self, sql: &str) {
+    pub(super) async fn execute(&self, sql: &str) {
         let mut connection = Connection::connect(&self.server).await.unwrap();
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
     }

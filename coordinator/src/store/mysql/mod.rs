@@ -4,25 +4,29 @@
 //! checks epoch, nonce and position, and so keeps them out. A connection that missed its deadline may still carry out its
 //! statement. So it is killed at the server before a retry, and never used again.
 
+mod addresses;
 mod batch;
 #[cfg(test)]
 pub(super) mod fixture;
+mod home;
+mod member;
 mod schema;
 mod server;
+mod session;
 #[cfg(test)]
 mod tests;
 
+pub use addresses::Addresses;
 pub use schema::{migrate, pending};
-pub use server::{OpenError, SchemaError, options};
+pub use server::{OpenError, SchemaError};
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use handfast_proto::Xid;
-use sqlx::{
-    AssertSqlSafe, Connection as _, MySql as Db, MySqlConnection as Connection,
-    mysql::MySqlConnectOptions,
-};
-use tracing::{info, warn};
+use sqlx::{Connection as _, MySql as Db, MySqlConnection as Connection};
+use tracing::warn;
+
+use self::{home::Home, member::Session};
 
 use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Seat, Store,
@@ -34,11 +38,6 @@ use super::{
 };
 use crate::transaction::{StuckAfter, Timestamp};
 
-/// A writing connection without a statement for this many seconds is closed by the server. Otherwise an owner that died with an
-/// open batch would keep its rows locked.
-const SILENCE_MAX_SECONDS: u32 = 5;
-/// The same for the connection of the purge. It is longer than the pause between two rounds of the purge.
-const CLEANER_SILENCE_MAX_SECONDS: u32 = 15;
 /// How often an idle owner appends an empty batch. The batch keeps the connection open, shows a standby that the owner is
 /// alive, and tells the owner if it was replaced.
 const HEARTBEAT: Duration = Duration::from_secs(2);
@@ -47,8 +46,10 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 const WRITERS: u16 = 2;
 /// Connections for reads.
 const READERS: usize = 4;
-/// Attempts at a takeover. An attempt fails if it waits too long for a batch of the previous owner.
+/// Attempts to take over a partition. An attempt fails if it waits too long for a batch of the previous owner.
 const ACQUIRE_ATTEMPTS: usize = 6;
+/// Pause between two of them.
+const ACQUIRE_PAUSE: Duration = Duration::from_millis(500);
 
 /// How often the most contested partition was taken over. Bind: from, until.
 const TAKEOVERS: &str = "SELECT CAST(COALESCE(MAX(times), 0) AS SIGNED) FROM (SELECT COUNT(*) AS times FROM epoch \
@@ -62,6 +63,7 @@ pub struct MySqlStore {
     readers: Connections<InMySql>,
     /// One connection for the purge. No journal waits for it.
     cleaner: Connections<InMySql>,
+    home: Arc<Home>,
     counter: Counter,
 }
 
@@ -71,7 +73,8 @@ struct InMySql;
 
 impl Dialect for InMySql {
     type Db = Db;
-    type Options = MySqlConnectOptions;
+    type Options = Arc<Home>;
+    type Session = Session;
 
     const BEGIN_WRITING: &'static str = "BEGIN";
     /// InnoDB takes snapshots only in REPEATABLE READ. Reading connections use it, writing connections do not.
@@ -81,27 +84,15 @@ impl Dialect for InMySql {
     const CLOCK: &'static str = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
 
     async fn connect(
-        options: &MySqlConnectOptions,
+        home: &Arc<Home>,
         role: Role,
-        doubtful: &[u64],
-    ) -> Result<(Connection, u64), Error> {
-        let mut connection = Connection::connect_with(options).await?;
-        for id in doubtful {
-            // Ignore errors: most likely the server has closed the connection itself, and the id does not exist any more.
-            let kill = AssertSqlSafe(format!("KILL {id}"));
-            if sqlx::raw_sql(kill).execute(&mut connection).await.is_ok() {
-                info!(connection = id, "a connection in doubt was ended at the server");
-            }
-        }
-        match role {
-            Role::Write => server::set_up_writer(&mut connection, SILENCE_MAX_SECONDS).await?,
-            Role::Read => server::set_up_reader(&mut connection).await?,
-            Role::CleanUp => {
-                server::set_up_cleaner(&mut connection, CLEANER_SILENCE_MAX_SECONDS).await?;
-            }
-        }
-        let id = sqlx::query_scalar("SELECT CONNECTION_ID()").fetch_one(&mut connection).await?;
-        Ok((connection, id))
+        doubtful: &[Session],
+    ) -> Result<(Connection, Session), Error> {
+        home.connect(role, doubtful).await
+    }
+
+    fn is_current(home: &Arc<Home>, session: &Session) -> bool {
+        home.has(session)
     }
 
     async fn write(
@@ -134,7 +125,7 @@ impl Dialect for InMySql {
 }
 
 impl MySqlStore {
-    /// Connects to the store at `url` (`mysql://user:password@host:3306/database`). Checks that the schema has this program's
+    /// Connects to the store at `url` (`mysql://user:password@host:3306/database`, with several hosts for a group). Checks that the schema has this program's
     /// version, and that the server keeps what it acknowledges. With `allow_unsafe`, settings that could lose commits cause
     /// only a warning.
     ///
@@ -142,16 +133,17 @@ impl MySqlStore {
     ///
     /// See [`OpenError`]. Nothing was changed in the database.
     pub async fn open(url: &str, allow_unsafe: bool) -> Result<Self, OpenError> {
-        let options = options(url)?;
-        let mut connection = server::connect(&options).await?;
+        let home = Home::of(Addresses::parse(url)?);
+        let mut connection = home.connect_once().await?;
         tokio::time::timeout(CALL_TIMEOUT, schema::check(&mut connection)).await??;
         server::check(&mut connection, allow_unsafe).await?;
         drop(connection.close().await);
-        let connections = |role, max| Connections::new(role, options.clone(), max);
+        let connections = |role, max| Connections::new(role, home.clone(), max);
         Ok(Self {
             writers: (0..WRITERS).map(|_| connections(Role::Write, 1)).collect(),
             readers: connections(Role::Read, READERS),
             cleaner: connections(Role::CleanUp, 1),
+            home: home.clone(),
             counter: Counter::default(),
         })
     }
@@ -166,6 +158,18 @@ impl MySqlStore {
         let mark =
             async |connection: &mut Connection| write::mark_restored::<InMySql>(connection).await;
         self.writer_of(0).run(mark).await
+    }
+
+    async fn acquire_once(
+        &self,
+        partitions: &[u16],
+        owner: &str,
+        now: Timestamp,
+    ) -> Result<Vec<Ownership>, Error> {
+        let acquire = async |connection: &mut Connection| {
+            write::acquire::<InMySql>(connection, partitions, owner, now).await
+        };
+        self.writer_of(0).run(acquire).await
     }
 
     /// The connection that writes this partition. A retry of a batch uses the same pool, which first kills the connection whose
@@ -190,7 +194,16 @@ impl Store for MySqlStore {
     }
 
     async fn seats(&self) -> Result<Vec<Seat>, Error> {
-        self.readers.run(async |connection| write::seats::<InMySql>(connection).await).await
+        let seats = async |connection: &mut Connection| {
+            if !self.home.is_settled() {
+                // The connection of a standby may stay open at a server that is not the primary any more.
+                if let Some(unfit) = self.home.look(connection).await?.unfit {
+                    return Err(Error::unavailable(format!("the store has moved: {unfit}")));
+                }
+            }
+            write::seats::<InMySql>(connection).await
+        };
+        self.readers.run(seats).await
     }
 
     async fn takeovers(&self, from: Timestamp, until: Timestamp) -> Result<u64, Error> {
@@ -208,26 +221,52 @@ impl Store for MySqlStore {
         owner: &str,
         now: Timestamp,
     ) -> Result<Vec<Ownership>, Error> {
-        let mut attempts = 1;
-        loop {
-            let acquire = async |connection: &mut Connection| {
-                write::acquire::<InMySql>(connection, partitions, owner, now).await
-            };
-            match self.writer_of(0).run(acquire).await {
-                Err(Error::Unavailable(cause)) if attempts < ACQUIRE_ATTEMPTS => {
-                    // The previous owner may have a batch in flight. The server will end it.
-                    warn!(attempts, cause, "the store was not taken over; trying again");
-                    attempts += 1;
-                    tokio::time::sleep(Duration::from_millis(500)).await;
+        self.home.choose_for_takeover().await?;
+        // One local transaction, if nobody is in the way.
+        match self.acquire_once(partitions, owner, now).await {
+            Err(Error::Unavailable(cause)) => {
+                warn!(cause, "the store was not taken over; trying again");
+            }
+            ended => return ended,
+        }
+        // The previous owner is alive and busy, or has a batch in flight that the server will end. On Galera a long local
+        // transaction loses against each of its batches, so take one partition after the other.
+        let mut taken = Vec::with_capacity(partitions.len());
+        for partition in partitions {
+            let mut attempts = 1;
+            loop {
+                match self.acquire_once(&[*partition], owner, now).await {
+                    Ok(ownership) => break taken.extend(ownership),
+                    Err(Error::Unavailable(cause)) if attempts < ACQUIRE_ATTEMPTS => {
+                        warn!(
+                            partition,
+                            attempts, cause, "the partition was not taken over; trying again"
+                        );
+                        attempts += 1;
+                        tokio::time::sleep(ACQUIRE_PAUSE).await;
+                    }
+                    Err(error) => {
+                        drop(self.release(&taken).await); // as far as it goes: the next owner takes them all the same
+                        return Err(error);
+                    }
                 }
-                ended => return ended,
             }
         }
+        Ok(taken)
     }
 
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
         let partition = batch.guards.first().map_or(0, |guard| guard.partition);
-        write::append(self.writer_of(partition), batch, &self.counter).await
+        let appended = write::append(self.writer_of(partition), batch, &self.counter).await;
+        if let Err(Error::Unavailable(_)) = &appended {
+            // A server that must not be written cannot take a batch that finds out whether this owner was replaced.
+            let epochs = batch.guards.iter().map(|guard| (guard.partition, guard.epoch));
+            let replaced = self.home.replaced(epochs);
+            if !replaced.is_empty() {
+                return Ok(Appended::Fenced(replaced));
+            }
+        }
+        appended
     }
 
     async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
@@ -262,10 +301,10 @@ impl Store for MySqlStore {
     }
 
     async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error> {
-        let list = async |connection: &mut Connection| {
+        let list = async move |connection: &mut Connection| {
             read::list::<InMySql>(connection, filter, limit).await
         };
-        self.readers.run(list).await
+        sql::reading(&self.readers, self.writer_of(0), list).await
     }
 
     async fn clock(&self) -> Result<Option<Timestamp>, Error> {
@@ -274,10 +313,10 @@ impl Store for MySqlStore {
     }
 
     async fn summary(&self, now: Timestamp, stuck: StuckAfter) -> Result<Summary, Error> {
-        let summary = async |connection: &mut Connection| {
+        let summary = async move |connection: &mut Connection| {
             read::summary::<InMySql>(connection, now, stuck).await
         };
-        self.readers.run(summary).await
+        sql::reading(&self.readers, self.writer_of(0), summary).await
     }
 
     async fn purge(

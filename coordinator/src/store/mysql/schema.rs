@@ -4,8 +4,9 @@
 use sqlx::{AssertSqlSafe, Connection as _};
 
 use super::{
-    Connection,
-    server::{self, OpenError, SchemaError},
+    Addresses, Connection,
+    home::Home,
+    server::{OpenError, SchemaError},
 };
 
 /// The steps from each version to the next, oldest first. A released step never changes. A step that was killed half-way is run
@@ -57,7 +58,7 @@ async fn found(connection: &mut Connection) -> Result<usize, sqlx::Error> {
 ///
 /// See [`OpenError`].
 pub async fn pending(url: &str) -> Result<Vec<&'static str>, OpenError> {
-    let mut connection = server::connect(&server::options(url)?).await?;
+    let mut connection = Home::of(Addresses::parse(url)?).connect_once().await?;
     let found = found(&mut connection).await?;
     drop(connection.close().await);
     if found > VERSION {
@@ -77,7 +78,7 @@ pub async fn migrate(url: &str) -> Result<(usize, usize), OpenError> {
 }
 
 pub(super) async fn migrate_to(url: &str, version: usize) -> Result<(usize, usize), OpenError> {
-    let mut connection = server::connect(&server::options(url)?).await?;
+    let mut connection = Home::of(Addresses::parse(url)?).connect_once().await?;
     // The name of a lock has at most 64 characters, like that of a database.
     let locked: Option<i64> = sqlx::query_scalar(
         "SELECT CAST(GET_LOCK(CONCAT('handfast_', LEFT(SHA2(DATABASE(), 256), 32)), ?) AS SIGNED)",

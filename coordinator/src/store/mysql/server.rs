@@ -1,10 +1,6 @@
-//! The server: how to connect to it, and whether it keeps what it acknowledges.
+//! Whether the server keeps what it acknowledges, and why a store cannot be opened.
 
-use std::str::FromStr as _;
-
-use sqlx::{
-    AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, mysql::MySqlConnectOptions,
-};
+use sqlx::Row as _;
 use tracing::warn;
 
 use super::Connection;
@@ -25,7 +21,7 @@ pub enum OpenError {
     Url(String),
     /// The server cannot be reached, or refuses the login.
     #[error("cannot connect to the store: {0}")]
-    Connect(#[source] sqlx::Error),
+    Connect(String),
     /// The server does not answer.
     #[error("the store does not answer within {} seconds", CALL_TIMEOUT.as_secs())]
     TimedOut(#[from] tokio::time::error::Elapsed),
@@ -75,78 +71,6 @@ pub enum SchemaError {
     },
 }
 
-/// Parses a store's URL.
-///
-/// # Errors
-///
-/// [`OpenError::Url`]. It does not contain the text, which may include a password.
-pub fn options(url: &str) -> Result<MySqlConnectOptions, OpenError> {
-    if !url.contains("://") {
-        return Err(OpenError::Url("it has no host".to_owned()));
-    }
-    let options =
-        MySqlConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
-    let options = options.disable_statement_logging(); // what is slow or fails is told by whoever waits
-    if options.get_database().is_none_or(str::is_empty) {
-        return Err(OpenError::Url("it names no database".to_owned()));
-    }
-    Ok(options)
-}
-
-pub(super) async fn connect(options: &MySqlConnectOptions) -> Result<Connection, OpenError> {
-    let connecting = Connection::connect_with(options);
-    tokio::time::timeout(CALL_TIMEOUT, connecting).await?.map_err(OpenError::Connect)
-}
-
-/// Sets up a connection for writing. It always uses READ COMMITTED, and the server closes it when its owner is silent.
-pub(super) async fn set_up_writer(
-    connection: &mut Connection,
-    silence_max_seconds: u32,
-) -> Result<(), sqlx::Error> {
-    let is_mariadb = version(connection).await?.contains("MariaDB");
-    // MySQL's wait_timeout also closes a silent connection in the middle of a transaction. MariaDB needs its own variable too.
-    let idle = if is_mariadb { ", idle_write_transaction_timeout = {}" } else { "" };
-    let idle = idle.replace("{}", &silence_max_seconds.to_string());
-    sqlx::raw_sql(AssertSqlSafe(format!(
-        "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
-         SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', \
-         wait_timeout = {silence_max_seconds}, net_read_timeout = {silence_max_seconds}, \
-         innodb_lock_wait_timeout = {silence_max_seconds}{idle}"
-    )))
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
-/// Sets up a connection for reading. Its local transactions see one snapshot, whatever the server's default is.
-pub(super) async fn set_up_reader(connection: &mut Connection) -> Result<(), sqlx::Error> {
-    let isolation = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ";
-    sqlx::raw_sql(isolation).execute(connection).await?;
-    Ok(())
-}
-
-/// Sets up a connection for the purge. It locks only the rows that it deletes. In REPEATABLE READ it would also lock the gaps
-/// beside the branches, and writers of newer branches would wait. Its lock timeout is shorter than our deadline, so that an
-/// abandoned delete does not go on at the server. The server closes the connection when it is silent, even during a delete,
-/// because the next owner would have to wait.
-pub(super) async fn set_up_cleaner(
-    connection: &mut Connection,
-    silence_max_seconds: u32,
-) -> Result<(), sqlx::Error> {
-    let wait_seconds = CALL_TIMEOUT.as_secs() / 2;
-    sqlx::raw_sql(AssertSqlSafe(format!(
-        "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
-         SET SESSION innodb_lock_wait_timeout = {wait_seconds}, wait_timeout = {silence_max_seconds}"
-    )))
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
-async fn version(connection: &mut Connection) -> Result<String, sqlx::Error> {
-    sqlx::query_scalar("SELECT VERSION()").fetch_one(connection).await
-}
-
 /// Checks for every setting that could lose acknowledged commits.
 pub(super) async fn check(
     connection: &mut Connection,
@@ -187,7 +111,8 @@ async fn flaws(connection: &mut Connection) -> Result<Vec<String>, sqlx::Error> 
         ));
     }
     let sync_binlog = sync_binlog?;
-    if log_bin? == 1 && sync_binlog != 1 {
+    let log_bin = log_bin?;
+    if log_bin == 1 && sync_binlog != 1 {
         flaws.push(format!(
             "sync_binlog is {sync_binlog}: a crash loses commits from the binary log. SET GLOBAL sync_binlog = 1 (and in its configuration)"
         ));
@@ -209,10 +134,17 @@ async fn flaws(connection: &mut Connection) -> Result<Vec<String>, sqlx::Error> 
             "max_allowed_packet is {packet}, and must be {PACKET_BYTES_MIN} or more. SET GLOBAL max_allowed_packet = {PACKET_BYTES_MIN} (and in its configuration)"
         ));
     }
-    // A user without the privilege gets no answer. Then `read_only` has to tell, since replicas usually set it.
-    if let Ok(replicas) = sqlx::raw_sql("SHOW REPLICA STATUS").fetch_all(connection).await
-        && !replicas.is_empty()
-    {
+    let format: Option<(String,)> = sqlx::query_as("SELECT CAST(@@binlog_format AS CHAR)")
+        .fetch_optional(&mut *connection)
+        .await
+        .unwrap_or_default(); // a server that does not have it any more writes rows
+    if log_bin == 1 && format.is_some_and(|(format,)| format == "STATEMENT") {
+        flaws.push(
+            "binlog_format is STATEMENT: it refuses what a coordinator writes. SET GLOBAL binlog_format = ROW (and in its configuration)"
+                .to_owned(),
+        );
+    }
+    if super::member::is_replica(connection).await {
         flaws.push("it is a replica: what is written here is not on its source, and may be overwritten. Connect to the source".to_owned());
     }
     Ok(flaws)

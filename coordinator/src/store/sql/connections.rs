@@ -37,18 +37,17 @@ pub(in crate::store) struct Connections<D: Dialect> {
 
 struct State<D: Dialect> {
     /// Idle connections. The one that was returned last is lent first.
-    idle: Vec<(Connection<D>, u64)>,
-    /// The server's ids of closed connections that may still be running a statement. The next connection kills them at the
+    idle: Vec<(Connection<D>, D::Session)>,
+    /// The sessions of closed connections that may still be running a statement. The next connection kills them at the
     /// server first. The list is no longer than the pool.
-    doubtful: Vec<u64>,
+    doubtful: Vec<D::Session>,
 }
 
 /// A lent connection. Closed when dropped.
 struct Lent<'a, D: Dialect> {
     of: &'a Connections<D>,
     /// `None`: it was given back.
-    connection: Option<Connection<D>>,
-    id: u64,
+    connection: Option<(Connection<D>, D::Session)>,
     _permit: SemaphorePermit<'a>,
 }
 
@@ -60,8 +59,8 @@ impl<D: Dialect> Connections<D> {
     }
 
     /// Adds a connection that exists already.
-    pub(in crate::store) fn with_first(self, connection: Connection<D>) -> Self {
-        self.state().idle.push((connection, 0));
+    pub(in crate::store) fn with_first(self, connection: Connection<D>, at: D::Session) -> Self {
+        self.state().idle.push((connection, at));
         self
     }
 
@@ -72,7 +71,7 @@ impl<D: Dialect> Connections<D> {
     ) -> Result<T, Error> {
         let run = async {
             let mut lent = self.lend().await?;
-            let connection = lent.connection.as_mut().expect("it is lent");
+            let (connection, _) = lent.connection.as_mut().expect("it is lent");
             let done = work(connection).await?;
             lent.give_back();
             Ok(done)
@@ -99,21 +98,22 @@ impl<D: Dialect> Connections<D> {
 
     async fn lend(&self) -> Result<Lent<'_, D>, Error> {
         let permit = self.permits.acquire().await.expect("never closed");
-        let mut lent = Lent { of: self, connection: None, id: 0, _permit: permit };
+        let mut lent = Lent { of: self, connection: None, _permit: permit };
         loop {
             let idle = self.state().idle.pop();
-            let Some((connection, id)) = idle else { break };
-            let connection = lent.connection.insert(connection);
-            lent.id = id;
+            let Some((connection, session)) = idle else { break };
+            if !D::is_current(&self.options, &session) {
+                continue;
+            }
+            let (connection, _) = lent.connection.insert((connection, session));
             // A connection that writes needs no ping: a failed batch is retried anyway.
             if self.role == Role::Write || connection.ping().await.is_ok() {
                 return Ok(lent);
             }
         }
         let doubtful = self.state().doubtful.clone();
-        let (connection, id) = D::connect(&self.options, self.role, &doubtful).await?;
-        self.state().doubtful.retain(|id| !doubtful.contains(id));
-        (lent.connection, lent.id) = (Some(connection), id);
+        lent.connection = Some(D::connect(&self.options, self.role, &doubtful).await?);
+        self.state().doubtful.retain(|session| !doubtful.contains(session));
         Ok(lent)
     }
 
@@ -125,15 +125,17 @@ impl<D: Dialect> Connections<D> {
 impl<D: Dialect> Lent<'_, D> {
     fn give_back(mut self) {
         if let Some(connection) = self.connection.take() {
-            self.of.state().idle.push((connection, self.id));
+            self.of.state().idle.push(connection);
         }
     }
 }
 
 impl<D: Dialect> Drop for Lent<'_, D> {
     fn drop(&mut self) {
-        if self.connection.take().is_some() && self.of.role == Role::Write {
-            self.of.state().doubtful.push(self.id);
+        if let Some((_, session)) = self.connection.take()
+            && self.of.role == Role::Write
+        {
+            self.of.state().doubtful.push(session);
         }
     }
 }

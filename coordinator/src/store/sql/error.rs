@@ -4,8 +4,10 @@ use sqlx::{error::DatabaseError, mysql::MySqlDatabaseError, sqlite::SqliteError}
 
 use crate::store::Error;
 
-/// MySQL's error numbers for missing privileges (to use a database, log in, or use a table, a column, a view or a routine).
-const NO_PRIVILEGE: [u16; 7] = [1044, 1045, 1142, 1143, 1227, 1370, 1698];
+/// MySQL's error numbers for a login that is refused: the password, the host, or a user that does not exist.
+const NO_LOGIN: [u16; 3] = [1045, 1130, 1698];
+/// MySQL's error numbers for missing privileges (to use a database, a table, a column, a view or a routine).
+const NO_PRIVILEGE: [u16; 5] = [1044, 1142, 1143, 1227, 1370];
 /// SQLite's primary codes for a file that is damaged (SQLITE_CORRUPT), or no database at all (SQLITE_NOTADB).
 const DAMAGED_FILE: [i32; 2] = [11, 26];
 
@@ -36,6 +38,14 @@ impl From<sqlx::Error> for Error {
 
 /// The text of an error that a retry cannot fix. `None`: a retry may succeed.
 fn refusal(refused: &dyn DatabaseError) -> Option<String> {
+    if let Some(mysql) = refused.try_downcast_ref::<MySqlDatabaseError>()
+        && NO_LOGIN.contains(&mysql.number())
+    {
+        return Some(format!(
+            "the store's server refuses the login: {mysql}. Check the user and the password in the store's URL, and from where the \
+             user may log in"
+        ));
+    }
     if let Some(mysql) = refused.try_downcast_ref::<MySqlDatabaseError>()
         && NO_PRIVILEGE.contains(&mysql.number())
     {

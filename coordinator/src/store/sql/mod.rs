@@ -42,13 +42,21 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
     /// A query for the database's time, in milliseconds since 1970.
     const CLOCK: &'static str;
 
-    /// Opens a connection and returns it with the server's id of it. Before that, it kills at the server the `doubtful`
-    /// connections of the same role, which may still be running a statement.
+    /// A connection, as its server knows it.
+    type Session: fmt::Debug + Clone + PartialEq + Send + Sync;
+
+    /// Opens a connection and sets it up. Also kills at the server the `doubtful` connections of the same role, which may still
+    /// be running a statement.
     fn connect(
         options: &Self::Options,
         role: Role,
-        doubtful: &[u64],
-    ) -> impl Future<Output = Result<(Connection<Self>, u64), Error>> + Send;
+        doubtful: &[Self::Session],
+    ) -> impl Future<Output = Result<(Connection<Self>, Self::Session), Error>> + Send;
+
+    /// Whether an idle connection leads to where the store is now.
+    fn is_current(_options: &Self::Options, _session: &Self::Session) -> bool {
+        true
+    }
 
     /// Begins a local transaction and adds one to the position of each partition whose guard fits. If all guards fit, writes
     /// the rows and checks that each was written. Leaves the local transaction open.

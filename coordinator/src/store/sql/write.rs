@@ -119,8 +119,7 @@ pub(in crate::store) async fn append<D: Dialect>(
                 for Lost { partition, epoch, batches } in connections.run(note).await? {
                     error!(
                         partition,
-                        epoch,
-                        batches, "batches were lost before another coordinator took over"
+                        epoch, batches, "batches were lost before another coordinator took over"
                     );
                 }
                 return Ok(Appended::Fenced(fenced));

@@ -74,6 +74,7 @@ struct InSqlite;
 impl Dialect for InSqlite {
     type Db = Db;
     type Options = SqliteConnectOptions;
+    type Session = ();
 
     /// IMMEDIATE: nobody else can write from here on, so what is read still holds at COMMIT.
     const BEGIN_WRITING: &'static str = "BEGIN IMMEDIATE";
@@ -86,9 +87,9 @@ impl Dialect for InSqlite {
     async fn connect(
         options: &SqliteConnectOptions,
         _role: Role,
-        _doubtful: &[u64],
-    ) -> Result<(Connection, u64), Error> {
-        Ok((Connection::connect_with(options).await?, 0))
+        _doubtful: &[()],
+    ) -> Result<(Connection, ()), Error> {
+        Ok((Connection::connect_with(options).await?, ()))
     }
 
     async fn write(
@@ -142,7 +143,7 @@ impl SqliteStore {
         file.watch_wal()?;
         let reading = options.clone().read_only(true).create_if_missing(false);
         Ok(Self {
-            writer: Connections::new(Role::Write, options, WRITERS).with_first(connection),
+            writer: Connections::new(Role::Write, options, WRITERS).with_first(connection, ()),
             readers: Connections::new(Role::Read, reading, READERS),
             keeper: Mutex::new(Some(keeper)),
             counter: Counter::default(),

@@ -1,11 +1,14 @@
 //! Behaviour that only a real server shows: which statements it prepares, and which locks are waited for.
 
+mod connections;
+
 use std::{sync::Arc, time::Duration};
 
 use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 
 use super::{
     fixture::{Database, servers},
+    session::SILENCE_MAX_SECONDS,
     *,
 };
 use crate::{

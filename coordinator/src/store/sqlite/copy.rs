@@ -14,8 +14,9 @@ use tempfile::NamedTempFile;
 
 use super::{
     InSqlite,
-    file::{self, LockedFile, Missing, OpenError, beside},
-    mark::{self, Mark},
+    file::{self, LockedFile, Missing},
+    mark::{self, Mark, beside},
+    refusal::OpenError,
 };
 use crate::{
     store::{Error, sql::write},

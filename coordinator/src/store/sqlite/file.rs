@@ -1,7 +1,6 @@
 //! The store's file: which process may use it, whether it belongs to Handfast, and whether it is still where it was.
 
 use std::{
-    ffi::OsString,
     fs::{self, File, TryLockError},
     io::{Read as _, Seek as _, Write as _},
     os::unix::fs::MetadataExt as _,
@@ -12,7 +11,10 @@ use std::{
 use sqlx::{Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
 use tracing::{info, warn};
 
-use super::mark::{self, Mark};
+use super::{
+    mark::{self, Mark, beside},
+    refusal::OpenError,
+};
 use crate::store::{PARTITIONS, sql::is_damaged_file};
 
 /// The value of `PRAGMA application_id` in our files: "HFST".
@@ -21,111 +23,6 @@ pub(super) const APPLICATION_ID: i64 = 0x4846_5354;
 pub(super) const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
 /// The number of steps that were done: a part of `PRAGMA user_version`.
 const SCHEMA_VERSION: i64 = 2;
-
-/// Why a store cannot be opened. Nothing was changed.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Another process has locked it.
-    #[error(
-        "the store {} is in use by another coordinator (process {pid}); stop that one first, or give this one a file of its own",
-        path.display()
-    )]
-    InUse {
-        /// The store's file.
-        path: PathBuf,
-        /// The other process's id, as it wrote it into the lock file.
-        pid: String,
-    },
-    /// The file is read-only.
-    #[error("the store {} is read-only; a coordinator has to write it: chmod u+w, or choose another file", path.display())]
-    ReadOnly {
-        /// The store's file.
-        path: PathBuf,
-    },
-    /// The file has hard links.
-    #[error(
-        "the store {} has {names} names (hard links), and each would have a WAL of its own: remove the other names, or copy the store \
-         with `handfast backup`",
-        path.display()
-    )]
-    SeveralNames {
-        /// The store's file.
-        path: PathBuf,
-        /// How many names it has.
-        names: u64,
-    },
-    /// The WAL is missing, and commits with it.
-    #[error(
-        "the store {path} is not whole: its newest commits are in a file {path}-wal, and that is not here. Was the main file copied \
-         without it, or was it deleted? Put that file back beside it, or restore a backup (`handfast restore`). If it is gone for \
-         good: `handfast restore --mark` lets the store be used without those commits, and what they held is answered LOST",
-        path = path.display()
-    )]
-    NoWal {
-        /// The store's file.
-        path: PathBuf,
-    },
-    /// The WAL belongs to another copy of the file.
-    #[error(
-        "the store {path} and {path}-wal do not belong together: one of them is an older or a newer copy. Together they would be \
-         damaged. Put back both files of one moment, or restore a backup (`handfast restore` removes the other WAL)",
-        path = path.display()
-    )]
-    OtherWal {
-        /// The store's file.
-        path: PathBuf,
-    },
-    /// The file is a backup that was not restored.
-    #[error(
-        "{} is a backup, made at {}: `handfast restore {} --store sqlite:PATH` makes a store of it, which knows that it lacks what \
-         came later",
-        path.display(), made_at, path.display()
-    )]
-    Backup {
-        /// The file.
-        path: PathBuf,
-        /// When it was made.
-        made_at: String,
-    },
-    /// The file is not a store.
-    #[error("{} is not a store of Handfast ({what}); choose another file, or move this one away", path.display())]
-    NotOurs {
-        /// The file.
-        path: PathBuf,
-        /// What it seems to be.
-        what: String,
-    },
-    /// The file was written by a newer program.
-    #[error(
-        "the store {} has schema version {found}, and this program knows versions up to {SCHEMA_VERSION}; it was written by a \
-         newer Handfast: use that one",
-        path.display()
-    )]
-    Newer {
-        /// The store's file.
-        path: PathBuf,
-        /// Its version.
-        found: i64,
-    },
-    /// The file system reports an error.
-    #[error("the store {} cannot be opened: {source}", path.display())]
-    File {
-        /// The store's file, or the lock file beside it.
-        path: PathBuf,
-        /// The error.
-        #[source]
-        source: std::io::Error,
-    },
-    /// SQLite reports an error.
-    #[error("the store {} cannot be opened: {source}", path.display())]
-    Database {
-        /// The store's file.
-        path: PathBuf,
-        /// The error.
-        #[source]
-        source: sqlx::Error,
-    },
-}
 
 /// The store's file, locked until this process ends for whatever reason.
 #[derive(Debug)]
@@ -334,12 +231,6 @@ fn id(metadata: &fs::Metadata) -> Id {
     (metadata.dev(), metadata.ino())
 }
 
-pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut name = OsString::from(path);
-    name.push(ending);
-    PathBuf::from(name)
-}
-
 /// The version of the tables of a store; 0: it has none yet.
 pub(super) async fn version(
     connection: &mut SqliteConnection,
@@ -348,7 +239,9 @@ pub(super) async fn version(
     let header = sqlx::query_scalar("PRAGMA user_version").fetch_one(connection).await;
     let failed = |source| OpenError::Database { path: path.to_owned(), source };
     match mark::version(header.map_err(failed)?) {
-        found if found > SCHEMA_VERSION => Err(OpenError::Newer { path: path.to_owned(), found }),
+        found if found > SCHEMA_VERSION => {
+            Err(OpenError::Newer { path: path.to_owned(), found, known: SCHEMA_VERSION })
+        }
         version => Ok(version),
     }
 }

@@ -18,13 +18,18 @@
 //! (nobody else knows of the newer commits); and a missing WAL if another program made a checkpoint while the store was open, or
 //! kept a read open during ours, until the next checkpoint.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use sqlx::{Connection as _, SqliteConnection as Connection, sqlite::SqliteConnectOptions};
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::file::{OpenError, beside};
+use super::refusal::OpenError;
 use crate::store::sql::Counter;
 
 /// Pages of the WAL after which a checkpoint is made.
@@ -122,6 +127,13 @@ pub(super) fn version(header: i64) -> i64 {
 /// The part of a name that is in the header, at its place.
 fn in_header(name: i64) -> i64 {
     (name & ((1 << NAME_BITS) - 1)) << VERSION_BITS
+}
+
+/// The file that belongs to a store and has this ending.
+pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(ending);
+    PathBuf::from(name)
 }
 
 /// Makes a file that nobody else has open a whole one: no WAL that exists belongs to it.

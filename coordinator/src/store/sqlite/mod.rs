@@ -10,11 +10,12 @@ mod batch;
 mod copy;
 mod file;
 mod mark;
+mod refusal;
 #[cfg(test)]
 mod tests;
 
 pub use copy::{CopyError, Restored, backup, mark_restored, restore};
-pub use file::OpenError;
+pub use refusal::OpenError;
 
 use std::{
     path::Path,

@@ -190,3 +190,64 @@ async fn without_a_coordinator_the_commands_say_so() {
     assert_eq!(output.status.code(), Some(5), "{words}");
     assert!(words.contains("handfast dev"), "{words}");
 }
+
+/// A store is restored from a backup that was made before the decision: the initiator was told what the store has forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_may_have_lost_its_decision_is_listed_and_decided() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, backup) = (folder.path().join("store.db"), folder.path().join("a.backup"));
+    let (at, backup) = (format!("sqlite:{}", store.display()), backup.display().to_string());
+    let coordinator = Coordinator::start(&store, &[]).await;
+    let east = Warehouse::open("east", folder.path()).await;
+    let initiator = coordinator.handfast();
+    let order = initiator.transaction("order").idempotency_key("order-1042").begin().await.unwrap();
+    order.call::<Deduct>(&east.remote(), Json(3)).await.unwrap();
+    let backed_up = handfast(&["backup", &backup, "--store", &at]).await;
+    assert!(backed_up.status.success(), "{backed_up:?}");
+    let text = order.confirm().await.unwrap().xid.to_string();
+    coordinator.signal(Signal::TERM);
+    wait_for("it has ended", async || {
+        let restored = handfast(&["restore", &backup, "--store", &at]).await;
+        restored.status.success().then_some(())
+    })
+    .await;
+
+    let coordinator = Coordinator::start(&store, &[]).await;
+    let at = coordinator.log().with_message("the store has lost batches up to this epoch");
+    assert!(!at.is_empty(), "{:?}", coordinator.log().lines());
+    for arguments in [&["show", &text][..], &["show", "--key", "order-1042"], &["retry", &text]] {
+        let (code, _, words) = run(&coordinator, arguments).await;
+        assert_eq!(code, 3, "{arguments:?}: {words}");
+        assert!(words.contains("may have been lost") && words.contains("--decision"), "{words}");
+    }
+    let lost = json(&coordinator, &["list", "--lost"]).await;
+    assert_eq!(lost["transactions"][0]["xid"], *text);
+    assert_eq!(lost["transactions"][0]["state"], "trying");
+
+    let by = ["--operator", "ann", "--reason", "the warehouse has confirmed"];
+    let resolve = |decision| [&["resolve", &text, "--decision", decision], &by[..]].concat();
+    for _ in 0..2 {
+        let (code, told, words) = run(&coordinator, &resolve("confirm")).await;
+        assert_eq!(code, 0, "{words}");
+        assert!(told.contains("CONFIRM"), "{told}");
+    }
+    let (code, _, words) = run(&coordinator, &resolve("cancel")).await;
+    assert_eq!(code, 4, "{words}");
+    wait_for("the participant has acknowledged", async || {
+        let shown = json(&coordinator, &["show", &text]).await;
+        (shown["state"] == "confirmed").then_some(())
+    })
+    .await;
+    assert_eq!(east.stock().await.2, 3, "it was confirmed once");
+    let lost = json(&coordinator, &["list", "--lost"]).await;
+    assert_eq!(lost["transactions"].as_array().unwrap().len(), 0);
+    let mut store = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(&store))
+        .await
+        .unwrap();
+    let kept: (String, String, i64) =
+        sqlx::query_as("SELECT operator, reason, decision FROM resolution WHERE branch_id = ''")
+            .fetch_one(&mut store)
+            .await
+            .unwrap();
+    assert_eq!(kept, ("ann".to_owned(), by[3].to_owned(), 1));
+}

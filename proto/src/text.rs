@@ -1,5 +1,7 @@
 //! Texts that others wrote (names, reasons, error messages), made fit for a log line, a record or a terminal.
 
+use std::collections::BTreeMap;
+
 /// Whether a terminal would act on a character instead of showing it: control characters, line breaks, and marks that change
 /// the direction of text.
 #[must_use]
@@ -33,11 +35,31 @@ pub fn first_chars(text: &str, chars_max: usize) -> String {
     }
 }
 
+/// The labels with these keys, for a log line: `order=1042 customer=ann`. `None` if there are none of them.
+#[must_use]
+pub fn labels(labels: &BTreeMap<String, String>, keys: &[String]) -> Option<String> {
+    let found = keys.iter().filter_map(|key| Some(format!("{key}={}", labels.get(key)?)));
+    let found = found.collect::<Vec<_>>().join(" ");
+    (!found.is_empty()).then(|| one_line(&found))
+}
+
 const ELLIPSIS: &str = "…";
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_labels_that_are_asked_for_are_shown() {
+        let of = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+        };
+        let all = of(&[("order", "10\n42"), ("customer", "ann"), ("card", "secret")]);
+        let keys = ["order", "shop", "customer"].map(str::to_owned);
+        assert_eq!(labels(&all, &keys).as_deref(), Some("order=10 42 customer=ann"));
+        assert_eq!(labels(&all, &[]), None);
+        assert_eq!(labels(&of(&[]), &keys), None);
+    }
 
     #[test]
     fn line_breaks_and_controls_become_spaces() {

@@ -33,7 +33,7 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
     let config = folder.path().join("handfast.toml");
     std::fs::write(
         &config,
-        "[stuck]\nafter_attempts = 2\n[retry]\ninitial = \"10ms\"\nmax = \"1h\"\n",
+        "log_labels = [\"customer\"]\n[stuck]\nafter_attempts = 2\n[retry]\ninitial = \"10ms\"\nmax = \"1h\"\n",
     )
     .unwrap();
     let flags = ["--config", config.to_str().unwrap()];
@@ -72,6 +72,16 @@ async fn a_stuck_transaction_is_found_understood_hurried_and_resolved() {
     assert_eq!(code, 0);
     assert!(table.contains(&text) && table.contains("stuck"), "{table}");
 
+    let log = coordinator.log().lines();
+    let failed: Vec<_> =
+        log.iter().filter(|line| line["message"] == "call failed; will retry").collect();
+    assert!(!failed.is_empty());
+    for line in failed {
+        assert_eq!(
+            (line["xid"].as_str(), line["labels"].as_str()),
+            (Some(&*text), Some("customer=ann"))
+        );
+    }
     for (label, found) in [("customer=ann", 1), ("customer=an", 0), ("order=ann", 0)] {
         let list = json(&coordinator, &["list", "--label", label]).await;
         assert_eq!(list["transactions"].as_array().unwrap().len(), found, "{label}");

@@ -1,7 +1,7 @@
 //! The keys of the configuration: their names, defaults and meanings, and the checks between them. `handfast config` prints the
 //! comments of this file.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use handfast_proto::limits::{TIMEOUT_MAX, TIMEOUT_MIN};
 use humantime::format_duration as print;
@@ -59,6 +59,11 @@ pub(super) struct Keys {
     /// Flag: --log-format
     #[config(env = "HANDFAST_LOG_FORMAT", default = "auto", deserialize_with = value::parsed)]
     pub(super) log_format: LogFormat,
+
+    /// Labels that the log lines of a transaction show, by their keys: ["order", "customer"]. Labels may hold personal data, so none is
+    /// shown unless it is named here. In the environment, separate them with commas.
+    #[config(env = "HANDFAST_LOG_LABELS", default = [], deserialize_with = value::label_keys)]
+    pub(super) log_labels: Arc<[String]>,
 
     /// Longest time for an orderly shutdown, from the signal on. Keep it below the time after which the supervisor kills
     /// (Kubernetes: 30s).
@@ -200,6 +205,7 @@ impl Keys {
             store_unsafe: self.store_unsafe,
             log: self.log,
             log_format: self.log_format,
+            log_labels: self.log_labels,
             shutdown_grace: self.shutdown_grace,
             retention: self.retention,
             transaction_timeout: self.transaction.timeout,

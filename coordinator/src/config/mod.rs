@@ -7,7 +7,7 @@ mod load;
 mod tests;
 mod value;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 pub use self::{
     load::{Invalid, Sources},
@@ -33,6 +33,8 @@ pub struct Config {
     pub log: LogFilter,
     /// `log_format`
     pub log_format: LogFormat,
+    /// `log_labels`
+    pub log_labels: Arc<[String]>,
     /// `shutdown_grace`
     pub shutdown_grace: Duration,
     /// `retention`

@@ -1,10 +1,11 @@
 //! Parses values: text or TOML in, checked types out. Each error says what was found and what was expected.
 
 use std::{
-    collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration,
+    collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc,
+    time::Duration,
 };
 
-use handfast_proto::limits::PARTICIPANT_BYTES_MAX;
+use handfast_proto::limits::{LABEL_KEY_BYTES_MAX, LABELS_MAX, PARTICIPANT_BYTES_MAX};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use toml::Value;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
@@ -201,12 +202,28 @@ where
 pub(super) fn allow_list<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<AllowList, D::Error> {
+    let rules = texts(deserializer)?;
+    AllowList::parse(rules.iter().map(String::as_str)).map_err(D::Error::custom)
+}
+
+pub(super) fn label_keys<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Arc<[String]>, D::Error> {
+    let keys = texts(deserializer)?;
+    match keys.iter().find(|key| !(1..=LABEL_KEY_BYTES_MAX).contains(&key.len())) {
+        None if keys.len() <= LABELS_MAX => Ok(keys.into()),
+        None => Err(D::Error::custom(format!("a transaction has at most {LABELS_MAX} labels"))),
+        Some(key) => Err(D::Error::custom(format!(
+            "{key:?} is no key of a label: those have 1 to {LABEL_KEY_BYTES_MAX} bytes"
+        ))),
+    }
+}
+
+fn texts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let value = Value::deserialize(deserializer)?;
-    let rules: Option<Vec<&str>> =
-        value.as_array().and_then(|rules| rules.iter().map(Value::as_str).collect());
-    let rules =
-        rules.ok_or_else(|| D::Error::custom(format!("{value} is no list of texts in quotes")))?;
-    AllowList::parse(rules).map_err(D::Error::custom)
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let texts = value.as_array().and_then(|values| values.iter().map(text).collect());
+    texts.ok_or_else(|| D::Error::custom(format!("{value} is no list of texts in quotes")))
 }
 
 pub(super) fn participants<'de, D: Deserializer<'de>>(

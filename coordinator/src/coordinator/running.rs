@@ -128,7 +128,7 @@ impl Running {
             health: journal.health().clone(),
             held: self.held.clone(),
             tasks: tracker.clone(),
-            settings: self.settings,
+            settings: self.settings.clone(),
         };
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let partition = Partition::new(ownership, parts, outbox);

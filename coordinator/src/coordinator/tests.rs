@@ -41,6 +41,7 @@ fn running_on(store: Arc<dyn Store>, clock: ManualClock) -> Running {
         open_max: 1000,
         open_bytes_max: 1_000_000_000,
         stuck_after: StuckAfter { attempts: 3, time: 120 * second },
+        log_labels: Arc::default(),
     };
     Running::new(store, Arc::new(Nobody), Arc::new(clock), settings)
 }

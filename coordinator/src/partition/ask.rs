@@ -26,7 +26,7 @@ pub const COMMANDS_MAX: usize = 4096;
 pub const WAITING_MAX: usize = 2048;
 
 /// The part of the configuration that a partition needs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// Pauses between attempts.
     pub retry: RetryPolicy,
@@ -40,6 +40,8 @@ pub struct Settings {
     pub open_bytes_max: usize,
     /// When a decided transaction counts as stuck.
     pub stuck_after: StuckAfter,
+    /// The keys of the labels that log lines show.
+    pub log_labels: Arc<[String]>,
 }
 
 /// How far a transaction must have come before the answer is sent.

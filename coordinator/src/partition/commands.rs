@@ -181,7 +181,8 @@ impl Partition {
                 Ok(change) => {
                     let resolving = resolving.filter(|_| change.weight == Weight::Durable);
                     if let Some((branch_id, Resolution { operator, reason, .. })) = resolving {
-                        warn!(%xid, %branch_id, operator, reason, "an operator resolved a branch");
+                        let labels = self.labels_of(&self.entries[&xid].global);
+                        warn!(%xid, %branch_id, labels, operator, reason, "an operator resolved a branch");
                     }
                 }
                 Err(rejection) => {

@@ -236,7 +236,8 @@ impl Partition {
         let global = &self.entries[&xid].global;
         if global.state != before && global.state.is_final() {
             let took_ms = u64::try_from((now - global.begun_at).as_millis()).unwrap_or(u64::MAX);
-            info!(%xid, name = global.name, state = global.state.as_str(), took_ms, "finished");
+            let labels = self.labels_of(global);
+            info!(%xid, name = global.name, labels, state = global.state.as_str(), took_ms, "finished");
             crash_point!("finished.before_record");
         }
         self.drive(xid, hurry);

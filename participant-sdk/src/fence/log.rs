@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use handfast_proto::text;
 use tracing::Level;
 
 use super::verdict::Verdict;
@@ -12,9 +13,18 @@ use crate::{
 };
 
 /// `verdict`: `None` if the call failed before there was a verdict.
-pub(crate) fn log(branch: &Branch, verdict: Option<Verdict>, answer: &Answer, took: Duration) {
+///
+/// `labels`: the keys of the labels that the line shows.
+pub(crate) fn log(
+    branch: &Branch,
+    verdict: Option<Verdict>,
+    answer: &Answer,
+    took: Duration,
+    labels: &[String],
+) {
     let Branch { xid, branch_id, action, phase, attempt, .. } = branch;
     let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    let labels = text::labels(&branch.labels, labels);
     let (level, message) = headline(*phase, verdict, answer);
     let verdict = verdict.map_or("none", Verdict::as_str);
     // A refusal's message is not logged: it may contain a customer's name.
@@ -36,6 +46,7 @@ pub(crate) fn log(branch: &Branch, verdict: Option<Verdict>, answer: &Answer, to
                 action,
                 %phase,
                 attempt,
+                labels,
                 verdict,
                 took_ms,
                 reason,

@@ -50,7 +50,7 @@ impl<DB: FenceDb> Fence<DB> {
         let done = self.attempt_many(phase, branches, work).instrument(span).await;
         for (branch, done) in branches.iter().zip(&done) {
             if let Some((verdict, answer)) = done {
-                log::log(branch, *verdict, answer, began.elapsed());
+                log::log(branch, *verdict, answer, began.elapsed(), &self.log_labels);
             }
         }
         done.into_iter().map(|done| done.map(|(_, answer)| answer)).collect()

@@ -92,6 +92,7 @@ pub struct Fence<DB: FenceDb> {
     retention: Duration,
     forgotten_confirms: Arc<AtomicU64>,
     failed_batches: Arc<AtomicU64>,
+    log_labels: Arc<[String]>,
 }
 
 /// The result of [`Fence::enter`].
@@ -123,6 +124,7 @@ impl<DB: FenceDb> Fence<DB> {
             retention: RETENTION,
             forgotten_confirms: Arc::default(),
             failed_batches: Arc::default(),
+            log_labels: Arc::default(),
         }
     }
 
@@ -132,6 +134,13 @@ impl<DB: FenceDb> Fence<DB> {
     #[must_use]
     pub fn retention(self, retention: Duration) -> Self {
         Self { retention, ..self }
+    }
+
+    /// Sets which labels of a transaction the log lines of its calls show, by their keys: `["order"]`. By default none, because labels
+    /// may hold personal data. The xid is always shown.
+    #[must_use]
+    pub fn log_labels<K: Into<String>>(self, keys: impl IntoIterator<Item = K>) -> Self {
+        Self { log_labels: keys.into_iter().map(Into::into).collect(), ..self }
     }
 
     /// Level 1: runs `work` for this call, if it must run, in one local transaction together with the fence.
@@ -179,7 +188,7 @@ impl<DB: FenceDb> Fence<DB> {
         let attempt = self.attempt(branch, payload, work).instrument(span);
         let (verdict, answer) =
             attempt.await.unwrap_or_else(|error| (None, failed::<DB>(branch.phase, &error)));
-        log::log(branch, verdict, &answer, began.elapsed());
+        log::log(branch, verdict, &answer, began.elapsed(), &self.log_labels);
         answer
     }
 
@@ -298,7 +307,7 @@ impl<DB: FenceDb> Fence<DB> {
                 // This Try has inserted a row, and the caller will commit it. The row must not look like a reservation.
                 look.suspend::<DB>(connection).await?;
             }
-            log::log(branch, Some(look.verdict), &answer, began.elapsed());
+            log::log(branch, Some(look.verdict), &answer, began.elapsed(), &self.log_labels);
             return Ok(Entered::Answer { verdict: look.verdict, answer });
         }
         if branch.phase != Phase::Try {
@@ -366,6 +375,7 @@ impl<DB: FenceDb> Clone for Fence<DB> {
             retention: self.retention,
             forgotten_confirms: self.forgotten_confirms.clone(),
             failed_batches: self.failed_batches.clone(),
+            log_labels: self.log_labels.clone(),
         }
     }
 }

@@ -223,7 +223,7 @@ pub(crate) fn unreadable<Args: Payload>(branch: &Branch, error: &dyn Error) -> A
         field: "payload.data",
         message: format!("is not what {} takes ({kind}): {error}", branch.action),
     };
-    log::log(branch, None, &answer, Duration::ZERO);
+    log::log(branch, None, &answer, Duration::ZERO, &[]);
     answer
 }
 

@@ -88,7 +88,7 @@ impl Participant {
     pub async fn handle(&self, branch: &Branch, payload: &[u8]) -> Answer {
         let Some(served) = self.actions.get(branch.action.as_str()) else {
             let answer = Answer::NotServed(self.not_served(&branch.action));
-            log::log(branch, None, &answer, Duration::ZERO);
+            log::log(branch, None, &answer, Duration::ZERO, &[]);
             return answer;
         };
         let mut answer = served.handle(branch, payload).await;

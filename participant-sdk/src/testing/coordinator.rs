@@ -152,6 +152,7 @@ impl Coordinator {
                 open_max: 100_000,
                 open_bytes_max: 1_000_000_000,
                 stuck_after: StuckAfter { attempts: 8, time: Duration::from_secs(120) },
+                log_labels: Arc::default(),
             };
             let retention = Duration::from_secs(7 * 24 * 3600);
             let (engine, running) = Engine::start(store, dispatch, clock, settings, retention)

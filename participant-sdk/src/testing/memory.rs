@@ -200,7 +200,7 @@ impl MemoryFence {
                 (Some(verdict), answer)
             }
         };
-        log::log(branch, verdict, &answer, began.elapsed());
+        log::log(branch, verdict, &answer, began.elapsed(), &[]);
         answer
     }
 

@@ -82,6 +82,7 @@ impl Rig {
             open_max: 2000,
             open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: 120 * second },
+            log_labels: Arc::default(),
         };
         let (clocks, moody) = (Arc::new(clock.clone()), Arc::new(Moody::default()));
         let started = Coordinator::start(store, moody, clocks, settings, 60 * second).await;

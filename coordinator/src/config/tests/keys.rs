@@ -2,7 +2,7 @@
 
 /// Each key: its section and name, its variable, an example value in TOML and as text, and the resulting configuration by
 /// default and with that value.
-pub(super) const KEYS: [(&str, &str, &str, &str, &str, &str); 22] = [
+pub(super) const KEYS: [(&str, &str, &str, &str, &str, &str); 23] = [
     (
         "listen",
         "HANDFAST_LISTEN",
@@ -30,6 +30,7 @@ pub(super) const KEYS: [(&str, &str, &str, &str, &str, &str); 22] = [
         r#"LogFilter("warn,a::b=debug")"#,
     ),
     ("log_format", "HANDFAST_LOG_FORMAT", r#""json""#, "json", "Auto", "Json"),
+    ("log_labels", "HANDFAST_LOG_LABELS", r#"["order", "shop"]"#, "order, shop", "", "order shop"),
     ("shutdown_grace", "HANDFAST_SHUTDOWN_GRACE", r#""0s""#, "0s", "20s", "0ns"),
     ("retention", "HANDFAST_RETENTION", r#""1s""#, "1s", "604800s", "1s"),
     (

@@ -14,6 +14,7 @@ fn told(config: &Config, path: &str) -> String {
         "store_unsafe" => config.store_unsafe.to_string(),
         "log" => format!("{:?}", config.log),
         "log_format" => format!("{:?}", config.log_format),
+        "log_labels" => config.log_labels.join(" "),
         "shutdown_grace" => format!("{:?}", config.shutdown_grace),
         "retention" => format!("{:?}", config.retention),
         "participants" => {

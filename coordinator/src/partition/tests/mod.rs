@@ -73,6 +73,7 @@ impl Rig {
             open_max: 1000,
             open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: Duration::from_secs(120) },
+            log_labels: Arc::default(),
         })
         .await
     }
@@ -84,7 +85,7 @@ impl Rig {
 
     /// Another process takes over on the same store. The old one is left as it is, as if paused or dead.
     async fn restart(&self) -> Self {
-        Self::start(self.store.clone(), self.clock.clone(), self.settings).await
+        Self::start(self.store.clone(), self.clock.clone(), self.settings.clone()).await
     }
 
     async fn start(store: Arc<ScriptedStore>, clock: ManualClock, settings: Settings) -> Self {
@@ -99,7 +100,7 @@ impl Rig {
             health: journal.health().clone(),
             held: held.clone(),
             tasks: tasks.clone(),
-            settings,
+            settings: settings.clone(),
         };
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let (stop, journal_stop) = (CancellationToken::new(), CancellationToken::new());

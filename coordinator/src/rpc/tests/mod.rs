@@ -67,6 +67,7 @@ impl Rig {
             open_max: 1000,
             open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: Duration::from_secs(120) },
+            log_labels: Arc::default(),
         };
         let store = Arc::new(MemoryStore::default());
         let retention = Duration::from_secs(3600);

@@ -162,6 +162,7 @@ async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
         let _guard = tracing::subscriber::set_default(subscriber);
 
         let shop = place.alone().await;
+        let shop = Shop { fence: shop.fence.clone().log_labels(["order", "shop"]), ..shop };
         let secret = payload_that(2, "hunter2");
         let refuse = payload_that(2, "refuse");
         for (n, phase, payload) in [
@@ -175,11 +176,14 @@ async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
             (3, Phase::Try, &secret),
             (3, Phase::Cancel, &secret),
         ] {
-            shop.deliver(Level::Action, &branch(n, phase), payload).await;
+            let mut call = branch(n, phase);
+            call.labels.insert("order".to_owned(), "1042".to_owned());
+            call.labels.insert("card".to_owned(), "4111".to_owned());
+            shop.deliver(Level::Action, &call, payload).await;
         }
 
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
-        assert!(!text.contains("hunter2"));
+        assert!(!text.contains("hunter2") && !text.contains("4111"));
         let ours: Vec<serde_json::Value> = text
             .lines()
             .map(|line| serde_json::from_str(line).unwrap())
@@ -190,6 +194,7 @@ async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
             .map(|line| {
                 let fields = &line["fields"];
                 assert!(fields["took_ms"].is_u64() && fields["attempt"] == 1, "{line}");
+                assert_eq!(fields["labels"], "order=1042", "{line}");
                 assert!(fields["xid"].as_str().unwrap().starts_with("3-7-"), "{line}");
                 format!("{} {}: {}", line["level"], fields["verdict"], fields["message"])
             })

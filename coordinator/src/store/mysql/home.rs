@@ -8,10 +8,12 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use futures_util::future::join_all;
 use sqlx::{AssertSqlSafe, ConnectOptions as _};
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{
@@ -20,7 +22,7 @@ use super::{
     server::OpenError,
 };
 use crate::store::{
-    Error, Seat,
+    Error, Guard, Seat,
     sql::{CALL_TIMEOUT, Role, write},
 };
 
@@ -39,7 +41,15 @@ struct Place {
     server: Option<String>,
     /// The partition rows of the latest server that did not take a writer.
     rows: Vec<Seat>,
+    /// Epoch and number of the latest batch of each partition that this process knows to be durable.
+    recorded: BTreeMap<u16, (u32, u64)>,
+    /// Since when only servers answer that lack some of these.
+    lacking_since: Option<Instant>,
 }
+
+/// The writers do not move to a server that lacks what this process has recorded, as long as another one may come back. After this
+/// time they do: a batch then finds out what is lost.
+const LACKING_FOR: Duration = Duration::from_secs(30);
 
 /// A server that has answered, and its partition rows.
 struct Found {
@@ -66,6 +76,14 @@ impl Home {
     /// Whether something was written. Until then the process is a standby.
     pub(super) fn is_settled(&self) -> bool {
         self.place().server.is_some()
+    }
+
+    /// These batches of this process are durable.
+    pub(super) fn recorded(&self, guards: &[Guard]) {
+        if self.addresses.len() > 1 {
+            let latest = guards.iter().map(|it| (it.partition, (it.epoch, it.position)));
+            self.place().recorded.extend(latest);
+        }
     }
 
     /// The partitions that have a later epoch than these on a server that did not take a writer.
@@ -151,6 +169,7 @@ impl Home {
     fn settle(&self, server: &str) {
         let mut place = self.place();
         place.rows.clear();
+        place.lacking_since = None;
         let before = place.server.replace(server.to_owned());
         let address = self.addresses.name(place.address);
         drop(place);
@@ -238,6 +257,21 @@ impl Home {
         }
         let servers: Vec<_> = found.iter().map(|one| (&one.member, &one.rows[..])).collect();
         let name = |n: usize| self.addresses.name(found[n].address);
+        let recorded = self.place().recorded.clone();
+        let lacks = |rows: &[Seat]| {
+            rows.iter()
+                .any(|seat| recorded.get(&seat.partition) > Some(&(seat.epoch, seat.position)))
+        };
+        let fit = servers.iter().filter(|(member, _)| member.unfit.is_none());
+        if fit.clone().count() > 0 && fit.clone().all(|(_, rows)| lacks(rows)) {
+            let since = *self.place().lacking_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < LACKING_FOR {
+                return Err(Error::unavailable(format!(
+                    "the servers that may be written lack what this coordinator has recorded; waiting for another one: {}",
+                    silent.join("; ")
+                )));
+            }
+        }
         match choose(&servers, name) {
             Ok(chosen) => {
                 if !silent.is_empty() {

@@ -24,6 +24,7 @@ use std::{sync::Arc, time::Duration};
 
 use handfast_proto::Xid;
 use sqlx::{Connection as _, MySql as Db, MySqlConnection as Connection};
+use tokio::time::Instant;
 use tracing::warn;
 
 use self::{home::Home, member::Session};
@@ -46,10 +47,12 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 const WRITERS: u16 = 2;
 /// Connections for reads.
 const READERS: usize = 4;
-/// Attempts to take over a partition. An attempt fails if it waits too long for a batch of the previous owner.
-const ACQUIRE_ATTEMPTS: usize = 6;
-/// Pause between two of them.
-const ACQUIRE_PAUSE: Duration = Duration::from_millis(500);
+/// A takeover of a partition is tried at least so often, and at least for so long. An attempt fails if it waits too long for a batch
+/// of the previous owner, or if a batch of a busy owner is certified meanwhile (Galera).
+const ACQUIRE_ATTEMPTS_MIN: u32 = 6;
+const ACQUIRE_PATIENCE: Duration = Duration::from_secs(15);
+/// Pauses between attempts, in milliseconds. Random, so that they do not keep step with the owner's batches.
+const ACQUIRE_PAUSE_MILLIS: std::ops::Range<u64> = 10..200;
 
 /// How often the most contested partition was taken over. Bind: from, until.
 const TAKEOVERS: &str = "SELECT CAST(COALESCE(MAX(times), 0) AS SIGNED) FROM (SELECT COUNT(*) AS times FROM epoch \
@@ -233,17 +236,23 @@ impl Store for MySqlStore {
         // transaction loses against each of its batches, so take one partition after the other.
         let mut taken = Vec::with_capacity(partitions.len());
         for partition in partitions {
-            let mut attempts = 1;
+            let (mut attempts, began) = (1_u32, Instant::now());
             loop {
                 match self.acquire_once(&[*partition], owner, now).await {
                     Ok(ownership) => break taken.extend(ownership),
-                    Err(Error::Unavailable(cause)) if attempts < ACQUIRE_ATTEMPTS => {
-                        warn!(
-                            partition,
-                            attempts, cause, "the partition was not taken over; trying again"
-                        );
+                    Err(Error::Unavailable(cause))
+                        if attempts < ACQUIRE_ATTEMPTS_MIN
+                            || began.elapsed() < ACQUIRE_PATIENCE =>
+                    {
+                        if attempts.is_power_of_two() {
+                            warn!(
+                                partition,
+                                attempts, cause, "the partition was not taken over; trying again"
+                            );
+                        }
                         attempts += 1;
-                        tokio::time::sleep(ACQUIRE_PAUSE).await;
+                        let pause = rand::random_range(ACQUIRE_PAUSE_MILLIS);
+                        tokio::time::sleep(Duration::from_millis(pause)).await;
                     }
                     Err(error) => {
                         drop(self.release(&taken).await); // as far as it goes: the next owner takes them all the same
@@ -258,6 +267,9 @@ impl Store for MySqlStore {
     async fn append(&self, batch: &Batch) -> Result<Appended, Error> {
         let partition = batch.guards.first().map_or(0, |guard| guard.partition);
         let appended = write::append(self.writer_of(partition), batch, &self.counter).await;
+        if let Ok(Appended::Durable) = &appended {
+            self.home.recorded(&batch.guards);
+        }
         if let Err(Error::Unavailable(_)) = &appended {
             // A server that must not be written cannot take a batch that finds out whether this owner was replaced.
             let epochs = batch.guards.iter().map(|guard| (guard.partition, guard.epoch));

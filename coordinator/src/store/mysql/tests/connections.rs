@@ -1,5 +1,10 @@
 //! How connections are set up, and to which server they go.
 
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+
 use super::*;
 
 /// A user of this database only, whose name begins with `hostile`.
@@ -191,6 +196,69 @@ async fn two_servers_that_can_both_be_written_are_refused() {
     let error = store.acquire(&[3], "test", NOW).await.unwrap_err();
     assert!(matches!(error, Error::Corrupt(_)), "{error:?}");
     assert!(error.to_string().contains("can both be written, and are not one group"), "{error}");
+    other.drop().await;
+    one.drop().await;
+}
+
+/// Leads connections to a server, until it is closed.
+struct Gate(tokio::task::JoinHandle<()>);
+
+impl Gate {
+    async fn open(port: u16, server: &str) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+        let server = server.to_owned();
+        Self(tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (mut client, _) = listener.accept().await.unwrap();
+                let server = server.clone();
+                connections.spawn(async move {
+                    let mut upstream = TcpStream::connect(server).await.unwrap();
+                    drop(tokio::io::copy_bidirectional(&mut client, &mut upstream).await);
+                });
+            }
+        }))
+    }
+
+    async fn close(self) {
+        self.0.abort();
+        drop(self.0.await); // with its listener and its connections
+    }
+}
+
+/// The writers' server is away for a moment. The other address leads to a server that can be written, and that lacks everything.
+#[tokio::test]
+async fn an_owner_does_not_move_to_a_server_that_lacks_its_batches() {
+    let servers = servers();
+    let [one, other] = &servers[..] else { return };
+    let one = Database::new(one).await;
+    let other = one.namesake(other).await;
+    let ports = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let [first, second] = ports.map(|port| port.local_addr().unwrap().port());
+    let url = one.url().replace(one.address(), &format!("127.0.0.1:{first},127.0.0.1:{second}"));
+
+    let home = Gate::open(first, one.address()).await;
+    let store = MySqlStore::open(&url, true).await.unwrap();
+    let mut owner = Owner::of(&store).await;
+    let (early, late) = (keyed(&mut owner, 2), keyed(&mut owner, 2));
+    owner.insert(&early).await;
+    home.close().await;
+    let elsewhere = Gate::open(second, other.address()).await;
+    let batch = owner.batch(vec![inserted(&late)]);
+    let mut told = String::new();
+    for _ in 0..3 {
+        let Err(Error::Unavailable(cause)) = store.append(&batch).await else {
+            panic!("it has moved")
+        };
+        told = cause.to_string();
+    }
+    assert!(told.contains("lack what this coordinator has recorded"), "{told}");
+    elsewhere.close().await;
+    let _home = Gate::open(first, one.address()).await;
+    assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
+    let found = store.load(early.xid, owner.known(2)).await.unwrap();
+    assert_eq!(found, Lookup::Found(Box::new(early.recorded())));
+    drop(store);
     other.drop().await;
     one.drop().await;
 }

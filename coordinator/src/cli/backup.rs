@@ -18,8 +18,8 @@ use super::{Failure, failure::Code, talk};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  handfast backup --store sqlite:handfast.db handfast-monday.backup
-  HANDFAST_STORE=sqlite:handfast.db handfast backup /backups/handfast-monday.backup")]
+  HANDFAST_STORE=sqlite:handfast.db handfast backup /backups/handfast-monday.backup
+  handfast backup --store sqlite:handfast.db handfast-monday.backup")]
 pub(super) struct Backup {
     /// The new file. A file that exists is not overwritten
     #[arg(value_name = "FILE")]

@@ -8,6 +8,8 @@ pub const BRANCHES_MAX: usize = 64;
 pub const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
 /// Bytes of all payloads of one global transaction together. They must fit into one request.
 pub const PAYLOADS_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of the result that is kept with a confirmed transaction. It is written in the batch of the decision.
+pub const RESULT_BYTES_MAX: usize = 4 * 1024;
 /// Bytes of a content type.
 pub const CONTENT_TYPE_BYTES_MAX: usize = 128;
 /// Bytes of the name of a global transaction.

@@ -168,7 +168,7 @@ async fn purging(store: Arc<ScriptedStore>, clock: &ManualClock) -> (Arc<Coordin
     running.take_over(&[3]).await.unwrap();
     let coordinator = Coordinator::of(&running);
     let xid = coordinator.begin(new(Some(3)), Until::Now).await.unwrap().global.xid;
-    let confirm = What::Decide(DecisionRequest::Confirm { tried: [].into() });
+    let confirm = What::Decide(DecisionRequest::Confirm { tried: [].into(), result: None });
     coordinator.ask(xid, confirm, Until::Now, Duration::ZERO).await.unwrap();
     let purging = coordinator.clone();
     tokio::spawn(async move { purging.purge(RETENTION).await });

@@ -239,6 +239,8 @@ impl Room {
         let rows = 1 + new.len() + write.changed_branches.len();
         let bytes =
             rows * ROW_BYTES + new.iter().map(|branch| carried(&branch.spec)).sum::<usize>();
+        let result = write.new_result().map_or(0, |result| result.data.len());
+        let bytes = bytes + result;
         let is_empty = self.rows == BATCH_ROWS_MAX;
         if !is_empty && (rows > self.rows || bytes > self.bytes) {
             return false;

@@ -93,8 +93,10 @@ pub(super) fn bytes_of(global: &GlobalTransaction) -> usize {
         Some(CancelCause::TimedOut | CancelCause::CoordinatorRestarted) | None => 0,
     };
     let settled = global.settled.as_ref().map_or(0, |by| by.operator.len() + by.reason.len());
+    let result =
+        global.result.as_ref().map_or(0, |result| result.data.len() + result.content_type.len());
     let branches: usize = global.branches.iter().map(bytes_of_branch).sum();
-    TRANSACTION_BYTES + global.name.len() + labels + cancel + settled + branches
+    TRANSACTION_BYTES + global.name.len() + labels + cancel + settled + result + branches
 }
 
 fn bytes_of_branch(branch: &Branch) -> usize {

@@ -256,7 +256,8 @@ impl AdminService for Services {
         let (filter, limit) = request::list(request.into_inner(), self.coordinator.stuck_now())?;
         let (found, next) = self.coordinator.list(&filter, limit).await?;
         let message = |global: Arc<GlobalTransaction>| {
-            Some(((global.begun_at, global.xid), self.transaction(&global)?))
+            let transaction = pb::Transaction { result: None, ..self.transaction(&global)? };
+            Some(((global.begun_at, global.xid), transaction))
         };
         Ok(Response::new(response::page(found.into_iter().filter_map(message).collect(), next)))
     }

@@ -231,7 +231,9 @@ fn branch(
         )?,
         target: words(format!("{field}.target"), target, limits::TARGET_BYTES_MAX)?,
         payload: payload
-            .map(|message| self::payload(&format!("{field}.payload"), message))
+            .map(|message| {
+                self::payload(&format!("{field}.payload"), message, limits::PAYLOAD_BYTES_MAX)
+            })
             .transpose()?,
         carry_payload,
         try_timeout: try_timeout
@@ -256,10 +258,9 @@ fn branch(
     }
 }
 
-fn payload(field: &str, message: pb::Payload) -> Result<Payload, Invalid> {
-    if message.data.len() > limits::PAYLOAD_BYTES_MAX {
-        let problem =
-            format!("has {} bytes, and may have {}", message.data.len(), limits::PAYLOAD_BYTES_MAX);
+fn payload(field: &str, message: pb::Payload, bytes_max: usize) -> Result<Payload, Invalid> {
+    if message.data.len() > bytes_max {
+        let problem = format!("has {} bytes, and may have {bytes_max}", message.data.len());
         return invalid(format!("{field}.data"), problem);
     }
     let content_type = words(
@@ -333,7 +334,9 @@ pub(super) fn decide(request: pb::DecideRequest) -> Result<(Xid, What), Invalid>
             let tried: BTreeSet<_> = tried
                 .map(|(n, id)| branch_id(&format!("tried_branch_ids[{n}]"), id))
                 .collect::<Result<_, _>>()?;
-            DecisionRequest::Confirm { tried }
+            let result = request.result;
+            let result = result.map(|it| payload("result", it, limits::RESULT_BYTES_MAX));
+            DecisionRequest::Confirm { tried, result: result.transpose()?.map(Box::new) }
         }
         pb::Decision::Cancel => DecisionRequest::Cancel(match request.refusal {
             None if !request.unknown_branch_id.is_empty() => CancelCause::TryUnknown {

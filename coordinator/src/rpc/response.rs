@@ -13,8 +13,8 @@ use crate::{
     dispatch::Targets,
     store::Listed,
     transaction::{
-        Branch, BranchState, Call, CancelCause, Decision, Drive, GlobalTransaction, Refusal, State,
-        Timestamp,
+        Branch, BranchState, Call, CancelCause, Decision, Drive, GlobalTransaction, Payload,
+        Refusal, State, Timestamp,
     },
 };
 
@@ -74,6 +74,7 @@ pub(super) fn head(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
         branches: Vec::new(),
         stuck,
         timeout: Some(wire_duration(global.expires_at - global.begun_at)),
+        result: global.result.as_deref().map(payload),
     }
 }
 
@@ -125,11 +126,14 @@ pub(super) fn replies(global: &GlobalTransaction) -> Vec<pb::TryReply> {
     }
     let reply = |branch: &Branch| {
         let reply = branch.reply.as_ref()?;
-        let reply =
-            pb::Payload { data: reply.data.clone(), content_type: reply.content_type.clone() };
-        Some(pb::TryReply { branch_id: branch.spec.branch_id.to_string(), reply: Some(reply) })
+        let branch_id = branch.spec.branch_id.to_string();
+        Some(pb::TryReply { branch_id, reply: Some(payload(reply)) })
     };
     global.branches.iter().filter_map(reply).collect()
+}
+
+fn payload(payload: &Payload) -> pb::Payload {
+    pb::Payload { data: payload.data.clone(), content_type: payload.content_type.clone() }
 }
 
 fn state(state: State) -> pb::TransactionState {

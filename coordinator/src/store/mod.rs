@@ -28,7 +28,7 @@ use std::{collections::BTreeMap, error::Error as StdError, fmt, sync::Arc, time:
 use handfast_proto::Xid;
 
 use self::judge::{Epoch, PartitionRow, Row, judge, loss};
-use crate::transaction::{BranchSet, GlobalTransaction, State, StuckAfter, Timestamp};
+use crate::transaction::{BranchSet, GlobalTransaction, Payload, State, StuckAfter, Timestamp};
 
 /// The number of partitions. Fixed when the store is made, since an xid contains its partition.
 pub const PARTITIONS: u16 = 16;
@@ -111,6 +111,14 @@ pub struct Write {
     pub new_branches: usize,
     /// Earlier branches whose rows change.
     pub changed_branches: BranchSet,
+}
+
+impl Write {
+    /// The result that is recorded with this write. Later writes leave it as it is.
+    pub(crate) fn new_result(&self) -> Option<&Payload> {
+        let is_new = self.before.is_none_or(|before| before == State::Trying);
+        self.global.result.as_deref().filter(|_| is_new)
+    }
 }
 
 /// How a transaction's own row changes.

@@ -70,6 +70,8 @@ pub enum DecisionRequest {
     Confirm {
         /// The branches whose Try answered OK. They must be exactly the registered branches.
         tried: BTreeSet<BranchId>,
+        /// What the operation came to, for a repeat. At most `limits::RESULT_BYTES_MAX`.
+        result: Option<Box<Payload>>,
     },
     /// Release what was reserved.
     Cancel(CancelCause),
@@ -214,7 +216,7 @@ impl GlobalTransaction {
             DecisionRequest::Confirm { .. } if self.drive != Drive::Initiator => {
                 Err(Rejection::CoordinatorDriven)
             }
-            DecisionRequest::Confirm { tried } => {
+            DecisionRequest::Confirm { tried, result } => {
                 // A nested service may have registered a branch that the initiator does not know and that was never tried. To
                 // confirm "all branches" would confirm that one, too.
                 let registered: BTreeSet<_> =
@@ -225,6 +227,7 @@ impl GlobalTransaction {
                         not_registered: tried.difference(&registered).cloned().collect(),
                     });
                 }
+                self.result = result;
                 Ok(self.decide(State::Confirming, now))
             }
         }

@@ -367,6 +367,8 @@ pub struct GlobalTransaction {
     pub finished_at: Option<Timestamp>,
     /// Why it was cancelled; `None` unless it was.
     pub cancel: Option<CancelCause>,
+    /// What the initiator gave with its Confirm, for a repeat. Written with the decision.
+    pub result: Option<Box<Payload>>,
     /// Its idempotency key, if the initiator gave one.
     pub key: Option<Key>,
     /// In order of registration. The list grows only while trying.
@@ -399,6 +401,7 @@ impl GlobalTransaction {
             decided_at: None,
             finished_at: None,
             cancel: None,
+            result: None,
             key: new.key,
             branches: new.branches.into_iter().map(|spec| Branch::registered(spec, now)).collect(),
             settled: None,

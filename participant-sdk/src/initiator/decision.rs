@@ -15,7 +15,7 @@ use tonic::Status;
 
 use super::{
     ledger::{CallError, Calls},
-    outcome::{Confirmed, Recorded, TransactionError},
+    outcome::{Confirmation, Recorded, TransactionError},
 };
 use crate::{
     error::BoxError,
@@ -124,16 +124,18 @@ impl Decider {
         &self,
         xid: Xid,
         tried: &BTreeSet<BranchId>,
-    ) -> Result<Confirmed<()>, TransactionError> {
+        result: Option<pb::Payload>,
+    ) -> Result<Confirmation, TransactionError> {
         let request = pb::DecideRequest {
             decision: pb::Decision::Confirm.into(),
             tried_branch_ids: tried.iter().map(ToString::to_string).collect(),
+            result,
             ..pb::DecideRequest::default()
         };
         match self.decide(xid, request).await {
             Ok(transaction) => {
-                let confirmed = self.recorded(xid, &transaction)?;
-                Ok(Confirmed { value: Some(()), ..confirmed })
+                let confirmation = self.recorded(xid, &transaction)?;
+                Ok(Confirmation { by_this_run: true, ..confirmation })
             }
             Err(status) => match Reason::of(&status) {
                 Reason::AlreadyDecided => self.look(xid, status).await,
@@ -160,13 +162,13 @@ impl Decider {
         &self,
         xid: Xid,
         cancel: Box<Cancel>,
-    ) -> Result<Confirmed<()>, TransactionError> {
+    ) -> Result<Confirmation, TransactionError> {
         let Cancel { request, error } = *cancel;
         let request = pb::DecideRequest { decision: pb::Decision::Cancel.into(), ..request };
         match self.decide(xid, request).await {
             Ok(transaction) => match Recorded::of(xid, &transaction) {
                 // Another run with this key has confirmed it.
-                Recorded::Confirmed { completed } => Ok(Confirmed { xid, value: None, completed }),
+                Recorded::Confirmed(confirmation) => Ok(confirmation),
                 // `error` says more than the record.
                 Recorded::Cancelled(_) => Err(error),
                 Recorded::Undecided => Err(self.unknown(xid, NO_DECISION.into())),
@@ -188,11 +190,11 @@ impl Decider {
     }
 
     /// The opposite decision had been made before. Reads it.
-    async fn look(&self, xid: Xid, status: Status) -> Result<Confirmed<()>, TransactionError> {
+    async fn look(&self, xid: Xid, status: Status) -> Result<Confirmation, TransactionError> {
         let by = By::Xid(xid.to_string());
         let found = self.handfast.get(by, from_now(self.patience)).await;
         match found.map(|found| Recorded::of(xid, &found)) {
-            Ok(Recorded::Confirmed { completed }) => Ok(Confirmed { xid, value: None, completed }),
+            Ok(Recorded::Confirmed(confirmation)) => Ok(confirmation),
             Ok(Recorded::Cancelled(error)) => Err(error),
             Ok(Recorded::Undecided) | Err(_) => Err(self.unknown(xid, status_error(&status))),
         }
@@ -203,9 +205,9 @@ impl Decider {
         &self,
         xid: Xid,
         transaction: &pb::Transaction,
-    ) -> Result<Confirmed<()>, TransactionError> {
+    ) -> Result<Confirmation, TransactionError> {
         match Recorded::of(xid, transaction) {
-            Recorded::Confirmed { completed } => Ok(Confirmed { xid, value: None, completed }),
+            Recorded::Confirmed(confirmation) => Ok(confirmation),
             Recorded::Cancelled(error) => Err(error),
             Recorded::Undecided => Err(self.unknown(xid, NO_DECISION.into())),
         }

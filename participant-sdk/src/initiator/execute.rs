@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 
 use super::{
     description::{Description, PATIENCE, TIMEOUT},
-    outcome::{Recorded, TransactionError},
+    outcome::{Confirmation, Recorded, TransactionError},
 };
 use crate::{
     contract::{Contract, Payload, TRY_TIMEOUT},
@@ -158,7 +158,7 @@ impl ExecuteBuilder {
         match Recorded::of(xid, &transaction) {
             Recorded::Undecided => Err(unknown(Some(xid), key, "it is not decided yet".into())),
             Recorded::Cancelled(error) => Err(error),
-            Recorded::Confirmed { completed } => {
+            Recorded::Confirmed(Confirmation { completed, .. }) => {
                 let replies =
                     response.replies.into_iter().map(|reply| reply.reply.unwrap_or_default().data);
                 let replies = (!response.existed).then(|| replies.collect());

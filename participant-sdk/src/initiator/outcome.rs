@@ -24,10 +24,25 @@ pub struct Confirmed<T> {
     /// The transaction.
     pub xid: Xid,
     /// What the closure returned. `None`: another run with this key has confirmed the transaction, so the value of this run's
-    /// closure does not count.
+    /// closure does not count, and no value of that run was kept, or it cannot be read. See
+    /// [`TransactionBuilder::run_and_remember`](crate::TransactionBuilder::run_and_remember).
     pub value: Option<T>,
     /// Every participant has acknowledged. If not, the coordinator is still asking, and will until they have.
     pub completed: bool,
+    /// A value was kept and cannot be read as this type, and why: a later version of the program may have another type. The
+    /// transaction is confirmed all the same.
+    pub unreadable: Option<String>,
+}
+
+/// What is known of a transaction that is confirmed.
+pub(super) struct Confirmation {
+    pub(super) xid: Xid,
+    /// Every participant has acknowledged.
+    pub(super) completed: bool,
+    /// This run has asked for it. False: an earlier run has, or another one at the same time.
+    pub(super) by_this_run: bool,
+    /// The value that the coordinator keeps with it.
+    pub(super) result: Option<pb::Payload>,
 }
 
 /// The transaction is not confirmed, or it is not known whether it is.
@@ -235,10 +250,7 @@ impl Handfast {
 /// What the coordinator's record of a transaction means for the program that runs it.
 pub(super) enum Recorded {
     Undecided,
-    Confirmed {
-        /// Every participant has acknowledged.
-        completed: bool,
-    },
+    Confirmed(Confirmation),
     /// It is cancelled, and this says why.
     Cancelled(TransactionError),
 }
@@ -249,7 +261,8 @@ impl Recorded {
             pb::Decision::Unspecified => Self::Undecided,
             pb::Decision::Confirm => {
                 let completed = transaction.state() == pb::TransactionState::Confirmed;
-                Self::Confirmed { completed }
+                let result = transaction.result.clone();
+                Self::Confirmed(Confirmation { xid, completed, by_this_run: false, result })
             }
             pb::Decision::Cancel => Self::Cancelled(why_cancelled(xid, transaction)),
         }

@@ -6,7 +6,7 @@ use handfast_proto::{
     Xid, reason,
     v1::{self as pb, get_transaction_request::By},
 };
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
@@ -15,9 +15,10 @@ use super::{
     description::{Description, PATIENCE, TIMEOUT},
     global::Global,
     ledger::Calls,
-    outcome::{Confirmed, Recorded, TransactionError},
+    outcome::{Confirmation, Confirmed, Recorded, TransactionError},
     propagation,
     registrar::Closed,
+    remembered::Memory,
 };
 use crate::{
     async_func::AsyncFunc,
@@ -93,7 +94,8 @@ impl TransactionBuilder {
     /// Runs the transaction: `work` calls the participants, then it is decided. `Ok` confirms, `Err` cancels; if any call was
     /// refused or had no clear answer it is cancelled too, also when `work` has swallowed the error.
     ///
-    /// With an idempotency key that was decided before, `work` does not run; the outcome that stands is returned.
+    /// With an idempotency key that was decided before, `work` does not run; the outcome that stands is returned, without a value.
+    /// [`run_and_remember`](Self::run_and_remember) brings the value back, too.
     ///
     /// ```no_run
     /// # use handfast::{Contract, Handfast, Json, Remote};
@@ -129,26 +131,64 @@ impl TransactionBuilder {
     where
         F: for<'g> AsyncFunc<&'g Global, Result<T, WorkError>, Future: Send>,
     {
+        self.run_with(None, work).await
+    }
+
+    /// As [`run`](Self::run), and the coordinator keeps the value of `work` with the decision: a later run with the same idempotency
+    /// key gets it back. Of several runs at the same time, all get the value of the one that has confirmed. Without a key nothing is
+    /// kept.
+    ///
+    /// The value is kept as JSON of at most 4 KiB, for as long as the transaction, and whoever may read the transaction may read it.
+    /// A value that cannot be kept cancels the transaction, and the error says why. A kept value that cannot be read as `T` is told
+    /// in [`Confirmed::unreadable`]. A coordinator that is older than this function keeps no value: a later run gets `None`.
+    ///
+    /// # Errors
+    ///
+    /// See [`TransactionError`]: what each means for the user is different.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`run`](Self::run).
+    pub async fn run_and_remember<T, F>(self, work: F) -> Result<Confirmed<T>, TransactionError>
+    where
+        T: Serialize + DeserializeOwned,
+        F: for<'g> AsyncFunc<&'g Global, Result<T, WorkError>, Future: Send>,
+    {
+        self.run_with(Some(&Memory::JSON), work).await
+    }
+
+    async fn run_with<T, F>(
+        self,
+        memory: Option<&Memory<T>>,
+        work: F,
+    ) -> Result<Confirmed<T>, TransactionError>
+    where
+        F: for<'g> AsyncFunc<&'g Global, Result<T, WorkError>, Future: Send>,
+    {
+        let memory = memory.filter(|_| self.description.key().is_some());
         match self.earlier().await? {
             Earlier::Nothing => {}
-            Earlier::Confirmed { xid, completed } => {
-                return Ok(Confirmed { xid, value: None, completed });
-            }
+            Earlier::Confirmed(confirmation) => return Ok(confirmation.with_value(memory, None)),
             Earlier::Cancelled(error) => return Err(error),
         }
         let open = self.open();
         let global = open.global.clone();
         let within = propagation::scope(global.clone(), work(&global));
         let worked = tokio::time::timeout_at(global.deadline(), within).await;
+        let mut result = None;
         let (value, failed) = match worked {
-            Ok(Ok(value)) => (Some(value), None),
+            Ok(Ok(value)) => match memory.map(|memory| (memory.write)(&value)).transpose() {
+                Ok(kept) => {
+                    result = kept;
+                    (Some(value), None)
+                }
+                Err(why) => (None, Some(Failure::Work(why.into()))),
+            },
             Ok(Err(WorkError(error))) => (None, Some(Failure::Work(error))),
             Err(_) => (None, Some(Failure::TimedOut)),
         };
-        let confirmed = open.end(failed).await?;
-        // If another run with the same key has confirmed it, the value of this run does not count.
-        let value = if confirmed.value.is_some() { value } else { None };
-        Ok(Confirmed { xid: confirmed.xid, value, completed: confirmed.completed })
+        let confirmation = open.end(failed, result).await?;
+        Ok(confirmation.with_value(memory, value))
     }
 
     /// Begins the transaction and hands it over, for programs that decide in another place than they try. With a key it is durable
@@ -164,13 +204,13 @@ impl TransactionBuilder {
         };
         match self.earlier().await? {
             Earlier::Nothing => {}
-            Earlier::Confirmed { xid, .. } => return Err(confirmed_before(xid)),
+            Earlier::Confirmed(confirmation) => return Err(confirmed_before(confirmation.xid)),
             Earlier::Cancelled(error) => return Err(error),
         }
         let open = self.open();
         match open.global.xid().await {
             Ok(_) => Ok(open),
-            Err(error) => Err(match open.end(Some(Failure::Work(error.into()))).await {
+            Err(error) => Err(match open.end(Some(Failure::Work(error.into())), None).await {
                 Ok(confirmed) => confirmed_before(confirmed.xid),
                 Err(error) => error,
             }),
@@ -240,10 +280,7 @@ fn other_arguments(status: &Status) -> BoxError {
 enum Earlier {
     /// No decision: this run goes on.
     Nothing,
-    Confirmed {
-        xid: Xid,
-        completed: bool,
-    },
+    Confirmed(Confirmation),
     Cancelled(TransactionError),
 }
 
@@ -251,7 +288,7 @@ impl Earlier {
     fn of(xid: Xid, transaction: &pb::Transaction) -> Self {
         match Recorded::of(xid, transaction) {
             Recorded::Undecided => Self::Nothing,
-            Recorded::Confirmed { completed } => Self::Confirmed { xid, completed },
+            Recorded::Confirmed(confirmation) => Self::Confirmed(confirmation),
             Recorded::Cancelled(error) => Self::Cancelled(error),
         }
     }
@@ -283,7 +320,7 @@ impl OpenTransaction {
     ///
     /// See [`TransactionError`].
     pub async fn confirm(self) -> Result<Confirmed<()>, TransactionError> {
-        self.end(None).await
+        Ok(self.end(None, None).await?.with_value(None, Some(())))
     }
 
     /// Cancels it, with a reason for people. Once this returns `Ok` it is cancelled, for ever.
@@ -293,7 +330,7 @@ impl OpenTransaction {
     /// [`TransactionError::Unknown`] when there was no answer: it will be cancelled when its time runs out.
     pub async fn cancel(self, reason: impl Into<String>) -> Result<(), TransactionError> {
         let idempotency_key = self.decider.key.clone();
-        match self.end(Some(Failure::Work(reason.into().into()))).await {
+        match self.end(Some(Failure::Work(reason.into().into())), None).await {
             Err(
                 TransactionError::Cancelled { .. }
                 | TransactionError::Refused { .. }
@@ -301,15 +338,19 @@ impl OpenTransaction {
                 | TransactionError::NotBegun { .. },
             ) => Ok(()),
             Err(unknown @ TransactionError::Unknown { .. }) => Err(unknown),
-            Ok(Confirmed { xid, .. }) => {
+            Ok(Confirmation { xid, .. }) => {
                 let cause = "it has been confirmed by another run with the same key".into();
                 Err(TransactionError::Unknown { xid: Some(xid), idempotency_key, cause })
             }
         }
     }
 
-    /// Decides, and returns the decision that was recorded. `value` is there if this run has confirmed it.
-    async fn end(mut self, failure: Option<Failure>) -> Result<Confirmed<()>, TransactionError> {
+    /// Decides, and returns the decision that was recorded. `result` is kept with Confirm.
+    async fn end(
+        mut self,
+        failure: Option<Failure>,
+        result: Option<pb::Payload>,
+    ) -> Result<Confirmation, TransactionError> {
         if failure.is_none() && matches!(self.global.calls(), Calls::Tried(_)) {
             // A transaction without calls is begun only here. Confirm needs its xid.
             drop(self.global.xid().await);
@@ -323,7 +364,7 @@ impl OpenTransaction {
             }
             Closed::DecidedBefore { xid, transaction } => self.decider.recorded(xid, &transaction),
             Closed::Begun { xid, .. } => match Decide::of(xid, failure, calls) {
-                Decide::Confirm { tried } => self.decider.confirm(xid, &tried).await,
+                Decide::Confirm { tried } => self.decider.confirm(xid, &tried, result).await,
                 Decide::Cancel(cancel) => self.decider.cancel(xid, cancel).await,
             },
         }

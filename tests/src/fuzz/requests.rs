@@ -311,6 +311,10 @@ impl Asking<'_> {
             message: self.random.text(),
             metadata: self.random.texts(),
         });
+        let result = self.random.once_in(4).then(|| pb::Payload {
+            data: self.random.payload(&[0, 1, 4096, 4097]).into(),
+            content_type: self.random.text_of(&["application/json"]),
+        });
         pb::DecideRequest {
             xid: self.xid(),
             decision: self.random.of(&[0, 1, 1, 2, 2, 7, -1]),
@@ -319,6 +323,7 @@ impl Asking<'_> {
             refusal,
             refused_branch_id: self.random.text_of(&["", "1"]),
             unknown_branch_id: self.random.text_of(&["", "1"]),
+            result,
             until: self.random.of(&[0, 1, 2, 9]),
             wait: self.random.duration(),
         }

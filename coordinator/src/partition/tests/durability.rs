@@ -215,7 +215,7 @@ async fn a_keyed_transaction_without_branches_is_recorded_with_its_decision() {
     let begun = rig.begin(NewTransaction { branches: Vec::new(), ..keyed(7, 1) });
     let xid = begun.answer().await.unwrap().global.xid;
     let tried = BTreeSet::new();
-    let decide = What::Decide(DecisionRequest::Confirm { tried });
+    let decide = What::Decide(DecisionRequest::Confirm { tried, result: None });
     let global = rig.ask(xid, decide, Until::Now).answer().await.unwrap().global;
     assert_eq!(global.state, State::Confirmed);
     let heads: Vec<_> = rig

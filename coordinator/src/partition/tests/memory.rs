@@ -160,7 +160,11 @@ async fn a_caller_who_gave_up_does_not_keep_a_transaction_in_memory() {
     let rig = with_late_retries().await;
     let xid = rig.begun().await;
     let tried = ["1", "2"].map(|id| id.parse().unwrap()).into();
-    let waiting = rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Completed);
+    let waiting = rig.ask(
+        xid,
+        What::Decide(DecisionRequest::Confirm { tried, result: None }),
+        Until::Completed,
+    );
     rig.call().await.done().await;
     let second = rig.call().await;
     drop(waiting); // the SDK waits for two seconds

@@ -136,7 +136,7 @@ impl Rig {
 
     fn confirm(&self, xid: Xid) -> Waiting {
         let tried = ["1", "2"].map(|id| id.parse().unwrap()).into();
-        self.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Now)
+        self.ask(xid, What::Decide(DecisionRequest::Confirm { tried, result: None }), Until::Now)
     }
 
     fn cancel(&self, xid: Xid) -> Waiting {

@@ -54,7 +54,7 @@ async fn a_failed_call_is_repeated_after_its_pause_and_with_more_time_after_a_ti
     let rig = Rig::new().await;
     let xid = rig.begin(new(&["1"])).answer().await.unwrap().global.xid;
     let tried = ["1".parse().unwrap()].into();
-    rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried }), Until::Now)
+    rig.ask(xid, What::Decide(DecisionRequest::Confirm { tried, result: None }), Until::Now)
         .answer()
         .await
         .unwrap();

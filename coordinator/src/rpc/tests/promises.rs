@@ -310,6 +310,46 @@ async fn a_try_without_a_clear_answer_is_recorded_as_such() {
     invalid(rig.decide(bad).await, "unknown_branch_id", "a-z");
 }
 
+#[tokio::test]
+async fn the_result_of_the_first_confirm_is_kept_and_told_to_every_repeat() {
+    let rig = Rig::new().await;
+    let first = pb::BeginRequest { idempotency_key: "order-1042".to_owned(), ..begin(&["1"]) };
+    let xid = rig.begin(first.clone()).await.unwrap().transaction.unwrap().xid;
+    let payload = |bytes: usize, content_type: &str| {
+        Some(pb::Payload { data: vec![7; bytes].into(), content_type: content_type.to_owned() })
+    };
+    let confirm = |result| pb::DecideRequest {
+        xid: xid.clone(),
+        decision: pb::Decision::Confirm.into(),
+        tried_branch_ids: vec!["1".to_owned()],
+        result,
+        ..Default::default()
+    };
+    // What is too large is refused, and nothing is decided.
+    invalid(rig.decide(confirm(payload(4097, ""))).await, "result.data", "may have 4096");
+    let long = "x".repeat(129);
+    invalid(rig.decide(confirm(payload(1, &long))).await, "result.content_type", "128");
+    assert_eq!(rig.get(&xid).await.unwrap().state(), pb::TransactionState::Trying);
+    let kept = payload(4096, "application/json");
+    assert_eq!(rig.decide(confirm(kept.clone())).await.unwrap().result, kept);
+    // A repeat with another one, or with none, is told the first one.
+    for other in [payload(1, "application/json"), None] {
+        assert_eq!(rig.decide(confirm(other)).await.unwrap().result, kept);
+    }
+    rig.completed(&xid).await;
+    assert_eq!(rig.get(&xid).await.unwrap().result, kept);
+    let again = rig.begin(first).await.unwrap();
+    assert_eq!((again.existed, again.transaction.unwrap().result), (true, kept));
+    let listed = pb::ListTransactionsRequest::default();
+    let listed = rig.services.list_transactions(Request::new(listed)).await.unwrap().into_inner();
+    assert!(listed.transactions.iter().all(|listed| listed.result.is_none()), "{listed:?}");
+    // With Cancel it is ignored, too large or not.
+    let xid = rig.begun(&["1"]).await;
+    let decision = pb::Decision::Cancel.into();
+    let cancel = pb::DecideRequest { xid, decision, ..confirm(payload(4097, "")) };
+    assert_eq!(rig.decide(cancel).await.unwrap().result, None);
+}
+
 /// tonic answers CANCELLED when a call reaches its deadline, which could be mistaken for an outcome.
 #[tokio::test]
 async fn a_call_with_a_deadline_is_answered_before_it() {

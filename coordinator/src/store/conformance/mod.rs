@@ -49,6 +49,7 @@ on_every_store! {
     records {
         what_was_appended_comes_back
         every_kind_of_record_comes_back
+        a_result_is_kept_as_it_was_decided
         many_changes_of_one_batch_come_back
         resolved_branches_are_remembered
     }
@@ -229,7 +230,7 @@ pub(super) fn cancel(global: &mut GlobalTransaction, cause: CancelCause) {
 
 pub(super) fn confirm(global: &mut GlobalTransaction) {
     let tried = global.branches.iter().map(|branch| branch.spec.branch_id.clone()).collect();
-    let event = Event::DecisionRequested(DecisionRequest::Confirm { tried });
+    let event = Event::DecisionRequested(DecisionRequest::Confirm { tried, result: None });
     global.apply(event, NOW + Duration::from_secs(1)).unwrap();
 }
 

@@ -1,5 +1,7 @@
 //! A recorded transaction is read back unchanged.
 
+use handfast_proto::limits;
+
 use super::*;
 
 pub(super) async fn what_was_appended_comes_back(store: &dyn Store) {
@@ -102,6 +104,57 @@ pub(super) async fn every_kind_of_record_comes_back(store: &dyn Store) {
     }
 }
 
+pub(super) async fn a_result_is_kept_as_it_was_decided(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let confirm_with = |global: &mut GlobalTransaction, data: Vec<u8>| {
+        let tried = global.branches.iter().map(|branch| branch.spec.branch_id.clone()).collect();
+        let content_type = "application/json".to_owned();
+        let result = Some(Box::new(Payload { data: data.into(), content_type }));
+        let event = Event::DecisionRequested(DecisionRequest::Confirm { tried, result });
+        global.apply(event, NOW + Duration::from_secs(1)).unwrap();
+    };
+    // In one batch: some have a result, the largest one and an empty one, and others have none.
+    let mut written: Vec<_> = (0..70).map(|n| begun(owner.xid(n % 16), &["1"])).collect();
+    owner.append(written.iter().map(inserted).collect()).await;
+    for (n, global) in written.iter_mut().enumerate() {
+        match n % 3 {
+            0 => confirm(global),
+            1 => confirm_with(global, vec![b'\''; limits::RESULT_BYTES_MAX]),
+            _ => confirm_with(global, Vec::new()),
+        }
+    }
+    // Begun and decided between two batches.
+    for n in 0..3_u8 {
+        let mut global = begun(owner.xid(1), &["1"]);
+        if n > 0 {
+            confirm_with(&mut global, vec![n]);
+        } else {
+            confirm(&mut global);
+        }
+        owner.insert(&global).await;
+        written.push(global);
+    }
+    let decided = written[..70].iter().map(|global| updated(global, BranchSet::EMPTY));
+    owner.append(decided.collect()).await;
+    for global in &written {
+        assert_eq!(owner.found(global.xid).await, global.recorded());
+        assert_eq!(global.recorded().result, global.result);
+    }
+    // Later writes leave it as it is.
+    for global in &mut written {
+        call(global, 0, failed(false));
+    }
+    owner.append(written.iter().map(|global| updated(global, BranchSet::only(0))).collect()).await;
+    for global in &mut written {
+        call(global, 0, Outcome::Done { reply: None });
+    }
+    let finished = |global| Write { head: Head::Finish, ..updated(global, BranchSet::only(0)) };
+    owner.append(written.iter().map(finished).collect()).await;
+    for global in &written {
+        assert_eq!(owner.found(global.xid).await, global.recorded());
+    }
+}
+
 pub(super) async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let mut written: Vec<_> = (0..150).map(|n| begun(owner.xid(n % 16), &["1", "2"])).collect();
@@ -112,7 +165,7 @@ pub(super) async fn many_changes_of_one_batch_come_back(store: &dyn Store) {
         let request = match n % 10 {
             0 => DecisionRequest::Cancel(CancelCause::TimedOut),
             1 => DecisionRequest::Cancel(CancelCause::Requested { reason: format!("{n} of them") }),
-            _ => DecisionRequest::Confirm { tried },
+            _ => DecisionRequest::Confirm { tried, result: None },
         };
         let at = NOW + Duration::from_millis(n as u64 / 5);
         global.apply(Event::DecisionRequested(request), at).unwrap();

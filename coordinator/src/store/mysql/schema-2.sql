@@ -1,5 +1,5 @@
 -- Version 2: an owner is known by its epoch and its nonce, a transaction's row says how many branches it has, and the store remembers
--- which epochs have lost something. A step may be run again, so each column is added only if it is not there yet.
+-- which epochs have lost something. A confirmed transaction may have a result. A step may be run again, so each column is added only if it is not there yet.
 
 -- A coordinator of version 1 that still runs, or waits as a standby, can neither take over nor write from here on: each of its
 -- statements names the column `position`. It would not check the nonce.
@@ -29,6 +29,14 @@ EXECUTE alter_table;
 SET @alter = (SELECT IF(COUNT(*) > 0, 'DO 0',
     'ALTER TABLE global_transaction ADD COLUMN branches SMALLINT COMMENT ''how many rows it has in `branch`; NULL: recorded by version 1''')
     FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'global_transaction' AND column_name = 'branches');
+PREPARE alter_table FROM @alter;
+EXECUTE alter_table;
+
+SET @alter = (SELECT IF(COUNT(*) > 0, 'DO 0',
+    'ALTER TABLE global_transaction
+        ADD COLUMN result BLOB COMMENT ''what its initiator gave with Confirm, for a repeat: at most 4 KiB; NULL: nothing'',
+        ADD COLUMN result_type VARCHAR(128) COMMENT ''content type of the result''')
+    FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'global_transaction' AND column_name = 'result');
 PREPARE alter_table FROM @alter;
 EXECUTE alter_table;
 DEALLOCATE PREPARE alter_table;

@@ -56,7 +56,7 @@ fn new_of(write: &Write) -> &[Branch] {
 }
 
 /// The changes of `writes` to each table, in the order in which they must be made.
-pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 8] {
+pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 9] {
     let of = |head: Head| writes.iter().filter(move |write| write.head == head);
     let keys = of(Head::Insert)
         .map(|write| TransactionRow::of(&write.global))
@@ -79,18 +79,26 @@ pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 8] {
     // A new transaction is nearly always undecided, and its branches have no failures and no payload. Then half of the columns
     // are NULL, and are left out.
     let decided = |write: &Write| write.head == Head::Insert && write.global.decided_at.is_some();
+    let has_result = |write: &Write| write.new_result().is_some();
     let has_more = |branch: &Branch| branch.spec.carry_payload || branch.last_error.is_some();
     let new = of(Head::Insert).map(|write| TransactionRow::of(&write.global));
+    let (with_result, updated): (Vec<_>, Vec<_>) =
+        of(Head::Update).partition(|write| has_result(write));
     [
-        if writes.iter().any(decided) {
+        if of(Head::Insert).any(has_result) {
+            columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash branches decided_at
+                finished_at cancel_cause cancel_branch_id cancel_reason refusal result result_type)
+        } else if writes.iter().any(decided) {
             columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash branches decided_at
                 finished_at cancel_cause cancel_branch_id cancel_reason refusal)
         } else {
             columns!("global_transaction", 0, new => xid name drive state labels begun_at expires_at due_at key_hash branches)
         },
         columns!("idempotency", 0, keys => key_hash xid key_digest),
-        changed_columns!(alike(of(Head::Update)) => state branches decided_at finished_at due_at cancel_cause
+        changed_columns!(alike(updated.into_iter()) => state branches decided_at finished_at due_at cancel_cause
             cancel_branch_id cancel_reason refusal),
+        // A confirmed transaction has no cause of a Cancel.
+        changed_columns!(alike(with_result.into_iter()) => state branches decided_at finished_at due_at result result_type),
         changed_columns!(alike(of(Head::Finish)) => state finished_at due_at),
         changed_columns!(alike(of(Head::Keep)) => branches),
         if writes.iter().flat_map(new_of).any(has_more) {

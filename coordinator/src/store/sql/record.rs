@@ -56,6 +56,8 @@ pub(in crate::store) struct TransactionRow {
     pub(in crate::store) key_hash: Option<Vec<u8>>,
     pub(in crate::store) key_digest: Option<Vec<u8>>,
     pub(in crate::store) branches: Option<i64>,
+    pub(in crate::store) result: Option<Vec<u8>>,
+    pub(in crate::store) result_type: Option<String>,
 }
 
 /// A row of `branch`, with its row of `resolution` if there is one.
@@ -139,6 +141,8 @@ impl TransactionRow {
             key_hash: global.key.map(|key| key.hash.to_vec()),
             key_digest: global.key.map(|key| key.digest.to_vec()),
             branches: Some(i64::try_from(global.branches.len()).unwrap_or(i64::MAX)),
+            result: global.result.as_ref().map(|result| result.data.to_vec()),
+            result_type: global.result.as_ref().map(|result| result.content_type.clone()),
         }
     }
 
@@ -192,6 +196,16 @@ impl TransactionRow {
             decided_at: self.decided_at.map(Timestamp),
             finished_at: self.finished_at.map(Timestamp),
             cancel,
+            result: match (self.result, self.result_type) {
+                (Some(data), Some(content_type)) => {
+                    Some(Box::new(Payload { data: Bytes::from(data), content_type }))
+                }
+                (None, None) => None,
+                (Some(_), None) | (None, Some(_)) => {
+                    leave_out("result");
+                    None
+                }
+            },
             key,
             branches: (branches.into_iter())
                 .map(|row| row.into_branch(state, begun_at, &mut leave_out).map_err(damaged))

@@ -22,6 +22,10 @@ ALTER TABLE epoch ADD COLUMN lost INTEGER;
 
 -- How many rows it has in `branch`; NULL: recorded by version 1.
 ALTER TABLE global_transaction ADD COLUMN branches INTEGER;
+-- What its initiator gave with Confirm, for a repeat: at most 4 KiB; NULL: nothing.
+ALTER TABLE global_transaction ADD COLUMN result BLOB;
+-- Content type of the result.
+ALTER TABLE global_transaction ADD COLUMN result_type TEXT;
 
 -- The file names its WAL before that begins, and the WAL says its name in its first commit. See `mark.rs`.
 CREATE TABLE mark (

@@ -205,7 +205,7 @@ impl World {
         // The initiator confirms the branches that it knows to be tried. Some may be missing.
         let tried =
             self.tried.iter().map(|index| (index + 1).to_string().parse().unwrap()).collect();
-        next.push(self.command(DecisionRequest::Confirm { tried }));
+        next.push(self.command(DecisionRequest::Confirm { tried, result: None }));
     }
 
     fn returns(&self, branch: usize, phase: Phase, next: &mut Vec<Self>) {

@@ -174,7 +174,10 @@ impl Runner for Story {
             "confirm" => {
                 let tried =
                     rest(&mut args).into_iter().map(str::parse).collect::<Result<_, _>>()?;
-                self.apply(Event::DecisionRequested(DecisionRequest::Confirm { tried }))
+                self.apply(Event::DecisionRequested(DecisionRequest::Confirm {
+                    tried,
+                    result: None,
+                }))
             }
             "cancel" => {
                 let reason = args.next_pos().unwrap_or_default().to_owned();

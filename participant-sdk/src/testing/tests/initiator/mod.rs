@@ -10,6 +10,7 @@ use crate::{CallError, Phase};
 
 mod execute;
 mod keys;
+mod values;
 
 /// Whether calls share streams. This file is compiled twice, once for each value.
 fn streams() -> bool {

@@ -101,7 +101,7 @@ impl<'w> Coordinators<'w> {
     pub(crate) async fn trouble(&mut self) -> anyhow::Result<()> {
         while !self.world.tally.is_over() {
             let Some(mut current) = self.current.take() else {
-                let crash = self.rng.random_bool(0.7).then(|| self.next_crash_point());
+                let crash = self.may_crash(0.7);
                 self.current = Some(serving(self.world, crash).await?);
                 continue;
             };
@@ -241,7 +241,7 @@ impl<'w> Coordinators<'w> {
     /// A standby takes over from a coordinator that is killed or paused.
     async fn standby(&mut self, current: Serving) -> anyhow::Result<Option<Serving>> {
         // Not the first one, so that even in a short run one serves in the end.
-        let crash = (self.decks > 1 && self.rng.random_bool(0.3))
+        let crash = (!self.world.tally.is_missing(STANDBY) && self.rng.random_bool(0.3))
             .then(|| format!("{STANDBY_TAKES_OVER}:1"));
         let mut standby = self.waiting(crash).await?;
         let zombie = self.rng.random_bool(0.5);
@@ -294,18 +294,44 @@ impl<'w> Coordinators<'w> {
 
     fn next_act(&mut self) -> Act {
         if self.acts.is_empty() {
-            self.acts = vec![Act::Kill, Act::Stop];
-            self.acts.extend([true, false].map(|paused| Act::Second { paused }));
-            if self.decks.is_multiple_of(3) && self.world.databases.is_server() {
-                self.acts.push(Act::Standby); // takes long
+            let mut each = vec![Act::Kill, Act::Stop];
+            each.extend([true, false].map(|paused| Act::Second { paused }));
+            if self.world.databases.is_server() {
+                each.push(Act::Standby);
             }
-            if self.decks > 0 {
+            // As long as a kind is missing, only missing kinds are dealt, so that a short run has them all.
+            let is_missing = |act: &Act| self.world.tally.is_missing(self.fault(*act));
+            self.acts = each.iter().copied().filter(is_missing).collect();
+            if self.acts.is_empty() {
+                let rarely = self.decks.is_multiple_of(3); // a standby takes long
+                self.acts = each.into_iter().filter(|act| rarely || *act != Act::Standby).collect();
                 self.acts.extend([Act::Kill; 6]);
             }
             self.acts.shuffle(&mut self.rng);
             self.decks += 1;
         }
         self.acts.pop().expect("just filled")
+    }
+
+    /// The kind of fault that an act is for.
+    fn fault(&self, act: Act) -> &'static str {
+        let is_server = self.world.databases.is_server();
+        match act {
+            Act::Kill => COORDINATOR_KILLED,
+            Act::Stop => COORDINATOR_STOPPED,
+            Act::Second { paused: false } if is_server => TAKEN_OVER,
+            Act::Second { paused: true } if is_server => PAUSED_AND_TAKEN_OVER,
+            Act::Second { paused: false } => SECOND_REFUSED,
+            Act::Second { paused: true } => PAUSED_AND_SECOND_REFUSED,
+            Act::Standby => STANDBY,
+        }
+    }
+
+    /// The crash point of the next coordinator, or `None`. There is one with this probability, or if nothing has died at one yet.
+    fn may_crash(&mut self, probability: f64) -> Option<String> {
+        let crashes = self.rng.random_bool(probability);
+        let crashes = crashes || self.world.tally.is_missing(COORDINATOR_CRASHED);
+        crashes.then(|| self.next_crash_point())
     }
 
     fn next_crash_point(&mut self) -> String {

@@ -77,72 +77,89 @@ async fn trouble(
     left_alone: impl Fn() -> bool,
 ) {
     let mut rng = StdRng::seed_from_u64(seed);
-    let (mut deck, mut decks) = (Vec::new(), 0);
+    let mut deck = Vec::new();
     while !world.tally.is_over() {
         if left_alone() {
             sleep(LOOK_EVERY).await;
             continue;
         }
         if deck.is_empty() {
-            // First one of each kind, so that a short run has them all; then each kind on each link.
-            let mut pairs: Vec<_> = match decks {
-                0 => {
-                    acts.iter().map(|act| (links[rng.random_range(0..links.len())], *act)).collect()
-                }
-                _ => links
-                    .iter()
-                    .flat_map(|link| acts.iter().map(move |act| (*link, *act)))
-                    .collect(),
+            // As long as a kind is missing, only missing kinds are dealt, so that a short run has them all. Then each kind on each link.
+            let missing: Vec<_> = acts
+                .iter()
+                .filter(|act| world.tally.is_missing(&fault(name, **act)))
+                .map(|act| match act {
+                    Act::Trap(_) => (links, *act), // one link may be idle
+                    Act::Cut | Act::Weather(_) => {
+                        (one(links, rng.random_range(0..links.len())), *act)
+                    }
+                })
+                .collect();
+            deck = if missing.is_empty() {
+                (0..links.len())
+                    .flat_map(|n| acts.iter().map(move |act| (one(links, n), *act)))
+                    .collect()
+            } else {
+                missing
             };
-            pairs.shuffle(&mut rng);
-            (deck, decks) = (pairs, decks + 1);
+            deck.shuffle(&mut rng);
         }
-        let (link, act) = deck.pop().expect("just filled");
-        if let Some(what) = perform(link, act, &mut rng).await {
-            world.tally.fault(format!("{name}: {what}"));
+        let (on, act) = deck.pop().expect("just filled");
+        if !perform(on, act, &mut rng).await {
+            continue; // the trap has waited long enough
         }
+        world.tally.fault(fault(name, act));
         let fair = Duration::from_millis(rng.random_range(FAIR_MS));
         sleep(fair + peace.mul_f64(rng.random_range(0.0..1.0))).await;
     }
 }
 
-/// Injects the fault, and ends it. `None`: it did not occur.
-async fn perform(link: &Proxy, act: Act, rng: &mut StdRng) -> Option<&'static str> {
+fn one<'l>(links: &'l [&'l Proxy], n: usize) -> &'l [&'l Proxy] {
+    &links[n..=n]
+}
+
+/// The kind of fault, as it is counted.
+fn fault(name: &str, act: Act) -> String {
+    let what = match act {
+        Act::Cut => "cut",
+        Act::Weather(Weather::Fair | Weather::Stall) => "stalled",
+        Act::Weather(Weather::LoseReplies) => "replies lost",
+        Act::Weather(Weather::BlackHole) => "black hole",
+        Act::Trap(Trap::LoseCommit) => "COMMIT lost",
+        Act::Trap(Trap::LoseOk) => "OK of COMMIT lost",
+        Act::Trap(Trap::HoldOk) => "OK of COMMIT held back",
+    };
+    format!("{name}: {what}")
+}
+
+/// Injects the fault on these links, and ends it. Returns whether it occurred.
+async fn perform(links: &[&Proxy], act: Act, rng: &mut StdRng) -> bool {
     match act {
         Act::Cut => {
-            link.cut();
-            Some("cut")
+            links.iter().for_each(|link| link.cut());
+            true
         }
         Act::Weather(weather) => {
-            link.set(weather);
+            links.iter().for_each(|link| link.set(weather));
             sleep(Duration::from_millis(rng.random_range(BAD_MS))).await;
-            link.set(Weather::Fair);
-            Some(match weather {
-                Weather::Fair | Weather::Stall => "stalled",
-                Weather::LoseReplies => "replies lost",
-                Weather::BlackHole => "black hole",
-            })
+            links.iter().for_each(|link| link.set(Weather::Fair));
+            true
         }
         Act::Trap(trap) => {
-            let sprung = link.sprung();
-            link.trap(Some(trap));
+            let armed: Vec<_> = links.iter().map(|link| (link, link.sprung())).collect();
+            let sprung = || armed.iter().filter(|(link, before)| link.sprung() > *before);
+            links.iter().for_each(|link| link.trap(Some(trap)));
             let limit = Instant::now() + TRAP_WITHIN;
-            while link.sprung() == sprung && Instant::now() < limit {
+            while sprung().count() == 0 && Instant::now() < limit {
                 sleep(Duration::from_millis(5)).await;
             }
-            link.trap(None);
-            if link.sprung() == sprung {
-                return None;
+            links.iter().for_each(|link| link.trap(None));
+            let sprung: Vec<_> = sprung().collect();
+            if trap == Trap::HoldOk && !sprung.is_empty() {
+                sleep(Duration::from_millis(rng.random_range(HELD_MS))).await;
+                sprung.iter().for_each(|(link, _)| link.cut());
             }
-            Some(match trap {
-                Trap::LoseCommit => "COMMIT lost",
-                Trap::LoseOk => "OK of COMMIT lost",
-                Trap::HoldOk => {
-                    sleep(Duration::from_millis(rng.random_range(HELD_MS))).await;
-                    link.cut();
-                    "OK of COMMIT held back"
-                }
-            })
+            !sprung.is_empty()
         }
     }
 }

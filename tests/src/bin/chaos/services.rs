@@ -44,6 +44,18 @@ enum Act {
     Stop,
 }
 
+impl Act {
+    /// The kind of fault that it is for.
+    fn fault(self) -> &'static str {
+        match self {
+            Self::Kill => SERVICE_KILLED,
+            Self::Crash => SERVICE_CRASHED,
+            Self::Pause => SERVICE_PAUSED,
+            Self::Stop => SERVICE_STOPPED,
+        }
+    }
+}
+
 /// One service, and what is done to it.
 pub(crate) struct Troubled<'w> {
     world: &'w World,
@@ -157,8 +169,14 @@ impl<'w> Troubled<'w> {
 
     fn next_act(&mut self) -> Act {
         if self.acts.is_empty() {
-            self.acts = vec![Act::Crash, Act::Crash, Act::Pause, Act::Stop];
-            self.acts.extend([Act::Kill; 3]);
+            // As long as a kind is missing, only missing kinds are dealt, so that a short run has them all.
+            let each = [Act::Kill, Act::Crash, Act::Pause, Act::Stop];
+            let is_missing = |act: &Act| self.world.tally.is_missing(act.fault());
+            self.acts = each.into_iter().filter(is_missing).collect();
+            if self.acts.is_empty() {
+                self.acts.extend(each);
+                self.acts.extend([Act::Crash, Act::Kill, Act::Kill]);
+            }
             self.acts.shuffle(&mut self.rng);
         }
         self.acts.pop().expect("just filled")

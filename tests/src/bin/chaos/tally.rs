@@ -134,9 +134,13 @@ impl Tally {
         if databases.group().is_some() {
             kinds.extend(ON_GROUPS);
         }
-        let counts = self.counts();
-        kinds.retain(|kind| !counts.faults.contains_key(*kind));
+        kinds.retain(|kind| self.is_missing(kind));
         kinds
+    }
+
+    /// Whether this kind of fault has not occurred yet.
+    pub(crate) fn is_missing(&self, kind: &str) -> bool {
+        !self.counts().faults.contains_key(kind)
     }
 
     /// Ends the run: no further order is placed, no further fault injected.

@@ -45,7 +45,7 @@ pub const STATUS_MESSAGE_BYTES_MAX: usize = 1024;
 pub const REFUSAL_BYTES_MAX: usize = 4 * 1024;
 /// Shortest timeout of phase one.
 pub const TIMEOUT_MIN: Duration = Duration::from_millis(1);
-/// Longest timeout of phase one. For reservations that last longer, use another design.
+/// Longest timeout of phase one. Do not hold reservations longer.
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 /// Longest time for which one call waits for a transaction to complete. The caller then asks again.
 pub const WAIT_MAX: Duration = Duration::from_secs(60);

@@ -108,7 +108,7 @@ impl Failure {
             }
             reason::BRANCH_UNKNOWN => "`handfast show XID` tells its branches",
             reason::NOT_DECIDED => {
-                "branches are resolved after the decision; at the latest the end of its timeout brings one"
+                "branches are resolved after the decision; it is decided at the latest when its timeout ends"
             }
             reason::ALREADY_ACKNOWLEDGED => {
                 "there is nothing left to resolve; see `handfast show XID`"
@@ -149,7 +149,7 @@ impl Failure {
             (true, "") => status.code().to_string(),
             (true, message) => message.to_owned(),
         };
-        // Of others: it stays on its line.
+        // Foreign text: keep it on one line.
         let cause = one_line(&cause);
         Self::new(code, what, cause, hint)
     }

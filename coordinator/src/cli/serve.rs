@@ -147,8 +147,8 @@ impl Serve {
     }
 }
 
-/// From now on a panic of any task or thread ends the process at once. Half of a coordinator would hold its callers up, and what is
-/// durable is carried on by the next one.
+/// From now on a panic of any task or thread ends the process at once. A process that lost a task would keep its callers waiting. The next
+/// one carries on with what is durable.
 pub(super) fn end_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         error!(%panic, "a task panicked; ending at once");
@@ -169,14 +169,14 @@ pub(super) fn ended(exit: Exit) -> Result<(), Failure> {
         )),
         Exit::Corrupt => Err(Failure::new(
             Code::Corrupt,
-            "the store holds what cannot be",
-            "the log says what; what is durable stands, and this coordinator has stopped",
+            "the store's records are inconsistent",
+            "see the log; committed decisions remain valid, and this coordinator has stopped",
             "keep a copy of the store as it is before anything else is tried",
         )),
         Exit::Broken(task) => Err(Failure::new(
             Code::Broken,
             "the coordinator has a fault of its own, and has stopped",
-            format!("its {task} task ended; the log says more. What is durable stands"),
+            format!("its {task} task ended; see the log. Committed decisions remain valid"),
             "start it again: it carries on what is open. Please report the log",
         )),
         Exit::StoreGone => Err(Failure::new(

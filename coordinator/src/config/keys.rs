@@ -264,13 +264,13 @@ impl Keys {
                 &["retention"],
                 *retention,
                 [RETENTION_MIN, value::LENGTH_MAX],
-                "the default is 7d: answers to repeated calls come from what is kept",
+                "the default is 7d; repeated calls are answered from kept records, so keep them long enough",
             ),
             (
                 &["transaction.timeout"],
                 transaction.timeout,
                 [TIMEOUT_MIN, TIMEOUT_MAX],
-                "the default is 30s: reservations that last longer than an hour want another design",
+                "the default is 30s and the maximum is 1h; do not hold reservations longer",
             ),
             (
                 &["retry.initial", "retry.max"],

@@ -20,34 +20,21 @@ use crate::{
 
 /// The checked configuration. `keys` explains each key, and `handfast config` prints that.
 #[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "the keys of the same name explain the fields")]
 pub struct Config {
-    /// `listen`
     pub listen: SocketAddr,
-    /// `insecure`
     pub insecure: bool,
-    /// `store`
     pub store: StoreUrl,
-    /// `store_unsafe`
     pub store_unsafe: bool,
-    /// `log`
     pub log: LogFilter,
-    /// `log_format`
     pub log_format: LogFormat,
-    /// `log_labels`
     pub log_labels: Arc<[String]>,
-    /// `shutdown_grace`
     pub shutdown_grace: Duration,
-    /// `retention`
     pub retention: Duration,
-    /// `transaction.timeout`
     pub transaction_timeout: Duration,
-    /// `retry`
     pub retry: RetryPolicy,
-    /// `stuck`
     pub stuck: StuckAfter,
-    /// `calls`
     pub calls: Calls,
-    /// `limits`
     pub limits: Limits,
     /// `participants`, `targets`, `calls.per_participant` and `calls.streams`
     pub targets: Targets,
@@ -64,11 +51,9 @@ pub struct Calls {
 
 /// Upper bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the keys of the same name explain the fields")]
 pub struct Limits {
-    /// `limits.open`
     pub open: usize,
-    /// `limits.open_megabytes`
     pub open_megabytes: usize,
-    /// `limits.connections`
     pub connections: usize,
 }

@@ -22,7 +22,7 @@ use crate::{
 /// How long the end waits for the store to take the partitions back. Without it the next owner waits a little longer.
 const RELEASE_WITHIN: Duration = Duration::from_secs(2);
 
-/// Something ended that was not told to.
+/// A part that stopped unexpectedly.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
     /// This partition is not recorded any more. The other partitions go on.

@@ -156,7 +156,7 @@ pub enum Error {
     Forgotten(Xid),
     /// The store has lost records of this epoch. The transaction may have been among them.
     #[error(
-        "{0} may have been lost: the store has lost records of that time, and what became of it nobody here can say"
+        "{0} may have been lost: the store has lost records of that time; its outcome is unknown"
     )]
     Lost(Xid),
     /// No transaction has this key.
@@ -172,19 +172,17 @@ pub enum Error {
     #[allow(missing_docs, reason = "the fields' names say what they are")]
     Rejected { rejection: Rejection, global: Arc<GlobalTransaction> },
     /// Too many transactions are open.
-    #[error(
-        "{open_max} transactions are open, which is as many as this coordinator takes (limits.open)"
-    )]
+    #[error("{open_max} transactions are open, which is all that limits.open allows")]
     #[allow(missing_docs, reason = "the field's name says what it is")]
     TooManyOpen { open_max: usize },
     /// The open transactions take as much memory as is allowed.
     #[error(
-        "the open transactions have as many bytes as this coordinator takes, {open_bytes_max} (limits.open_megabytes)"
+        "the open transactions use all memory that limits.open_megabytes allows ({open_bytes_max} bytes)"
     )]
     #[allow(missing_docs, reason = "the field's name says what it is")]
     TooManyBytes { open_bytes_max: usize },
     /// The partition's queue is full, or too many callers wait for its store.
-    #[error("this coordinator has as many calls waiting as it takes")]
+    #[error("too many calls are waiting for this coordinator")]
     TooManyCalls,
     /// The store does not answer. The command may or may not take effect.
     #[error("the store does not answer; what was asked may or may not take effect")]

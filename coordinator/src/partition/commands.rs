@@ -166,7 +166,7 @@ impl Partition {
                     return self.answer(xid, reply, Err(Error::Rejected { rejection, global }));
                 }
                 if lost {
-                    warn!(%xid, decision = decision.as_str(), operator, reason, "an operator decides what may have been decided before");
+                    warn!(%xid, decision = decision.as_str(), operator, reason, "an operator decides a transaction whose decision may be lost");
                 }
                 Some(Event::Settled { decision, by: Resolution { operator, reason, at: now } })
             }

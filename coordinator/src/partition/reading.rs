@@ -227,7 +227,7 @@ impl Partition {
     pub(super) fn read_failed(&self, error: &store::Error) -> Error {
         match error {
             store::Error::Old(_) | store::Error::Replaced(_) => {
-                warn!(%error, "a read was not believed");
+                warn!(%error, "discarded an outdated read");
                 self.outbox.doubt();
             }
             store::Error::Unavailable(_) | store::Error::Corrupt(_) => {}

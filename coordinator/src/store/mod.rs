@@ -303,7 +303,7 @@ pub enum Error {
     #[error("the store shows another owner: {0}")]
     Replaced(String),
     /// A record is damaged, or the database refuses permanently. A retry does not help; a person must look.
-    #[error("the store holds what cannot be: {0}")]
+    #[error("the store's records are inconsistent: {0}")]
     Corrupt(String),
 }
 

@@ -39,7 +39,9 @@ pub enum Rejection {
     )]
     CoordinatorDriven,
     /// Operators decide only what may have lost its decision.
-    #[error("no record of that time is lost: its initiator decides it, or the end of its timeout")]
+    #[error(
+        "operators may decide only transactions whose records may be lost; this one is decided by its initiator or its timeout"
+    )]
     NotLost,
     /// There is nothing to resolve before the decision.
     #[error("there is no decision yet, so there is nothing to resolve")]

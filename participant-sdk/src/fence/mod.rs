@@ -262,7 +262,7 @@ impl<DB: FenceDb> Fence<DB> {
                 // The author's own `Into<Answer>` returned "done" for an error. Only a commit may result in "done".
                 answer = Answer::failed(
                     branch.phase,
-                    "the work failed with an error that means done".to_owned(),
+                    "the work returned Answer::Done as an error".to_owned(),
                 );
             }
             return Ok((look.verdict, answer));

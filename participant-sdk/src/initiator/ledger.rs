@@ -113,7 +113,7 @@ impl Ledger {
                 branch_id: branch_id.clone(),
                 participant: participant.clone(),
                 action: action.clone(),
-                cause: "it was given up before it was answered".to_owned(),
+                cause: "the call was abandoned before its answer".to_owned(),
             }),
         }
     }

@@ -140,7 +140,7 @@ impl Registrar {
             tokio::spawn(self.clone().send_queue());
         }
         answer.await.unwrap_or_else(|_| {
-            Err(CallError::NotRegistered { cause: "it was given up before that".to_owned() })
+            Err(CallError::NotRegistered { cause: "the registration was abandoned".to_owned() })
         })
     }
 
@@ -289,7 +289,7 @@ fn not_registered(status: Status) -> CallError {
 
 fn begun(transaction: &pb::Transaction) -> Result<Begun, CallError> {
     let xid = transaction.xid.parse().map_err(|error: InvalidXid| CallError::NotRegistered {
-        cause: format!("the coordinator's answer makes no sense: {error}"),
+        cause: format!("the coordinator's answer has an invalid xid: {error}"),
     })?;
     Ok(Begun { xid, expires_at: transaction.expires_at.as_ref().map(millis) })
 }

@@ -192,7 +192,7 @@ fn headline(transaction: &pb::Transaction) -> String {
         State::Confirmed => "is CONFIRMED.",
         State::Cancelled => "is CANCELLED.",
         State::Unspecified => {
-            "is in a state that this program does not know; use one as new as the coordinator."
+            "is in a state that this program does not know; upgrade this program to the coordinator's version."
         }
     };
     format!("{name} {xid} {stands}")

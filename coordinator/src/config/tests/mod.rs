@@ -408,7 +408,7 @@ fn values_must_fit_each_other() {
         &[],
         &[],
         "handfast.toml:2: `retention` is 999ms; it must be at least 1s",
-        "the default is 7d: answers to repeated calls come from what is kept",
+        "the default is 7d; repeated calls are answered from kept records, so keep them long enough",
     );
     for (timeout, bound) in [("0s", "at least 1ms"), ("1h 1ms", "at most 1h")] {
         refused(
@@ -418,7 +418,7 @@ fn values_must_fit_each_other() {
             &format!(
                 "HANDFAST_TRANSACTION_TIMEOUT: `transaction.timeout` is {timeout}; it must be {bound}"
             ),
-            "the default is 30s: reservations that last longer than an hour want another design",
+            "the default is 30s and the maximum is 1h; do not hold reservations longer",
         );
     }
     refused(

@@ -1,5 +1,5 @@
-//! Where a store is: at one of its addresses, on one server. The writers' server rules. A reader that comes to another server is
-//! closed, and the first writer that moves takes everything along.
+//! Chooses which of a store's servers to use. All connections are to the writers' server. When the writers switch, readers reconnect
+//! there.
 //!
 //! Each new connection asks which server it has come to, and whether that may be written. When it may not, the other addresses are
 //! tried. Before another address is chosen, all that answer are asked for their partition rows: a server that lacks what another one
@@ -107,14 +107,14 @@ impl Home {
             // Ignore errors: most likely the server has closed the connection itself, and the id does not exist any more.
             let kill = AssertSqlSafe(format!("KILL {id}"));
             if sqlx::raw_sql(kill).execute(&mut connection).await.is_ok() {
-                info!(connection = id, "a connection in doubt was ended at the server");
+                info!(connection = id, "killed a connection whose statement may still run");
             }
         }
         if role == Role::Write {
             self.settle(&session.server);
         } else if !self.has(&session) {
             return Err(Error::Old(format!(
-                "a connection has come to {}, another server than the writers'",
+                "the connection reached {}, but writes go to another server",
                 session.server
             )));
         }
@@ -158,7 +158,7 @@ impl Home {
         Ok(member)
     }
 
-    /// The only address may be a replica: then the check at the start has told so, and was overruled.
+    /// The only address may be a replica: then the start-up check reported it and store_unsafe allowed it.
     async fn refuse_replica(&self, connection: &mut Connection, member: &mut Member) {
         let alone = member.unfit.is_none() && member.engine == Engine::Alone;
         if self.addresses.len() > 1 && alone && member::is_replica(connection).await {
@@ -267,7 +267,7 @@ impl Home {
             let since = *self.place().lacking_since.get_or_insert_with(Instant::now);
             if since.elapsed() < LACKING_FOR {
                 return Err(Error::unavailable(format!(
-                    "the servers that may be written lack what this coordinator has recorded; waiting for another one: {}",
+                    "the writable servers lack committed batches of this coordinator; waiting for another one: {}",
                     silent.join("; ")
                 )));
             }

@@ -16,7 +16,7 @@ const NO_DOUBLEWRITE: [&str; 4] = ["0", "OFF", "DETECT_ONLY", "off"];
 pub enum OpenError {
     /// The URL is not valid.
     #[error(
-        "the store's URL is none of a database: {0}; one looks like mysql://user:password@host:3306/database"
+        "the store's URL is not a database URL: {0}; one looks like mysql://user:password@host:3306/database"
     )]
     Url(String),
     /// The server cannot be reached, or refuses the login.
@@ -29,7 +29,7 @@ pub enum OpenError {
     #[error(transparent)]
     Schema(#[from] SchemaError),
     /// The server could lose what it acknowledges, or accepts no writes.
-    #[error("the store's server is not set up to be trusted:{}", .0.iter().map(|flaw| format!("\n  - {flaw}")).collect::<String>())]
+    #[error("the store's server is not configured for durable commits:{}", .0.iter().map(|flaw| format!("\n  - {flaw}")).collect::<String>())]
     Unsafe(Vec<String>),
     /// The server does not tell its settings.
     #[error("cannot ask the store's server how it is set up: {0}")]
@@ -61,7 +61,7 @@ pub enum SchemaError {
     },
     /// A newer program has migrated the tables.
     #[error(
-        "the store has schema version {found}, and this program knows versions up to {known}; a newer Handfast has been here: use that one"
+        "the store has schema version {found}, and this program knows versions up to {known}; it was written by a newer version: run that version"
     )]
     Newer {
         /// The version found.
@@ -86,7 +86,7 @@ pub(super) async fn check(
     for flaw in flaws {
         warn!(
             flaw,
-            "the store's server is not set up to be trusted, and store_unsafe allows it: decisions may be lost"
+            "the store's server is not configured for durable commits, and store_unsafe allows it: decisions may be lost"
         );
     }
     Ok(())

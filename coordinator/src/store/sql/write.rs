@@ -194,7 +194,9 @@ async fn append_once<D: Dialect>(
             Err(Error::Corrupt(format!("half of a batch is recorded: {guards:?}")))
         }
         Some(appended) => Ok(appended),
-        None => Err(Error::Corrupt(format!("a batch fits, and is not taken: {guards:?}"))),
+        None => Err(Error::Corrupt(format!(
+            "the guards match, but the UPDATE changed no row: {guards:?}"
+        ))),
     }
 }
 

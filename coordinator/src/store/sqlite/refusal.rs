@@ -78,7 +78,7 @@ pub enum OpenError {
     /// The file was written by a newer program.
     #[error(
         "the store {} has schema version {found}, and this program knows versions up to {known}; it was written by a \
-         newer Handfast: use that one",
+         newer version: run that version",
         path.display()
     )]
     Newer {

@@ -252,7 +252,7 @@ async fn an_owner_does_not_move_to_a_server_that_lacks_its_batches() {
         };
         told = cause.to_string();
     }
-    assert!(told.contains("lack what this coordinator has recorded"), "{told}");
+    assert!(told.contains("lack committed batches of this coordinator"), "{told}");
     elsewhere.close().await;
     let _home = Gate::open(first, one.address()).await;
     assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);

@@ -120,7 +120,7 @@ async fn a_call_that_is_given_up_cancels() {
         Ok(())
     });
     let error = run.await.unwrap_err();
-    assert!(error.to_string().contains("given up"), "{error}");
+    assert!(error.to_string().contains("abandoned"), "{error}");
     shop.coordinator.finished(error.xid().unwrap()).await;
     assert_eq!(shop.stocks().await, UNTOUCHED);
 }

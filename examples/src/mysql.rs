@@ -28,7 +28,7 @@ const CONNECTIONS: u32 = 16;
 const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The location of a service's database.
-pub(crate) type Place = str;
+pub(crate) type Location = str;
 
 /// Opens the database of a service.
 ///

@@ -20,7 +20,7 @@ pub mod points;
 pub(crate) mod tables;
 
 /// The location of a service's database.
-pub(crate) type Place = Path;
+pub(crate) type Location = Path;
 
 /// Opens the database of a service.
 ///

@@ -2,7 +2,7 @@
 
 use sqlx::Connection as _;
 
-use super::{Db, Place, connect};
+use super::{Db, Location, connect};
 use crate::{
     books::{Account, Booking, Books, Deduction, OrderRow, Stock},
     store::Service,
@@ -11,7 +11,11 @@ use crate::{
 type Connection = <Db as sqlx::Database>::Connection;
 
 /// Reads one service's tables into `books`.
-pub(crate) async fn read(service: Service, place: &Place, books: &mut Books) -> sqlx::Result<()> {
+pub(crate) async fn read(
+    service: Service,
+    place: &Location,
+    books: &mut Books,
+) -> sqlx::Result<()> {
     let mut db = connect(place).await?;
     match service {
         Service::Order => read_orders(&mut db, books).await?,
@@ -62,7 +66,7 @@ async fn read_points(db: &mut Connection, books: &mut Books) -> sqlx::Result<()>
 }
 
 /// Adds stock to the inventory service.
-pub(crate) async fn add_stock(place: &Place, stock: &[(&str, i64)]) -> sqlx::Result<()> {
+pub(crate) async fn add_stock(place: &Location, stock: &[(&str, i64)]) -> sqlx::Result<()> {
     let mut db = connect(place).await?;
     for (sku, pieces) in stock {
         let insert = sqlx::query("INSERT INTO stock (sku, available) VALUES (?, ?)");
@@ -72,7 +76,7 @@ pub(crate) async fn add_stock(place: &Place, stock: &[(&str, i64)]) -> sqlx::Res
 }
 
 /// Adds customers to the points service.
-pub(crate) async fn add_customers(place: &Place, customers: &[&str]) -> sqlx::Result<()> {
+pub(crate) async fn add_customers(place: &Location, customers: &[&str]) -> sqlx::Result<()> {
     let mut db = connect(place).await?;
     for customer in customers {
         let insert = sqlx::query("INSERT INTO account (customer) VALUES (?)");

@@ -445,7 +445,7 @@ mod tests {
         // Taken and given back: nobody listens there.
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let failure = listed(&format!("http://{address}"), Duration::from_secs(10)).await;
-        assert_eq!(failure.code, super::super::failure::Code::Unreachable);
+        assert_eq!(failure.code, crate::cli::failure::Code::Unreachable);
         assert_eq!(failure.what, format!("cannot reach the coordinator at http://{address}"));
         assert!(failure.cause.contains("refused"), "{failure}");
     }
@@ -455,7 +455,7 @@ mod tests {
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", silent.local_addr().unwrap());
         let failure = listed(&url, Duration::from_millis(50)).await;
-        assert_eq!(failure.code, super::super::failure::Code::TimedOut);
+        assert_eq!(failure.code, crate::cli::failure::Code::TimedOut);
         assert_eq!(failure.cause, format!("no answer from {url} within 50ms"));
     }
 }

@@ -400,7 +400,7 @@ fn guess<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> Option<Stri
     let plain = |name: &str| name.trim_start_matches(ENV_PREFIX).to_lowercase();
     let unknown = plain(unknown);
     let last = unknown.rsplit('.').next().unwrap_or(&unknown);
-    let mut best = (GUESS_SIMILARITY_MIN, None);
+    let (mut best_similarity, mut best) = (GUESS_SIMILARITY_MIN, None);
     for name in known {
         let plain = plain(name);
         // The right key in the wrong section, or in none.
@@ -410,9 +410,10 @@ fn guess<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> Option<Stri
         } else {
             strsim::normalized_damerau_levenshtein(&unknown, &plain)
         };
-        if similarity > best.0 {
-            best = (similarity, Some(format!("did you mean `{name}`?")));
+        if similarity > best_similarity {
+            best_similarity = similarity;
+            best = Some(format!("did you mean `{name}`?"));
         }
     }
-    best.1
+    best
 }

@@ -46,7 +46,7 @@ pub struct Coordinator {
     doors: Arc<Doors>,
     journals: Arc<Journals>,
     /// Counts transactions that began without a key.
-    begun: AtomicUsize,
+    keyless_begun: AtomicUsize,
     store: Arc<dyn Store>,
     clock: Arc<dyn Clock>,
     stuck_after: StuckAfter,
@@ -81,7 +81,7 @@ impl Coordinator {
         Arc::new(Self {
             doors: running.doors.clone(),
             journals: running.journals.clone(),
-            begun: AtomicUsize::new(0),
+            keyless_begun: AtomicUsize::new(0),
             store: running.store.clone(),
             clock: running.clock.clone(),
             stuck_after: running.settings.stuck_after,
@@ -99,7 +99,7 @@ impl Coordinator {
         let door = match &new.key {
             Some(key) => self.door_of_key(&key.hash)?,
             None => {
-                let round = self.begun.fetch_add(1, Ordering::Relaxed) / IN_A_ROW;
+                let round = self.keyless_begun.fetch_add(1, Ordering::Relaxed) / IN_A_ROW;
                 self.doors.in_rotation(round).ok_or(Error::NotHere(None))?
             }
         };

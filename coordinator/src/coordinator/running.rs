@@ -15,7 +15,7 @@ use crate::{
     clock::Clock,
     dispatch::Dispatch,
     journal::{Counts, Durable, Ended, Journal},
-    partition::{COMMANDS_MAX, Held, Partition, Parts, Settings},
+    partition::{COMMANDS_MAX, MemoryUse, Partition, Parts, Settings},
     store::{self, Ownership, Store, Written},
 };
 
@@ -43,12 +43,13 @@ pub struct Running {
     pub(super) doors: Arc<Doors>,
     pub(super) journals: Arc<Journals>,
     /// What all partitions hold in memory.
-    held: Arc<Held>,
+    held: Arc<MemoryUse>,
     partition_tasks: Tasks,
     journal_tasks: Tasks,
     /// Work that may be cut off at any moment.
     background: CancellationToken,
-    ends: (mpsc::UnboundedSender<End>, mpsc::UnboundedReceiver<End>),
+    ends_sender: mpsc::UnboundedSender<End>,
+    ends: mpsc::UnboundedReceiver<End>,
 }
 
 /// Tasks that stop together.
@@ -75,6 +76,8 @@ impl Running {
         settings: Settings,
     ) -> Self {
         let journals = Arc::new(Journals::new(&store, &clock));
+        // Bounded by the number of tasks, each of which ends once.
+        let (ends_sender, ends) = mpsc::unbounded_channel();
         let running = Self {
             store,
             dispatch,
@@ -86,12 +89,13 @@ impl Running {
             partition_tasks: Tasks::default(),
             journal_tasks: Tasks::default(),
             background: CancellationToken::new(),
-            ends: mpsc::unbounded_channel(), // bounded by the number of tasks, each of which ends once
+            ends_sender,
+            ends,
         };
         for journal in journals.by_remainder.values() {
             let Tasks { tracker, stop } = running.journal_tasks.clone();
             let task = tracker.spawn(journal.clone().run(stop.clone()));
-            let ends = running.ends.0.clone();
+            let ends = running.ends_sender.clone();
             tracker.spawn(async move {
                 if ended_by_itself(task, &stop).await {
                     error!("the journal's task has ended");
@@ -134,7 +138,7 @@ impl Running {
         let partition = Partition::new(ownership, parts, outbox);
         let task = tracker.spawn(partition.run(receiver, stop.clone()));
         self.doors.open(Door { ownership, commands });
-        let (doors, ends) = (self.doors.clone(), self.ends.0.clone());
+        let (doors, ends) = (self.doors.clone(), self.ends_sender.clone());
         tracker.spawn(async move {
             if let Some(end) = end_of(ownership, durable, task, &stop).await {
                 doors.close(&ownership);
@@ -154,7 +158,7 @@ impl Running {
         loop {
             let end = tokio::select! {
                 biased; // so that a simulated run can be repeated
-                Some(end) = self.ends.1.recv() => end, // there always is one: this holds a sender
+                Some(end) = self.ends.recv() => end, // there always is one: this holds a sender
                 what = self.store.gone() => return End::StoreGone(what),
             };
             match end {

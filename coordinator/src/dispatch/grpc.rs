@@ -26,7 +26,7 @@ use super::{
     CallRequest, Dispatch, Later, Returned,
     address::{Address, Addresses, AllowList},
     answer::outcome,
-    peer::{Peer, Place},
+    peer::{Peer, QueuePlace},
     servers::{Dialler, Servers},
 };
 use crate::{
@@ -257,7 +257,7 @@ fn not_made(call: &CallRequest, now: Timestamp) -> Outcome {
     )
 }
 
-async fn make(place: &Place, call: &CallRequest, clock: &dyn Clock) -> Outcome {
+async fn make(place: &QueuePlace, call: &CallRequest, clock: &dyn Clock) -> Outcome {
     match call.phase {
         Phase::Try => crash_point!("phase_one.before_call"),
         Phase::Confirm | Phase::Cancel => crash_point!("phase_two.before_call"),

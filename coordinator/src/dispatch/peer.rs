@@ -47,12 +47,12 @@ pub(super) struct Peer {
 
 /// A call's place in the queue. Gives it back when dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct QueuePlace {
     peer: Arc<Peer>,
     lane: Arc<Lane>,
 }
 
-impl Drop for Place {
+impl Drop for QueuePlace {
     fn drop(&mut self) {
         self.lane.leave();
         self.peer.held.fetch_sub(1, Ordering::Relaxed);
@@ -66,7 +66,7 @@ pub(super) struct Permit {
     _slot: OwnedSemaphorePermit,
 }
 
-impl Place {
+impl QueuePlace {
     /// Waits until the call may be made.
     pub(super) async fn permit(&self) -> Permit {
         let of_lane = self.lane.permit().await;
@@ -109,7 +109,7 @@ impl Peer {
         action: &str,
         now: Timestamp,
         hurry: Hurry,
-    ) -> Result<Place, Later> {
+    ) -> Result<QueuePlace, Later> {
         let lane = self.lane(action);
         let left = QUEUES_MAX.saturating_sub(self.held.load(Ordering::Relaxed));
         lane.enter(left.clamp(QUEUE_MIN, QUEUE_MAX), || {
@@ -121,7 +121,7 @@ impl Peer {
         })?;
         self.held.fetch_add(1, Ordering::Relaxed);
         self.used_at.fetch_max(now.0, Ordering::Relaxed);
-        Ok(Place { peer: self.clone(), lane })
+        Ok(QueuePlace { peer: self.clone(), lane })
     }
 
     fn lane(&self, action: &str) -> Arc<Lane> {
@@ -163,7 +163,7 @@ mod tests {
         Arc::new(Peer::new(Servers::new(addresses, Arc::new(Tcp), true), calls_max))
     }
 
-    async fn is_turned_away(place: &Place) -> bool {
+    async fn is_turned_away(place: &QueuePlace) -> bool {
         tokio::time::timeout(Duration::from_millis(10), place.permit()).await.is_err()
     }
 

@@ -121,7 +121,7 @@ pub enum What {
     /// Mark a branch as done in place of the participant, because an operator did its work by hand.
     Resolve { branch_id: BranchId, operator: String, reason: String },
     /// Decide in place of a decision that may be lost, because an operator has found out what is right.
-    Settle { decision: Decision, operator: String, reason: String },
+    ResolveTransaction { decision: Decision, operator: String, reason: String },
     /// Read its state, because the key with this hash leads to it.
     GetByKey([u8; 32]),
     /// The keyed Begin that began this transaction has come again.

@@ -36,7 +36,7 @@ impl Partition {
             deadline,
             hurry,
         };
-        let (event, postponed) = match self.parts.dispatch.submit(call, &self.returned.0) {
+        let (event, postponed) = match self.parts.dispatch.submit(call, &self.returned_sender) {
             Ok(()) => (Event::CallStarted { branch, phase }, None),
             Err(Later(wait)) => {
                 let until = now + wait;

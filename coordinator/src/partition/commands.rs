@@ -94,9 +94,10 @@ impl Partition {
                 What::Get | What::GetByKey(_) => of_transaction(xid, false),
                 What::Register(_) | What::BeginAgain { .. } => of_transaction(xid, true),
                 // Never refused: reservations wait for a decision.
-                What::Decide(_) | What::Retry | What::Resolve { .. } | What::Settle { .. } => {
-                    Needs::default()
-                }
+                What::Decide(_)
+                | What::Retry
+                | What::Resolve { .. }
+                | What::ResolveTransaction { .. } => Needs::default(),
             },
         }
     }
@@ -158,7 +159,7 @@ impl Partition {
                 branch_id,
                 resolution: Resolution { operator, reason, at: now },
             }),
-            What::Settle { decision, operator, reason } => {
+            What::ResolveTransaction { decision, operator, reason } => {
                 let global = &entry.global;
                 let lost = self.ownership.may_have_lost_the_decision_of(global);
                 if global.state == State::Trying && !lost {
@@ -168,7 +169,10 @@ impl Partition {
                 if lost {
                     warn!(%xid, decision = decision.as_str(), operator, reason, "an operator decides a transaction whose decision may be lost");
                 }
-                Some(Event::Settled { decision, by: Resolution { operator, reason, at: now } })
+                Some(Event::TransactionResolved {
+                    decision,
+                    by: Resolution { operator, reason, at: now },
+                })
             }
         };
         if let Some(event) = event {

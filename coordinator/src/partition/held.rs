@@ -12,12 +12,12 @@ const BRANCH_BYTES: usize = 256;
 
 /// See the module's comment.
 #[derive(Debug, Default)]
-pub struct Held {
+pub struct MemoryUse {
     transactions: AtomicUsize,
     bytes: AtomicUsize,
 }
 
-impl Held {
+impl MemoryUse {
     /// How many transactions are in memory.
     pub fn transactions(&self) -> usize {
         self.transactions.load(Ordering::Relaxed)
@@ -92,11 +92,11 @@ pub(super) fn bytes_of(global: &GlobalTransaction) -> usize {
         Some(CancelCause::TryUnknown { error, .. }) => error.len(),
         Some(CancelCause::TimedOut | CancelCause::CoordinatorRestarted) | None => 0,
     };
-    let settled = global.settled.as_ref().map_or(0, |by| by.operator.len() + by.reason.len());
+    let resolution = global.resolution.as_ref().map_or(0, |by| by.operator.len() + by.reason.len());
     let result =
         global.result.as_ref().map_or(0, |result| result.data.len() + result.content_type.len());
     let branches: usize = global.branches.iter().map(bytes_of_branch).sum();
-    TRANSACTION_BYTES + global.name.len() + labels + cancel + settled + result + branches
+    TRANSACTION_BYTES + global.name.len() + labels + cancel + resolution + result + branches
 }
 
 fn bytes_of_branch(branch: &Branch) -> usize {

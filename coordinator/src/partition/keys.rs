@@ -154,7 +154,7 @@ impl Partition {
             | What::Decide(_)
             | What::Retry
             | What::Resolve { .. }
-            | What::Settle { .. }
+            | What::ResolveTransaction { .. }
             | What::BeginAgain { .. } => answer_now(reply, Err(missing)),
         }
     }
@@ -166,7 +166,7 @@ impl Partition {
         }
         let hashes: Vec<_> = self.keys.queue.drain(..self.keys.queue.len().min(KEYS_MAX)).collect();
         self.keys.in_flight.extend(&hashes);
-        let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
+        let (store, reads) = (self.parts.store.clone(), self.reads_sender.clone());
         let known = self.known();
         self.parts.tasks.spawn(async move {
             let found = found_keys(&*store, &hashes, known).await;

@@ -50,7 +50,7 @@ use self::{
 };
 pub use self::{
     ask::{Answer, Ask, COMMANDS_MAX, Command, Error, Reply, Settings, Until, WAITING_MAX, What},
-    held::Held,
+    held::MemoryUse,
 };
 use crate::{
     clock::Clock,
@@ -79,7 +79,7 @@ pub struct Parts {
     /// Tells whether the store answers.
     pub health: Arc<JournalHealth>,
     /// Counts what all partitions together hold in memory.
-    pub held: Arc<Held>,
+    pub held: Arc<MemoryUse>,
     /// Spawns and counts the partition's reads.
     pub tasks: TaskTracker,
     /// Limits, deadlines and pauses from the configuration.
@@ -108,8 +108,10 @@ pub struct Partition {
     reading: Reading,
     /// When the partition last looked for callers that have given up.
     forgot_at: Timestamp,
-    returned: (mpsc::Sender<Returned>, mpsc::Receiver<Returned>),
-    reads: (mpsc::UnboundedSender<ReadResult>, mpsc::UnboundedReceiver<ReadResult>),
+    returned_sender: mpsc::Sender<Returned>,
+    returned: mpsc::Receiver<Returned>,
+    reads_sender: mpsc::UnboundedSender<ReadResult>,
+    reads: mpsc::UnboundedReceiver<ReadResult>,
 }
 
 impl Partition {
@@ -126,6 +128,8 @@ impl Partition {
                 epoch, "the store has lost batches up to this epoch"
             );
         }
+        let (returned_sender, returned) = mpsc::channel(RETURNED_MAX);
+        let (reads_sender, reads) = mpsc::unbounded_channel(); // bounded by the reads under way
         Self {
             ownership,
             parts,
@@ -141,8 +145,10 @@ impl Partition {
             specs: Specs::default(),
             reading: Reading::from_the_start(now),
             forgot_at: now,
-            returned: mpsc::channel(RETURNED_MAX),
-            reads: mpsc::unbounded_channel(), // bounded by the reads under way
+            returned_sender,
+            returned,
+            reads_sender,
+            reads,
         }
     }
 
@@ -161,8 +167,8 @@ impl Partition {
                     Some(command) => self.woken().take_command(command),
                     None => can_be_asked = false,
                 },
-                Some(returned) = self.returned.1.recv() => self.woken().take_returned(returned),
-                Some(read) = self.reads.1.recv() => self.woken().take_read(read),
+                Some(returned) = self.returned.recv() => self.woken().take_returned(returned),
+                Some(read) = self.reads.recv() => self.woken().take_read(read),
                 Ok(()) = durable.changed() => { self.woken(); }
                 () = async { match wake_at {
                     Some(at) => clock.sleep_until(at).await,
@@ -173,9 +179,9 @@ impl Partition {
             for _ in 0..EVENTS_IN_A_ROW_MAX {
                 if let Ok(command) = commands.try_recv() {
                     self.take_command(command);
-                } else if let Ok(returned) = self.returned.1.try_recv() {
+                } else if let Ok(returned) = self.returned.try_recv() {
                     self.take_returned(returned);
-                } else if let Ok(read) = self.reads.1.try_recv() {
+                } else if let Ok(read) = self.reads.try_recv() {
                     self.take_read(read);
                 } else {
                     break;

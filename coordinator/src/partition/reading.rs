@@ -138,9 +138,10 @@ impl Reading {
     }
 
     /// Removes and returns the first operator's decision among the callers that wait for this transaction.
-    fn settlement_of(&mut self, xid: Xid) -> Option<Ask> {
+    fn resolution_of(&mut self, xid: Xid) -> Option<Ask> {
         let asks = self.asks.get_mut(&xid)?;
-        let first = asks.iter().position(|ask| matches!(ask.what, What::Settle { .. }))?;
+        let first =
+            asks.iter().position(|ask| matches!(ask.what, What::ResolveTransaction { .. }))?;
         self.waiting -= 1;
         Some(asks.remove(first))
     }
@@ -208,7 +209,7 @@ impl Partition {
         {
             self.reading.in_flight.insert(xid);
             let began = self.reading.begin();
-            let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
+            let (store, reads) = (self.parts.store.clone(), self.reads_sender.clone());
             let known = self.known();
             self.parts.tasks.spawn(async move {
                 let found = store.load(xid, known).await;
@@ -261,12 +262,12 @@ impl Partition {
                 Ok(Lookup::Found(global))
                     if self.ownership.may_have_lost_the_decision_of(&global) =>
                 {
-                    match self.reading.settlement_of(xid) {
+                    match self.reading.resolution_of(xid) {
                         None => Some(Error::Lost(xid)),
                         // It is decided at once, so that it is never in memory undecided.
-                        Some(settlement) => {
+                        Some(resolution) => {
                             self.insert(Entry::loaded(*global));
-                            self.ask(settlement);
+                            self.ask(resolution);
                             None
                         }
                     }
@@ -339,7 +340,7 @@ impl Partition {
         let after = self.reading.scan_after.take();
         self.reading.scan_at = None;
         self.reading.scan_blocked = true;
-        let (store, reads) = (self.parts.store.clone(), self.reads.0.clone());
+        let (store, reads) = (self.parts.store.clone(), self.reads_sender.clone());
         let known = self.known();
         self.parts.tasks.spawn(async move {
             let page = store.due(now, after, PAGE, known).await;

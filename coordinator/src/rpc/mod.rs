@@ -277,7 +277,7 @@ impl AdminService for Services {
         &self,
         request: Request<pb::ResolveBranchRequest>,
     ) -> Result<Response<pb::ResolveBranchResponse>, Status> {
-        let (xid, what) = request::resolve(request.into_inner())?;
+        let (xid, what) = request::resolve_branch(request.into_inner())?;
         let answer = self.coordinator.ask(xid, what, Until::Now, Duration::ZERO).await?;
         Ok(Response::new(pb::ResolveBranchResponse {
             transaction: self.transaction(&answer.global),
@@ -288,7 +288,7 @@ impl AdminService for Services {
         &self,
         request: Request<pb::ResolveTransactionRequest>,
     ) -> Result<Response<pb::ResolveTransactionResponse>, Status> {
-        let (xid, what) = request::settle(request.into_inner())?;
+        let (xid, what) = request::resolve_transaction(request.into_inner())?;
         let answer = self.coordinator.ask(xid, what, Until::Now, Duration::ZERO).await?;
         Ok(Response::new(pb::ResolveTransactionResponse {
             transaction: self.transaction(&answer.global),

@@ -392,7 +392,7 @@ pub(super) fn wait(message: Option<prost_types::Duration>) -> Result<Duration, I
     }
 }
 
-pub(super) fn resolve(request: pb::ResolveBranchRequest) -> Result<(Xid, What), Invalid> {
+pub(super) fn resolve_branch(request: pb::ResolveBranchRequest) -> Result<(Xid, What), Invalid> {
     let what = What::Resolve {
         branch_id: branch_id("branch_id", &request.branch_id)?,
         operator: name("operator", request.operator, limits::OPERATOR_BYTES_MAX)?,
@@ -401,7 +401,9 @@ pub(super) fn resolve(request: pb::ResolveBranchRequest) -> Result<(Xid, What), 
     Ok((xid(&request.xid)?, what))
 }
 
-pub(super) fn settle(request: pb::ResolveTransactionRequest) -> Result<(Xid, What), Invalid> {
+pub(super) fn resolve_transaction(
+    request: pb::ResolveTransactionRequest,
+) -> Result<(Xid, What), Invalid> {
     let decision = match request.decision() {
         pb::Decision::Confirm => Decision::Confirm,
         pb::Decision::Cancel => Decision::Cancel,
@@ -409,7 +411,7 @@ pub(super) fn settle(request: pb::ResolveTransactionRequest) -> Result<(Xid, Wha
             return invalid("decision", "must be CONFIRM or CANCEL");
         }
     };
-    let what = What::Settle {
+    let what = What::ResolveTransaction {
         decision,
         operator: name("operator", request.operator, limits::OPERATOR_BYTES_MAX)?,
         reason: name("reason", request.reason, limits::REASON_BYTES_MAX)?,

@@ -47,15 +47,15 @@ pub enum Event {
     Recovered,
     /// An operator asks for the next attempts at once.
     RetryRequested,
-    /// An operator settles a branch by hand.
+    /// An operator resolves a branch by hand.
     Resolved {
-        /// The branch to settle.
+        /// The branch to resolve.
         branch_id: BranchId,
         /// What is recorded about it for ever.
         resolution: Resolution,
     },
     /// An operator decides, because records were lost and the decision may have been among them.
-    Settled {
+    TransactionResolved {
         /// What the operator found to be right.
         decision: Decision,
         /// What is recorded about it for ever.
@@ -161,7 +161,9 @@ impl GlobalTransaction {
             Event::Recovered => Ok(self.recover(now)),
             Event::RetryRequested => Ok(self.retry_now(now)),
             Event::Resolved { branch_id, resolution } => self.resolve(&branch_id, resolution, now),
-            Event::Settled { decision, by } => self.settle(decision, by, now),
+            Event::TransactionResolved { decision, by } => {
+                self.resolve_transaction(decision, by, now)
+            }
         }
     }
 
@@ -385,7 +387,7 @@ impl GlobalTransaction {
         }
     }
 
-    fn settle(
+    fn resolve_transaction(
         &mut self,
         decision: Decision,
         by: Resolution,
@@ -397,7 +399,7 @@ impl GlobalTransaction {
             None => {}
         }
         let reason = format!("{}, an operator: {}", by.operator, by.reason);
-        self.settled = Some(Box::new(by));
+        self.resolution = Some(Box::new(by));
         Ok(match decision {
             Decision::Confirm => self.decide(State::Confirming, now),
             Decision::Cancel => self.cancel(CancelCause::Requested { reason }, now),

@@ -374,7 +374,7 @@ pub struct GlobalTransaction {
     /// In order of registration. The list grows only while trying.
     pub branches: Vec<Branch>,
     /// The operator who decided it, because records were lost. Written with the decision, and kept for ever. Not read again.
-    pub settled: Option<Box<Resolution>>,
+    pub resolution: Option<Box<Resolution>>,
 }
 
 /// When a decided transaction is reported as stuck. Only a view for operators: the coordinator retries it all the same.
@@ -404,7 +404,7 @@ impl GlobalTransaction {
             result: None,
             key: new.key,
             branches: new.branches.into_iter().map(|spec| Branch::registered(spec, now)).collect(),
-            settled: None,
+            resolution: None,
         }
     }
 
@@ -436,7 +436,7 @@ impl GlobalTransaction {
     /// The transaction as a store returns it: without the fields that exist only in memory.
     #[must_use]
     pub fn recorded(&self) -> Self {
-        let mut recorded = Self { settled: None, ..self.clone() };
+        let mut recorded = Self { resolution: None, ..self.clone() };
         for branch in &mut recorded.branches {
             branch.reply = None;
             branch.timeouts = 0;

@@ -213,7 +213,7 @@ impl Handfast {
         self.ask(By::IdempotencyKey(key.to_owned()), format!("key {key}")).await
     }
 
-    /// As [`Handfast::outcome`], and whether an operator has settled this branch of the transaction by hand.
+    /// As [`Handfast::outcome`], and whether an operator has resolved this branch of the transaction by hand.
     pub(crate) async fn outcome_of_branch(
         &self,
         xid: Xid,

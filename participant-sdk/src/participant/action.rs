@@ -155,7 +155,7 @@ type Reply<A> = <<A as Action>::Contract as Contract>::Reply;
 impl<A: Action> Served for Fenced<A> {
     fn handle<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer> {
         match branch.phase {
-            Phase::Try => Box::pin(self.on_try(branch, payload)),
+            Phase::Try => Box::pin(self.decode_and_try(branch, payload)),
             Phase::Confirm | Phase::Cancel => Box::pin(self.phase_two(branch)),
         }
     }
@@ -182,7 +182,7 @@ impl<A: Action> Served for Fenced<A> {
 }
 
 impl<A: Action> Fenced<A> {
-    async fn on_try(&self, branch: &Branch, payload: &[u8]) -> Answer {
+    async fn decode_and_try(&self, branch: &Branch, payload: &[u8]) -> Answer {
         // Checked before the local transaction begins: a Try whose arguments cannot be decoded could never be confirmed.
         let args = match Args::<A>::decode(payload) {
             Ok(args) => args,

@@ -23,7 +23,7 @@ use crate::{
 pub struct Inquiry {
     /// Branches that were cancelled, because their transaction was cancelled or never recorded.
     pub cancelled: usize,
-    /// Branches that an operator has settled by hand. They were closed in the fence without running the action's code.
+    /// Branches that an operator has resolved by hand. They were closed in the fence without running the action's code.
     pub closed: usize,
     /// Branches that were left alone, because their transaction is confirmed, undecided or forgotten. A person should check
     /// them: each is logged.
@@ -31,7 +31,7 @@ pub struct Inquiry {
 }
 
 /// What the inquiry did about one branch.
-enum Settled {
+enum Handled {
     Cancelled,
     Closed,
     Reported,
@@ -39,7 +39,7 @@ enum Settled {
 
 impl Participant {
     /// Asks the coordinator about branches that are still tried an hour after the end of phase one. Cancels those whose
-    /// transaction was cancelled or never recorded. Closes those that an operator has settled by hand (`handfast resolve`):
+    /// transaction was cancelled or never recorded. Closes those that an operator has resolved by hand (`handfast resolve`):
     /// records the decision, and runs no code. Never confirms otherwise: only the coordinator does.
     ///
     /// # Errors
@@ -61,9 +61,9 @@ impl Participant {
                     let branch = Branch::new(xid, branch_id, *action, Phase::Cancel);
                     // Without an answer for this branch, go on with the others.
                     match self.ask_about(branch, handfast).await {
-                        Ok(Settled::Cancelled) => inquiry.cancelled += 1,
-                        Ok(Settled::Closed) => inquiry.closed += 1,
-                        Ok(Settled::Reported) => inquiry.reported += 1,
+                        Ok(Handled::Cancelled) => inquiry.cancelled += 1,
+                        Ok(Handled::Closed) => inquiry.closed += 1,
+                        Ok(Handled::Reported) => inquiry.reported += 1,
                         Err(error) => unanswered = Some(error),
                     }
                 }
@@ -76,12 +76,14 @@ impl Participant {
         }
     }
 
-    async fn ask_about(&self, branch: Branch, handfast: &Handfast) -> Result<Settled, Unanswered> {
+    async fn ask_about(&self, branch: Branch, handfast: &Handfast) -> Result<Handled, Unanswered> {
         let Branch { xid, branch_id, .. } = &branch;
         match handfast.outcome_of_branch(*xid, branch_id).await {
             Ok((outcome, true)) => Ok(self.close(branch, &outcome).await),
-            Ok((outcome, false)) if self.settle(&branch, &outcome).await => Ok(Settled::Cancelled),
-            Ok(_) => Ok(Settled::Reported),
+            Ok((outcome, false)) if self.cancel_if_allowed(&branch, &outcome).await => {
+                Ok(Handled::Cancelled)
+            }
+            Ok(_) => Ok(Handled::Reported),
             Err(error) => {
                 warn!(%xid, %branch_id, %error, "no answer about an overdue reservation");
                 Err(error)
@@ -89,25 +91,25 @@ impl Participant {
         }
     }
 
-    /// Records what became of a branch that an operator has settled. The operator has done the action's work, so its code must not
+    /// Records what became of a branch that an operator has resolved. The operator has done the action's work, so its code must not
     /// run.
-    async fn close(&self, mut branch: Branch, outcome: &Outcome) -> Settled {
+    async fn close(&self, mut branch: Branch, outcome: &Outcome) -> Handled {
         if let Outcome::Confirmed { .. } = outcome {
             branch.phase = Phase::Confirm;
         }
         let Branch { xid, branch_id, action, .. } = &branch;
-        let Some(served) = self.actions.get(action.as_str()) else { return Settled::Reported };
+        let Some(served) = self.actions.get(action.as_str()) else { return Handled::Reported };
         let answer = served.close(&branch).await;
         if let Answer::Done(_) = answer {
-            info!(%xid, %branch_id, action, ?outcome, "reservation closed: an operator has settled it");
-            return Settled::Closed;
+            info!(%xid, %branch_id, action, ?outcome, "reservation closed: an operator has resolved it");
+            return Handled::Closed;
         }
-        warn!(%xid, %branch_id, action, ?answer, "a reservation that an operator has settled cannot be closed yet");
-        Settled::Reported
+        warn!(%xid, %branch_id, action, ?answer, "a reservation that an operator has resolved cannot be closed yet");
+        Handled::Reported
     }
 
     /// Cancels the branch if its outcome allows that. Returns whether it was cancelled.
-    async fn settle(&self, branch: &Branch, outcome: &Outcome) -> bool {
+    async fn cancel_if_allowed(&self, branch: &Branch, outcome: &Outcome) -> bool {
         let Branch { xid, branch_id, action, .. } = branch;
         match outcome {
             Outcome::Cancelled { .. } | Outcome::NeverRecorded => {
@@ -129,7 +131,7 @@ impl Participant {
                 false
             }
             Outcome::Undecided | Outcome::Confirmed { completed: false } => {
-                warn!(%xid, %branch_id, action, %outcome, "overdue reservation; the coordinator has not settled it yet");
+                warn!(%xid, %branch_id, action, %outcome, "overdue reservation; the coordinator has not finished it yet");
                 false
             }
         }

@@ -126,6 +126,11 @@ fn dependencies_point_one_way() {
         &["crate::partition", "crate::journal", "crate::dispatch"],
         "a store has no opinion",
     );
+    uses(
+        "coordinator/src/dispatch",
+        &["crate::store", "crate::partition", "crate::journal"],
+        "it only calls participants",
+    );
 }
 
 /// Every folder of code in which modules can use each other: the root of a library or of a program.

@@ -24,7 +24,7 @@ fn branch(branch_id: &str, action: &str, participant: &str, state: BranchState) 
 }
 
 /// One that is stuck, one that was refused, one that is trying, one that is done.
-pub(in super::super) fn samples() -> [pb::Transaction; 4] {
+pub(in crate::cli) fn samples() -> [pb::Transaction; 4] {
     let stuck = pb::Transaction {
         xid: "3-7-1042-9f3c01d2".to_owned(),
         name: "checkout".to_owned(),
@@ -263,7 +263,7 @@ fn texts_of_others_stay_on_their_line() {
 #[test]
 fn json_means_the_same_and_does_not_turn_around_on_a_terminal() {
     let name = "a\u{202e}b\n\"";
-    let line = super::super::json::line(&name);
+    let line = crate::cli::json::line(&name);
     assert_eq!(line, "\"a\\u202eb\\n\\\"\"\n");
     assert_eq!(serde_json::from_str::<String>(&line).unwrap(), name);
 }

@@ -166,7 +166,7 @@ async fn an_operator_answers_for_a_branch_and_it_is_durable_before_it_is_told() 
     rig.confirm(xid).answer().await.unwrap();
     rig.call().await.done().await;
     let hanging = rig.call().await;
-    settle().await;
+    let_tasks_run().await;
     rig.store.hold();
     let mut resolved = resolve("2");
     resolved.none_yet().await;
@@ -176,7 +176,7 @@ async fn an_operator_answers_for_a_branch_and_it_is_durable_before_it_is_told() 
     assert_eq!(rig.stored(xid).await.unwrap(), global.recorded());
     // The participant's own answer comes late and changes nothing.
     hanging.fails().await;
-    settle().await;
+    let_tasks_run().await;
     assert_eq!(rig.state(xid).await, State::Confirmed);
 }
 

@@ -81,7 +81,7 @@ async fn an_old_row_does_not_take_its_key_back() {
     rig.store.hold_loads(true);
     let asked = rig.ask(old, What::Get, Until::Now);
     while rig.store.loads().is_empty() {
-        settle().await;
+        let_tasks_run().await;
     }
     rig.store
         .purge(rig.ownership, Timestamp(i64::MAX), Timestamp(i64::MAX), None, 100)
@@ -89,12 +89,12 @@ async fn an_old_row_does_not_take_its_key_back() {
         .unwrap();
     rig.store.hold();
     let first = rig.begin(keyed(7, 1));
-    settle().await;
+    let_tasks_run().await;
     rig.store.hold_loads(false);
     asked.answer().await.unwrap();
-    settle().await;
+    let_tasks_run().await;
     let second = rig.begin(keyed(7, 1));
-    settle().await;
+    let_tasks_run().await;
     rig.store.release();
     assert_eq!(
         first.answer().await.unwrap().global.xid,
@@ -144,21 +144,21 @@ async fn a_key_whose_caller_gave_up_is_not_read_twice_at_a_time() {
         let xid = Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce };
         waiting.push(rig.ask(xid, What::Get, Until::Now));
         if sequence % 1000 == 0 {
-            settle().await;
+            let_tasks_run().await;
         }
     }
-    settle().await;
+    let_tasks_run().await;
     rig.clock.advance(Duration::from_secs(1));
     drop(rig.begin(keyed(8, 1)));
-    settle().await;
+    let_tasks_run().await;
     drop(waiting);
     rig.clock.advance(Duration::from_secs(1));
     // The first read answers the next caller with this key. A second read would not see the transaction that begins now.
     rig.store.hold();
     let first = rig.begin(keyed(7, 1));
-    settle().await;
+    let_tasks_run().await;
     rig.store.hold_key_looks_from(Some(1));
-    settle().await;
+    let_tasks_run().await;
     rig.store.release();
     rig.store.hold_loads(false);
     let first = first.answer().await.unwrap();
@@ -168,7 +168,7 @@ async fn a_key_whose_caller_gave_up_is_not_read_twice_at_a_time() {
     }
     rig.until_memory_holds(0).await;
     let second = rig.begin(keyed(7, 1));
-    settle().await;
+    let_tasks_run().await;
     rig.store.hold_key_looks_from(None);
     let second = second.answer().await.unwrap();
     assert_eq!((second.global.xid, second.existed), (first.global.xid, true));

@@ -59,10 +59,10 @@ async fn callers_that_wait_for_a_read_are_limited() {
     for n in 0..WAITING_MAX {
         waiting.push(rig.ask(unknown(n), What::Get, Until::Now));
         if n % 1000 == 0 {
-            settle().await;
+            let_tasks_run().await;
         }
     }
-    settle().await;
+    let_tasks_run().await;
     let refused = rig.ask(unknown(WAITING_MAX), What::Get, Until::Now).answer().await.unwrap_err();
     assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
     let begun = rig.begin(keyed(7, 1)).answer().await.unwrap_err();
@@ -91,10 +91,10 @@ async fn callers_that_wait_for_durability_are_limited() {
     for n in 1..WAITING_MAX {
         waiting.push(rig.ask(xid, What::Get, Until::Now));
         if n % 1000 == 0 {
-            settle().await;
+            let_tasks_run().await;
         }
     }
-    settle().await;
+    let_tasks_run().await;
     let refused = rig.begin(keyed(7, 1)).answer().await.unwrap_err();
     assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
     rig.confirm(xid).none_yet().await;
@@ -121,10 +121,10 @@ async fn callers_that_wait_for_durability_do_not_keep_reads_from_being_answered(
     for n in 0..WAITING_MAX {
         waiting.push(rig.confirm(decided));
         if n % 1000 == 0 {
-            settle().await;
+            let_tasks_run().await;
         }
     }
-    settle().await;
+    let_tasks_run().await;
     let refused = rig.begin(new(&["1"])).answer().await.unwrap_err();
     assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
     // The answer would have to wait for the batch, too.
@@ -152,10 +152,10 @@ async fn a_transaction_in_memory_is_answered_however_many_callers_wait_for_reads
         let xid = Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce };
         waiting.push(rig.ask(xid, What::Get, Until::Now));
         if sequence % 1000 == 0 {
-            settle().await;
+            let_tasks_run().await;
         }
     }
-    settle().await;
+    let_tasks_run().await;
     assert_eq!(rig.state(known).await, State::Trying);
     let register = rig.ask(known, What::Register(vec![registered("3", 1)]), Until::Now);
     register.answer().await.unwrap();

@@ -25,7 +25,7 @@ async fn what_is_finished_leaves_memory_and_one_read_serves_all_who_ask() {
     rig.store.hold_loads(true);
     let asked: Vec<_> = (0..5).map(|_| rig.ask(xid, What::Get, Until::Completed)).collect();
     let repeat = rig.cancel(xid);
-    settle().await;
+    let_tasks_run().await;
     rig.store.hold_loads(false);
     for waiting in asked.into_iter().chain([repeat]) {
         assert_eq!(waiting.answer().await.unwrap().global.state, State::Cancelled);
@@ -45,7 +45,7 @@ async fn a_row_that_was_read_before_memory_changed_it_is_dropped() {
     let rig = first.restart().await;
     let mut asked = rig.ask(xid, What::Get, Until::Now);
     while rig.store.loads().is_empty() {
-        settle().await;
+        let_tasks_run().await;
     }
     for _ in 0..2 {
         rig.call().await.done().await;
@@ -179,11 +179,11 @@ async fn what_the_breaker_postpones_leaves_memory_too() {
     *rig.script.busy.lock().unwrap() = true;
     let xid = rig.begun().await;
     rig.confirm(xid).answer().await.unwrap();
-    settle().await;
+    let_tasks_run().await;
     *rig.script.later.lock().unwrap() = Some(Duration::from_secs(15));
     for _ in 0..10 {
         rig.clock.advance(Duration::from_secs(15));
-        settle().await;
+        let_tasks_run().await;
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
     rig.until_memory_holds(0).await;
@@ -289,7 +289,7 @@ async fn a_read_that_ends_does_not_make_an_older_one_believe_its_old_rows() {
     let rig = first.restart().await;
     let seen = rig.store.dues();
     while rig.store.dues() == seen {
-        settle().await;
+        let_tasks_run().await;
     }
     // Meanwhile the transaction enters memory, finishes and leaves.
     rig.ask(xid, What::Get, Until::Now).answer().await.unwrap();
@@ -322,7 +322,7 @@ async fn a_transaction_leaves_memory_only_when_its_latest_change_is_durable() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     two.fails().await;
-    settle().await;
+    let_tasks_run().await;
     rig.store.fail([Fault::Nothing].into_iter().chain([Fault::Unreached; 6]));
     rig.store.release();
     while rig.store.batches().len() < batches + 3 {

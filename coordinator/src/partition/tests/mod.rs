@@ -58,7 +58,7 @@ struct Rig {
     settings: Settings,
     ownership: Ownership,
     commands: mpsc::Sender<Command>,
-    held: Arc<Held>,
+    held: Arc<MemoryUse>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -92,7 +92,7 @@ impl Rig {
         let ownership = store.acquire(&[PARTITION], "test", clock.now()).await.unwrap()[0];
         let journal = Journal::new(store.clone(), Arc::new(clock.clone()));
         let (script, held, tasks) =
-            (Arc::new(Script::default()), Arc::<Held>::default(), TaskTracker::new());
+            (Arc::new(Script::default()), Arc::<MemoryUse>::default(), TaskTracker::new());
         let parts = Parts {
             store: store.clone(),
             dispatch: script.clone(),
@@ -163,7 +163,7 @@ impl Rig {
 
     /// Checks that no call is made, after every task has run.
     async fn no_call(&self) {
-        settle().await;
+        let_tasks_run().await;
         if let Some((call, _)) = self.script.calls.lock().unwrap().front() {
             panic!("{:?} of {} left", call.phase, call.spec.branch_id);
         }
@@ -195,7 +195,7 @@ impl Waiting {
 
     /// Checks that there is no answer yet, after every task has run.
     async fn none_yet(&mut self) {
-        settle().await;
+        let_tasks_run().await;
         assert!(self.0.try_recv().is_err(), "answered too early");
     }
 }
@@ -226,7 +226,7 @@ impl MadeCall {
 }
 
 /// Lets every task run until none has anything left to do. (Tests run on one thread.)
-async fn settle() {
+async fn let_tasks_run() {
     for _ in 0..200 {
         tokio::task::yield_now().await;
     }

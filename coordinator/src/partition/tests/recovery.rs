@@ -14,7 +14,7 @@ async fn the_next_owner_carries_on_what_was_decided_and_waits_for_what_was_not()
     let execute =
         first.send(|reply| Command::Begin { new: executed(&["1"]), until: Until::Decided, reply });
     while first.script.calls.lock().unwrap().len() < 3 {
-        settle().await; // two Confirms and a Try are under way when it dies
+        let_tasks_run().await; // two Confirms and a Try are under way when it dies
     }
     let executed = first.script.calls.lock().unwrap().back().unwrap().0.xid;
 
@@ -122,9 +122,9 @@ async fn an_operator_decides_what_may_have_lost_its_decision() {
     let key = first.begin(keyed(7, 7)).answer().await.unwrap().global.xid;
     lose(&first, 20).await;
     let rig = first.restart().await;
-    let settle = |xid, decision| {
+    let resolve = |xid, decision| {
         let (operator, reason) = ("ann".to_owned(), "inventory has confirmed".to_owned());
-        rig.ask(xid, What::Settle { decision, operator, reason }, Until::Now)
+        rig.ask(xid, What::ResolveTransaction { decision, operator, reason }, Until::Now)
     };
     // The key leads to a transaction of that time.
     let again = rig.begin(keyed(7, 7)).answer().await.unwrap_err();
@@ -136,7 +136,7 @@ async fn an_operator_decides_what_may_have_lost_its_decision() {
     let page = rig.store.due(rig.clock.now(), None, 10, known).await.unwrap();
     assert_eq!(page, DuePage::default(), "what is lost is not looked at again");
 
-    let confirmed = settle(kept, Decision::Confirm).answer().await.unwrap();
+    let confirmed = resolve(kept, Decision::Confirm).answer().await.unwrap();
     assert_eq!(confirmed.global.state, State::Confirming);
     for _ in 0..2 {
         let made = rig.call().await;
@@ -144,11 +144,11 @@ async fn an_operator_decides_what_may_have_lost_its_decision() {
         made.done().await;
     }
     // A decision is final, an operator's too.
-    settle(kept, Decision::Confirm).answer().await.unwrap();
-    let opposite = settle(kept, Decision::Cancel).answer().await.unwrap_err();
+    resolve(kept, Decision::Confirm).answer().await.unwrap();
+    let opposite = resolve(kept, Decision::Cancel).answer().await.unwrap_err();
     let Error::Rejected { rejection, .. } = opposite else { panic!("{opposite:?}") };
     assert_eq!(rejection, Rejection::AlreadyDecided(Decision::Confirm));
-    let cancelled = settle(other, Decision::Cancel).answer().await.unwrap();
+    let cancelled = resolve(other, Decision::Cancel).answer().await.unwrap();
     assert_eq!(cancelled.global.state, State::Cancelling);
     let cause = cancelled.global.cancel.as_ref().unwrap().to_string();
     assert!(cause.contains("ann, an operator: inventory has confirmed"), "{cause}");
@@ -157,7 +157,7 @@ async fn an_operator_decides_what_may_have_lost_its_decision() {
     }
     // Others are decided by their initiators.
     let new = rig.begun().await;
-    let answer = settle(new, Decision::Confirm).answer().await.unwrap_err();
+    let answer = resolve(new, Decision::Confirm).answer().await.unwrap_err();
     let Error::Rejected { rejection: Rejection::NotLost, .. } = answer else {
         panic!("{answer:?}")
     };
@@ -195,7 +195,7 @@ async fn what_is_due_comes_back_no_faster_than_it_is_done_and_new_ones_do_not_co
     }
     let rig = first.restart().await;
     rig.until_memory_holds(256).await;
-    settle().await;
+    let_tasks_run().await;
     assert_eq!(rig.held.transactions(), 256);
     for _ in 0..2 * 127 {
         rig.call().await.done().await;
@@ -217,7 +217,7 @@ async fn an_orderly_end_records_what_was_waiting_for_company() {
     let xid = rig.begun().await;
     rig.confirm(xid).answer().await.unwrap();
     rig.call().await.done().await;
-    settle().await;
+    let_tasks_run().await;
     rig.stop.cancel();
     rig.tasks.close();
     rig.tasks.wait().await;
@@ -232,7 +232,7 @@ async fn an_orderly_end_records_what_was_waiting_for_company() {
 #[tokio::test]
 async fn what_comes_with_the_end_begins_at_the_end_and_not_when_somebody_was_last_here() {
     let rig = Rig::new().await;
-    settle().await;
+    let_tasks_run().await;
     rig.clock.advance(Duration::from_secs(3600));
     let _begun = rig.begin(new(&["1", "2"]));
     rig.stop.cancel(); // both are there when the partition looks
@@ -260,7 +260,7 @@ async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
     *rig.script.busy.lock().unwrap() = true;
     let seen = rig.store.dues();
     while rig.store.dues() == seen {
-        settle().await;
+        let_tasks_run().await;
     }
     // A caller asks for a transaction of that page. It enters memory, its participant is briefly unreachable, and it leaves
     // memory.
@@ -271,11 +271,11 @@ async fn what_leaves_during_a_look_of_several_pages_is_found_again() {
     for _ in 0..2 * (count - 1) {
         rig.call().await.done().await;
     }
-    settle().await;
+    let_tasks_run().await;
     rig.clock.advance(Duration::from_secs(16));
-    settle().await;
+    let_tasks_run().await;
     rig.clock.advance(Duration::from_secs(3600 * 24));
-    settle().await;
+    let_tasks_run().await;
     assert_eq!(rig.call().await.call.xid, xids[0], "nobody looks at it any more");
 }
 
@@ -294,7 +294,7 @@ async fn a_dead_participant_does_not_keep_the_others_out_of_memory() {
     let rig = first.restart().await;
     let mut dead_calls = 0;
     for _ in 0..200 {
-        settle().await;
+        let_tasks_run().await;
         let calls: Vec<_> = rig.script.calls.lock().unwrap().drain(..).collect();
         for (call, returned) in calls {
             let made = MadeCall { call, returned };

@@ -32,9 +32,9 @@ async fn no_transaction_times_out_while_the_store_is_silent() {
     let good = rig.begun().await;
     rig.store.hold();
     let other = rig.begin(new(&["1"]));
-    settle().await;
+    let_tasks_run().await;
     rig.clock.advance(TIMEOUT); // the store is silent all the time
-    settle().await;
+    let_tasks_run().await;
     let decided = rig.confirm(good);
     rig.store.release();
     assert_eq!(decided.answer().await.unwrap().global.state, State::Confirming);
@@ -69,7 +69,7 @@ async fn a_failed_call_is_repeated_after_its_pause_and_with_more_time_after_a_ti
             at: Timestamp(0),
         };
         made.returns(Outcome::Unknown { error, timed_out: true, hopeless: false }).await;
-        settle().await;
+        let_tasks_run().await;
         rig.clock.advance(Duration::from_secs(2));
     }
     assert_eq!(deadlines, [5, 10, 20]);

@@ -139,7 +139,7 @@ pub(super) async fn a_loss_before_a_takeover_is_found_by_the_owner_before(store:
     assert_eq!(found, [undecided.recorded()]);
     let mut decided = undecided.clone();
     let by = Resolution { operator: "ann".to_owned(), reason: "by the fences".to_owned(), at: NOW };
-    decided.apply(Event::Settled { decision: Decision::Confirm, by }, NOW).unwrap();
+    decided.apply(Event::TransactionResolved { decision: Decision::Confirm, by }, NOW).unwrap();
     knows.append(vec![updated(&decided, BranchSet::EMPTY)]).await;
     call(&mut decided, 0, failed(false));
     knows.append(vec![updated(&decided, BranchSet::only(0))]).await;

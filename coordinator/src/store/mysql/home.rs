@@ -30,11 +30,11 @@ use crate::store::{
 #[derive(Debug)]
 pub(super) struct Home {
     addresses: Addresses,
-    place: Mutex<Place>,
+    place: Mutex<Current>,
 }
 
 #[derive(Debug, Default)]
-struct Place {
+struct Current {
     /// The address that is tried first.
     address: usize,
     /// The server of the writers. `None`: nothing was written yet.
@@ -64,7 +64,7 @@ impl Home {
         Arc::new(Self { addresses, place: Mutex::default() })
     }
 
-    fn place(&self) -> MutexGuard<'_, Place> {
+    fn place(&self) -> MutexGuard<'_, Current> {
         self.place.lock().expect("nothing panics while it is locked")
     }
 
@@ -111,7 +111,7 @@ impl Home {
             }
         }
         if role == Role::Write {
-            self.settle(&session.server);
+            self.writers_are_at(&session.server);
         } else if !self.has(&session) {
             return Err(Error::Old(format!(
                 "the connection reached {}, but writes go to another server",
@@ -166,7 +166,7 @@ impl Home {
         }
     }
 
-    fn settle(&self, server: &str) {
+    fn writers_are_at(&self, server: &str) {
         let mut place = self.place();
         place.rows.clear();
         place.lacking_since = None;

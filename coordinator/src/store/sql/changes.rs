@@ -71,10 +71,10 @@ pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 9] {
     });
     let resolutions = writes.iter().flat_map(|write| {
         let changed = write.changed_branches.iter();
-        let settled = write.global.settled.as_deref();
-        let settled = settled.filter(|_| write.before == Some(State::Trying));
-        let settled = settled.and_then(|by| ResolutionRow::of_all(&write.global, by));
-        changed.filter_map(|position| ResolutionRow::of(&write.global, position)).chain(settled)
+        let resolution = write.global.resolution.as_deref();
+        let resolution = resolution.filter(|_| write.before == Some(State::Trying));
+        let resolution = resolution.and_then(|by| ResolutionRow::of_all(&write.global, by));
+        changed.filter_map(|position| ResolutionRow::of(&write.global, position)).chain(resolution)
     });
     // A new transaction is nearly always undecided, and its branches have no failures and no payload. Then half of the columns
     // are NULL, and are left out.

@@ -211,7 +211,7 @@ impl TransactionRow {
                 .map(|row| row.into_branch(state, begun_at, &mut leave_out).map_err(damaged))
                 .collect::<Result<_, _>>()?,
             name: self.name,
-            settled: None,
+            resolution: None,
         };
         let decided = global.state.decision().is_some();
         if global.decided_at.is_some() != decided

@@ -257,8 +257,8 @@ async fn a_hung_try_does_not_empty_the_pool() {
 async fn a_row_that_is_held_holds_up_its_own_branch_only() {
     for place in places().await {
         let shop = place.open(8).await;
-        let turns = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
-        let (held, last) = (turns + 1, turns + 3);
+        let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
+        let (held, last) = (batches + 1, batches + 3);
         for n in 1..=last {
             shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(1)).await;
         }
@@ -291,8 +291,8 @@ async fn a_row_that_is_held_holds_up_its_own_branch_only() {
 async fn a_hung_confirm_does_not_hold_up_the_others() {
     for place in places().await {
         let shop = place.open(8).await;
-        let turns = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
-        for n in 1..=turns + 3 {
+        let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
+        for n in 1..=batches + 3 {
             shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(0)).await;
         }
         let participant = shop.participant_in_batches();
@@ -301,14 +301,14 @@ async fn a_hung_confirm_does_not_hold_up_the_others() {
             tokio::spawn(async move { participant.handle(&confirm, &[]).await })
         };
         let runs = shop.runs();
-        for n in 1..=turns {
+        for n in 1..=batches {
             shop.change_payload(n, payload_that(0, "hang")).await;
         }
-        let hanging: Vec<_> = (1..=turns).map(confirm).collect();
+        let hanging: Vec<_> = (1..=batches).map(confirm).collect();
         while shop.runs() < runs + hanging.len() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let others: Vec<_> = (turns + 1..=turns + 3).map(confirm).collect();
+        let others: Vec<_> = (batches + 1..=batches + 3).map(confirm).collect();
         for other in others {
             let answer = tokio::time::timeout(LOCK_WAIT, other).await.expect("they wait for it");
             assert_eq!(word(&answer.unwrap()), "Done");

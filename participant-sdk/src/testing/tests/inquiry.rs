@@ -110,7 +110,7 @@ async fn many_branches_that_are_only_reported_do_not_hide_others() {
 
 /// The operator has done by hand what the participant would have done.
 #[tokio::test]
-async fn what_an_operator_has_settled_is_closed_and_not_done_again() {
+async fn what_an_operator_has_resolved_is_closed_and_not_done_again() {
     for confirm in [false, true] {
         let db = Database::new(SCHEMA).await;
         let inventory = participant("inventory", &db, Inventory).await;

@@ -27,7 +27,7 @@ use tokio::{
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::super::network::Network;
+use crate::testing::network::Network;
 
 /// A timeout that is never reached here.
 const TIMEOUT: Duration = Duration::from_secs(60);

@@ -43,7 +43,7 @@ const PURGE_BEGINS: Duration = Duration::from_secs(7);
 pub(crate) struct Options {
     /// Where the coordinator records: sqlite, sqlite:PATH, mysql://…, memory
     #[arg(long, value_name = "STORES", default_value = "sqlite", value_delimiter = ',', value_parser = store)]
-    pub(crate) store: Vec<Place>,
+    pub(crate) store: Vec<Storage>,
     /// Branches per transaction, each at its own participant
     #[arg(long, value_name = "LIST", default_value = "3", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) branches: Vec<u16>,
@@ -73,7 +73,7 @@ pub(crate) struct Options {
     pub(crate) trys: Trys,
     /// Where participants keep their fences: memory, sqlite, mysql://…
     #[arg(long, value_name = "PLACE", default_value = "memory", value_parser = store)]
-    pub(crate) fence: Place,
+    pub(crate) fence: Storage,
     /// Participants with a database also sell one of this many goods: an UPDATE in Try and one in Confirm. Few goods make hot rows
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub(crate) goods: u32,
@@ -123,7 +123,7 @@ pub(crate) struct Options {
 
 /// Where a coordinator stores transactions, or a participant its fence.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Storage {
     Memory,
     /// Path of the file. `None`: a file in the run's temporary folder.
     Sqlite(Option<String>),
@@ -158,16 +158,16 @@ pub(crate) enum PhaseTwo {
     OneByOne,
 }
 
-fn store(text: &str) -> Result<Place, String> {
+fn store(text: &str) -> Result<Storage, String> {
     match text.split_once(':') {
-        None if text == "memory" => Ok(Place::Memory),
-        None if text == "sqlite" => Ok(Place::Sqlite(None)),
-        Some(("sqlite", path)) if !path.is_empty() => Ok(Place::Sqlite(Some(path.to_owned()))),
+        None if text == "memory" => Ok(Storage::Memory),
+        None if text == "sqlite" => Ok(Storage::Sqlite(None)),
+        Some(("sqlite", path)) if !path.is_empty() => Ok(Storage::Sqlite(Some(path.to_owned()))),
         Some(("mysql", rest)) => match text.parse::<MySqlConnectOptions>() {
             Ok(options)
                 if rest.starts_with("//") && options.get_database().is_none_or(str::is_empty) =>
             {
-                Ok(Place::MySql(text.to_owned()))
+                Ok(Storage::MySql(text.to_owned()))
             }
             _ => Err("a server, without a database: mysql://root@127.0.0.1:3306".to_owned()),
         },
@@ -194,14 +194,14 @@ pub(crate) struct Column {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Subject {
     /// Our coordinator, with this store.
-    Handfast(Place),
+    Handfast(Storage),
     /// A running server that speaks DTM's protocol: its URL, and its store if `--store` names one.
-    Dtm(String, Place),
+    Dtm(String, Storage),
 }
 
 impl Subject {
     /// The store of the measured server.
-    pub(crate) fn store(&self) -> &Place {
+    pub(crate) fn store(&self) -> &Storage {
         match self {
             Self::Handfast(store) | Self::Dtm(_, store) => store,
         }
@@ -286,7 +286,7 @@ mod tests {
     #[test]
     fn a_server_is_named_without_a_database() {
         for right in ["mysql://root@127.0.0.1:3306", "mysql://root@db/?ssl-mode=disabled"] {
-            assert!(matches!(store(right), Ok(Place::MySql(url)) if url == right), "{right}");
+            assert!(matches!(store(right), Ok(Storage::MySql(url)) if url == right), "{right}");
         }
         for wrong in ["mysql:", "mysql:db", "mysql://root@db/orders", "mysql://db/orders?a=b", "my"]
         {

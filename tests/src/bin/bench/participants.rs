@@ -22,7 +22,7 @@ use super::{
     goods::{self, Goods, Shelves},
     hanging::Hanging,
     ledger::{Ledger, Name},
-    options::{Options, PhaseTwo, Place, Transport, Trys},
+    options::{Options, PhaseTwo, Storage, Transport, Trys},
 };
 
 /// Pool size: database connections of one participant.
@@ -165,7 +165,7 @@ impl Served {
         let builder = Participant::builder(name.as_str());
         let (mut tasks, mut database, mut goods) = (Vec::new(), None, None);
         let participant = match &options.fence {
-            Place::Memory => {
+            Storage::Memory => {
                 let fence = MemoryFence::default().retention(KEPT[0]);
                 let cleaned = fence.clone();
                 tasks.push(tokio::spawn(async move {
@@ -176,7 +176,7 @@ impl Served {
                 }));
                 builder.memory_action(&fence, Reports::new(ledger, 0)).build()
             }
-            Place::Sqlite(_) => {
+            Storage::Sqlite(_) => {
                 let pool = sqlite(&folder.join(format!("{name}.db"))).await?;
                 goods = Some(Goods::Sqlite(pool.clone()));
                 let fence = Fence::new(pool);
@@ -184,7 +184,7 @@ impl Served {
                 let reports = Reports::new(ledger, options.goods);
                 action(builder, phase_two, &fence, reports).build()
             }
-            Place::MySql(server) => {
+            Storage::MySql(server) => {
                 let made = database::Database::empty(server).await;
                 let pool = mysql(&made.url()).await?;
                 goods = Some(Goods::MySql(pool.clone()));

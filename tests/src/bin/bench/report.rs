@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::{
-    options::{Column, Load, Options, PhaseTwo, Place, Subject},
+    options::{Column, Load, Options, PhaseTwo, Storage, Subject},
     run::Sample,
 };
 
@@ -114,11 +114,12 @@ impl Outcome {
             "MySQL"
         };
         match &self.column.subject {
-            Subject::Handfast(Place::Memory) => "MEMORY, NOT DURABLE".to_owned(),
-            Subject::Handfast(Place::Sqlite(_)) => "SQLite".to_owned(),
-            Subject::Handfast(Place::MySql(_)) => mysql.to_owned(),
+            Subject::Handfast(Storage::Memory) => "MEMORY, NOT DURABLE".to_owned(),
+            Subject::Handfast(Storage::Sqlite(_)) => "SQLite".to_owned(),
+            Subject::Handfast(Storage::MySql(_)) => mysql.to_owned(),
             Subject::Dtm(url, store) => {
-                let store = if matches!(store, Place::MySql(_)) { mysql } else { "its own store" };
+                let store =
+                    if matches!(store, Storage::MySql(_)) { mysql } else { "its own store" };
                 let host = url.trim_start_matches("http://").split('/').next().unwrap_or_default();
                 format!("{host}\n{store}")
             }

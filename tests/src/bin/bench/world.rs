@@ -14,7 +14,7 @@ use super::{
     initiator::{Initiator, SdkInitiator},
     ledger::Ledger,
     meter::Server,
-    options::{Column, Load, Options, Place, Subject, Transport},
+    options::{Column, Load, Options, Storage, Subject, Transport},
     participants::Served,
 };
 
@@ -50,13 +50,13 @@ impl World {
         options: &Options,
         column: &Column,
         url: &str,
-        store: &Place,
+        store: &Storage,
     ) -> anyhow::Result<Self> {
         let ledger = Arc::new(Ledger::new());
         let (initiator, peer) = dtm::start(url, column.branches, ledger.clone()).await?;
         let server = match store {
-            Place::MySql(url) => Some(Server::connect(url).await?),
-            Place::Memory | Place::Sqlite(_) => None,
+            Storage::MySql(url) => Some(Server::connect(url).await?),
+            Storage::Memory | Storage::Sqlite(_) => None,
         };
         Ok(Self {
             coordinator: None,
@@ -73,18 +73,18 @@ impl World {
         })
     }
 
-    async fn ours(options: &Options, column: &Column, store: &Place) -> anyhow::Result<Self> {
+    async fn ours(options: &Options, column: &Column, store: &Storage) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("handfast-bench-").tempdir()?;
         let (mut server, mut database) = (None, None);
         let store = match store {
-            Place::Memory => "memory:".to_owned(),
-            Place::Sqlite(None) => format!("sqlite:{}", folder.path().join("store.db").display()),
-            Place::Sqlite(Some(path)) => {
+            Storage::Memory => "memory:".to_owned(),
+            Storage::Sqlite(None) => format!("sqlite:{}", folder.path().join("store.db").display()),
+            Storage::Sqlite(Some(path)) => {
                 let none = !std::path::Path::new(path).exists();
                 anyhow::ensure!(none, "{path} is there already; the store must be new");
                 format!("sqlite:{path}")
             }
-            Place::MySql(url) => {
+            Storage::MySql(url) => {
                 server = Some(Server::connect(url).await?);
                 database.insert(Database::migrated(url).await).url()
             }
@@ -172,7 +172,7 @@ fn settings(options: &Options, column: &Column) -> Vec<(String, String)> {
     if options.transport == Transport::Unary {
         settings.push(("calls.streams".to_owned(), "false".to_owned()));
     }
-    if *column.subject.store() == Place::Memory {
+    if *column.subject.store() == Storage::Memory {
         settings.push(("store_unsafe".to_owned(), "true".to_owned()));
     }
     if let Load::Held(held) = column.load {

@@ -3,7 +3,7 @@
 use std::fs;
 
 use super::{
-    whole::{Place, record},
+    whole::{StoreFiles, record},
     *,
 };
 use crate::store::conformance::{NOW, Owner, begun, confirm, updated};
@@ -17,15 +17,15 @@ async fn looked_up(store: &SqliteStore, xid: Xid) -> (Ownership, Lookup) {
 
 #[tokio::test]
 async fn a_backup_of_a_running_store_is_restored_and_knows_what_it_lacks() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let mut owner = Owner::of(&store).await;
     let early = record(&mut owner).await;
-    let file = place.folder.path().join("monday.backup");
-    let bytes = backup(&place.main(), &file, NOW, quiet).await.unwrap();
+    let file = store_files.folder.path().join("monday.backup");
+    let bytes = backup(&store_files.main(), &file, NOW, quiet).await.unwrap();
     assert_eq!(bytes, fs::metadata(&file).unwrap().len());
     // It is not overwritten, and the store goes on.
-    let again = backup(&place.main(), &file, NOW, quiet).await.unwrap_err();
+    let again = backup(&store_files.main(), &file, NOW, quiet).await.unwrap_err();
     assert!(matches!(again, CopyError::Exists { .. }), "{again}");
     let mut decided = begun(early, &["a"]);
     confirm(&mut decided);
@@ -39,14 +39,14 @@ async fn a_backup_of_a_running_store_is_restored_and_knows_what_it_lacks() {
     assert!(error.to_string().contains("2023-11-14T22:13:20Z"), "when? {error}");
 
     // Nothing is restored below a running coordinator.
-    let running = restore(&file, &place.main(), NOW, quiet).await.unwrap_err();
+    let running = restore(&file, &store_files.main(), NOW, quiet).await.unwrap_err();
     assert!(matches!(running, CopyError::Open(OpenError::InUse { .. })), "{running}");
     assert!(matches!(looked_up(&store, late).await.1, Lookup::Found(_)));
     drop(store);
 
-    let restored = restore(&file, &place.main(), NOW, quiet).await.unwrap();
+    let restored = restore(&file, &store_files.main(), NOW, quiet).await.unwrap();
     assert_eq!((restored.transactions, restored.made_at), (1, Some(NOW)));
-    let store = place.open().await.unwrap();
+    let store = store_files.open().await.unwrap();
     let (ownership, found) = looked_up(&store, early).await;
     // It was decided after the backup. Whoever knows of `lost_through` does not decide it again.
     assert!(
@@ -66,17 +66,17 @@ async fn a_backup_of_a_running_store_is_restored_and_knows_what_it_lacks() {
 
 #[tokio::test]
 async fn a_restore_that_is_killed_halfway_leaves_nothing_that_looks_whole() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let mut owner = Owner::of(&store).await;
     record(&mut owner).await;
-    let file = place.folder.path().join("monday.backup");
-    backup(&place.main(), &file, NOW, quiet).await.unwrap();
+    let file = store_files.folder.path().join("monday.backup");
+    backup(&store_files.main(), &file, NOW, quiet).await.unwrap();
     let late = record(&mut owner).await;
     drop(owner);
-    let old = place.as_it_is();
+    let old = store_files.as_it_is();
     // The new file is there, and so is the WAL of the earlier store, of which it is a copy.
-    let halfway = Place::new();
+    let halfway = StoreFiles::new();
     restore(&file, &halfway.main(), NOW, quiet).await.unwrap();
     fs::copy(old.wal(), halfway.wal()).unwrap();
     let error = halfway.open().await.expect_err("it opened");
@@ -88,30 +88,31 @@ async fn a_restore_that_is_killed_halfway_leaves_nothing_that_looks_whole() {
     let error = old.open().await.expect_err("it opened");
     assert!(matches!(error, OpenError::SeveralNames { .. }), "{error}");
     // A repeat gets over each of them.
-    for place in [halfway, old] {
-        restore(&file, &place.main(), NOW, quiet).await.unwrap();
-        let lacking = looked_up(&place.open().await.unwrap(), late).await.1;
+    for store_files in [halfway, old] {
+        restore(&file, &store_files.main(), NOW, quiet).await.unwrap();
+        let lacking = looked_up(&store_files.open().await.unwrap(), late).await.1;
         assert!(matches!(lacking, Lookup::Absent { lost: true, .. }), "{lacking:?}");
     }
 }
 
 #[tokio::test]
 async fn a_plain_copy_is_restored_only_if_it_is_whole() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let xid = record(&mut Owner::of(&store).await).await;
-    let target = Place::new();
-    let torn = place.as_it_is().without_wal();
+    let target = StoreFiles::new();
+    let torn = store_files.as_it_is().without_wal();
     let error = restore(&torn.main(), &target.main(), NOW, quiet).await.unwrap_err();
     assert!(matches!(error, CopyError::Open(OpenError::NoWal { .. })), "{error}");
-    let error = backup(&torn.main(), &place.folder.path().join("b"), NOW, quiet).await.unwrap_err();
+    let error =
+        backup(&torn.main(), &store_files.folder.path().join("b"), NOW, quiet).await.unwrap_err();
     assert!(matches!(error, CopyError::Open(OpenError::NoWal { .. })), "{error}");
-    let whole = place.as_it_is();
+    let whole = store_files.as_it_is();
     assert_eq!(restore(&whole.main(), &target.main(), NOW, quiet).await.unwrap().transactions, 1);
     let (ownership, found) = looked_up(&target.open().await.unwrap(), xid).await;
     assert!(matches!(found, Lookup::Found(_)) && ownership.lost_through.is_some());
     // Neither is something else.
-    let text = place.folder.path().join("notes.txt");
+    let text = store_files.folder.path().join("notes.txt");
     fs::write(&text, "Dear diary, ".repeat(1000)).unwrap();
     restore(&text, &target.main(), NOW, quiet).await.unwrap_err();
     restore(&whole.main(), &text, NOW, quiet).await.unwrap_err();
@@ -122,13 +123,13 @@ async fn a_plain_copy_is_restored_only_if_it_is_whole() {
 
 #[tokio::test]
 async fn a_store_whose_wal_is_gone_for_good_is_used_again_once_it_is_marked() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let late = record(&mut Owner::of(&store).await).await;
-    let running = mark_restored(&place.main()).await.unwrap_err();
+    let running = mark_restored(&store_files.main()).await.unwrap_err();
     assert!(matches!(running, CopyError::Open(OpenError::InUse { .. })), "{running}");
     // The next start brings it into the main file.
-    let killed = place.as_it_is();
+    let killed = store_files.as_it_is();
     let next = killed.open().await.unwrap();
     let torn = killed.as_it_is().without_wal();
     drop(next);
@@ -140,20 +141,20 @@ async fn a_store_whose_wal_is_gone_for_good_is_used_again_once_it_is_marked() {
     assert!(matches!(found, Lookup::Found(_)), "it was in the main file");
     assert_eq!(ownership.lost_through, Some(late.epoch));
     // Nothing is made of nothing.
-    let missing = place.folder.path().join("missing.db");
+    let missing = store_files.folder.path().join("missing.db");
     mark_restored(&missing).await.unwrap_err();
-    backup(&missing, &place.folder.path().join("b"), NOW, quiet).await.unwrap_err();
+    backup(&missing, &store_files.folder.path().join("b"), NOW, quiet).await.unwrap_err();
     assert!(!missing.exists());
 }
 
 #[tokio::test]
 async fn the_progress_of_a_long_copy_is_told() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     record(&mut Owner::of(&store).await).await;
     let told = Mutex::new(Vec::new());
-    let file = place.folder.path().join("b");
-    let mut source = copy::Source::open(&place.main(), false).await.unwrap();
+    let file = store_files.folder.path().join("b");
+    let mut source = copy::Source::open(&store_files.main(), false).await.unwrap();
     let copied = source.copy_beside(&file, Duration::ZERO, |done, total| {
         told.lock().unwrap().push((done, total));
     });

@@ -6,11 +6,11 @@ use super::*;
 use crate::store::conformance::{Owner, begun};
 
 /// A folder with the files of one store.
-pub(super) struct Place {
+pub(super) struct StoreFiles {
     pub(super) folder: tempfile::TempDir,
 }
 
-impl Place {
+impl StoreFiles {
     pub(super) fn new() -> Self {
         Self { folder: tempfile::tempdir().unwrap() }
     }
@@ -86,14 +86,14 @@ async fn has(store: &SqliteStore, xid: Xid) -> bool {
 
 #[tokio::test]
 async fn after_an_orderly_stop_the_main_file_is_all_there_is() {
-    let place = Place::new();
+    let store_files = StoreFiles::new();
     let mut xids = Vec::new();
     for _ in 0..2 {
-        let store = place.open().await.unwrap();
+        let store = store_files.open().await.unwrap();
         xids.push(record(&mut Owner::of(&store).await).await);
         store.close().await;
-        assert!(!place.wal().exists(), "something is left in the WAL");
-        let copy = place.as_it_is();
+        assert!(!store_files.wal().exists(), "something is left in the WAL");
+        let copy = store_files.as_it_is();
         let store = copy.open().await.unwrap();
         for xid in &xids {
             assert!(has(&store, *xid).await);
@@ -103,16 +103,16 @@ async fn after_an_orderly_stop_the_main_file_is_all_there_is() {
 
 #[tokio::test]
 async fn a_main_file_without_its_wal_is_refused() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
-    let at_the_start = place.as_it_is();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
+    let at_the_start = store_files.as_it_is();
     let mut owner = Owner::of(&store).await;
     let early = record(&mut owner).await;
-    let after_a_batch = place.as_it_is();
-    record_much(&mut owner, &place.main()).await;
-    let after_a_checkpoint = place.as_it_is();
+    let after_a_batch = store_files.as_it_is();
+    record_much(&mut owner, &store_files.main()).await;
+    let after_a_checkpoint = store_files.as_it_is();
     let late = record(&mut owner).await;
-    let at_the_end = place.as_it_is();
+    let at_the_end = store_files.as_it_is();
 
     // Both files are whole, at each of these moments.
     let copy = at_the_end.as_it_is();
@@ -131,17 +131,17 @@ async fn a_main_file_without_its_wal_is_refused() {
 
 #[tokio::test]
 async fn a_wal_of_another_moment_is_refused() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let mut owner = Owner::of(&store).await;
     record(&mut owner).await;
-    let early = place.as_it_is();
-    record_much(&mut owner, &place.main()).await;
+    let early = store_files.as_it_is();
+    record_much(&mut owner, &store_files.main()).await;
     record(&mut owner).await;
-    let late = place.as_it_is();
+    let late = store_files.as_it_is();
     drop(owner);
     store.close().await;
-    let stopped = place.as_it_is();
+    let stopped = store_files.as_it_is();
 
     for (main, wal) in [(&early, &late), (&late, &early), (&stopped, &early), (&stopped, &late)] {
         let mixed = main.as_it_is();
@@ -154,11 +154,11 @@ async fn a_wal_of_another_moment_is_refused() {
 /// SQLite itself copies the WAL into the main file and deletes it when the last connection closes.
 #[tokio::test]
 async fn a_store_that_another_program_has_closed_is_whole() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let mut owner = Owner::of(&store).await;
     let xid = record(&mut owner).await;
-    let killed = place.as_it_is().looked_at().await;
+    let killed = store_files.as_it_is().looked_at().await;
     assert!(!killed.wal().exists());
     let after = killed.open().await.unwrap();
     assert!(has(&after, xid).await);
@@ -166,11 +166,11 @@ async fn a_store_that_another_program_has_closed_is_whole() {
 
 #[tokio::test]
 async fn a_read_that_holds_a_checkpoint_up_loses_nothing() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let mut owner = Owner::of(&store).await;
     record(&mut owner).await;
-    let options = SqliteConnectOptions::new().filename(place.main()).read_only(true);
+    let options = SqliteConnectOptions::new().filename(store_files.main()).read_only(true);
     let mut slow = Connection::connect_with(&options).await.unwrap();
     sqlx::raw_sql("BEGIN; SELECT * FROM partition").execute(&mut slow).await.unwrap();
     let xid = record(&mut owner).await;
@@ -178,29 +178,29 @@ async fn a_read_that_holds_a_checkpoint_up_loses_nothing() {
         Ok(mark::checkpoint(connection, "PRAGMA wal_checkpoint(PASSIVE)").await?)
     };
     assert!(!store.writer.run(checkpoint).await.unwrap(), "nobody held it up");
-    let held_up = place.as_it_is();
+    let held_up = store_files.as_it_is();
     let later = record(&mut owner).await;
-    let killed = place.as_it_is();
+    let killed = store_files.as_it_is();
     for (files, xid) in [(&held_up, xid), (&killed, xid), (&killed, later)] {
         let copy = files.as_it_is();
         assert!(has(&copy.open().await.unwrap(), xid).await);
     }
     sqlx::raw_sql("ROLLBACK").execute(&mut slow).await.unwrap();
     assert!(store.writer.run(checkpoint).await.unwrap());
-    let error = place.as_it_is().without_wal().refused().await;
+    let error = store_files.as_it_is().without_wal().refused().await;
     assert!(matches!(error, OpenError::NoWal { .. }), "{error}");
     slow.close().await.unwrap();
     drop(owner);
     store.close().await;
-    let stopped = place.as_it_is();
+    let stopped = store_files.as_it_is();
     assert!(!stopped.wal().exists());
     assert!(has(&stopped.open().await.unwrap(), later).await);
 }
 
 #[tokio::test]
 async fn a_kill_at_any_moment_of_a_checkpoint_loses_nothing() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
     let mut owner = Owner::of(&store).await;
     let xid = record(&mut owner).await;
     let run = async |sql: &'static str| {
@@ -215,7 +215,7 @@ async fn a_kill_at_any_moment_of_a_checkpoint_loses_nothing() {
     let mut copies = Vec::new();
     for step in steps {
         run(step).await;
-        copies.push(place.as_it_is());
+        copies.push(store_files.as_it_is());
     }
     // The WAL of before, when only half of it is copied.
     let half = copies[0].as_it_is();
@@ -229,49 +229,50 @@ async fn a_kill_at_any_moment_of_a_checkpoint_loses_nothing() {
 
 #[tokio::test]
 async fn one_file_under_two_names_is_locked_once() {
-    let place = Place::new();
-    let store = place.open().await.unwrap();
-    let (symbolic, hard) = (place.folder.path().join("s.db"), place.folder.path().join("h.db"));
-    std::os::unix::fs::symlink(place.main(), &symbolic).unwrap();
-    fs::hard_link(place.main(), &hard).unwrap();
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
+    let (symbolic, hard) =
+        (store_files.folder.path().join("s.db"), store_files.folder.path().join("h.db"));
+    std::os::unix::fs::symlink(store_files.main(), &symbolic).unwrap();
+    fs::hard_link(store_files.main(), &hard).unwrap();
     for name in [&symbolic, &hard] {
         let error = SqliteStore::open(name).await.expect_err("it opened");
         assert!(matches!(error, OpenError::InUse { .. }), "{error}");
     }
     drop(store);
-    for name in [&place.main(), &hard, &symbolic] {
+    for name in [&store_files.main(), &hard, &symbolic] {
         let error = SqliteStore::open(name).await.expect_err("it opened");
         assert!(matches!(error, OpenError::SeveralNames { names: 2, .. }), "{error}");
     }
     fs::remove_file(&hard).unwrap();
     // The WAL is beside the file, and not beside the link.
     let store = SqliteStore::open(&symbolic).await.unwrap();
-    assert!(place.wal().exists());
+    assert!(store_files.wal().exists());
     drop(store);
 }
 
 #[tokio::test]
 async fn a_file_that_is_not_where_it_was_is_noticed_and_nothing_more_is_acknowledged() {
-    type Change = fn(&Place);
+    type Change = fn(&StoreFiles);
     let changes: [(&str, Change); 4] = [
-        ("store.db was deleted", |place| fs::remove_file(place.main()).unwrap()),
-        ("store.db was deleted or moved", |place| {
-            fs::rename(place.main(), place.folder.path().join("moved.db")).unwrap();
+        ("store.db was deleted", |store_files| fs::remove_file(store_files.main()).unwrap()),
+        ("store.db was deleted or moved", |store_files| {
+            fs::rename(store_files.main(), store_files.folder.path().join("moved.db")).unwrap();
         }),
-        ("store.db was replaced", |place| {
-            fs::copy(place.main(), place.folder.path().join("other.db")).unwrap();
-            fs::rename(place.folder.path().join("other.db"), place.main()).unwrap();
+        ("store.db was replaced", |store_files| {
+            fs::copy(store_files.main(), store_files.folder.path().join("other.db")).unwrap();
+            fs::rename(store_files.folder.path().join("other.db"), store_files.main()).unwrap();
         }),
-        ("store.db-wal was deleted", |place| fs::remove_file(place.wal()).unwrap()),
+        ("store.db-wal was deleted", |store_files| fs::remove_file(store_files.wal()).unwrap()),
     ];
     for (told, change) in changes {
-        let place = Place::new();
-        let store = place.open().await.unwrap();
+        let store_files = StoreFiles::new();
+        let store = store_files.open().await.unwrap();
         let mut owner = Owner::of(&store).await;
         record(&mut owner).await;
         let early = tokio::time::timeout(LOOK_EVERY * 2, store.gone()).await;
         assert!(early.is_err(), "{early:?}");
-        change(&place);
+        change(&store_files);
         let xid = owner.xid(3);
         let batch = owner.batch(vec![inserted(&begun(xid, &[]))]);
         for _ in 0..2 {

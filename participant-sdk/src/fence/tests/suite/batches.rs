@@ -138,15 +138,15 @@ async fn queue_up(
 #[tokio::test]
 async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
     for place in places().await {
-        let turns = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
-        let before: Vec<_> = (1..=turns + 5).map(|n| (n, &[Phase::Try][..])).collect();
+        let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
+        let before: Vec<_> = (1..=batches + 5).map(|n| (n, &[Phase::Try][..])).collect();
         let shop = shop_after(&place, &before).await;
         let participant = shop.participant_in_batches();
 
         // The first calls run at once and the others wait. One waiting caller is dropped; the other waiting calls run as one
         // batch.
         let calls_of = |of| calls(of, Phase::Confirm);
-        let mut tasks = queue_up(&shop, &participant, calls_of(1..=turns + 3)).await;
+        let mut tasks = queue_up(&shop, &participant, calls_of(1..=batches + 3)).await;
         let gone = tasks.remove(tasks.len() - 2);
         gone.abort();
         drop(gone.await);
@@ -154,20 +154,20 @@ async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
             assert_eq!(word(&task.await.unwrap()), "Done");
         }
         assert_eq!(shop.batches(), 1);
-        assert_eq!(shop.state(turns + 2).await.as_deref(), Some("tried"));
+        assert_eq!(shop.state(batches + 2).await.as_deref(), Some("tried"));
 
         // If the author's code panics for one branch, only that branch's call fails.
-        shop.change_payload(turns + 4, payload_that(1, "panic")).await;
-        let mut calls = calls_of(1..=turns);
-        calls.extend(calls_of(turns + 4..=turns + 5));
+        shop.change_payload(batches + 4, payload_that(1, "panic")).await;
+        let mut calls = calls_of(1..=batches);
+        calls.extend(calls_of(batches + 4..=batches + 5));
         let mut tasks = queue_up(&shop, &participant, calls).await;
         assert_eq!(word(&tasks.pop().unwrap().await.unwrap()), "Done");
         assert!(tasks.pop().unwrap().await.unwrap_err().is_panic());
         assert_eq!(shop.batches(), 2);
-        assert_eq!(shop.state(turns + 4).await.as_deref(), Some("tried"));
+        assert_eq!(shop.state(batches + 4).await.as_deref(), Some("tried"));
 
         // Afterwards no worker is running, so a late call runs at once.
-        let late = participant.handle(&branch(turns + 2, Phase::Confirm), &[]).await;
+        let late = participant.handle(&branch(batches + 2, Phase::Confirm), &[]).await;
         assert_eq!((word(&late), shop.batches()), ("Done", 2));
     }
 }
@@ -175,10 +175,10 @@ async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
 #[tokio::test]
 async fn who_has_come_often_goes_alone() {
     for place in places().await {
-        let turns = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
-        let before: Vec<_> = (1..=turns + 2).map(|n| (n, &[Phase::Try][..])).collect();
+        let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
+        let before: Vec<_> = (1..=batches + 2).map(|n| (n, &[Phase::Try][..])).collect();
         let shop = shop_after(&place, &before).await;
-        let mut calls = calls(1..=turns + 2, Phase::Confirm);
+        let mut calls = calls(1..=batches + 2, Phase::Confirm);
         for call in &mut calls {
             call.attempt = 4;
         }

@@ -65,7 +65,7 @@ const FOUND: [(&str, &str, &str); Bug::ALL.len()] = [
     ("decide-before-durable", "0", "30"),
     ("skip-epoch-check", "1", "30"),
     ("forget-trying", "1", "30"),
-    ("drop-empty-rollback", "15", "30"),
+    ("drop-empty-rollback", "440", "30"),
     ("unknown-is-refused", "5", "30"),
     ("believe-old-read", "4", "30"),
     ("forget-loss", "15", "30"),

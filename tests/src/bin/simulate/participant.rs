@@ -7,7 +7,7 @@ use handfast::{
     Branch, Context, ContextLayer, Contract, Failed, Handfast, Json, Participant, Refusal, Remote,
     TryError, testing::MemoryAction,
 };
-use handfast_coordinator::transaction::Decision;
+use handfast_coordinator::transaction::{self, BranchState, Decision, State};
 use handfast_tests::gift::{
     WrapRequest, WrapResponse,
     gift_service_server::{GiftService, GiftServiceServer},
@@ -81,6 +81,20 @@ impl Reserving {
         self.world.chronicle.violation(invariant, text);
     }
 
+    /// Whether a participant has acknowledged the Cancel of this branch. An inquiry releases what is reserved after it, so that at the
+    /// end of a run nobody would see it.
+    fn is_cancelled(&self, branch: &Branch) -> bool {
+        let Some(global) = self.world.database.recorded(branch.xid) else { return false };
+        let is_acknowledged = |other: &transaction::Branch| {
+            other.spec.branch_id == branch.branch_id && other.state == BranchState::Acknowledged
+        };
+        match global.state {
+            State::Cancelled => true,
+            State::Cancelling => global.branches.iter().any(is_acknowledged),
+            State::Trying | State::Confirming | State::Confirmed => false,
+        }
+    }
+
     /// Makes some calls of phase two fail.
     fn stumble(&self) -> Result<(), Failed> {
         let failures = self.world.failures_of_phase_two();
@@ -99,6 +113,10 @@ impl MemoryAction for Reserving {
             How::Well => {}
             How::Refuse => return Err(Refusal::new("TOO_MUCH").into()),
             How::Fail => Err(std::io::Error::other("the disk is on fire"))?,
+        }
+        if self.is_cancelled(branch) {
+            let text = format!("{} {} was tried after its Cancel", branch.xid, branch.branch_id);
+            self.world.chronicle.violation("I9", text);
         }
         self.change(branch, wish, |effects| effects.reserved += 1);
         let mut books = self.account.books();

@@ -3,7 +3,6 @@
 //! Everything that the coordinator offers may be repeated, so a call whose answer is lost is made again.
 
 use std::{
-    error::Error as _,
     fmt,
     sync::{Arc, Mutex},
     time::Duration,
@@ -14,7 +13,7 @@ use handfast_proto::{
     Xid,
     address::InvalidAddress,
     calls::ToCoordinator,
-    connection::DEADLINE_MARGIN,
+    connection::{self, DEADLINE_MARGIN},
     stream::Line,
     time::{Pauses, wire_duration},
     v1::{self as pb, call_stream_request::Call, call_stream_response::Answer},
@@ -149,7 +148,7 @@ impl Handfast {
                 // Silent, or not serving. A connection that broke is made again by the channel itself, with the next address.
                 if let Err(status) = &answer
                     && matches!(status.code(), Code::DeadlineExceeded | Code::Unavailable)
-                    && status.source().is_none()
+                    && !connection::is_ours(status)
                 {
                     self.leave(connections.start);
                 }

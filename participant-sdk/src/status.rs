@@ -2,11 +2,10 @@
 //!
 //! The codes of answers are those of `participant.proto`. Texts are for people; programs read `google.rpc.ErrorInfo`.
 
-use std::error::Error as _;
-
 use bytes::Bytes;
 use handfast_proto::{
-    failure::with_code, limits::STATUS_MESSAGE_BYTES_MAX, reason, refusal, text::cut, v1 as pb,
+    connection, failure::with_code, limits::STATUS_MESSAGE_BYTES_MAX, reason, refusal, text::cut,
+    v1 as pb,
 };
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -93,8 +92,7 @@ pub(crate) fn may_be_repeated(status: &Status) -> bool {
         Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Cancelled => {
             true
         }
-        // A status with a source was made on this side: the connection broke.
-        Code::Unknown | Code::Internal => status.source().is_some(),
+        Code::Unknown | Code::Internal => connection::is_ours(status),
         Code::Ok
         | Code::InvalidArgument
         | Code::NotFound

@@ -136,6 +136,13 @@ pub fn in_words(error: &(dyn Error + 'static)) -> String {
     }
 }
 
+/// Whether a status was made on this side, because there was no connection or it broke. Only such a status has a source: one that came
+/// from the peer has none.
+#[must_use]
+pub fn is_ours(status: &Status) -> bool {
+    status.source().is_some()
+}
+
 /// Iterates over an error and its causes.
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     let mut next = Some(error);

@@ -293,9 +293,9 @@ impl<S: Streamed> Driver<S> {
                 }
                 NoAnswer::Broken(why)
             }
-            // A status without a source came from the peer. If the peer cannot answer at the moment (a standby, a proxy in front
+            // The status came from the peer. If the peer cannot answer at the moment (a standby, a proxy in front
             // of a server that is starting), that says nothing about streams: the next call opens one.
-            Ok(Err(status)) if status.source().is_none() => {
+            Ok(Err(status)) if !connection::is_ours(&status) => {
                 let is_for_now = matches!(
                     status.code(),
                     Code::Unavailable

@@ -297,8 +297,7 @@ async fn ask(
             return timed_out();
         };
         match answer {
-            // A status with a source was made on our side: there was no connection, or it broke.
-            Err(status) if std::error::Error::source(&status).is_some() => {
+            Err(status) if connection::is_ours(&status) => {
                 server.did_not_answer(begun, clock.now());
                 let may_have_arrived = !connection::is_not_connected(&status);
                 failed = status;

@@ -234,11 +234,11 @@ pub enum BranchState {
     Tried,
     /// The participant has carried out the decision.
     Acknowledged,
-    /// An operator has settled the branch by hand.
+    /// An operator has resolved the branch by hand.
     Resolved(Box<Resolution>),
 }
 
-/// The record of an operator who settled a branch by hand. Kept for ever.
+/// The record of an operator who resolved a branch by hand. Kept for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolution {
     /// The operator's name.

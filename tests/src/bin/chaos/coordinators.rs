@@ -9,7 +9,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    life::Life,
+    life::{Awaited, Life},
     tally::{
         COORDINATOR_CRASHED, COORDINATOR_KILLED, COORDINATOR_STOPPED, PAUSED_AND_SECOND_REFUSED,
         PAUSED_AND_TAKEN_OVER, SECOND_REFUSED, STANDBY, TAKEN_OVER,
@@ -188,11 +188,11 @@ impl<'w> Coordinators<'w> {
         let refused = second.serves(REFUSED_WITHIN).await?;
         current.life.signal(Signal::CONT);
         match refused {
-            Err(_) if paused => {
+            Awaited::Ended(_) if paused => {
                 self.world.tally.fault(PAUSED_AND_SECOND_REFUSED);
             }
-            Err(_) => self.world.tally.fault(SECOND_REFUSED),
-            Ok(_) => {
+            Awaited::Ended(_) => self.world.tally.fault(SECOND_REFUSED),
+            Awaited::Seen(_) => {
                 let log = second.log().display();
                 self.world.tally.violation(format!("two coordinators have one file: {log}"));
             }
@@ -255,7 +255,7 @@ impl<'w> Coordinators<'w> {
         };
         let began = Instant::now();
         let next = match standby.life.serves(START_PATIENCE).await? {
-            Ok(address) => {
+            Awaited::Seen(address) => {
                 self.world.links.coordinator.lead_to(address);
                 let mut counts = self.world.tally.counts();
                 counts.standby_longest = counts.standby_longest.max(began.elapsed());
@@ -263,7 +263,7 @@ impl<'w> Coordinators<'w> {
                 self.world.tally.fault(STANDBY);
                 Some(standby)
             }
-            Err(status) => {
+            Awaited::Ended(status) => {
                 did_not_start(self.world, &standby, status);
                 None
             }
@@ -285,8 +285,8 @@ impl<'w> Coordinators<'w> {
             let mut life = self.world.coordinator(&[], crash.as_deref())?;
             let waits = "another coordinator has the store; waiting as its standby";
             match life.says(waits, START_PATIENCE).await? {
-                Ok(_) => return Ok(Serving { life, crash }),
-                Err(_) => sleep(START_PAUSE).await, // the database is away
+                Awaited::Seen(_) => return Ok(Serving { life, crash }),
+                Awaited::Ended(_) => sleep(START_PAUSE).await, // the database is away
             }
             ensure!(Instant::now() < limit, "no standby waits within {START_PATIENCE:?}");
         }
@@ -352,11 +352,11 @@ async fn serving(world: &World, mut crash: Option<String>) -> anyhow::Result<Ser
         let life = world.coordinator(&["--take-over=always"], crash.as_deref())?;
         let mut one = Serving { life, crash };
         match one.life.serves(START_PATIENCE).await? {
-            Ok(address) => {
+            Awaited::Seen(address) => {
                 world.links.coordinator.lead_to(address);
                 return Ok(one);
             }
-            Err(status) => did_not_start(world, &one, status),
+            Awaited::Ended(status) => did_not_start(world, &one, status),
         }
         sleep(START_PAUSE).await;
         ensure!(Instant::now() < limit, "no coordinator serves within {START_PATIENCE:?}");

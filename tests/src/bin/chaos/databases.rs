@@ -28,11 +28,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// See the module's comment.
 #[derive(Debug)]
 pub(crate) struct Databases {
-    place: Place,
+    location: Location,
 }
 
 #[derive(Debug)]
-enum Place {
+enum Location {
     Folder(PathBuf),
     Server {
         /// `user:password` and `host:port`.
@@ -56,24 +56,24 @@ impl Databases {
     /// Makes the databases: `sqlite` in `folder`; `mysql`, `mariadb` or a kind of group on servers that are started in `folder`; or on
     /// the server of a URL.
     pub(crate) async fn make(store: &str, folder: &Path) -> anyhow::Result<Self> {
-        let place = match store {
+        let location = match store {
             group if Kind::named(group).is_some() => {
                 let kind = Kind::named(group).expect("it is one");
                 let group = Group::start_in(kind, folder.join("servers")).await?;
-                Place::Group { group, current: AtomicU16::new(0) }
+                Location::Group { group, current: AtomicU16::new(0) }
             }
-            "sqlite" => return Ok(Self { place: Place::Folder(folder.to_owned()) }),
+            "sqlite" => return Ok(Self { location: Location::Folder(folder.to_owned()) }),
             "mysql" | "mariadb" => {
                 let own = Server::start_in(store, folder.join("server")).await;
                 let login = login(&own.url())?;
-                Place::Server { login, prefix: PREFIX.to_owned(), own: Some(own) }
+                Location::Server { login, prefix: PREFIX.to_owned(), own: Some(own) }
             }
             url => {
                 let prefix = format!("handfast_chaos_{:08x}_", rand::random::<u32>());
-                Place::Server { login: login(url)?, prefix, own: None }
+                Location::Server { login: login(url)?, prefix, own: None }
             }
         };
-        let databases = Self { place };
+        let databases = Self { location };
         databases.for_each_database("CREATE").await?;
         let migrated =
             process::handfast(&["migrate", "--store", &databases.coordinator(None)]).await;
@@ -83,9 +83,9 @@ impl Databases {
 
     /// Drops the databases, if the server was there before the run.
     pub(crate) async fn drop(&self) -> anyhow::Result<()> {
-        match &self.place {
-            Place::Server { own: None, .. } => self.for_each_database("DROP").await,
-            Place::Server { .. } | Place::Group { .. } | Place::Folder(_) => Ok(()),
+        match &self.location {
+            Location::Server { own: None, .. } => self.for_each_database("DROP").await,
+            Location::Server { .. } | Location::Group { .. } | Location::Folder(_) => Ok(()),
         }
     }
 
@@ -101,10 +101,10 @@ impl Databases {
 
     /// The login for the server that new connections go to, and the prefix of database names there.
     fn login(&self) -> Option<((String, String), &str)> {
-        match &self.place {
-            Place::Folder(_) => None,
-            Place::Server { login, prefix, .. } => Some((login.clone(), prefix)),
-            Place::Group { group, current } => {
+        match &self.location {
+            Location::Folder(_) => None,
+            Location::Server { login, prefix, .. } => Some((login.clone(), prefix)),
+            Location::Group { group, current } => {
                 let at = group.address(current.load(Ordering::Relaxed)).to_string();
                 Some(((USER.to_owned(), at), PREFIX))
             }
@@ -113,23 +113,23 @@ impl Databases {
 
     /// The group of servers, and which member is the current one.
     pub(crate) fn group(&self) -> Option<(&Group, &AtomicU16)> {
-        match &self.place {
-            Place::Group { group, current } => Some((group, current)),
-            Place::Server { .. } | Place::Folder(_) => None,
+        match &self.location {
+            Location::Group { group, current } => Some((group, current)),
+            Location::Server { .. } | Location::Folder(_) => None,
         }
     }
 
     /// The server that may be killed.
     pub(crate) fn own_server(&self) -> Option<&Server> {
-        match &self.place {
-            Place::Server { own, .. } => own.as_ref(),
-            Place::Group { .. } | Place::Folder(_) => None,
+        match &self.location {
+            Location::Server { own, .. } => own.as_ref(),
+            Location::Group { .. } | Location::Folder(_) => None,
         }
     }
 
     /// Whether there is a server at all.
     pub(crate) fn is_server(&self) -> bool {
-        matches!(self.place, Place::Server { .. } | Place::Group { .. })
+        matches!(self.location, Location::Server { .. } | Location::Group { .. })
     }
 
     /// Where the server is.
@@ -159,7 +159,7 @@ impl Databases {
     }
 
     fn store(&self, name: &str, via: Option<&Proxy>) -> Store {
-        if let Place::Folder(folder) = &self.place {
+        if let Location::Folder(folder) = &self.location {
             return Store::Sqlite(folder.join(format!("{name}.db")));
         }
         let ((who, at), prefix) = self.login().expect("a server has a login");

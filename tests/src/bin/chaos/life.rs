@@ -17,6 +17,14 @@ use tokio::{
     time::Instant,
 };
 
+/// The end of a wait for a process.
+pub(crate) enum Awaited<T> {
+    /// It logged the line that was waited for.
+    Seen(T),
+    /// It ended before.
+    Ended(ExitStatus),
+}
+
 /// How often a log is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
@@ -46,22 +54,22 @@ impl Life {
         Ok(Self { child, log: log.to_owned(), read: 0, rest: String::new() })
     }
 
-    /// Waits until the process logs a line with this message. `Err`: it ended before, with this status.
+    /// Waits until the process logs a line with this message, or ends.
     pub(crate) async fn says(
         &mut self,
         message: &str,
         within: Duration,
-    ) -> anyhow::Result<Result<Value, ExitStatus>> {
+    ) -> anyhow::Result<Awaited<Value>> {
         let limit = Instant::now() + within;
         loop {
             let ended = self.child.try_wait()?;
             if let Some(line) =
                 self.new_lines()?.into_iter().find(|line| line["message"] == message)
             {
-                return Ok(Ok(line));
+                return Ok(Awaited::Seen(line));
             }
             if let Some(status) = ended {
-                return Ok(Err(status));
+                return Ok(Awaited::Ended(status));
             }
             anyhow::ensure!(
                 Instant::now() < limit,
@@ -73,16 +81,14 @@ impl Life {
     }
 
     /// Waits until the process serves, and returns its address.
-    pub(crate) async fn serves(
-        &mut self,
-        within: Duration,
-    ) -> anyhow::Result<Result<SocketAddr, ExitStatus>> {
+    pub(crate) async fn serves(&mut self, within: Duration) -> anyhow::Result<Awaited<SocketAddr>> {
         let line = match self.says("serving", within).await? {
-            Ok(line) => line,
-            Err(status) => return Ok(Err(status)),
+            Awaited::Seen(line) => line,
+            Awaited::Ended(status) => return Ok(Awaited::Ended(status)),
         };
         let address = line["address"].as_str().and_then(|address| address.parse().ok());
-        Ok(Ok(address.with_context(|| format!("it serves nowhere: {line}"))?))
+        let address = address.with_context(|| format!("it serves nowhere: {line}"))?;
+        Ok(Awaited::Seen(address))
     }
 
     /// The JSON lines that were logged since the last call.

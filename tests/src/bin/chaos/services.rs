@@ -9,7 +9,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    life::Life,
+    life::{Awaited, Life},
     tally::{SERVICE_CRASHED, SERVICE_KILLED, SERVICE_PAUSED, SERVICE_STOPPED},
     world::World,
 };
@@ -199,7 +199,7 @@ async fn serving(world: &World, service: Service, crash: Option<&str>) -> anyhow
     let limit = Instant::now() + START_PATIENCE;
     loop {
         let mut life = world.service(service, crash)?;
-        if life.serves(START_PATIENCE).await?.is_ok() {
+        if let Awaited::Seen(_) = life.serves(START_PATIENCE).await? {
             return Ok(life);
         }
         ensure!(Instant::now() < limit, "{service} does not serve within {START_PATIENCE:?}");

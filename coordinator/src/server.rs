@@ -88,7 +88,8 @@ pub enum Exit {
     Stopped,
     /// Another coordinator has taken over.
     Fenced,
-    /// The store holds damaged data; a person must look.
+    /// The store holds damaged data, or refused a batch; a person must look. Only the partitions of that batch have ended by
+    /// then, but the process ends as well: while it lacks a partition it must not look as if it served all.
     Corrupt,
     /// A task ended that should run for ever. Holds its name.
     Broken(&'static str),

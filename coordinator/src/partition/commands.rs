@@ -132,7 +132,9 @@ impl Partition {
 
     pub(super) fn ask(&mut self, ask: Ask) {
         let Ask { xid, what, until, reply } = ask;
-        if xid.epoch > self.ownership.epoch {
+        // After a loss, an epoch with a larger number may be one of those that the store has lost. The read tells them apart: if
+        // there is a later owner, the read fails.
+        if xid.epoch > self.ownership.epoch && self.ownership.lost_from.is_none() {
             return answer_now(reply, Err(Error::NotHere(Some(xid))));
         }
         let now = self.now();

@@ -121,7 +121,8 @@ impl Partition {
         let now = parts.clock.now();
         let Durable { upto, ended, position } = *outbox.durable().borrow();
         let lost_through = ownership.lost_through.filter(|_| !Bug::ForgetLoss.is_planted());
-        let ownership = Ownership { lost_through, ..ownership };
+        let lost_from = ownership.lost_from.filter(|_| lost_through.is_some());
+        let ownership = Ownership { lost_from, lost_through, ..ownership };
         if let Some(epoch) = lost_through {
             warn!(
                 partition = ownership.partition,

@@ -281,10 +281,10 @@ impl Partition {
                 {
                     Some(Error::Lost(xid))
                 }
-                // The store has lost everything from some moment on. It began its present epoch after that, and has the number
-                // of a lost one: this xid is of the lost one.
+                // The store has lost everything from some moment on. The epochs that it began after that have the numbers of lost
+                // ones, or have not come as far: this xid is of a lost one.
                 Ok(Lookup::Absent { nonce, .. })
-                    if nonce != Some(xid.nonce) && self.is_later_than_loss(xid) =>
+                    if nonce != Some(xid.nonce) && self.is_since_a_loss(xid) =>
                 {
                     Some(Error::Lost(xid))
                 }
@@ -390,8 +390,8 @@ impl Partition {
         self.reading.done(began);
     }
 
-    fn is_later_than_loss(&self, xid: Xid) -> bool {
-        self.ownership.lost_through.is_some_and(|epoch| xid.epoch > epoch)
+    fn is_since_a_loss(&self, xid: Xid) -> bool {
+        self.ownership.lost_from.is_some_and(|epoch| xid.epoch >= epoch)
     }
 
     /// Takes a transaction from the store into memory.

@@ -94,9 +94,11 @@ impl Tables {
             Some(owner) => drop(self.owners.insert(partition, owner.to_owned())),
             None => drop(self.owners.remove(&partition)),
         }
-        let lossy = self.lost.range((partition, 0)..=(partition, u32::MAX));
-        let lost_through = lossy.last().map(|(_, epoch)| *epoch);
-        Ownership { partition, epoch, nonce, lost_through }
+        let mut lossy =
+            self.lost.range((partition, 0)..=(partition, u32::MAX)).map(|(_, epoch)| *epoch);
+        let lost_from = lossy.clone().next();
+        let lost_through = lossy.next_back();
+        Ownership { partition, epoch, nonce, lost_from, lost_through }
     }
 
     /// Marks what is lost of this batch's owner in these partitions.

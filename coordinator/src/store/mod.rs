@@ -53,6 +53,9 @@ pub struct Ownership {
     pub epoch: u32,
     /// Random. It is part of every xid of this epoch.
     pub nonce: u32,
+    /// The oldest epoch of which the store has lost batches. `None`: no loss is known. Since then, a lost epoch may have the number
+    /// of a recorded one.
+    pub lost_from: Option<u32>,
     /// The store has lost batches of epochs up to this one. `None`: no loss is known. An undecided transaction of these epochs
     /// may have had a decision that callers were told. So the owner does not decide it. A loss that is noticed later ends the
     /// ownership.

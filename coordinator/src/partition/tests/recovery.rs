@@ -94,6 +94,41 @@ async fn lose(first: &Rig, position: u64) {
     assert!(matches!(appended, Appended::Damaged(_) | Appended::Fenced(_)), "{appended:?}");
 }
 
+/// After a backup was restored, epochs have numbers that lost epochs had.
+#[tokio::test]
+async fn an_xid_of_a_lost_epoch_stays_lost_whatever_the_present_epoch_is() {
+    let first = Rig::new().await;
+    lose(&first, 20).await;
+    let mut rig = first.restart().await;
+    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
+    let gone = [first.ownership.epoch, epoch, epoch + 1, epoch + 9].map(|epoch| Xid {
+        partition,
+        epoch,
+        sequence: 1,
+        nonce: !nonce,
+    });
+    for _ in 0..2 {
+        for xid in gone {
+            let answer = rig.ask(xid, What::Get, Until::Now).answer().await.unwrap_err();
+            assert!(matches!(answer, Error::Lost(lost) if lost == xid), "{answer:?}");
+        }
+        lose(&rig, 20).await;
+        rig = rig.restart().await;
+    }
+}
+
+/// A later owner is told apart from a lost epoch.
+#[tokio::test]
+async fn after_a_loss_an_xid_of_a_later_owner_is_not_lost() {
+    let first = Rig::new().await;
+    lose(&first, 20).await;
+    let replaced = first.restart().await;
+    let later = replaced.restart().await;
+    let xid = later.begun().await;
+    let answer = replaced.ask(xid, What::Get, Until::Now).answer().await.unwrap_err();
+    assert!(matches!(answer, Error::Fenced | Error::NotHere(_) | Error::StoreSilent), "{answer:?}");
+}
+
 /// A standby has taken over and read an undecided transaction. Only then the replaced owner finds that its last batches, with
 /// the decision, are lost.
 #[tokio::test]

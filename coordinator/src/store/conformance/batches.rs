@@ -96,6 +96,13 @@ pub(super) async fn a_batch_that_does_not_follow_is_an_alarm(store: &dyn Store) 
     // The next owner also knows that decisions of that epoch may be lost.
     assert_eq!(next.ownership(1).lost_through, Some(owner.ownership(1).epoch));
     assert_eq!(next.ownership(2).lost_through, None);
+    // A later loss leaves the oldest lossy epoch as it is.
+    let mut batch = next.batch(vec![inserted(&begun(unknown, &["1"]))]);
+    batch.guards[0].position += 2;
+    assert!(matches!(store.append(&batch).await.unwrap(), Appended::Damaged(_)));
+    let last = Owner::of(store).await.ownership(1);
+    assert_eq!(last.lost_from, Some(owner.ownership(1).epoch));
+    assert_eq!(last.lost_through, Some(next.ownership(1).epoch));
 }
 
 pub(super) async fn a_takeover_that_is_missing_is_a_loss_too(store: &dyn Store) {

@@ -130,6 +130,7 @@ pub(super) async fn a_loss_before_a_takeover_is_found_by_the_owner_before(store:
 
     let mut knows = Owner::of(store).await;
     assert_eq!(knows.ownership(1).lost_through, Some(old.ownership(1).epoch));
+    assert_eq!(knows.ownership(1).lost_from, Some(old.ownership(1).epoch));
     assert!(matches!(knows.load(gone.xid).await.unwrap(), Lookup::Absent { lost: true, .. }));
     // What was undecided at that time is not due any more, and is listed for operators.
     let lost = ListFilter::of(Show::Lost);

@@ -195,7 +195,7 @@ pub(in crate::store) async fn list<D: Dialect>(
         }
         Show::Lost => {
             let lossy = lossy::<D>(connection).await?;
-            for (partition, epoch) in lossy {
+            for (partition, (_, epoch)) in lossy {
                 let (first, last) = xids_of(partition);
                 let mut query = Query::new(SELECT_TRANSACTIONS);
                 query.push("WHERE g.due_at IS NOT NULL AND g.state = 1 AND g.xid BETWEEN ");
@@ -273,15 +273,15 @@ pub(in crate::store) async fn summary<D: Dialect>(
     })
 }
 
-/// The newest epoch of each partition that has lost batches.
+/// The oldest and the newest epoch of each partition that has lost batches.
 pub(in crate::store) async fn lossy<D: Dialect>(
     connection: &mut Connection<D>,
-) -> Result<BTreeMap<u16, u32>, Error> {
+) -> Result<BTreeMap<u16, (u32, u32)>, Error> {
     let query = Query::new(
-        "SELECT `partition`, MAX(epoch) FROM epoch WHERE lost IS NOT NULL GROUP BY `partition`",
+        "SELECT `partition`, MIN(epoch), MAX(epoch) FROM epoch WHERE lost IS NOT NULL GROUP BY `partition`",
     );
-    let lossy: Vec<(u16, u32)> = D::fetch(connection, query).await?;
-    Ok(lossy.into_iter().collect())
+    let lossy: Vec<(u16, u32, u32)> = D::fetch(connection, query).await?;
+    Ok(lossy.into_iter().map(|(partition, oldest, newest)| (partition, (oldest, newest))).collect())
 }
 
 /// The database's time.

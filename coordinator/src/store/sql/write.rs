@@ -63,7 +63,8 @@ async fn take_over<D: Dialect>(
             partition: *partition,
             epoch: *epoch,
             nonce: *nonce,
-            lost_through: lossy.get(partition).copied(),
+            lost_from: lossy.get(partition).map(|(oldest, _)| *oldest),
+            lost_through: lossy.get(partition).map(|(_, newest)| *newest),
         }),
         None => Err(Error::Corrupt(format!("the store has no row for partition {partition}"))),
     };

@@ -21,7 +21,7 @@ async fn a_full_disk_loses_nothing_and_is_got_over() {
     let Ownership { epoch, nonce, .. } =
         store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[0];
     let known = Known {
-        ownership: Ownership { partition: 0, epoch, nonce, lost_through: None },
+        ownership: Ownership { partition: 0, epoch, nonce, lost_from: None, lost_through: None },
         position: 0,
     };
     let writes = (1..=1000).map(|sequence| {

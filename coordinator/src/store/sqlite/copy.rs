@@ -145,7 +145,7 @@ pub async fn restore(
 pub async fn mark_restored(store: &Path) -> Result<u64, CopyError> {
     exists(store)?;
     let locked = LockedFile::lock(store)?;
-    locked.refuse_several_names()?;
+    file::refuse_several_names(locked.path())?;
     let options = super::options(locked.path()).create_if_missing(false);
     let mut connection = locked.open_database(&options, Missing::Accepted).await?;
     let mark = async {
@@ -177,6 +177,10 @@ impl Source {
     pub(super) async fn open(path: &Path, is_alone: bool) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Database { path: path.to_owned(), source };
         let main = if is_alone { Mark::of_main_file(path).await } else { None };
+        // A backup has no WAL.
+        if main.is_none_or(|main| main.backup_at.is_none()) {
+            file::refuse_several_names(path)?;
+        }
         let options = SqliteConnectOptions::new()
             .filename(path)
             .read_only(true)

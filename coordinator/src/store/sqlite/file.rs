@@ -24,6 +24,9 @@ pub(super) const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("s
 /// The number of steps that were done: a part of `PRAGMA user_version`.
 const SCHEMA_VERSION: i64 = 2;
 
+/// Symbolic links that lead from one to the next. Linux follows no more.
+const LINKS_MAX: usize = 40;
+
 /// The store's file, locked until this process ends for whatever reason.
 #[derive(Debug)]
 pub(super) struct LockedFile {
@@ -54,6 +57,7 @@ impl LockedFile {
         if fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly()) {
             return Err(OpenError::ReadOnly { path: path.to_owned() });
         }
+        refuse_wal_alone(path)?;
         let open = |path: &Path| {
             let mut options = File::options();
             options.create(true).truncate(false).read(true).write(true);
@@ -105,15 +109,6 @@ impl LockedFile {
     /// Whether there was no store when the file was locked.
     pub(super) fn is_new(&self) -> bool {
         self.is_new
-    }
-
-    /// Refuses a file with hard links: each name would have a WAL of its own.
-    pub(super) fn refuse_several_names(&self) -> Result<(), OpenError> {
-        let failed = |source| OpenError::File { path: self.path.clone(), source };
-        match fs::metadata(&self.path).map_err(failed)?.nlink() {
-            0 | 1 => Ok(()),
-            names => Err(OpenError::SeveralNames { path: self.path.clone(), names }),
-        }
     }
 
     /// Connects, checks that the file is a whole store, and makes the tables if it is new.
@@ -217,6 +212,31 @@ impl LockedFile {
     pub(super) fn journal_bytes(&self) -> u64 {
         fs::metadata(beside(&self.path, "-wal")).map_or(0, |metadata| metadata.len())
     }
+}
+
+/// Refuses a file with hard links: each name would have a WAL of its own.
+pub(super) fn refuse_several_names(path: &Path) -> Result<(), OpenError> {
+    let failed = |source| OpenError::File { path: path.to_owned(), source };
+    match fs::metadata(path).map_err(failed)?.nlink() {
+        0 | 1 => Ok(()),
+        names => Err(OpenError::SeveralNames { path: path.to_owned(), names }),
+    }
+}
+
+/// Refuses a WAL whose main file is missing or empty: SQLite would delete it.
+fn refuse_wal_alone(path: &Path) -> Result<(), OpenError> {
+    // A link may lead to a file that does not exist.
+    let mut path = path.to_owned();
+    for _ in 0..LINKS_MAX {
+        let Ok(to) = fs::read_link(&path) else { break };
+        path = path.parent().map_or_else(|| to.clone(), |folder| folder.join(&to));
+    }
+    let is_there = |path: &Path| fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0);
+    // In this order: a coordinator that starts at this moment writes the main file first.
+    if is_there(&beside(&path, "-wal")) && !is_there(&path) {
+        return Err(OpenError::NoMainFile { path });
+    }
+    Ok(())
 }
 
 /// What to do with a store that lacks commits.

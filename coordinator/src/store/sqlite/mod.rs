@@ -130,7 +130,7 @@ impl SqliteStore {
     /// When another process uses the file, it is read-only, it is not a store, or it has a newer version.
     pub async fn open(path: &Path) -> Result<Self, OpenError> {
         let file = LockedFile::lock(path)?;
-        file.refuse_several_names()?;
+        file::refuse_several_names(file.path())?;
         let options = options(file.path())
             .statement_cache_capacity(batch::STATEMENTS_MAX)
             .pragma("journal_size_limit", JOURNAL_BYTES_KEPT.to_string());

@@ -24,8 +24,8 @@ pub enum OpenError {
     },
     /// The file has hard links.
     #[error(
-        "the store {} has {names} names (hard links), and each would have a WAL of its own: remove the other names, or copy the store \
-         with `handfast backup`",
+        "the store {} has {names} names (hard links), and each would have a WAL of its own: remove the other names. The one to keep \
+         has a file beside it that ends with -wal, if there is one",
         path.display()
     )]
     SeveralNames {
@@ -42,6 +42,16 @@ pub enum OpenError {
         path = path.display()
     )]
     NoWal {
+        /// The store's file.
+        path: PathBuf,
+    },
+    /// There is a WAL, and no main file.
+    #[error(
+        "the store {path} has a file {path}-wal with commits, and its main file is missing; put it back. A new store would delete \
+         these commits. If the main file is gone for good: move {path}-wal away and restore a backup (`handfast restore`)",
+        path = path.display()
+    )]
+    NoMainFile {
         /// The store's file.
         path: PathBuf,
     },

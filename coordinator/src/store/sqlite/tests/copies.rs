@@ -121,6 +121,33 @@ async fn a_plain_copy_is_restored_only_if_it_is_whole() {
     assert!(matches!(itself, CopyError::Exists { .. }), "{itself}");
 }
 
+/// The WAL is beside one of the names only.
+#[tokio::test]
+async fn a_store_with_hard_links_is_not_copied() {
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
+    record(&mut Owner::of(&store).await).await;
+    let file = |name: &str| store_files.folder.path().join(name);
+    let (monday, copy) = (file("monday.backup"), file("copy"));
+    backup(&store_files.main(), &monday, NOW, quiet).await.unwrap();
+    let several = |error: CopyError| {
+        assert!(
+            matches!(error, CopyError::Open(OpenError::SeveralNames { names: 2, .. })),
+            "{error}"
+        );
+        assert!(!copy.exists());
+    };
+    fs::hard_link(store_files.main(), file("link.db")).unwrap();
+    several(backup(&file("link.db"), &copy, NOW, quiet).await.unwrap_err());
+    drop(store);
+    several(backup(&file("link.db"), &copy, NOW, quiet).await.unwrap_err());
+    let target = StoreFiles::new();
+    several(restore(&file("link.db"), &target.main(), NOW, quiet).await.unwrap_err());
+    // A backup is one file. Programs that keep many backups link those that are alike.
+    fs::hard_link(&monday, file("tuesday.backup")).unwrap();
+    restore(&file("tuesday.backup"), &target.main(), NOW, quiet).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_store_whose_wal_is_gone_for_good_is_used_again_once_it_is_marked() {
     let store_files = StoreFiles::new();

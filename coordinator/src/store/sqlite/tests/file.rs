@@ -6,7 +6,7 @@ use super::{
     super::file::{APPLICATION_ID, STEPS},
     *,
 };
-use crate::store::Guard;
+use crate::store::{Guard, conformance::Owner};
 
 async fn error(path: &Path) -> String {
     let error = SqliteStore::open(path).await.expect_err("it opened");
@@ -52,6 +52,33 @@ async fn what_is_not_ours_is_refused_and_left_as_it_was() {
     let before = fs::read(&other).unwrap();
     assert!(error(&other).await.contains("another program"));
     assert_eq!(fs::read(&other).unwrap(), before);
+}
+
+/// SQLite deletes a WAL that lies beside an empty file.
+#[tokio::test]
+async fn a_wal_whose_main_file_was_moved_away_is_refused_and_kept() {
+    let store_files = whole::StoreFiles::new();
+    let store = store_files.open().await.unwrap();
+    whole::record(&mut Owner::of(&store).await).await;
+    let killed = store_files.as_it_is();
+    let moved = killed.folder.path().join("moved.db");
+    let link = killed.folder.path().join("link.db");
+    std::os::unix::fs::symlink("store.db", &link).unwrap();
+    fs::rename(killed.main(), &moved).unwrap();
+    let wal = fs::read(killed.wal()).unwrap();
+    for empty in [false, true] {
+        if empty {
+            fs::write(killed.main(), []).unwrap();
+        }
+        for name in [killed.main(), link.clone()] {
+            let said = SqliteStore::open(&name).await.expect_err("it opened").to_string();
+            assert!(said.contains("main file is missing") && said.contains("store.db"), "{said}");
+            assert_eq!(killed.main().exists(), empty, "an empty file was made");
+            assert_eq!(fs::read(killed.wal()).unwrap(), wal);
+        }
+    }
+    fs::rename(&moved, killed.main()).unwrap();
+    killed.open().await.unwrap();
 }
 
 #[tokio::test]

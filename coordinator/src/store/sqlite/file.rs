@@ -142,6 +142,13 @@ impl LockedFile {
                 checked => checked?,
             }
         }
+        if let (Some(mark), Some(main)) = (mark, main)
+            && let Some(settled) = mark.after(main)
+        {
+            // The commit must not be older than what the main file says.
+            self.file.sync_all().map_err(|source| OpenError::File { path: path(), source })?;
+            settled.write(&mut connection).await.map_err(failed)?;
+        }
         // Version 0: the file is new, or the process was killed before the tables were made. All tables are made in one
         // transaction.
         if version == 0 {

@@ -10,13 +10,17 @@
 //! Both commits also write a part of the name into the header of the file (`PRAGMA user_version`). The header is on the first page of
 //! every file, so a WAL always brings its own. The row may be on another page of another copy, and then the two do not fit.
 //!
+//! Between the two, main file and WAL say what the main file alone says. So the WAL must not become empty there. If a read holds
+//! the checkpoint up, a commit sets `needed` back: the main file has not got the new name.
+//!
 //! The main file alone then says that something is missing. Main file and WAL together say that nothing is. So does the main file
 //! alone after the last connection was closed: SQLite then copies the whole WAL into it. SQLite must not make checkpoints by
 //! itself meanwhile, since those copy `present` too.
 //!
 //! What cannot be noticed: a WAL that is cut off at its end, or an older copy of the same WAL beside the main file as it was then
 //! (nobody else knows of the newer commits); and a missing WAL if another program made a checkpoint while the store was open, or
-//! kept a read open during ours, until the next checkpoint.
+//! kept a read open during ours, until the next checkpoint. A whole store is refused if the process was killed between 1 and 2, and
+//! another program then opened and closed it: its WAL is gone.
 
 use std::{
     ffi::OsString,
@@ -68,7 +72,7 @@ impl Mark {
     }
 
     /// Writes it into the file, in a local transaction.
-    async fn write(self, connection: &mut Connection) -> Result<(), sqlx::Error> {
+    pub(super) async fn write(self, connection: &mut Connection) -> Result<(), sqlx::Error> {
         let Self { needed, present, backup_at, header } = self;
         let header = in_header(needed) | version(header);
         let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
@@ -86,6 +90,12 @@ impl Mark {
         let mark = Self::read(&mut connection).await.ok().flatten();
         drop(connection.close().await); // it was only read
         mark
+    }
+
+    /// What a store says whose process ended during a checkpoint, if its WAL has the name that the main file has.
+    pub(super) fn after(self, main: Self) -> Option<Self> {
+        let name = main.needed;
+        (!self.is_whole()).then_some(Self { needed: name, present: name, ..self })
     }
 
     fn is_whole(self) -> bool {
@@ -199,41 +209,49 @@ pub(super) async fn checkpoint_if_long(connection: &mut Connection) -> Result<bo
     if noop.1 < PAGES {
         return Ok(true);
     }
-    checkpoint(connection, "PRAGMA wal_checkpoint(PASSIVE)").await
+    checkpoint(connection).await
 }
 
 /// Gives the WAL a new name, with a checkpoint. Returns `false` if a read of somebody holds it up: the WAL then goes on under
 /// its old name.
-pub(super) async fn checkpoint(
-    connection: &mut Connection,
-    how: &'static str,
-) -> Result<bool, sqlx::Error> {
-    let Some(mut mark) = Mark::read(&mut *connection).await? else {
+pub(super) async fn checkpoint(connection: &mut Connection) -> Result<bool, sqlx::Error> {
+    let Some(before) = Mark::read(&mut *connection).await? else {
         return Err(sqlx::Error::RowNotFound);
     };
-    if mark.is_whole() {
+    let mut mark = before;
+    if before.is_whole() {
         mark.needed = rand::random();
         mark.write(&mut *connection).await?;
     }
-    let (busy, pages, copied): Pages = sqlx::query_as(how).fetch_one(&mut *connection).await?;
+    // PASSIVE does not cut the WAL off. An empty WAL would look like a missing one before `present` is written.
+    let passive = "PRAGMA wal_checkpoint(PASSIVE)";
+    let (busy, pages, copied): Pages = sqlx::query_as(passive).fetch_one(&mut *connection).await?;
     let is_complete = busy == 0 && copied == pages;
     if is_complete {
         Mark { present: mark.needed, ..mark }.write(connection).await?;
+    } else if busy == 0 && before.is_whole() {
+        // The new name has not come into the main file. Whoever closes the store last copies the whole WAL and deletes it.
+        before.write(connection).await?;
     }
     Ok(is_complete)
 }
 
-/// Brings everything into the main file, at the end of an orderly run. If that fails, the WAL stays beside the file, and
-/// nothing is lost.
-pub(super) async fn checkpoint_at_the_end(connection: &mut Connection) -> Result<(), sqlx::Error> {
-    let truncate = "PRAGMA wal_checkpoint(TRUNCATE)";
-    let is_complete = checkpoint(connection, truncate).await?;
+/// Brings everything into the main file, at the end of an orderly run. Returns `false` if the WAL must stay beside the file:
+/// nothing is lost then.
+pub(super) async fn checkpoint_at_the_end(
+    connection: &mut Connection,
+) -> Result<bool, sqlx::Error> {
+    checkpoint(&mut *connection).await?;
+    if !Mark::read(&mut *connection).await?.is_some_and(Mark::is_whole) {
+        return Ok(false);
+    }
     // Now the commit that says that nothing is missing.
+    let truncate = "PRAGMA wal_checkpoint(TRUNCATE)";
     let (busy, ..): Pages = sqlx::query_as(truncate).fetch_one(connection).await?;
-    if busy != 0 || !is_complete {
+    if busy != 0 {
         warn!(
             "another program reads the store: its newest commits stay in the file that ends with -wal"
         );
     }
-    Ok(())
+    Ok(true)
 }

@@ -139,8 +139,7 @@ impl SqliteStore {
         let mut keeper = Connection::connect_with(&options).await.map_err(failed)?;
         Mark::read(&mut keeper).await.map_err(failed)?; // from the first read on, SQLite counts it
         let mut checkpoints = Checkpoints::default();
-        let how = "PRAGMA wal_checkpoint(TRUNCATE)";
-        checkpoints.went(mark::checkpoint(&mut connection, how).await.map_err(failed)?);
+        checkpoints.went(mark::checkpoint(&mut connection).await.map_err(failed)?);
         file.watch_wal()?;
         let reading = options.clone().read_only(true).create_if_missing(false);
         Ok(Self {
@@ -235,13 +234,19 @@ impl Store for SqliteStore {
         self.readers.close(READERS).await;
         let checkpoint =
             async |connection: &mut Connection| Ok(mark::checkpoint_at_the_end(connection).await?);
-        if let Err(error) = self.writer.run(checkpoint).await {
-            warn!(%error, "the store's newest commits stay in the file that ends with -wal: keep it with the main file");
-        }
+        let is_whole = match self.writer.run(checkpoint).await {
+            Ok(is_whole) => is_whole,
+            Err(error) => {
+                warn!(%error, "the store's newest commits stay in the file that ends with -wal: keep it with the main file");
+                false
+            }
+        };
         self.writer.close(WRITERS).await;
-        let keeper = self.keeper().take();
-        if let Some(keeper) = keeper {
+        let Some(keeper) = self.keeper().take() else { return };
+        if is_whole {
             drop(keeper.close().await); // the process ends anyway
+        } else {
+            Box::leak(Box::new(keeper)); // SQLite would delete the WAL
         }
     }
 

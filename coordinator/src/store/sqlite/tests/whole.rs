@@ -174,9 +174,7 @@ async fn a_read_that_holds_a_checkpoint_up_loses_nothing() {
     let mut slow = Connection::connect_with(&options).await.unwrap();
     sqlx::raw_sql("BEGIN; SELECT * FROM partition").execute(&mut slow).await.unwrap();
     let xid = record(&mut owner).await;
-    let checkpoint = async |connection: &mut Connection| {
-        Ok(mark::checkpoint(connection, "PRAGMA wal_checkpoint(PASSIVE)").await?)
-    };
+    let checkpoint = async |connection: &mut Connection| Ok(mark::checkpoint(connection).await?);
     assert!(!store.writer.run(checkpoint).await.unwrap(), "nobody held it up");
     let held_up = store_files.as_it_is();
     let later = record(&mut owner).await;
@@ -211,6 +209,7 @@ async fn a_kill_at_any_moment_of_a_checkpoint_loses_nothing() {
         "BEGIN; UPDATE mark SET needed = 1; PRAGMA user_version = 258; COMMIT", // 1 * 256 + 2
         "PRAGMA wal_checkpoint(PASSIVE)",
         "BEGIN; UPDATE mark SET present = needed; PRAGMA user_version = 258; COMMIT",
+        "PRAGMA wal_checkpoint(TRUNCATE)", // at the end only
     ];
     let mut copies = Vec::new();
     for step in steps {
@@ -225,6 +224,73 @@ async fn a_kill_at_any_moment_of_a_checkpoint_loses_nothing() {
         let store = copy.open().await.unwrap_or_else(|error| panic!("{n}: {error}"));
         assert!(has(&store, xid).await, "{n}");
     }
+}
+
+/// The commit that gives the new WAL its name fails, as it does on a full disk.
+#[tokio::test]
+async fn a_stop_that_cannot_end_its_checkpoint_leaves_a_whole_store() {
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
+    let xid = record(&mut Owner::of(&store).await).await;
+    let full = async |connection: &mut Connection| {
+        let full =
+            "CREATE TEMP TRIGGER full BEFORE UPDATE ON main.mark WHEN new.present <> old.present
+                    BEGIN SELECT RAISE(ABORT, 'full'); END";
+        Ok(InSqlite::run(connection, full).await?)
+    };
+    store.writer.run(full).await.unwrap();
+    store.close().await;
+    drop(store);
+    // Also as a kill would have left it before that commit.
+    for copy in [store_files.as_it_is(), store_files] {
+        let store = copy.open().await.unwrap();
+        assert!(has(&store, xid).await);
+    }
+}
+
+/// SQLite then copies the WAL into the main file and deletes it when the other program closes the store, as the last one.
+#[tokio::test]
+async fn a_stop_while_another_program_reads_leaves_a_whole_store() {
+    for is_old in [false, true] {
+        let store_files = StoreFiles::new();
+        let store = store_files.open().await.unwrap();
+        let mut owner = Owner::of(&store).await;
+        let mut xid = record(&mut owner).await;
+        let options = SqliteConnectOptions::new().filename(store_files.main());
+        let mut other = Connection::connect_with(&options).await.unwrap();
+        sqlx::raw_sql("BEGIN; SELECT * FROM partition").execute(&mut other).await.unwrap();
+        if is_old {
+            xid = record(&mut owner).await;
+        }
+        drop(owner);
+        store.close().await;
+        drop(store);
+        let stopped = store_files.as_it_is();
+        sqlx::raw_sql("ROLLBACK").execute(&mut other).await.unwrap();
+        other.close().await.unwrap();
+        assert!(!store_files.wal().exists(), "the other one was not the last");
+        for store_files in [store_files, stopped] {
+            let store = store_files.open().await.unwrap();
+            assert!(has(&store, xid).await);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_start_while_another_program_reads_leaves_a_whole_store() {
+    let store_files = StoreFiles::new();
+    let store = store_files.open().await.unwrap();
+    let xid = record(&mut Owner::of(&store).await).await;
+    let killed = store_files.as_it_is();
+    let options = SqliteConnectOptions::new().filename(killed.main()).read_only(true);
+    let mut other = Connection::connect_with(&options).await.unwrap();
+    sqlx::raw_sql("BEGIN; SELECT * FROM partition").execute(&mut other).await.unwrap();
+    let next = killed.open().await.unwrap();
+    let again = killed.as_it_is();
+    other.close().await.unwrap();
+    drop(next);
+    assert!(has(&again.as_it_is().open().await.unwrap(), xid).await);
+    assert!(has(&again.looked_at().await.open().await.unwrap(), xid).await);
 }
 
 #[tokio::test]

@@ -65,7 +65,10 @@ impl Restore {
                     .to_owned(),
             )),
             (None, StoreUrl::Sqlite(store)) => {
-                talk(&marked(sqlite::mark_restored(&store).await.map_err(failed)?));
+                let now = SystemClock::default().now();
+                let marking = sqlite::mark_restored(&store, now, tell_progress);
+                let restored = marking.await.map_err(failed)?;
+                talk(&format!("{}{}", marked(restored.epochs), kept(restored.earlier.as_deref())));
                 Ok(())
             }
             (None, StoreUrl::MySql(url)) => mark(&url).await,
@@ -77,12 +80,10 @@ impl Restore {
 async fn restore(file: &Path, store: &Path) -> Result<(), Failure> {
     let now = SystemClock::default().now();
     let restored = sqlite::restore(file, store, now, tell_progress).await.map_err(failed)?;
-    let Restored { earlier, transactions, made_at } = restored;
+    let Restored { earlier, transactions, made_at, epochs: _ } = restored;
     let made = made_at.and_then(|at| jiff::Timestamp::from_millisecond(at.0).ok());
     let made = made.map_or_else(String::new, |at| format!(", made at {at:.0}"));
-    let earlier = earlier.map_or_else(String::new, |earlier| {
-        format!("\nThe store that was there is kept as {}", earlier.display())
-    });
+    let earlier = kept(earlier.as_deref());
     talk(&format!(
         "{} is {} now{made}, with {transactions} transactions. It is marked: what it lacks is answered LOST{earlier}",
         store.display(),
@@ -104,6 +105,12 @@ async fn mark(url: &MySqlUrl) -> Result<(), Failure> {
     let count = store.mark_restored().await.map_err(|error| failed(error.to_string()))?;
     talk(&marked(count));
     Ok(())
+}
+
+fn kept(earlier: Option<&Path>) -> String {
+    earlier.map_or_else(String::new, |earlier| {
+        format!("\nThe store that was there is kept as {}", earlier.display())
+    })
 }
 
 fn marked(count: u64) -> String {

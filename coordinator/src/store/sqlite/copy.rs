@@ -14,7 +14,7 @@ use tempfile::NamedTempFile;
 
 use super::{
     InSqlite,
-    file::{self, LockedFile, Missing},
+    file::{self, LockedFile},
     mark::{self, Mark, beside},
     refusal::OpenError,
 };
@@ -60,6 +60,8 @@ pub struct Restored {
     pub transactions: u64,
     /// When the backup was made; `None`: it is a plain copy of a store.
     pub made_at: Option<Timestamp>,
+    /// How many epochs were marked.
+    pub epochs: u64,
 }
 
 /// Writes a copy of the store into a new file, in one piece. A coordinator may have the store open, and goes on. `progress` is told
@@ -84,7 +86,7 @@ pub async fn backup(
         Err(OpenError::InUse { .. }) => None,
         Err(error) => return Err(error.into()),
     };
-    let mut source = Source::open(store, locked.is_some()).await?;
+    let mut source = Source::open(store, locked.is_some(), Missing::Refused).await?;
     let failed = |source| CopyError::Failed { from: store.to_owned(), to: to.to_owned(), source };
     let copy = async {
         let copy = source.copy_beside(to, TELL_EVERY, progress).await?;
@@ -118,45 +120,55 @@ pub async fn restore(
     if fs::canonicalize(from).is_ok_and(|from| from == store) {
         return Err(CopyError::Exists { path: store.to_owned() });
     }
-    let mut source = Source::open(from, true).await?;
+    let source = Source::open(from, true, Missing::Refused).await?;
+    put(source, from, &locked, now, progress).await
+}
+
+/// Puts a marked copy of the source in the place of the store.
+async fn put(
+    mut source: Source,
+    from: &Path,
+    locked: &LockedFile,
+    now: Timestamp,
+    progress: impl Fn(u64, u64),
+) -> Result<Restored, CopyError> {
+    let store = locked.path();
     let made_at = source.mark.and_then(|mark| mark.backup_at).map(Timestamp);
     let failed = |source| CopyError::Failed { from: from.to_owned(), to: store.to_owned(), source };
     let copy = async {
         let copy = source.copy_beside(store, TELL_EVERY, progress).await?;
+        source.connection.close().await?;
         let mut connection = copy.connect().await?;
-        write::mark_restored::<InSqlite>(&mut connection).await?;
+        let epochs = write::mark_restored::<InSqlite>(&mut connection).await?;
         mark::call_whole(&mut connection, None).await?;
         let transactions: i64 = sqlx::query_scalar("SELECT count(*) FROM global_transaction")
             .fetch_one(&mut connection)
             .await?;
         connection.close().await?;
         copy.sync().map_err(Error::unavailable)?;
-        let earlier = replace(&locked, copy.file, now).map_err(Error::unavailable)?;
-        Ok(Restored { earlier, transactions: transactions.cast_unsigned(), made_at })
+        let earlier = replace(locked, copy.file, now).map_err(Error::unavailable)?;
+        Ok(Restored { earlier, transactions: transactions.cast_unsigned(), made_at, epochs })
     };
     copy.await.map_err(failed)
 }
 
-/// Marks a store that was restored by other means, or that has lost its WAL for good. Returns how many epochs were marked.
+/// Marks a store that was restored by other means, or that has lost its WAL for good. The marked store is a copy: in the file as
+/// it is, SQLite would make a WAL before the mark is written, and a kill then would leave a store that looks whole. The store that
+/// was there is kept under another name.
 ///
 /// # Errors
 ///
 /// When a coordinator uses the store, and see [`CopyError`].
-pub async fn mark_restored(store: &Path) -> Result<u64, CopyError> {
+pub async fn mark_restored(
+    store: &Path,
+    now: Timestamp,
+    progress: impl Fn(u64, u64),
+) -> Result<Restored, CopyError> {
     exists(store)?;
     let locked = LockedFile::lock(store)?;
     file::refuse_several_names(locked.path())?;
-    let options = super::options(locked.path()).create_if_missing(false);
-    let mut connection = locked.open_database(&options, Missing::Accepted).await?;
-    let mark = async {
-        let marked = write::mark_restored::<InSqlite>(&mut connection).await?;
-        mark::call_whole(&mut connection, None).await?;
-        mark::checkpoint_at_the_end(&mut connection).await?;
-        connection.close().await?;
-        Ok(marked)
-    };
-    let store = || store.to_owned();
-    mark.await.map_err(|source| CopyError::Failed { from: store(), to: store(), source })
+    let source = Source::open(locked.path(), true, Missing::Accepted).await?;
+    put(source, locked.path(), &locked, now, progress).await
 }
 
 fn exists(path: &Path) -> Result<(), OpenError> {
@@ -164,6 +176,14 @@ fn exists(path: &Path) -> Result<(), OpenError> {
         Ok(_) => Ok(()),
         Err(source) => Err(OpenError::File { path: path.to_owned(), source }),
     }
+}
+
+/// What to do with a store that lacks commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Missing {
+    Refused,
+    /// Somebody has said that they are gone for good.
+    Accepted,
 }
 
 /// A store that is read to be copied.
@@ -174,7 +194,11 @@ pub(super) struct Source {
 
 impl Source {
     /// Checks that it is a whole store. `is_alone`: no coordinator has it open.
-    pub(super) async fn open(path: &Path, is_alone: bool) -> Result<Self, OpenError> {
+    pub(super) async fn open(
+        path: &Path,
+        is_alone: bool,
+        missing: Missing,
+    ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Database { path: path.to_owned(), source };
         let main = if is_alone { Mark::of_main_file(path).await } else { None };
         // A backup has no WAL.
@@ -192,7 +216,10 @@ impl Source {
             && mark.backup_at.is_none()
             && is_alone
         {
-            mark.check(main, path)?;
+            match mark.check(main, path) {
+                Err(OpenError::NoWal { .. }) if missing == Missing::Accepted => {}
+                checked => checked?,
+            }
         }
         Ok(Self { connection, mark })
     }

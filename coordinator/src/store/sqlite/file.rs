@@ -115,7 +115,6 @@ impl LockedFile {
     pub(super) async fn open_database(
         &self,
         options: &SqliteConnectOptions,
-        missing: Missing,
     ) -> Result<SqliteConnection, OpenError> {
         let path = || self.path.clone();
         let failed = |source| OpenError::Database { path: path(), source };
@@ -136,11 +135,7 @@ impl LockedFile {
             opened => opened?,
         };
         if let Some(mark) = mark {
-            match mark.check(main, &self.path) {
-                Err(OpenError::NoWal { .. } | OpenError::Backup { .. })
-                    if missing == Missing::Accepted => {}
-                checked => checked?,
-            }
+            mark.check(main, &self.path)?;
         }
         if let (Some(mark), Some(main)) = (mark, main)
             && let Some(settled) = mark.after(main)
@@ -244,14 +239,6 @@ fn refuse_wal_alone(path: &Path) -> Result<(), OpenError> {
         return Err(OpenError::NoMainFile { path });
     }
     Ok(())
-}
-
-/// What to do with a store that lacks commits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Missing {
-    Refused,
-    /// Somebody has said that they are gone for good.
-    Accepted,
 }
 
 fn id(metadata: &fs::Metadata) -> Id {

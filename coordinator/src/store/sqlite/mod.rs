@@ -31,7 +31,7 @@ use sqlx::{
 use tracing::warn;
 
 use self::{
-    file::{LockedFile, Missing},
+    file::LockedFile,
     mark::{Checkpoints, Mark},
 };
 use super::{
@@ -134,7 +134,7 @@ impl SqliteStore {
         let options = options(file.path())
             .statement_cache_capacity(batch::STATEMENTS_MAX)
             .pragma("journal_size_limit", JOURNAL_BYTES_KEPT.to_string());
-        let mut connection = file.open_database(&options, Missing::Refused).await?;
+        let mut connection = file.open_database(&options).await?;
         let failed = |source| OpenError::Database { path: file.path().to_owned(), source };
         let mut keeper = Connection::connect_with(&options).await.map_err(failed)?;
         Mark::read(&mut keeper).await.map_err(failed)?; // from the first read on, SQLite counts it

@@ -1,6 +1,6 @@
 //! Backup and restore.
 
-use std::fs;
+use std::{fs, os::unix::fs::MetadataExt as _};
 
 use super::{
     whole::{StoreFiles, record},
@@ -153,7 +153,7 @@ async fn a_store_whose_wal_is_gone_for_good_is_used_again_once_it_is_marked() {
     let store_files = StoreFiles::new();
     let store = store_files.open().await.unwrap();
     let late = record(&mut Owner::of(&store).await).await;
-    let running = mark_restored(&store_files.main()).await.unwrap_err();
+    let running = mark_restored(&store_files.main(), NOW, quiet).await.unwrap_err();
     assert!(matches!(running, CopyError::Open(OpenError::InUse { .. })), "{running}");
     // The next start brings it into the main file.
     let killed = store_files.as_it_is();
@@ -162,14 +162,19 @@ async fn a_store_whose_wal_is_gone_for_good_is_used_again_once_it_is_marked() {
     drop(next);
     let error = torn.open().await.expect_err("it opened");
     assert!(error.to_string().contains("handfast restore --mark"), "{error}");
-    mark_restored(&torn.main()).await.unwrap();
+    let before = (fs::read(torn.main()).unwrap(), fs::metadata(torn.main()).unwrap().ino());
+    let marked = mark_restored(&torn.main(), NOW, quiet).await.unwrap();
+    // A kill at any moment: the mark was not written into the file that is not whole.
+    let earlier = marked.earlier.unwrap();
+    assert_eq!((fs::read(&earlier).unwrap(), fs::metadata(&earlier).unwrap().ino()), before);
+    assert_eq!(marked.epochs, 16);
     let store = torn.open().await.unwrap();
     let (ownership, found) = looked_up(&store, late).await;
     assert!(matches!(found, Lookup::Found(_)), "it was in the main file");
     assert_eq!(ownership.lost_through, Some(late.epoch));
     // Nothing is made of nothing.
     let missing = store_files.folder.path().join("missing.db");
-    mark_restored(&missing).await.unwrap_err();
+    mark_restored(&missing, NOW, quiet).await.unwrap_err();
     backup(&missing, &store_files.folder.path().join("b"), NOW, quiet).await.unwrap_err();
     assert!(!missing.exists());
 }
@@ -181,7 +186,8 @@ async fn the_progress_of_a_long_copy_is_told() {
     record(&mut Owner::of(&store).await).await;
     let told = Mutex::new(Vec::new());
     let file = store_files.folder.path().join("b");
-    let mut source = copy::Source::open(&store_files.main(), false).await.unwrap();
+    let mut source =
+        copy::Source::open(&store_files.main(), false, copy::Missing::Refused).await.unwrap();
     let copied = source.copy_beside(&file, Duration::ZERO, |done, total| {
         told.lock().unwrap().push((done, total));
     });

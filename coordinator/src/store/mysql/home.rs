@@ -30,11 +30,11 @@ use crate::store::{
 #[derive(Debug)]
 pub(super) struct Home {
     addresses: Addresses,
-    place: Mutex<Current>,
+    place: Mutex<Place>,
 }
 
 #[derive(Debug, Default)]
-struct Current {
+struct Place {
     /// The address that is tried first.
     address: usize,
     /// The server of the writers. `None`: nothing was written yet.
@@ -64,7 +64,7 @@ impl Home {
         Arc::new(Self { addresses, place: Mutex::default() })
     }
 
-    fn place(&self) -> MutexGuard<'_, Current> {
+    fn place(&self) -> MutexGuard<'_, Place> {
         self.place.lock().expect("nothing panics while it is locked")
     }
 
@@ -111,7 +111,7 @@ impl Home {
             }
         }
         if role == Role::Write {
-            self.writers_are_at(&session.server);
+            self.settle(&session.server);
         } else if !self.has(&session) {
             return Err(Error::Old(format!(
                 "the connection reached {}, but writes go to another server",
@@ -145,8 +145,9 @@ impl Home {
     /// [`Error::Corrupt`] when a person must look: two servers can be written that are not one group.
     pub(super) async fn choose_for_takeover(&self) -> Result<(), Error> {
         if self.addresses.len() > 1 {
-            let chosen = self.choose().await?;
-            self.place().address = chosen.address;
+            // A server that stops answering must not hold up the takeover.
+            let chosen = tokio::time::timeout(CALL_TIMEOUT, self.choose()).await;
+            self.place().address = chosen.map_err(Error::unavailable)??.address;
         }
         Ok(())
     }
@@ -166,7 +167,7 @@ impl Home {
         }
     }
 
-    fn writers_are_at(&self, server: &str) {
+    fn settle(&self, server: &str) {
         let mut place = self.place();
         place.rows.clear();
         place.lacking_since = None;
@@ -252,9 +253,17 @@ impl Home {
             }
         }
         // The rows of those that may be chosen are read last. Otherwise one could seem behind a server that was asked a moment later.
-        for one in found.iter_mut().filter(|one| one.member.unfit.is_none()) {
-            one.rows = write::seats::<InMySql>(&mut one.connection).await?;
-        }
+        let fit = found.iter_mut().filter(|one| one.member.unfit.is_none());
+        join_all(fit.map(async |one| {
+            let seats = write::seats::<InMySql>(&mut one.connection);
+            let read = tokio::time::timeout(CALL_TIMEOUT / 4, seats).await;
+            match read.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed))) {
+                Ok(rows) => one.rows = rows,
+                // What it has recorded counts all the same.
+                Err(error) => one.member.unfit = Some(format!("it has stopped answering: {error}")),
+            }
+        }))
+        .await;
         let servers: Vec<_> = found.iter().map(|one| (&one.member, &one.rows[..])).collect();
         let name = |n: usize| self.addresses.name(found[n].address);
         let recorded = self.place().recorded.clone();

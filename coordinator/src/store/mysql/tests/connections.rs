@@ -1,6 +1,7 @@
 //! How connections are set up, and to which server they go.
 
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
@@ -261,4 +262,52 @@ async fn an_owner_does_not_move_to_a_server_that_lacks_its_batches() {
     drop(store);
     other.drop().await;
     one.drop().await;
+}
+
+/// A proxy for a server that freezes when a connection asks for the partition rows the second time.
+async fn freezing(server: String) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let upstream = TcpStream::connect(&server).await.unwrap();
+            let (mut from_client, mut to_client) = client.into_split();
+            let (mut from_server, mut to_server) = upstream.into_split();
+            tokio::spawn(async move {
+                drop(tokio::io::copy(&mut from_server, &mut to_client).await);
+            });
+            tokio::spawn(async move {
+                let (mut packet, mut passes) = (vec![0; 64 * 1024], None);
+                while let Ok(bytes @ 1..) = from_client.read(&mut packet).await {
+                    let asked = b"batches, owner FROM `partition`";
+                    if packet[..bytes].windows(asked.len()).any(|text| text == asked) {
+                        passes = Some(2); // it is prepared, and executed once
+                    }
+                    match &mut passes {
+                        Some(0) => std::future::pending().await,
+                        Some(left) => *left -= 1,
+                        None => {}
+                    }
+                    to_server.write_all(&packet[..bytes]).await.unwrap();
+                }
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn a_server_that_freezes_while_one_is_chosen_does_not_hold_up_the_takeover() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let port = freezing(database.address().to_owned()).await;
+        let both = format!("127.0.0.1:{port},{}", database.address());
+        let store =
+            MySqlStore::open(&database.url().replace(database.address(), &both), true).await;
+        let store = store.unwrap();
+        let taken = store.acquire(&[0], "test", NOW);
+        let taken = tokio::time::timeout(Duration::from_secs(30), taken).await;
+        assert_eq!(taken.expect("it is held up").unwrap().len(), 1);
+        database.drop().await;
+    }
 }

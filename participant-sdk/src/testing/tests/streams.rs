@@ -14,7 +14,7 @@ use handfast_proto::{
         BranchAnswer, BranchAnswers, BranchCall, BranchRequest, ToParticipant, serve_branches,
     },
     limits,
-    stream::{AGE, Line, Streamed as _},
+    stream::{AGE, CALLS_MAX, Line, Streamed as _},
     v1::{
         self as pb,
         participant_service_server::{ParticipantService, ParticipantServiceServer},
@@ -211,6 +211,34 @@ async fn after_a_stream_that_broke_calls_go_over_another() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     assert_eq!(format!("{line:?}"), "Line(a stream)");
+}
+
+/// Callers that have given up count until their calls are answered. On a stream that broke they never are.
+#[tokio::test]
+async fn a_stream_that_broke_gives_back_the_room_of_its_calls() {
+    let network = Network::default();
+    let odd = Odd::sound();
+    let _serving = serve(&network, odd.clone());
+    let line = Line::new(network.connect("odd"));
+    try_it(&line, "fast").await.unwrap();
+    let mut given_up = JoinSet::new();
+    for _ in 0..CALLS_MAX {
+        let line = line.clone();
+        given_up.spawn(async move { drop(try_it(&line, "never").await) });
+    }
+    let in_time = Duration::from_millis(200);
+    tokio::time::sleep(in_time).await; // each makes its call
+    tokio::time::timeout(in_time, try_it(&line, "fast")).await.expect_err("there is no room");
+    given_up.shutdown().await;
+    tokio::time::timeout(in_time, try_it(&line, "fast")).await.expect_err("there is no room yet");
+    odd.end_stream.notify_one();
+    let again = async {
+        while let Err(status) = try_it(&line, "fast").await {
+            assert!(is_broken(&status), "{status:?}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), again).await.expect("there is room again");
 }
 
 #[tokio::test]

@@ -94,7 +94,8 @@ impl Coordinator {
     ///
     /// # Errors
     ///
-    /// See [`Error`]; nothing was begun, except after [`Error::StoreSilent`], when nobody knows.
+    /// See [`Error`]. After [`Error::StoreSilent`], [`Error::Fenced`] and [`Error::Stopping`] nobody knows whether it was begun;
+    /// after the others it was not.
     pub async fn begin(&self, new: NewTransaction, until: Until) -> Result<Answer, Error> {
         let door = match &new.key {
             Some(key) => self.door_of_key(&key.hash)?,
@@ -116,7 +117,8 @@ impl Coordinator {
     ///
     /// # Errors
     ///
-    /// See [`Error`]; after [`Error::StoreSilent`] nobody knows whether what was asked takes effect.
+    /// See [`Error`]; after [`Error::StoreSilent`], [`Error::Fenced`] and [`Error::Stopping`] nobody knows whether what was asked
+    /// takes effect.
     pub async fn ask(
         &self,
         xid: Xid,

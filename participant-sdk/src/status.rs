@@ -141,6 +141,14 @@ impl Reason {
     }
 }
 
+/// Whether the coordinator responded with an error that need not hold for other transactions.
+pub(crate) fn concerns_one_transaction(status: &Status) -> bool {
+    status.get_details_error_info().is_some_and(|info| {
+        let of_one = [reason::OWNED_ELSEWHERE, reason::CORRUPT_RECORD];
+        info.domain == reason::DOMAIN && of_one.contains(&info.reason.as_str())
+    })
+}
+
 /// A status as an error for people.
 pub(crate) fn status_error(status: &Status) -> BoxError {
     with_code(status).into()

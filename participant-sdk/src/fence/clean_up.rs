@@ -45,9 +45,7 @@ impl<DB: FenceDb> Fence<DB> {
     pub async fn clean_up(&self) -> Result<u64, Error> {
         let mut deleted = 0;
         loop {
-            let batch = time::timeout(BATCH_TIMEOUT, self.delete_batch());
-            let batch =
-                batch.await.unwrap_or_else(|_| Err(Error::Io(ErrorKind::TimedOut.into())))?;
+            let batch = in_time(self.delete_batch()).await?;
             deleted += batch;
             if batch < u64::from(BATCH) {
                 return Ok(deleted);
@@ -74,6 +72,10 @@ impl<DB: FenceDb> Fence<DB> {
 
     /// The next branches of this action, after `after`, that are still tried although phase one ended [`EXPIRY_MARGIN`] ago.
     pub(crate) async fn overdue(&self, action: &str, after: &KeyRow) -> Result<OverduePage, Error> {
+        in_time(self.read_overdue(action, after)).await
+    }
+
+    async fn read_overdue(&self, action: &str, after: &KeyRow) -> Result<OverduePage, Error> {
         let margin_millis = millis(EXPIRY_MARGIN);
         let overdue = Overdue { action, margin_millis, after, limit: i64::from(BATCH) };
         let mut tx = Tx::begin(&self.pool).await?;
@@ -103,6 +105,11 @@ impl<DB: FenceDb> Fence<DB> {
         });
         CleanUp { task }
     }
+}
+
+async fn in_time<T>(batch: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let in_time = time::timeout(BATCH_TIMEOUT, batch).await;
+    in_time.unwrap_or_else(|_| Err(Error::Io(ErrorKind::TimedOut.into())))
 }
 
 /// Some overdue branches.

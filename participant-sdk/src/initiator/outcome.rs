@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::{
     error::{BoxError, Refusal},
     rpc::Handfast,
-    status::{Reason, status_error},
+    status::{Reason, concerns_one_transaction, status_error},
 };
 
 /// How long a question about an outcome is repeated.
@@ -190,6 +190,14 @@ pub struct Unanswered {
     asked: String,
     #[source]
     cause: BoxError,
+    concerns_it_alone: bool,
+}
+
+impl Unanswered {
+    /// A coordinator responded, and could not say anything about this transaction. It may well know others.
+    pub(crate) const fn concerns_it_alone(&self) -> bool {
+        self.concerns_it_alone
+    }
 }
 
 impl Handfast {
@@ -241,7 +249,11 @@ impl Handfast {
                 Reason::KeyTaken
                 | Reason::AlreadyDecided
                 | Reason::BranchesDiffer
-                | Reason::Other => Err(Unanswered { asked, cause: status_error(&status) }),
+                | Reason::Other => Err(Unanswered {
+                    asked,
+                    cause: status_error(&status),
+                    concerns_it_alone: concerns_one_transaction(&status),
+                }),
             },
         }
     }

@@ -2,9 +2,10 @@
 //! If the coordinator's store was restored from an older copy, no coordinator knows the branch any more. So the participant asks
 //! for the transaction's outcome, and no reservation stays for ever.
 
-use std::{fmt, time::Duration};
+use std::{fmt, panic::AssertUnwindSafe, time::Duration};
 
-use tokio::task::JoinHandle;
+use futures_util::FutureExt as _;
+use tokio::{task::JoinHandle, time};
 use tracing::{error, info, warn};
 
 use super::Participant;
@@ -17,6 +18,12 @@ use crate::{
     rpc::Handfast,
 };
 
+/// How long the author's code may take for one branch. The next inquiry tries again.
+const BRANCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// After this many questions in a row without an answer the coordinator is taken to be down, and the inquiry ends. Each question
+/// waits for ten seconds.
+const UNANSWERED_MAX: usize = 3;
+
 /// The result of asking about overdue branches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -25,8 +32,8 @@ pub struct Inquiry {
     pub cancelled: usize,
     /// Branches that an operator has resolved by hand. They were closed in the fence without running the action's code.
     pub closed: usize,
-    /// Branches that were left alone, because their transaction is confirmed, undecided or forgotten. A person should check
-    /// them: each is logged.
+    /// Branches that were left alone: their transaction is confirmed, undecided or forgotten, or the action's code failed,
+    /// panicked or took too long. A person should check them: each is logged.
     pub reported: usize,
 }
 
@@ -44,36 +51,65 @@ impl Participant {
     ///
     /// # Errors
     ///
-    /// When the database does not respond, or the coordinator does not respond for some of the branches. Branches that were
-    /// cancelled stay cancelled; a later call handles the rest.
+    /// When the database of an action does not respond, or the coordinator does not respond for some of the branches. The other
+    /// actions and branches are handled all the same, unless the coordinator does not respond three times in a row. Branches
+    /// that were cancelled stay cancelled; a later call handles the rest.
     ///
     /// # Cancel safety
     ///
     /// The same as after an error.
     pub async fn inquire(&self, handfast: &Handfast) -> Result<Inquiry, BoxError> {
         let mut inquiry = Inquiry::default();
-        let mut unanswered = None;
+        let mut failed: Option<BoxError> = None;
+        let mut unanswered = 0;
         for (action, served) in self.actions.iter() {
             let mut after = Some(KeyRow::default());
             while let Some(key) = after {
-                let page = served.overdue(&key).await?;
+                let page = match served.overdue(&key).await {
+                    Ok(page) => page,
+                    Err(error) => {
+                        warn!(action, %error, "cannot read the overdue reservations of this action");
+                        failed = Some(error.into());
+                        break;
+                    }
+                };
                 for (xid, branch_id) in page.branches {
                     let branch = Branch::new(xid, branch_id, *action, Phase::Cancel);
-                    // Without an answer for this branch, go on with the others.
-                    match self.ask_about(branch, handfast).await {
+                    let result = self.ask_about_and_survive(branch, handfast).await;
+                    unanswered = match &result {
+                        Ok(_) => 0,
+                        Err(error) if error.concerns_it_alone() => 0,
+                        Err(_) => unanswered + 1,
+                    };
+                    match result {
                         Ok(Handled::Cancelled) => inquiry.cancelled += 1,
                         Ok(Handled::Closed) => inquiry.closed += 1,
                         Ok(Handled::Reported) => inquiry.reported += 1,
-                        Err(error) => unanswered = Some(error),
+                        Err(error) if unanswered == UNANSWERED_MAX => return Err(error.into()),
+                        Err(error) => failed = Some(error.into()),
                     }
                 }
                 after = page.next;
             }
         }
-        match unanswered {
+        match failed {
             None => Ok(inquiry),
-            Some(error) => Err(error.into()),
+            Some(error) => Err(error),
         }
+    }
+
+    /// A panic of the author's code concerns its branch alone.
+    async fn ask_about_and_survive(
+        &self,
+        branch: Branch,
+        handfast: &Handfast,
+    ) -> Result<Handled, Unanswered> {
+        let asking = AssertUnwindSafe(self.ask_about(branch.clone(), handfast));
+        asking.catch_unwind().await.unwrap_or_else(|_| {
+            let Branch { xid, branch_id, action, .. } = &branch;
+            error!(%xid, %branch_id, action, "the action panicked; its overdue reservation stays");
+            Ok(Handled::Reported)
+        })
     }
 
     async fn ask_about(&self, branch: Branch, handfast: &Handfast) -> Result<Handled, Unanswered> {
@@ -99,7 +135,7 @@ impl Participant {
         }
         let Branch { xid, branch_id, action, .. } = &branch;
         let Some(served) = self.actions.get(action.as_str()) else { return Handled::Reported };
-        let answer = served.close(&branch).await;
+        let answer = in_time(served.close(&branch)).await;
         if let Answer::Done(_) = answer {
             info!(%xid, %branch_id, action, ?outcome, "reservation closed: an operator has resolved it");
             return Handled::Closed;
@@ -113,7 +149,7 @@ impl Participant {
         let Branch { xid, branch_id, action, .. } = branch;
         match outcome {
             Outcome::Cancelled { .. } | Outcome::NeverRecorded => {
-                let answer = self.handle(branch, &[]).await;
+                let answer = in_time(self.handle(branch, &[])).await;
                 let done = matches!(answer, Answer::Done(_));
                 if done {
                     info!(%xid, %branch_id, action, %outcome, "overdue reservation cancelled");
@@ -143,12 +179,19 @@ impl Participant {
         let (participant, handfast) = (self.clone(), handfast.clone());
         let task = tokio::spawn(async move {
             loop {
-                tokio::time::sleep(interval).await;
+                time::sleep(interval).await;
                 participant.inquire_and_log(&handfast).await;
             }
         });
         InquiryTask { task }
     }
+}
+
+/// Gives up a local transaction that takes too long. It is rolled back, or has been committed; a repeat finds out.
+async fn in_time(answer: impl Future<Output = Answer>) -> Answer {
+    time::timeout(BRANCH_TIMEOUT, answer).await.unwrap_or_else(|_| {
+        Answer::Retry(format!("took longer than {} s", BRANCH_TIMEOUT.as_secs()))
+    })
 }
 
 /// Stops the inquiries when it is dropped.

@@ -136,15 +136,15 @@ impl ParticipantBuilder {
     }
 
     /// Says which coordinator the participant belongs to. [`Participant::into_service`] then also starts its upkeep, which goes
-    /// on until the service is dropped: once per [`UPKEEP_INTERVAL`], it [inquires](Participant::inquire) about overdue
-    /// reservations and [cleans up](Fence::clean_up) the fences of its actions. The first time is within a minute.
+    /// on until the service is dropped: once per [`UPKEEP_INTERVAL`], it [cleans up](Fence::clean_up) the fences of its actions
+    /// and [inquires](Participant::inquire) about overdue reservations. The first time is within a minute.
     ///
     /// Without a coordinator nothing is started: see [`Participant::inquire_every`] and [`Fence::clean_up_every`].
     pub fn coordinator(self, handfast: &Handfast) -> Self {
         Self { coordinator: Some(handfast.clone()), ..self }
     }
 
-    /// Sets the interval of the upkeep; see [`ParticipantBuilder::coordinator`].
+    /// Sets the interval of the upkeep, at least a second; see [`ParticipantBuilder::coordinator`].
     pub fn upkeep_every(self, interval: Duration) -> Self {
         Self { upkeep_interval: interval, ..self }
     }

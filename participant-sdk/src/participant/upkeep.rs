@@ -1,4 +1,5 @@
-//! What a participant does regularly while it is served: it inquires about overdue reservations, and cleans up its fences.
+//! What a participant does regularly while it is served: it cleans up its fences, and inquires about overdue
+//! reservations.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -11,6 +12,8 @@ use crate::{fence, rpc::Handfast};
 /// How often upkeep takes place, unless [`ParticipantBuilder::upkeep_every`](crate::ParticipantBuilder::upkeep_every) sets another
 /// interval.
 pub const UPKEEP_INTERVAL: Duration = Duration::from_secs(3600);
+/// A shorter interval would keep the database busy all the time.
+const INTERVAL_MIN: Duration = Duration::from_secs(1);
 /// The first upkeep takes place within this time, so that a program that restarts often gets to it. It is a random moment, so that
 /// programs that are started together do not all do it at once.
 const FIRST_WITHIN: Duration = Duration::from_secs(60);
@@ -35,7 +38,7 @@ impl Drop for Task {
 
 impl Upkeep {
     pub(crate) fn new(handfast: Handfast, interval: Duration) -> Self {
-        Self { handfast, interval, task: None }
+        Self { handfast, interval: interval.max(INTERVAL_MIN), task: None }
     }
 }
 
@@ -59,13 +62,14 @@ impl Participant {
     }
 
     async fn keep_up(&self, handfast: &Handfast) {
-        self.inquire_and_log(handfast).await;
         let mut cleaned = BTreeSet::new();
         for served in self.actions.values() {
             if cleaned.insert(served.fence_id()) {
                 fence::log_clean_up(&served.clean_up().await);
             }
         }
+        // Last, because it may wait for the coordinator.
+        self.inquire_and_log(handfast).await;
     }
 
     pub(super) async fn inquire_and_log(&self, handfast: &Handfast) {

@@ -1,8 +1,17 @@
 //! A participant asks the coordinator about overdue reservations.
 
-use std::{iter::repeat_n, time::Duration};
+use std::{
+    future,
+    iter::repeat_n,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use handfast_proto::v1::{ResolveBranchRequest, admin_service_client::AdminServiceClient};
+use tokio::sync::Notify;
 
 use super::*;
 use crate::{Answer, Outcome, Phase, Xid, testing::Fault};
@@ -108,6 +117,100 @@ async fn many_branches_that_are_only_reported_do_not_hide_others() {
     assert_eq!(stock(&db.pool()).await, (7, 3, 0));
 }
 
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Trouble {
+    Panics,
+    Waits,
+}
+
+/// An action whose first Cancel panics or waits for ever.
+struct Troubled {
+    trouble: Trouble,
+    cancels: AtomicUsize,
+    cancel_begun: Arc<Notify>,
+}
+
+impl Troubled {
+    fn new(trouble: Trouble) -> Self {
+        Self { trouble, cancels: AtomicUsize::new(0), cancel_begun: Arc::default() }
+    }
+}
+
+impl Action for Troubled {
+    type Contract = Deduct;
+    type Db = Sqlite;
+
+    async fn on_try(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        n: &Json<i64>,
+    ) -> Result<Json<i64>, TryError> {
+        Inventory.on_try(tx, branch, n).await
+    }
+
+    async fn on_confirm(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        n: &Json<i64>,
+    ) -> Result<(), Failed> {
+        Inventory.on_confirm(tx, branch, n).await
+    }
+
+    async fn on_cancel(
+        &self,
+        tx: &mut Tx<Sqlite>,
+        branch: &Branch,
+        n: &Json<i64>,
+    ) -> Result<(), Failed> {
+        Inventory.on_cancel(tx, branch, n).await?;
+        if self.cancels.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.cancel_begun.notify_one();
+            match self.trouble {
+                Trouble::Panics => panic!("a row is missing"),
+                Trouble::Waits => future::pending::<()>().await,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn an_action_that_panics_or_never_ends_does_not_stand_in_the_way_of_others() {
+    for trouble in [Trouble::Panics, Trouble::Waits] {
+        let db = Database::new(SCHEMA).await;
+        let troubled = Troubled::new(trouble);
+        let cancel_begun = troubled.cancel_begun.clone();
+        let inventory = participant("inventory", &db, troubled).await;
+        let coordinator = Coordinator::start([inventory.clone()]).await;
+        let handfast = coordinator.handfast();
+        let known = handfast.transaction("order").begin().await.unwrap().xid().await.unwrap();
+        for n in [7, 8] {
+            reserve(&inventory, Xid { sequence: known.sequence + n, ..known }).await;
+        }
+        age(&db, Duration::from_secs(3700)).await;
+        let patience = async {
+            cancel_begun.notified().await;
+            if trouble == Trouble::Waits {
+                tokio::time::pause();
+                tokio::time::advance(Duration::from_secs(31)).await;
+                tokio::time::resume();
+            }
+        };
+        let inquiry = async {
+            let limit = Duration::from_secs(60);
+            tokio::time::timeout(limit, inventory.inquire(&handfast)).await.expect("it ends")
+        };
+        let (inquiry, ()) = tokio::join!(inquiry, patience);
+        let inquiry = inquiry.unwrap();
+        assert_eq!((inquiry.cancelled, inquiry.reported), (1, 1), "{trouble:?}");
+        assert_eq!(stock(&db.pool()).await, (7, 3, 0), "{trouble:?}");
+        assert_eq!(inventory.inquire(&handfast).await.unwrap().cancelled, 1, "{trouble:?}");
+        assert_eq!(stock(&db.pool()).await, (10, 0, 0), "{trouble:?}");
+    }
+}
+
 /// The operator has done by hand what the participant would have done.
 #[tokio::test]
 async fn what_an_operator_has_resolved_is_closed_and_not_done_again() {
@@ -163,7 +266,7 @@ async fn a_served_participant_that_knows_its_coordinator_looks_after_its_fence()
     let inventory = Participant::builder("inventory")
         .action(&fence, Inventory)
         .coordinator(&handfast)
-        .upkeep_every(Duration::from_millis(20))
+        .upkeep_every(Duration::ZERO)
         .build();
     let known = handfast.transaction("order").begin().await.unwrap().xid().await.unwrap();
     let lost = Xid { sequence: known.sequence + 7, ..known };
@@ -173,7 +276,7 @@ async fn a_served_participant_that_knows_its_coordinator_looks_after_its_fence()
         let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM handfast_fence");
         count.fetch_one(&db.pool()).await.unwrap()
     };
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
     assert_eq!((stock(&db.pool()).await, rows().await), ((7, 3, 0), 1), "it is not served yet");
 
     // The reservation is given back, and then its row is deleted.
@@ -191,6 +294,6 @@ async fn a_served_participant_that_knows_its_coordinator_looks_after_its_fence()
     let lost = Xid { sequence: known.sequence + 8, ..known };
     reserve(&inventory, lost).await;
     age(&db, Duration::from_secs(3700)).await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
     assert_eq!((stock(&db.pool()).await, rows().await), ((7, 3, 0), 1));
 }

@@ -177,6 +177,22 @@ async fn rows_go_after_retention_and_reservations_stay() {
 }
 
 #[tokio::test]
+async fn an_inquiry_ends_when_the_coordinator_does_not_respond() {
+    let shop = Shop::new();
+    let mut coordinator = Coordinator::start([shop.participant.clone()]).await;
+    let handfast = coordinator.handfast();
+    for n in 1..=20 {
+        shop.deliver(&branch(n, Phase::Try), "0").await;
+    }
+    shop.clock.advance(EXPIRY_MARGIN + Duration::from_secs(60));
+    coordinator.kill();
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    shop.participant.inquire(&handfast).await.unwrap_err();
+    assert!(before.elapsed() < Duration::from_secs(35), "{:?}", before.elapsed());
+}
+
+#[tokio::test]
 async fn what_nobody_comes_for_is_asked_about_and_given_back() {
     let shop = Shop::new();
     let coordinator = Coordinator::start([shop.participant.clone()]).await;

@@ -183,7 +183,7 @@ pub(super) fn ended(exit: Exit) -> Result<(), Failure> {
             Code::StoreGone,
             "the store's file was deleted, moved or replaced while the coordinator ran",
             "the log says which; nothing more was acknowledged, and this coordinator has stopped",
-            "put the file and its -wal back, or restore a backup: `handfast restore --help`. A start without the file begins a new store",
+            "put the file and its -wal back, or restore a backup: `handfast restore --help`. If both are gone, a start begins a new store",
         )),
     }
 }

@@ -284,7 +284,7 @@ impl Store for MemoryStore {
         }
         let named = |global: &GlobalTransaction| {
             filter.name.as_ref().is_none_or(|name| global.name == *name)
-                && filter.labels.iter().all(|(key, value)| global.labels.get(key) == Some(value))
+                && filter.matches_labels(global)
         };
         let found = fitting.into_iter().filter(|global| named(global)).take(limit).cloned();
         Ok(Listing { transactions: found.collect(), looked_to })

@@ -240,6 +240,11 @@ impl ListFilter {
         Self { show, name: None, labels, after: None, looked_max: Self::LOOKED_MAX }
     }
 
+    /// Whether a transaction has all the labels that are asked for.
+    pub(crate) fn matches_labels(&self, global: &GlobalTransaction) -> bool {
+        self.labels.iter().all(|(key, value)| global.labels.get(key) == Some(value))
+    }
+
     /// Whether every row must be read to see if it matches.
     pub(crate) fn searches(&self) -> bool {
         self.show == Show::All && (self.name.is_some() || !self.labels.is_empty())

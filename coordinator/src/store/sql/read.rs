@@ -186,12 +186,7 @@ pub(in crate::store) async fn list<D: Dialect>(
             if let Show::Stuck(now, after) = filter.show {
                 push_stuck(query.push(" AND "), now, after);
             }
-            push_after(&mut query, filter);
-            push_names(&mut query, filter);
-            query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ");
-            query.push_bind(sql_limit(limit));
-            query.push(JOIN_DIGESTS).push("ORDER BY g.begun_at DESC, g.xid DESC");
-            found = transactions::<D>(connection, query).await?;
+            (found, looked_to) = selected::<D>(connection, query, filter, BY_AGE, limit).await?;
         }
         Show::Lost => {
             let lossy = lossy::<D>(connection).await?;
@@ -200,15 +195,11 @@ pub(in crate::store) async fn list<D: Dialect>(
                 let mut query = Query::new(SELECT_TRANSACTIONS);
                 query.push("WHERE g.due_at IS NOT NULL AND g.state = 1 AND g.xid BETWEEN ");
                 query.push_bind(first).push(" AND ").push_bind(Xid { epoch, ..last });
-                push_after(&mut query, filter);
-                push_names(&mut query, filter);
-                query.push(" ORDER BY g.begun_at DESC, g.xid DESC LIMIT ");
-                query.push_bind(sql_limit(limit));
-                query.push(JOIN_DIGESTS);
-                found.append(&mut transactions::<D>(connection, query).await?);
+                let (mut of_one, end) =
+                    selected::<D>(connection, query, filter, BY_AGE, limit).await?;
+                found.append(&mut of_one);
+                looked_to = looked_to.max(end);
             }
-            found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
-            found.truncate(limit);
         }
         // There are many transactions in all, but within a partition they are sorted by age.
         Show::All => {
@@ -221,20 +212,47 @@ pub(in crate::store) async fn list<D: Dialect>(
                 }
                 let mut query = Query::new(SELECT_TRANSACTIONS);
                 query.push("WHERE g.xid BETWEEN ").push_bind(first).push(" AND ").push_bind(last);
-                push_after(&mut query, filter);
-                push_names(&mut query, filter);
-                query.push(" ORDER BY g.xid DESC LIMIT ").push_bind(sql_limit(limit));
-                query.push(JOIN_DIGESTS);
-                found.append(&mut transactions::<D>(connection, query).await?);
+                let order = " ORDER BY g.xid DESC";
+                let (mut of_one, end) =
+                    selected::<D>(connection, query, filter, order, limit).await?;
+                found.append(&mut of_one);
+                looked_to = looked_to.max(end);
             }
-            // Where one partition was looked at further back than another one, the rest belongs to the next page.
-            found.retain(|global| Some((global.begun_at, global.xid)) >= looked_to);
-            found.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
-            found.truncate(limit);
         }
     }
     D::run(connection, END_READING).await?;
+    // Where one partition was looked at further back than another one, the rest belongs to the next page.
+    found.retain(|global| Some(listed(global)) >= looked_to);
+    found.sort_by_key(|global| std::cmp::Reverse(listed(global)));
+    found.truncate(limit);
     Ok(Listing { transactions: found, looked_to })
+}
+
+/// The order of a list.
+const BY_AGE: &str = " ORDER BY g.begun_at DESC, g.xid DESC";
+
+fn listed(global: &GlobalTransaction) -> Listed {
+    (global.begun_at, global.xid)
+}
+
+/// The first `limit` transactions of a query that fit the filter. If some that were found do not fit after all, there may be fewer,
+/// and the second value is the last one looked at.
+async fn selected<D: Dialect>(
+    connection: &mut Connection<D>,
+    mut query: Query,
+    filter: &ListFilter,
+    order: &str,
+    limit: usize,
+) -> Result<(Vec<GlobalTransaction>, Option<Listed>), Error> {
+    push_after(&mut query, filter);
+    push_names(&mut query, filter);
+    query.push(order).push(" LIMIT ").push_bind(sql_limit(limit)).push(JOIN_DIGESTS);
+    let mut found = transactions::<D>(connection, query).await?;
+    let read = found.len();
+    let last = found.iter().map(listed).min();
+    found.retain(|global| filter.matches_labels(global));
+    let is_short = read == limit && found.len() < limit;
+    Ok((found, last.filter(|_| is_short)))
 }
 
 /// The last transaction of a partition that a search looks at. `None`: it looks at all of them.

@@ -408,8 +408,8 @@ pub(in crate::store) fn xid(column: &[u8]) -> Result<Xid, Error> {
     Ok(Xid::from_bytes(bytes))
 }
 
-/// How a label is written in the column `labels`. This text cannot be a part of another label: a quotation mark in a key or a value
-/// has a backslash before it.
+/// How a label is written in the column `labels`. The text may also be the end of a longer label: the key `a"x` is written as
+/// `"a\"x"`. So a search for it finds too much rather than too little.
 pub(in crate::store) fn label(key: &str, value: &str) -> String {
     format!("{}:{}", json(&key), json(&value))
 }

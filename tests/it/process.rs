@@ -17,9 +17,9 @@ use futures_util::{StreamExt as _, future::join_all, stream};
 
 use handfast::{Handfast, Json};
 use handfast_proto::v1::{
-    BeginRequest, BranchSpec, DecideRequest, Decision, GetTransactionRequest, TransactionState,
-    Until, WaitTransactionRequest, coordinator_service_client::CoordinatorServiceClient,
-    get_transaction_request::By,
+    BeginRequest, BranchSpec, DecideRequest, Decision, GetTransactionRequest,
+    GetTransactionResponse, TransactionState, Until, WaitTransactionRequest,
+    coordinator_service_client::CoordinatorServiceClient, get_transaction_request::By,
 };
 use handfast_tests::{
     PATIENCE,
@@ -28,6 +28,7 @@ use handfast_tests::{
     wait_for,
     warehouse::{Deduct, Warehouse},
 };
+use http::uri::PathAndQuery;
 use http_body_util::StreamBody;
 use hyper::body::Frame;
 use tokio::{
@@ -35,7 +36,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     process::{Child, Command},
 };
-use tonic::{Status, body::Body, transport::Endpoint};
+use tonic::{Code, Request, Status, body::Body, transport::Endpoint};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -173,8 +174,19 @@ async fn clients_with_nothing_under_way_do_not_hold_up_the_end() {
     watch.message().await.unwrap();
     let mut reflection = ServerReflectionClient::new(coordinator.channel());
     let asked = reflection.server_reflection_info(stream::pending()).await.unwrap().into_inner();
+    // A call without a message.
+    let mut raw = tonic::client::Grpc::new(coordinator.channel());
+    raw.ready().await.unwrap();
+    let empty = tokio::spawn(async move {
+        let path = PathAndQuery::from_static("/handfast.v1.CoordinatorService/GetTransaction");
+        let codec =
+            tonic_prost::ProstCodec::<GetTransactionRequest, GetTransactionResponse>::default();
+        raw.client_streaming(Request::new(stream::pending()), path, codec).await
+    });
+    tokio::time::sleep(Duration::from_millis(500)).await;
     let took = end(&mut coordinator).await;
     assert!(took < Duration::from_secs(6), "{took:?}");
+    assert_eq!(empty.await.unwrap().unwrap_err().code(), Code::Unavailable);
     drop((silent, slow, frozen, asked));
 }
 

@@ -33,7 +33,8 @@ pub struct EachCall {
 }
 
 impl EachCall {
-    /// `under_way` holds a token for each call in flight. Once `closing` is cancelled, streams of gRPC's own services end.
+    /// `under_way` holds a token for each call in flight. Once `closing` is cancelled, streams of gRPC's own services end,
+    /// and calls whose request has not arrived.
     pub(crate) fn new(under_way: TaskTracker, closing: CancellationToken) -> Self {
         Self { under_way, closing, budget: Budget::default() }
     }
@@ -47,7 +48,8 @@ impl<S> Layer<S> for EachCall {
         let of_connection = |extensions: &http::Extensions| {
             extensions.get::<Allowance>().map(Allowance::unfinished)
         };
-        Gather::new(Counted { inner, under_way, closing }, budget, of_connection)
+        let counted = Counted { inner, under_way, closing: closing.clone() };
+        Gather::new(counted, budget, of_connection).until(closing)
     }
 }
 

@@ -2,28 +2,30 @@
 //!
 //! tonic allocates the length that a message announces. A thousand calls that announce 2 MiB and send one byte each would cost 2
 //! GiB. Here, a message costs only the bytes that have arrived. A call fails if its message takes longer than
-//! [`MESSAGE_WITHIN`], or exceeds what its connection or the process may hold ([`Budget`]).
+//! [`MESSAGE_WITHIN`], or exceeds what its connection or the process may hold ([`Budget`]). A call whose first message has not
+//! arrived when the server stops fails then: nothing was done for it.
 
 mod budget;
 
 use std::{
     collections::VecDeque,
-    future::Future as _,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http_body::Frame;
-use tokio::time::{Sleep, sleep};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, server::NamedService};
 use tower_service::Service;
 
 pub use self::budget::{Budget, COMMON_BYTES_MAX, CONNECTION_BYTES_MAX, OWN_BYTES_MAX, Share};
 use crate::limits;
 
-/// How long a message may take from its first byte to its last.
+/// How long a message may take from its first byte to its last. The first message of a call may take as long from the call's begin.
 pub const MESSAGE_WITHIN: Duration = Duration::from_secs(30);
 /// The header of a message: a flag and four bytes of length.
 const HEADER_BYTES: usize = 5;
@@ -34,6 +36,7 @@ pub struct Gather<S> {
     inner: S,
     budget: Budget,
     of_connection: fn(&http::Extensions) -> Option<Share>,
+    closing: CancellationToken,
 }
 
 impl<S> Gather<S> {
@@ -44,7 +47,13 @@ impl<S> Gather<S> {
         budget: Budget,
         of_connection: fn(&http::Extensions) -> Option<Share>,
     ) -> Self {
-        Self { inner, budget, of_connection }
+        Self { inner, budget, of_connection, closing: CancellationToken::new() }
+    }
+
+    /// Sets what is cancelled when the server stops.
+    #[must_use]
+    pub fn until(self, closing: CancellationToken) -> Self {
+        Self { closing, ..self }
     }
 }
 
@@ -60,8 +69,8 @@ impl<S: Service<http::Request<Body>>> Service<http::Request<Body>> for Gather<S>
     fn call(&mut self, request: http::Request<Body>) -> S::Future {
         let known = (self.of_connection)(request.extensions());
         let share = known.unwrap_or_else(|| self.budget.share_of(request.extensions()));
-        let budget = self.budget.clone();
-        self.inner.call(request.map(|body| Body::new(Gathered::new(body, budget, share))))
+        let (budget, closing) = (self.budget.clone(), self.closing.clone());
+        self.inner.call(request.map(|body| Body::new(Gathered::new(body, budget, share, closing))))
     }
 }
 
@@ -78,7 +87,10 @@ struct Gathered {
     lacks: Option<usize>,
     budget: Budget,
     share: Share,
-    deadline: Option<Pin<Box<Sleep>>>,
+    /// Cancelled when the server stops. `None` once the first message is complete: then something may have been done.
+    closing: Option<CancellationToken>,
+    /// Ends when a message has been waited for too long.
+    waiting: Option<BoxFuture<'static, Status>>,
     /// Complete messages, and the trailers.
     ready: VecDeque<Frame<Bytes>>,
     /// The header is invalid. Bytes are passed on unchanged, so that tonic reports the error.
@@ -86,14 +98,15 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn new(body: Body, budget: Budget, share: Share) -> Self {
+    fn new(body: Body, budget: Budget, share: Share, closing: CancellationToken) -> Self {
         Self {
             body,
             held: Vec::new(),
             lacks: None,
             budget,
             share,
-            deadline: None,
+            closing: Some(closing),
+            waiting: None,
             ready: VecDeque::new(),
             is_given_up: false,
         }
@@ -155,9 +168,6 @@ impl Gathered {
     fn hold(&mut self, part: &[u8]) -> Result<(), Status> {
         self.budget.take(&self.share, part.len())?;
         self.held.extend_from_slice(part);
-        if self.deadline.is_none() {
-            self.deadline = Some(Box::pin(sleep(MESSAGE_WITHIN)));
-        }
         Ok(())
     }
 
@@ -166,7 +176,7 @@ impl Gathered {
         self.is_given_up |= self.is_bad();
         let held = std::mem::take(&mut self.held);
         self.budget.give_back(&self.share, held.len());
-        (self.lacks, self.deadline) = (None, None);
+        self.lacks = None;
         if !held.is_empty() {
             self.ready.push_back(Frame::data(held.into()));
         }
@@ -189,6 +199,7 @@ impl http_body::Body for Gathered {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         loop {
             if let Some(frame) = self.ready.pop_front() {
+                (self.closing, self.waiting) = (None, None);
                 return Poll::Ready(Some(Ok(frame)));
             }
             match Pin::new(&mut self.body).poll_frame(cx) {
@@ -211,13 +222,12 @@ impl http_body::Body for Gathered {
                 }
                 Poll::Ready(Some(Err(status))) => return Poll::Ready(Some(Err(status))),
                 Poll::Pending => {
-                    let Some(deadline) = &mut self.deadline else { return Poll::Pending };
-                    return deadline.as_mut().poll(cx).map(|()| {
-                        let seconds = MESSAGE_WITHIN.as_secs();
-                        Some(Err(Status::deadline_exceeded(format!(
-                            "the request has not arrived whole within {seconds} s"
-                        ))))
-                    });
+                    if self.closing.is_none() && self.held.is_empty() {
+                        return Poll::Pending; // a stream between two messages
+                    }
+                    let closing = self.closing.clone();
+                    let waiting = self.waiting.get_or_insert_with(|| Box::pin(too_late(closing)));
+                    return waiting.as_mut().poll(cx).map(|status| Some(Err(status)));
                 }
             }
         }
@@ -225,6 +235,26 @@ impl http_body::Body for Gathered {
 
     fn is_end_stream(&self) -> bool {
         self.ready.is_empty() && self.held.is_empty() && self.body.is_end_stream()
+    }
+}
+
+/// Waits until a message must have arrived.
+async fn too_late(closing: Option<CancellationToken>) -> Status {
+    let stopped = async {
+        match closing {
+            Some(closing) => closing.cancelled().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = stopped => Status::unavailable(
+            "the server is stopping; the request has not arrived whole, and nothing was done",
+        ),
+        () = sleep(MESSAGE_WITHIN) => Status::deadline_exceeded(format!(
+            "the request has not arrived whole within {} s",
+            MESSAGE_WITHIN.as_secs()
+        )),
     }
 }
 
@@ -253,7 +283,8 @@ mod tests {
         } else {
             Body::new(StreamBody::new(chunks.chain(stream::pending())))
         };
-        let mut gathered = Gathered::new(body, budget.clone(), Share::default());
+        let closing = CancellationToken::new();
+        let mut gathered = Gathered::new(body, budget.clone(), Share::default(), closing);
         let mut left = Vec::new();
         while let Some(frame) = gathered.frame().await {
             left.push(frame?.into_data().unwrap());
@@ -313,6 +344,37 @@ mod tests {
         });
         assert_eq!(ended.unwrap_err().code(), tonic::Code::DeadlineExceeded);
         assert_eq!(all.held(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_without_a_message_ends_and_a_stream_between_two_messages_does_not() {
+        let budget = common(1024);
+        let silent = gathered(Vec::new(), false, &budget).await;
+        assert_eq!(silent.unwrap_err().code(), tonic::Code::DeadlineExceeded);
+        let between = gathered(vec![message(7)], false, &budget);
+        assert!(tokio::time::timeout(MESSAGE_WITHIN * 10, between).await.is_err());
+        let second = vec![message(7), message(7)[..6].to_vec()];
+        let ended = gathered(second, false, &budget).await;
+        assert_eq!(ended.unwrap_err().code(), tonic::Code::DeadlineExceeded);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_stops_waits_only_for_calls_whose_first_message_is_there() {
+        for (arrived, ends) in
+            [(Vec::new(), true), (message(7)[..6].to_vec(), true), (message(0), false)]
+        {
+            let body = stream::iter([Ok::<_, Status>(Frame::data(arrived.into()))]);
+            let body = Body::new(StreamBody::new(body.chain(stream::pending())));
+            let closing = CancellationToken::new();
+            let budget = common(1024);
+            let mut gathered = Gathered::new(body, budget, Share::default(), closing.clone());
+            let first = tokio::time::timeout(Duration::from_secs(1), gathered.frame()).await;
+            assert_eq!(first.is_err(), ends);
+            closing.cancel();
+            let next = tokio::time::timeout(Duration::from_secs(1), gathered.frame()).await;
+            let code = next.ok().flatten().map(|frame| frame.unwrap_err().code());
+            assert_eq!(code, ends.then_some(tonic::Code::Unavailable));
+        }
     }
 
     #[tokio::test]

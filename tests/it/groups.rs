@@ -150,6 +150,30 @@ async fn an_owner_of_a_read_only_server_learns_that_it_was_replaced() {
     let Appended::Fenced(_) = owner.append(&store).await else { panic!("it was replaced") };
 }
 
+/// Nobody else knows of the loss. If the owner ended now, the next one would decide otherwise what was decided.
+#[tokio::test]
+async fn an_owner_that_knows_of_a_loss_waits_for_a_server_that_records_it() {
+    let Some(rig) = Rig::start(Kind::Replication).await else { return };
+    let store = rig.store(&[0]).await;
+    let mut owner = Owner::of(&store).await.unwrap();
+    assert_eq!(owner.append(&store).await, Appended::Durable);
+    let next = rig.store(&[0]).await;
+    Owner::of(&next).await.unwrap();
+    // As if the next owner had taken over on a replica that lacked the batch.
+    rig.sql(0, "UPDATE store.epoch SET batches = 0 WHERE ended_at IS NOT NULL").await;
+    rig.sql(0, "SET GLOBAL read_only = 1").await;
+    let mut appending = std::pin::pin!(owner.append(&store));
+    let early = tokio::time::timeout(Duration::from_secs(5), &mut appending).await;
+    assert!(early.is_err(), "{early:?}");
+    rig.sql(0, "SET GLOBAL read_only = 0").await;
+    let Appended::Fenced(fenced) = appending.await else { panic!("it was replaced") };
+    let url = format!("mysql://root@{}", rig.group.address(0));
+    let mut connection = MySqlConnection::connect(&url).await.unwrap();
+    let marked = sqlx::query_scalar("SELECT COUNT(*) FROM store.epoch WHERE lost = 1");
+    let marked: i64 = marked.fetch_one(&mut connection).await.unwrap();
+    assert_eq!(usize::try_from(marked), Ok(fenced.len()));
+}
+
 #[tokio::test]
 async fn a_primary_of_a_group_is_found_and_followed() {
     let Some(rig) = Rig::start(Kind::GroupReplication).await else { return };

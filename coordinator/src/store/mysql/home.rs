@@ -6,7 +6,7 @@
 //! has is not chosen, and neither is one of two that can both be written and are not one group.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -86,13 +86,43 @@ impl Home {
         }
     }
 
-    /// The partitions that have a later epoch than these on a server that did not take a writer.
-    pub(super) fn replaced(&self, epochs: impl Iterator<Item = (u16, u32)>) -> Vec<u16> {
-        let epochs: BTreeMap<_, _> = epochs.collect();
-        let place = self.place();
-        let later =
-            |seat: &&Seat| epochs.get(&seat.partition).is_some_and(|mine| seat.epoch > *mine);
-        place.rows.iter().filter(later).map(|seat| seat.partition).collect()
+    /// The partitions of these guards that have a later epoch on a server that must not be written. A batch cannot find that out there.
+    ///
+    /// # Errors
+    ///
+    /// When that server has lost batches of this owner. Nobody else knows of the loss, so the owner must stay until it can be recorded.
+    pub(super) async fn replaced(&self, guards: &[Guard]) -> Result<Vec<u16>, Error> {
+        let is_later = |guard: &Guard, rows: &[Seat]| {
+            rows.iter().any(|seat| seat.partition == guard.partition && seat.epoch > guard.epoch)
+        };
+        let remembered = self.place().rows.clone();
+        if !guards.iter().any(|guard| is_later(guard, &remembered)) {
+            return Ok(Vec::new());
+        }
+        let (mut replaced, mut lossy) = (BTreeSet::new(), BTreeSet::new());
+        for address in 0..self.addresses.len() {
+            let ask = async {
+                let (mut connection, _) = self.greet(address, Some(Role::Read)).await?;
+                let rows = write::seats::<InMySql>(&mut connection).await?;
+                for guard in guards.iter().filter(|guard| is_later(guard, &rows)) {
+                    match write::lost::<InMySql>(&mut connection, *guard).await? {
+                        None => replaced.insert(guard.partition),
+                        Some(_) => lossy.insert(guard.partition),
+                    };
+                }
+                Ok::<_, Error>(())
+            };
+            // An address that does not answer tells nothing.
+            drop(tokio::time::timeout(CALL_TIMEOUT / 4, ask).await);
+        }
+        let replaced: Vec<_> = replaced.difference(&lossy).copied().collect();
+        if replaced.is_empty() && !lossy.is_empty() {
+            return Err(Error::unavailable(format!(
+                "another coordinator has taken over partitions {lossy:?} without the last batches of this one, and no server takes a \
+                 record of that"
+            )));
+        }
+        Ok(replaced)
     }
 
     /// A connection for `role`. Before that, connections in doubt are ended, if they are at the same server.

@@ -272,8 +272,7 @@ impl Store for MySqlStore {
         }
         if let Err(Error::Unavailable(_)) = &appended {
             // A server that must not be written cannot take a batch that finds out whether this owner was replaced.
-            let epochs = batch.guards.iter().map(|guard| (guard.partition, guard.epoch));
-            let replaced = self.home.replaced(epochs);
+            let replaced = self.home.replaced(&batch.guards).await?;
             if !replaced.is_empty() {
                 return Ok(Appended::Fenced(replaced));
             }

@@ -9,8 +9,8 @@ use tracing::{error, warn};
 use super::{Cell, Connection, Connections, Counter, Dialect, Query, Wrote, record};
 use crate::{
     store::{
-        Appended, Batch, Damage, Epoch, Error, Head, Ownership, PartitionRow, Row, Seat, Write,
-        judge, loss,
+        Appended, Batch, Damage, Epoch, Error, Guard, Head, Ownership, PartitionRow, Row, Seat,
+        Write, judge, loss,
     },
     transaction::Timestamp,
 };
@@ -286,21 +286,7 @@ async fn note_losses<D: Dialect>(
         // Lock the row: neither a batch nor a takeover comes between the look and the mark.
         let lock = Query::new("UPDATE `partition` SET owner = owner WHERE `partition` = ?");
         D::execute(connection, lock.bind(partition)).await?;
-        let query = Query::new(
-            "SELECT e.epoch, e.nonce, COALESCE(e.batches, p.batches), e.lost FROM epoch AS e \
-             JOIN `partition` AS p ON p.`partition` = e.`partition` \
-             WHERE e.`partition` = ? AND e.epoch <= ? ORDER BY e.epoch DESC LIMIT 2",
-        );
-        let query = query.bind(partition).bind(guard.epoch);
-        let rows: Vec<(u32, u32, i64, Option<i64>)> = D::fetch(connection, query).await?;
-        let epoch = |(epoch, nonce, batches, lost): (_, _, i64, Option<i64>)| Epoch {
-            epoch,
-            nonce,
-            batches: batches.cast_unsigned(),
-            lost: lost.is_some(),
-        };
-        let epochs: Vec<_> = rows.into_iter().map(epoch).collect();
-        let Some((epoch, batches)) = loss(*guard, &epochs) else { continue };
+        let Some((epoch, batches)) = lost::<D>(connection, *guard).await? else { continue };
         let mark = Query::new("UPDATE epoch SET lost = ? WHERE `partition` = ? AND epoch = ?");
         let mark = mark.bind(i64::try_from(batches).unwrap_or(i64::MAX));
         D::execute(connection, mark.bind(partition).bind(epoch)).await?;
@@ -312,6 +298,27 @@ async fn note_losses<D: Dialect>(
     }
     D::run(connection, "COMMIT").await?;
     Ok(noted)
+}
+
+/// What this server has lost of a batch's owner, as [`loss`] says.
+pub(in crate::store) async fn lost<D: Dialect>(
+    connection: &mut Connection<D>,
+    guard: Guard,
+) -> Result<Option<(u32, u64)>, Error> {
+    let query = Query::new(
+        "SELECT e.epoch, e.nonce, COALESCE(e.batches, p.batches), e.lost FROM epoch AS e \
+         JOIN `partition` AS p ON p.`partition` = e.`partition` \
+         WHERE e.`partition` = ? AND e.epoch <= ? ORDER BY e.epoch DESC LIMIT 2",
+    );
+    let query = query.bind(guard.partition).bind(guard.epoch);
+    let rows: Vec<(u32, u32, i64, Option<i64>)> = D::fetch(connection, query).await?;
+    let epoch = |(epoch, nonce, batches, lost): (_, _, i64, Option<i64>)| Epoch {
+        epoch,
+        nonce,
+        batches: batches.cast_unsigned(),
+        lost: lost.is_some(),
+    };
+    Ok(loss(guard, &rows.into_iter().map(epoch).collect::<Vec<_>>()))
 }
 
 /// A loss, for the log.

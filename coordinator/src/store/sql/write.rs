@@ -95,8 +95,14 @@ async fn take_over<D: Dialect>(
             Cell::from(now),
         ]);
     }
-    D::execute(connection, query).await?;
-    Ok(ownerships)
+    match D::execute(connection, query).await {
+        Ok(_) => Ok(ownerships),
+        // A member of a cluster that is behind has just received another takeover.
+        Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
+            Err(Error::unavailable(format!("somebody else begins the same epoch: {error}")))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Appends a batch. Damage is reported only if a second check, on a new connection, finds it too: the first connection may have

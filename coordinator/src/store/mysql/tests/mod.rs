@@ -390,6 +390,22 @@ async fn the_server_tells_its_time() {
     }
 }
 
+/// On Galera, a member that is behind learns of another takeover in the middle of its own.
+#[tokio::test]
+async fn an_epoch_that_somebody_else_begins_is_not_taken_for_damage() {
+    for server in servers() {
+        let database = Database::new(&server).await;
+        let store = database.store().await;
+        Owner::of(&store).await;
+        let other = "INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) \
+                     SELECT `partition`, epoch + 1, nonce, owner, taken_at FROM epoch";
+        sqlx::raw_sql(other).execute(&mut database.connect().await).await.unwrap();
+        let error = store.acquire_once(&[0], "late", NOW).await.unwrap_err();
+        assert!(matches!(error, Error::Unavailable(_)), "{error}");
+        database.drop().await;
+    }
+}
+
 /// Its statement may hold rows of several partitions.
 #[tokio::test]
 async fn a_row_that_the_server_refuses_ends_only_its_own_partition() {

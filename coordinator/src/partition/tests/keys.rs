@@ -138,16 +138,7 @@ async fn a_key_whose_caller_gave_up_is_not_read_twice_at_a_time() {
     drop(given_up);
     // So many callers wait that those who gave up are forgotten.
     rig.store.hold_loads(true);
-    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
-    let mut waiting = Vec::new();
-    for sequence in 1..=u64::try_from(WAITING_MAX).unwrap() {
-        let xid = Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce };
-        waiting.push(rig.ask(xid, What::Get, Until::Now));
-        if sequence % 1000 == 0 {
-            let_tasks_run().await;
-        }
-    }
-    let_tasks_run().await;
+    let waiting = rig.fill(|n| rig.ask(rig.unknown(n), What::Get, Until::Now)).await;
     rig.clock.advance(Duration::from_secs(1));
     drop(rig.begin(keyed(8, 1)));
     let_tasks_run().await;

@@ -50,29 +50,18 @@ async fn bytes_in_memory_are_those_of_the_transactions_in_memory() {
 async fn callers_that_wait_for_a_read_are_limited() {
     let rig = Rig::new().await;
     rig.store.hold_loads(true);
-    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
-    let unknown = |sequence: usize| {
-        let sequence = u64::try_from(sequence).unwrap();
-        Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce }
-    };
-    let mut waiting = Vec::new();
-    for n in 0..WAITING_MAX {
-        waiting.push(rig.ask(unknown(n), What::Get, Until::Now));
-        if n % 1000 == 0 {
-            let_tasks_run().await;
-        }
-    }
-    let_tasks_run().await;
-    let refused = rig.ask(unknown(WAITING_MAX), What::Get, Until::Now).answer().await.unwrap_err();
+    let mut waiting = rig.fill(|n| rig.ask(rig.unknown(n), What::Get, Until::Now)).await;
+    let refused =
+        rig.ask(rig.unknown(WAITING_MAX), What::Get, Until::Now).answer().await.unwrap_err();
     assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
     let begun = rig.begin(keyed(7, 1)).answer().await.unwrap_err();
     assert!(matches!(begun, Error::TooManyCalls), "{begun:?}");
-    rig.confirm(unknown(1)).none_yet().await;
+    rig.confirm(rig.unknown(1)).none_yet().await;
     // Callers that give up make room for others.
     waiting.truncate(WAITING_MAX / 2);
     rig.clock.advance(Duration::from_secs(1));
     rig.begin(keyed(7, 1)).answer().await.unwrap();
-    rig.ask(unknown(WAITING_MAX), What::Get, Until::Now).none_yet().await;
+    rig.ask(rig.unknown(WAITING_MAX), What::Get, Until::Now).none_yet().await;
     rig.store.hold_loads(false);
     for waiting in waiting {
         assert!(matches!(waiting.answer().await, Err(Error::NeverRecorded(_))));
@@ -117,14 +106,7 @@ async fn callers_that_wait_for_durability_do_not_keep_reads_from_being_answered(
     rig.until_memory_holds(0).await;
     let (known, decided) = (rig.begun().await, rig.begun().await);
     rig.store.hold();
-    let mut waiting = Vec::new();
-    for n in 0..WAITING_MAX {
-        waiting.push(rig.confirm(decided));
-        if n % 1000 == 0 {
-            let_tasks_run().await;
-        }
-    }
-    let_tasks_run().await;
+    let waiting = rig.fill(|_| rig.confirm(decided)).await;
     let refused = rig.begin(new(&["1"])).answer().await.unwrap_err();
     assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
     // The answer would have to wait for the batch, too.
@@ -146,16 +128,7 @@ async fn a_transaction_in_memory_is_answered_however_many_callers_wait_for_reads
     let rig = Rig::new().await;
     let known = rig.begun().await;
     rig.store.hold_loads(true);
-    let Ownership { partition, epoch, nonce, .. } = rig.ownership;
-    let mut waiting = Vec::new();
-    for sequence in 1..=u64::try_from(WAITING_MAX).unwrap() {
-        let xid = Xid { partition, epoch, sequence: 1_000_000 + sequence, nonce };
-        waiting.push(rig.ask(xid, What::Get, Until::Now));
-        if sequence % 1000 == 0 {
-            let_tasks_run().await;
-        }
-    }
-    let_tasks_run().await;
+    let _waiting = rig.fill(|n| rig.ask(rig.unknown(n), What::Get, Until::Now)).await;
     assert_eq!(rig.state(known).await, State::Trying);
     let register = rig.ask(known, What::Register(vec![registered("3", 1)]), Until::Now);
     register.answer().await.unwrap();

@@ -125,6 +125,25 @@ impl Rig {
         self.send(|reply| Command::Ask(Ask { xid, what, until, reply }))
     }
 
+    /// An xid of this owner that no transaction has.
+    fn unknown(&self, n: usize) -> Xid {
+        let Ownership { partition, epoch, nonce, .. } = self.ownership;
+        Xid { partition, epoch, sequence: 1_000_000 + u64::try_from(n).unwrap(), nonce }
+    }
+
+    /// Makes as many calls as may wait.
+    async fn fill(&self, call: impl Fn(usize) -> Waiting) -> Vec<Waiting> {
+        let mut waiting = Vec::new();
+        for n in 0..WAITING_MAX {
+            waiting.push(call(n));
+            if n % 1000 == 0 {
+                let_tasks_run().await;
+            }
+        }
+        let_tasks_run().await;
+        waiting
+    }
+
     fn begin(&self, new: NewTransaction) -> Waiting {
         self.send(|reply| Command::Begin { new, until: Until::Now, reply })
     }

@@ -111,14 +111,10 @@ pub(in crate::store) fn loss(guard: Guard, epochs: &[Epoch]) -> Option<(u32, u64
 
 /// What the rows of a batch's partitions say about the batch. `None`: it is the next batch of all of them and may be applied
 /// now. Otherwise, the result of appending it.
-///
-/// # Errors
-///
-/// [`Error::Corrupt`] when only half of the batch is recorded.
 pub(in crate::store) fn judge(
     batch: &Batch,
     recorded: impl Fn(u16) -> Option<PartitionRow>,
-) -> Result<Option<Appended>, Error> {
+) -> Option<Appended> {
     let (mut next, mut landed, mut fenced, mut damaged) = (0_u32, 0_u32, Vec::new(), Vec::new());
     for guard in &batch.guards {
         match recorded(guard.partition) {
@@ -144,17 +140,15 @@ pub(in crate::store) fn judge(
         }
     }
     if !damaged.is_empty() {
-        return Ok(Some(Appended::Damaged(damaged)));
+        return Some(Appended::Damaged(damaged));
     }
     match (next, landed, fenced.is_empty()) {
-        (_, 0, true) => Ok(None),
+        (_, 0, true) => None,
         // Batches are atomic. If the batch was applied in one partition, it was applied in all, before any of them was taken
         // over.
-        (0, 1.., true) => Ok(Some(Appended::Durable)),
-        (_, _, false) => Ok(Some(Appended::Fenced(fenced))),
-        (1.., 1.., true) => {
-            Err(Error::Corrupt(format!("half of a batch is recorded: {:?}", batch.guards)))
-        }
+        (0, 1.., true) => Some(Appended::Durable),
+        (_, _, false) => Some(Appended::Fenced(fenced)),
+        (1.., 1.., true) => Some(Damage::of_batch(batch, "half of the batch is recorded")),
     }
 }
 
@@ -179,6 +173,12 @@ impl Damage {
             Self { partition, what, lost: 0 }
         };
         by_partition.into_iter().map(damage).collect()
+    }
+
+    /// The same for a batch as a whole, where nobody can say which partition is wrong.
+    pub(in crate::store) fn of_batch(batch: &Batch, what: &str) -> Appended {
+        let all = batch.guards.iter().map(|guard| (guard.partition, what.to_owned()));
+        Appended::Damaged(Self::of_rows(all))
     }
 
     /// Why the batch with this guard can never be applied to these records.

@@ -162,8 +162,7 @@ impl Store for MemoryStore {
             tokio::time::sleep(delay).await;
         }
         let mut tables = self.tables();
-        if let Some(appended) =
-            judge(batch, |partition| tables.partitions.get(&partition).copied())?
+        if let Some(appended) = judge(batch, |partition| tables.partitions.get(&partition).copied())
         {
             match &appended {
                 Appended::Fenced(fenced) => tables.note_losses(batch, fenced),

@@ -126,6 +126,23 @@ pub(super) async fn a_takeover_that_is_missing_is_a_loss_too(store: &dyn Store) 
 }
 
 /// A second line of defence: whatever an owner believes, it cannot change one decision into the other.
+/// A batch is recorded as a whole or not at all.
+pub(super) async fn half_of_a_batch_is_an_alarm(store: &dyn Store) {
+    let mut owner = Owner::of(store).await;
+    let (global, other) = (begun(owner.xid(1), &["1"]), begun(owner.xid(2), &["1"]));
+    let batch = owner.batch(vec![inserted(&global), inserted(&other)]);
+    let half =
+        |n: usize| Batch { guards: vec![batch.guards[n]], writes: vec![batch.writes[n].clone()] };
+    assert_eq!(store.append(&half(0)).await.unwrap(), Appended::Durable);
+    let Ok(Appended::Damaged(damaged)) = store.append(&batch).await else {
+        panic!("both partitions were to be named")
+    };
+    let partitions: Vec<_> = damaged.iter().map(|damage| damage.partition).collect();
+    assert_eq!(partitions, [1, 2], "nobody can say which one is wrong");
+    assert!(damaged[0].what.contains("half of the batch is recorded"), "{damaged:?}");
+    assert_eq!(store.append(&half(1)).await.unwrap(), Appended::Durable, "nothing was changed");
+}
+
 pub(super) async fn a_change_of_what_is_not_as_it_is_said_to_be_is_an_alarm(store: &dyn Store) {
     let mut owner = Owner::of(store).await;
     let key = |first: u8| Some(Key { hash: [first; 32], digest: [0; 32] });

@@ -58,6 +58,7 @@ on_every_store! {
         a_batch_is_applied_once_however_often_it_is_appended
         a_batch_that_does_not_follow_is_an_alarm
         a_change_of_what_is_not_as_it_is_said_to_be_is_an_alarm
+        half_of_a_batch_is_an_alarm
         several_changes_that_are_written_as_one_go_by_the_first
         a_takeover_that_is_missing_is_a_loss_too
         calls_that_are_given_up_leave_the_store_working

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use handfast_proto::{
     address::Address,
     connection::{self, Http2Stream, endpoint},
@@ -21,6 +21,8 @@ use tokio::time::timeout;
 use tonic::transport::{Channel, Uri};
 use tower_service::Service;
 
+/// How long one of several names may take to be looked up. All look-ups and one connection must fit into the time for a connection.
+const ONE_OF_SEVERAL_NAMES_TIMEOUT: Duration = Duration::from_millis(700);
 /// How long connecting to one address may take before the next one is tried.
 const ONE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -54,8 +56,17 @@ impl Addresses {
     async fn connect(&self, start: usize) -> io::Result<TokioIo<Http2Stream>> {
         let mut failed = io::Error::from(io::ErrorKind::NotFound);
         let mut found = Vec::new();
-        for address in &*self.addresses {
-            match connection::look_up(address).await {
+        // All at once: a name whose look-up hangs must not hold up the others.
+        let several = self.addresses.len() > 1;
+        let look_up = async |address| {
+            let look_up = connection::look_up(address);
+            match several {
+                true => timeout(ONE_OF_SEVERAL_NAMES_TIMEOUT, look_up).await?,
+                false => look_up.await,
+            }
+        };
+        for looked_up in join_all(self.addresses.iter().map(look_up)).await {
+            match looked_up {
                 Ok(addresses) => found.extend(addresses),
                 Err(error) => failed = error,
             }

@@ -137,10 +137,10 @@ impl Participant {
         let Some(served) = self.actions.get(action.as_str()) else { return Handled::Reported };
         let answer = in_time(served.close(&branch)).await;
         if let Answer::Done(_) = answer {
-            info!(%xid, %branch_id, action, ?outcome, "reservation closed: an operator has resolved it");
+            info!(%xid, %branch_id, action, %outcome, "reservation closed: an operator has resolved it");
             return Handled::Closed;
         }
-        warn!(%xid, %branch_id, action, ?answer, "a reservation that an operator has resolved cannot be closed yet");
+        warn!(%xid, %branch_id, action, %answer, "a reservation that an operator has resolved cannot be closed yet");
         Handled::Reported
     }
 

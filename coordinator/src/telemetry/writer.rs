@@ -1,8 +1,9 @@
 //! Writes log lines on a separate thread. So a full disk, a closed pipe or a stuck reader neither blocks nor ends the
 //! coordinator.
 //!
-//! A log line goes into a queue of [`QUEUE_BYTES_MAX`]. The thread takes all waiting lines and writes them at once. A line that
-//! does not fit or cannot be written is dropped and counted. The next write begins with a line that reports the count.
+//! A log line goes into a queue of [`QUEUE_BYTES_MAX`]. The thread takes all waiting lines and writes them at once, and then
+//! pauses for [`COLLECT_FOR`]: under load it wakes up a hundred times a second, and not for each line. A line that does not fit
+//! or cannot be written is dropped and counted. The next write begins with a line that reports the count.
 
 use std::{
     cell::RefCell,
@@ -19,6 +20,10 @@ use tracing_subscriber::fmt::writer::MakeWriter;
 /// Size of the queue: room for some ten thousand lines.
 const QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
 pub(super) const THREAD: &str = "log";
+/// Pause after a write, in which the next lines collect.
+const COLLECT_FOR: Duration = Duration::from_millis(10);
+/// What the two buffers keep of their memory.
+const BUFFER_BYTES_KEPT: usize = 256 * 1024;
 /// How often, and how many times, a write is retried when a non-blocking pipe is full.
 const AGAIN_EVERY: Duration = Duration::from_millis(10);
 const AGAIN_TIMES: u32 = 100;
@@ -45,7 +50,7 @@ struct Queue {
 struct Waiting {
     lines: Vec<u8>,
     dropped: u64,
-    /// Whether the thread has taken lines and is still writing them.
+    /// Whether the thread is writing, or pauses after that. It will look at the queue by itself.
     is_writing: bool,
 }
 
@@ -91,8 +96,9 @@ impl LogWriter {
             return;
         }
         waiting.lines.extend_from_slice(line);
-        drop(waiting);
-        self.0.more.notify_one();
+        if !waiting.is_writing {
+            self.0.more.notify_one();
+        }
     }
 }
 
@@ -179,8 +185,11 @@ fn escaped(text: &str, colours: bool) -> String {
 fn write(queue: &Queue, mut sink: impl Write) {
     // Whether the last write ended in the middle of a line.
     let mut is_torn = false;
+    let mut lines = Vec::new();
     loop {
-        let (lines, dropped) = {
+        lines.clear();
+        lines.shrink_to(BUFFER_BYTES_KEPT);
+        let dropped = {
             let mut waiting = queue.lock();
             while waiting.lines.is_empty() {
                 waiting.is_writing = false;
@@ -188,7 +197,8 @@ fn write(queue: &Queue, mut sink: impl Write) {
                 waiting = queue.more.wait(waiting).unwrap_or_else(PoisonError::into_inner);
             }
             waiting.is_writing = true;
-            (std::mem::take(&mut waiting.lines), waiting.dropped)
+            std::mem::swap(&mut waiting.lines, &mut lines);
+            waiting.dropped
         };
         if is_torn {
             write_lines(&mut sink, b"\n", &mut is_torn);
@@ -202,6 +212,7 @@ fn write(queue: &Queue, mut sink: impl Write) {
         if lost > 0 {
             queue.lock().dropped += lost;
         }
+        thread::sleep(COLLECT_FOR);
     }
 }
 

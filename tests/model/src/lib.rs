@@ -13,7 +13,7 @@
 //!
 //! The model says something about the code only as far as the code does what the model does. The names are the same in both, and
 //! each file says which part of the code it stands for. Not modelled: a store that loses acknowledged changes when no owner can
-//! notice, operators, and lengths of time.
+//! notice, operators who decide what is lost, and lengths of time.
 
 pub mod key;
 pub mod protocol;

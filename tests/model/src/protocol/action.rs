@@ -20,7 +20,8 @@ type Which = usize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     // A caller asks: early, late, twice, a zombie, or not at all.
-    Begin(Who),
+    /// The flag: it is recorded with the decision.
+    Begin(Who, bool),
     Register(Who, Branch),
     AskConfirm(Who),
     /// Also when the time for phase one is over.
@@ -38,10 +39,17 @@ pub enum Action {
     CleanFence(Branch),
     /// The participant asks what became of an old reservation.
     Inquire(Branch),
+    /// The same of a transaction that is recorded with its decision. The participant asks for its branch, and gives it back.
+    GiveBack(Branch),
+    /// Without `NudgeIsAQuestion` only.
+    Nudge(Branch),
+    /// Without `InitiatorOnlyNudges` only.
+    Release(Branch),
 
     // The partition's task in an owner.
     TakeTried(Who, Branch),
     TakeAcknowledged(Who, Branch),
+    Resolve(Who, Branch),
     LeaveMemory(Who),
     Read(Who),
     /// A replica that lags answers.
@@ -111,6 +119,13 @@ impl Protocol {
                 Action::Confirm(branch),
                 Action::Cancel(branch),
             ]);
+            if state.at_decision {
+                actions.extend([
+                    Action::GiveBack(branch),
+                    Action::Nudge(branch),
+                    Action::Release(branch),
+                ]);
+            }
             if self.scope.cleanup {
                 actions.extend([
                     Action::PhaseOneOver(branch),
@@ -138,7 +153,8 @@ impl Protocol {
 
     fn push_owner(&self, state: &State, who: usize, actions: &mut Vec<Action>) {
         if state.xid_epoch == 0 {
-            actions.push(Action::Begin(who));
+            let ways = [false, true].into_iter().filter(|way| self.scope.begins(*way));
+            actions.extend(ways.map(|at_decision| Action::Begin(who, at_decision)));
         }
         actions.extend([
             Action::AskConfirm(who),
@@ -164,6 +180,9 @@ impl Protocol {
                 Action::TakeTried(who, branch),
                 Action::TakeAcknowledged(who, branch),
             ]);
+            if self.scope.operators {
+                actions.push(Action::Resolve(who, branch));
+            }
         }
     }
 
@@ -180,8 +199,12 @@ impl Protocol {
             Action::AskCancel(who)
             | Action::TakeTried(who, ..)
             | Action::TakeAcknowledged(who, ..)
-            | Action::Send(who)
             | Action::TakeRow(who, ..) => owns(who),
+            Action::Send(who) => {
+                owns(who) && !Self::may_stay_unrecorded(state, &state.coordinators[who])
+            }
+            // It asks until it is answered.
+            Action::GiveBack(..) => true,
             // The owner of a batch that was lost hears that it had landed, and notices the loss later. (Who never hears it has told nobody.)
             Action::Hear(who) => owns(who) || state.history.loss_unnoticed,
             Action::Confirm(branch) | Action::Cancel(branch) => {
@@ -198,7 +221,7 @@ impl Protocol {
                 let due = status.is_open()
                     && !(state.is_reported_lost() && self.keeps(Guard::LostIsNotDecided))
                     && (status != Status::Trying || self.keeps(Guard::TryingIsDue));
-                owns(who) && due
+                owns(who) && (due || self.inquiry_needs_read(state, who))
             }
             // Every owner sends heartbeats.
             Action::Beat(..) => true,
@@ -220,6 +243,9 @@ impl Protocol {
             | Action::PhaseOneOver(..)
             | Action::CleanFence(..)
             | Action::Inquire(..)
+            | Action::Nudge(..)
+            | Action::Release(..)
+            | Action::Resolve(..)
             | Action::LeaveMemory(..)
             | Action::ReadOld(..)
             | Action::SendOthers(..)
@@ -239,7 +265,10 @@ impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = |who: &usize| ["A", "B"][*who];
         match self {
-            Self::Begin(who) => write!(f, "{} begins the transaction", name(who)),
+            Self::Begin(who, false) => write!(f, "{} begins the transaction", name(who)),
+            Self::Begin(who, true) => {
+                write!(f, "{} begins the transaction, to be recorded with its decision", name(who))
+            }
             Self::Register(who, branch) => {
                 write!(f, "branch {branch} registers at {}", name(who))
             }
@@ -257,11 +286,19 @@ impl fmt::Display for Action {
             Self::Inquire(branch) => {
                 write!(f, "branch {branch} asks what became of the transaction")
             }
+            Self::GiveBack(branch) => {
+                write!(f, "branch {branch} asks what became of it, and is told to give it back")
+            }
+            Self::Nudge(branch) => write!(f, "branch {branch} takes a nudge for an answer"),
+            Self::Release(branch) => write!(f, "the initiator releases branch {branch}"),
             Self::TakeTried(who, branch) => {
                 write!(f, "{} hears that branch {branch} is tried", name(who))
             }
             Self::TakeAcknowledged(who, branch) => {
                 write!(f, "{} hears that branch {branch} has acknowledged", name(who))
+            }
+            Self::Resolve(who, branch) => {
+                write!(f, "an operator resolves branch {branch} at {}", name(who))
             }
             Self::LeaveMemory(who) => write!(f, "the transaction leaves {}'s memory", name(who)),
             Self::Read(who) => write!(f, "{} reads the row", name(who)),

@@ -166,6 +166,34 @@ pub enum Guard {
     RegistrationNamesState,
     /// The statement names the number of branches that the row must have.
     RowNamesBranches,
+
+    // Rule 22: a registration is answered from memory only while no batch with its transaction was sent, and no row of it was read.
+    /// Once its row is handed to the journal, a transaction is an ordinary one: registrations are answered when durable.
+    HandedOverIsOrdinary,
+    /// From memory only while the store answers. (Otherwise an owner that is cut off makes reservations without end.)
+    OnlyWhileStoreAnswers,
+
+    // Rule 23: a reservation asks for its branch until it is answered.
+    /// It asks.
+    ReservationsAsk,
+    /// A branch whose participant does not ask is durable before it is answered.
+    OnlyWhereAllAsk,
+
+    // Rule 24: the answer is about the branch.
+    /// Confirmed without the branch: it may be given back. (A second line behind rule 22.)
+    AnswerIsAboutBranch,
+    /// "Forgotten": a branch that is still tried may be given back.
+    ForgottenGivesBack,
+    /// A branch that an operator has resolved is answered so for ever.
+    ResolutionsAreKept,
+    /// A transaction whose record may be lost is not called forgotten.
+    LostIsNotForgotten,
+
+    // Rule 25: the initiator cancels nothing itself.
+    /// It only tells participants to ask.
+    InitiatorOnlyNudges,
+    /// The participant asks, and acts on the answer.
+    NudgeIsAQuestion,
 }
 
 impl Guard {
@@ -225,6 +253,13 @@ impl Guard {
             Self::SilentSessionsEnd => 18,
             Self::SightEpoch | Self::SightNonce | Self::SightPosition => 20,
             Self::RowNamesState | Self::RegistrationNamesState | Self::RowNamesBranches => 21,
+            Self::HandedOverIsOrdinary | Self::OnlyWhileStoreAnswers => 22,
+            Self::ReservationsAsk | Self::OnlyWhereAllAsk => 23,
+            Self::AnswerIsAboutBranch
+            | Self::ForgottenGivesBack
+            | Self::ResolutionsAreKept
+            | Self::LostIsNotForgotten => 24,
+            Self::InitiatorOnlyNudges | Self::NudgeIsAQuestion => 25,
         }
     }
 }

@@ -4,7 +4,7 @@
 use super::{
     Protocol,
     guard::Guard,
-    state::{Batch, Coordinator, Decision, Progress, Record, Role, State},
+    state::{Batch, Branches, Coordinator, Decision, Progress, Record, Role, State},
     when,
 };
 
@@ -291,9 +291,15 @@ impl Protocol {
 
     /// The purge deletes the row after the retention. The same local transaction records how far the purge has come.
     pub(super) fn purge(&self, state: &mut State) -> Option<()> {
-        when(self.scope.purge && state.store.record.status.is_final())?;
+        // It passes by a transaction that was never recorded. From then on the answer about that one is "forgotten".
+        let never_recorded = state.at_decision
+            && state.store.record == Record::ABSENT
+            && state.xid_epoch < state.store.epoch;
+        when(self.scope.purge && (state.store.record.status.is_final() || never_recorded))?;
         state.store.record = Record::ABSENT;
         state.store.purged = true;
+        // Earlier answers need not arrive, and this is the present one.
+        state.messages.give_back = Branches::NONE;
         Some(())
     }
 

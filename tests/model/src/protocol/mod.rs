@@ -12,6 +12,7 @@
 //!   owner and its connection, and may even start after both are gone.
 //! - **Time** has no length: "phase one is over" happens at any moment, or not yet.
 //! - **A replica that lags** shows any earlier state of the store. After **a failover** the store goes on from an earlier state.
+//! - **A transaction that is recorded with its decision** is answered from memory until then. Its participants ask for their branches.
 //! - **At rest** means that nothing is left that must happen sooner or later. Then no transaction may be open, and nothing reserved.
 
 mod action;
@@ -21,13 +22,16 @@ mod journal;
 mod owner;
 mod participant;
 mod properties;
+mod recording;
 mod sight;
 mod state;
 mod variants;
 
 use stateright::{Model, Property};
 
-pub use self::{action::Action, guard::Guard, state::State, variants::variants};
+pub use self::{
+    action::Action, guard::Guard, recording::Recording, state::State, variants::variants,
+};
 
 /// What may happen in a variant, and how many times.
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,6 +67,12 @@ pub struct Scope {
     pub losses: bool,
     /// A standby may take over before the loss is noticed.
     pub late_notice: bool,
+    /// How transactions are recorded.
+    pub recording: Recording,
+    /// The participant of branch 1 does not ask about its reservations.
+    pub silent_participant: bool,
+    /// Operators resolve branches.
+    pub operators: bool,
 }
 
 /// The protocol, without some of its guards.
@@ -71,7 +81,7 @@ pub struct Protocol {
     /// What may happen.
     pub scope: Scope,
     /// The missing guards, one bit each.
-    removed: u64,
+    removed: u128,
 }
 
 impl Protocol {
@@ -84,11 +94,11 @@ impl Protocol {
     /// The same without this guard.
     #[must_use]
     pub fn without(self, guard: Guard) -> Self {
-        Self { removed: self.removed | 1 << guard as u32, ..self }
+        Self { removed: self.removed | 1_u128 << guard as u32, ..self }
     }
 
     fn keeps(&self, guard: Guard) -> bool {
-        self.removed & 1 << guard as u32 == 0
+        self.removed & 1_u128 << guard as u32 == 0
     }
 
     /// The state after `action`; `None`: it cannot happen now, or changes nothing.
@@ -96,7 +106,7 @@ impl Protocol {
         let mut after = before.clone();
         let state = &mut after;
         match action {
-            Action::Begin(who) => self.begin(state, who),
+            Action::Begin(who, at_decision) => self.begin(state, who, at_decision),
             Action::Register(who, branch) => self.register(state, who, branch),
             Action::AskConfirm(who) => self.ask_confirm(state, who),
             Action::AskCancel(who) => self.ask_cancel(state, who),
@@ -108,8 +118,12 @@ impl Protocol {
             Action::RetentionOver(branch) => self.retention_over(state, branch),
             Action::CleanFence(branch) => self.clean_fence(state, branch),
             Action::Inquire(branch) => self.inquire(state, branch),
+            Action::GiveBack(branch) => self.give_back(state, branch),
+            Action::Nudge(branch) => self.nudge(state, branch),
+            Action::Release(branch) => self.release(state, branch),
             Action::TakeTried(who, branch) => self.take_tried(state, who, branch),
             Action::TakeAcknowledged(who, branch) => self.take_acknowledged(state, who, branch),
+            Action::Resolve(who, branch) => self.resolve(state, who, branch),
             Action::LeaveMemory(who) => self.leave_memory(state, who),
             Action::Read(who) => self.read(state, who),
             Action::ReadOld(who, which) => self.read_old(state, who, which),
@@ -158,7 +172,8 @@ impl Model for Protocol {
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        vec![State::first(self.scope.standby, !self.scope.nested)]
+        let Scope { standby, nested, silent_participant, .. } = self.scope;
+        vec![State::first(standby, !nested && !silent_participant)]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {

@@ -11,10 +11,11 @@ use super::{
 
 impl Protocol {
     /// Begin. The record is written lazily, and no reply waits for it: if it is lost, nothing was tried.
-    pub(super) fn begin(&self, state: &mut State, who: usize) -> Option<()> {
+    pub(super) fn begin(&self, state: &mut State, who: usize, at_decision: bool) -> Option<()> {
         let process = &mut state.coordinators[who];
         when(state.xid_epoch == 0 && process.owns())?;
         (state.xid_epoch, state.xid_nonce) = (process.epoch, process.nonce);
+        state.at_decision = at_decision;
         let branches = if self.scope.execute { Branches::ALL } else { Branches::NONE };
         process.memory = Record { status: Status::Trying, branches };
         self.changed(process);
@@ -130,7 +131,9 @@ impl Protocol {
             && memory.status == Status::Cancelling
             && sent.refused.has(branch);
         let unawaited = !self.keeps(Guard::AcknowledgementsAwaited) && called.has(branch);
-        when(spared || unawaited || answered.has(branch) && self.answers_now(state, branch))?;
+        let resolved = state.store.resolved.has(branch);
+        let answers = answered.has(branch) && self.answers_now(state, branch);
+        when(spared || unawaited || resolved || answers)?;
         let process = &mut state.coordinators[who];
         process.acknowledged.add(branch);
         if process.acknowledged == memory.branches {
@@ -221,6 +224,11 @@ impl Protocol {
             let stranger = !read.knows_epoch && self.keeps(Guard::OtherHistoriesAreNotOurs);
             if !forgotten && !newer && !stranger && !lost {
                 state.told.cancel = true; // "never recorded": the caller may take it for cancelled
+                if state.at_decision {
+                    state.messages.give_back = Branches::ALL;
+                }
+            } else {
+                self.answer_forgotten(state, &read, newer);
             }
         }
         Some(())
@@ -230,12 +238,21 @@ impl Protocol {
     pub(super) fn speak(&self, state: &mut State) {
         // Any process may read a decision in the store and tell it.
         state.told.tell(state.store.record.status.decision());
+        if state.at_decision {
+            self.answer_inquiries(&mut state.messages, state.store.record);
+        }
         for process in state.coordinators.iter().filter(|process| process.owns()) {
             let choose = |waits: Guard| {
                 if self.keeps(waits) { process.durable } else { process.memory }
             };
             let registered = if self.scope.execute {
                 choose(Guard::TryWhenDurable)
+            } else if self.answers_from_memory(state.at_decision, process) {
+                let news = (0..BRANCHES).any(|branch| {
+                    process.memory.branches.has(branch) && !state.messages.try_.has(branch)
+                });
+                state.history.answered_in_silence |= news && process.is_store_silent();
+                process.memory
             } else {
                 choose(Guard::RegisteredToldWhenDurable)
             };
@@ -243,6 +260,9 @@ impl Protocol {
                 state.messages.try_.add_all(registered.branches);
             }
             state.told.tell(choose(Guard::DecisionToldWhenDurable).status.decision());
+            if state.at_decision {
+                self.answer_inquiries(&mut state.messages, process.durable);
+            }
             if process.memory == Record::ABSENT
                 && !self.keeps(Guard::AnswerAfterLook)
                 && (1..process.epoch).contains(&state.xid_epoch)
@@ -259,7 +279,7 @@ impl Protocol {
                 let spared = decided.status == Status::Cancelling
                     && state.messages.refused.has(branch)
                     && !self.keeps(Guard::CancelAlsoToRefused);
-                if !spared {
+                if !spared && !state.store.resolved.has(branch) {
                     calls.add(branch);
                 }
             }

@@ -78,7 +78,7 @@ impl Protocol {
         Some(())
     }
 
-    fn run_cancel(&self, state: &mut State, branch: usize) {
+    pub(super) fn run_cancel(&self, state: &mut State, branch: usize) {
         let participant = &mut state.participants[branch];
         match participant.fence {
             Fence::Tried => {
@@ -134,6 +134,7 @@ impl Protocol {
     pub(super) fn inquire(&self, state: &mut State, branch: usize) -> Option<()> {
         let participant = &state.participants[branch];
         when(participant.phase_one_over && participant.fence == Fence::Tried)?;
+        when(!state.at_decision)?;
         let undecided = state
             .coordinators
             .iter()

@@ -4,7 +4,9 @@ use stateright::Property;
 
 use super::{
     Protocol,
-    state::{BRANCHES, Branches, Coordinator, Decision, Fence, Progress, Read, State, Status},
+    state::{
+        BRANCHES, Branches, Coordinator, Decision, Fence, Progress, Read, Record, State, Status,
+    },
 };
 
 impl Protocol {
@@ -39,7 +41,7 @@ impl Protocol {
                         .participants
                         .iter()
                         .all(|it| it.reserved == it.confirmed + it.released);
-                    settled || state.is_reported_lost() || !protocol.is_at_rest(state)
+                    settled || state.is_lost() || !protocol.is_at_rest(state)
                 },
             ),
             Property::always(
@@ -68,6 +70,18 @@ impl Protocol {
             }),
             Property::always("O no owner ends that was not replaced", |_, state: &State| {
                 !state.history.ended_for_nothing
+            }),
+            Property::always(
+                "R a row has every branch that was answered",
+                |protocol: &Self, state: &State| {
+                    let Record { status, branches } = state.store.record;
+                    let mut answered = (0..BRANCHES).filter(|it| state.messages.try_.has(*it));
+                    let has_all = answered.all(|branch| branches.has(branch));
+                    has_all || status == Status::Absent || protocol.scope.losses
+                },
+            ),
+            Property::always("S nothing is answered from memory in silence", |_, state: &State| {
+                !state.history.answered_in_silence
             }),
             Property::sometimes("all confirmed, and at rest", |protocol: &Self, state: &State| {
                 state.participants.iter().all(|it| it.confirmed == 1) && protocol.is_at_rest(state)
@@ -163,6 +177,39 @@ impl Protocol {
                         && state.is_reported_lost()
                         && state.coordinators.iter().any(|process| {
                             state.is_live_owner(process) && process.epoch > state.xid_epoch
+                        })
+                },
+            ));
+        }
+        let is_lost_whole = self.scope.records_at_decision() && !self.scope.silent_participant;
+        if is_lost_whole {
+            properties.push(Property::sometimes(
+                "the first record of a transaction is its decision",
+                |_, state: &State| {
+                    let began_now = state.xid_epoch == state.store.epoch;
+                    let is_first = began_now && state.store.position == 1;
+                    is_first && state.store.record.status == Status::Confirming
+                },
+            ));
+        }
+        if is_lost_whole && self.scope.crashes > 0 {
+            properties.push(Property::sometimes(
+                "a transaction that was never recorded is given back",
+                |protocol: &Self, state: &State| {
+                    state.participants.iter().all(|it| it.released == 1)
+                        && state.history.decided.is_none()
+                        && protocol.is_at_rest(state)
+                },
+            ));
+        }
+        if self.scope.operators {
+            properties.push(Property::sometimes(
+                "a participant asks about a resolved branch whose row is deleted",
+                |_, state: &State| {
+                    state.store.purged
+                        && (0..BRANCHES).any(|branch| {
+                            state.store.resolved.has(branch)
+                                && state.participants[branch].fence == Fence::Tried
                         })
                 },
             ));

@@ -36,6 +36,10 @@ impl Branches {
         self.0[branch] = true;
     }
 
+    pub(super) fn remove(&mut self, branch: usize) {
+        self.0[branch] = false;
+    }
+
     pub(super) fn add_all(&mut self, others: Self) {
         (0..BRANCHES).filter(|branch| others.has(*branch)).for_each(|branch| self.add(branch));
     }
@@ -102,6 +106,8 @@ pub(super) struct Store {
     pub(super) lost_through: u8,
     /// How many batches each epoch had when the next one began, where the variant needs it.
     pub(super) ended: [u8; EPOCHS],
+    /// Branches that an operator has resolved. Kept when the row is deleted.
+    pub(super) resolved: Branches,
 }
 
 impl Store {
@@ -210,6 +216,17 @@ impl Coordinator {
         self.role == Role::Owner
     }
 
+    /// No batch with the transaction was sent, and no row of it was read.
+    pub(super) fn is_unrecorded(&self) -> bool {
+        self.durable == Record::ABSENT
+            && self.batch.is_none_or(|batch| batch.record == Record::ABSENT)
+    }
+
+    /// A batch is without an answer for so long that it was sent again.
+    pub(super) fn is_store_silent(&self) -> bool {
+        self.batch.is_some_and(|batch| batch.repeat)
+    }
+
     /// The number of the latest batch that it knows to be durable.
     pub(super) fn known_position(&self) -> u8 {
         self.position.saturating_sub(u8::from(self.batch.is_some()))
@@ -257,6 +274,8 @@ pub(super) struct Messages {
     pub(super) confirmed: Branches,
     pub(super) cancel: Branches,
     pub(super) cancelled: Branches,
+    /// Answers to participants that ask for their branch: it may be given back.
+    pub(super) give_back: Branches,
 }
 
 /// The outcomes that any caller may have been told by any process.
@@ -296,6 +315,8 @@ pub(super) struct History {
     pub(super) ended_for_nothing: bool,
     /// Acknowledged changes were lost in a failover, and no owner has noticed yet.
     pub(super) loss_unnoticed: bool,
+    /// A registration was answered from memory by an owner whose store does not answer.
+    pub(super) answered_in_silence: bool,
 }
 
 /// How many of the limited events have happened.
@@ -332,6 +353,8 @@ pub struct State {
     pub(super) told: Told,
     pub(super) history: History,
     pub(super) spent: Spent,
+    /// The transaction may be recorded as late as with its decision. Its participants know.
+    pub(super) at_decision: bool,
     /// The initiator registers both branches. (A nested branch is not like the other.)
     pub(super) branches_alike: bool,
 }
@@ -361,6 +384,7 @@ impl State {
                 purged: false,
                 lost_through: 0,
                 ended: [0; EPOCHS],
+                resolved: Branches::NONE,
             },
             past: Vec::new(),
             coordinators: [owner, Coordinator { role, ..Coordinator::DOWN }],
@@ -372,6 +396,7 @@ impl State {
             told: Told::default(),
             history: History::default(),
             spent: Spent::default(),
+            at_decision: false,
             branches_alike,
         }
     }
@@ -390,6 +415,12 @@ impl State {
         self.store.record.status.decision().is_none() && self.xid_epoch <= self.store.lost_through
     }
 
+    /// Whether changes were lost that may have decided the transaction, or may have been its record. No owner can know what became of it.
+    pub(super) fn is_lost(&self) -> bool {
+        let known = self.store.nonces[usize::from(self.xid_epoch)] == self.xid_nonce;
+        self.is_reported_lost() || self.at_decision && !known
+    }
+
     /// Leaves a batch to the database. Returns `false` if there are too many already.
     #[must_use]
     pub(super) fn abandon(&mut self, batch: Batch) -> bool {
@@ -405,14 +436,16 @@ impl State {
     fn mirrored(&self) -> Self {
         let mut mirrored = self.clone();
         mirrored.participants.reverse();
-        let Messages { try_, tried, refused, confirm, confirmed, cancel, cancelled } =
+        let Messages { try_, tried, refused, confirm, confirmed, cancel, cancelled, give_back } =
             &mut mirrored.messages;
-        [try_, tried, refused, confirm, confirmed, cancel, cancelled]
+        [try_, tried, refused, confirm, confirmed, cancel, cancelled, give_back]
             .into_iter()
             .for_each(Branches::mirror);
         mirrored.history.decided_branches.mirror();
-        mirrored.store.record.branches.mirror();
-        mirrored.past.iter_mut().for_each(|store| store.record.branches.mirror());
+        for store in mirrored.past.iter_mut().chain([&mut mirrored.store]) {
+            store.record.branches.mirror();
+            store.resolved.mirror();
+        }
         mirrored.past.sort();
         for process in &mut mirrored.coordinators {
             process.acknowledged.mirror();

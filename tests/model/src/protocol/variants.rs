@@ -1,6 +1,6 @@
 //! The variants of the protocol: limits for the clean ones, and the broken property for each missing guard.
 
-use super::{Guard, Protocol, Scope};
+use super::{Guard, Protocol, Recording, Scope};
 use crate::variant::{Size, Variant};
 
 const MODEL: &str = "protocol";
@@ -22,6 +22,9 @@ const ALONE: Scope = Scope {
     failovers: 0,
     losses: false,
     late_notice: false,
+    recording: Recording::AtBegin,
+    silent_participant: false,
+    operators: false,
 };
 /// A standby takes over from an owner that lives on as a zombie.
 const ZOMBIE: Scope = Scope { standby: true, crashes: 0, takeovers: 1, faults: 0, ..ALONE };
@@ -39,6 +42,8 @@ const LOSSY: Scope = Scope { crashes: 0, faults: 0, failovers: 1, losses: true, 
 
 /// A standby takes over before the owner notices the loss.
 const NOTICED_LATE: Scope = Scope { standby: true, takeovers: 1, late_notice: true, ..LOSSY };
+/// Operators resolve branches, and the store forgets.
+const RESOLVING: Scope = Scope { crashes: 0, faults: 0, operators: true, ..FORGETFUL };
 
 /// All variants.
 #[must_use]
@@ -85,6 +90,65 @@ fn clean() -> Vec<Variant> {
         small("a failover loses batches, the fence forgets", Scope { cleanup: true, ..LOSSY }),
         small("a failover loses batches and a takeover", Scope { losses: true, ..TWO_HISTORIES }),
         small("a failover loses batches, a takeover before that is noticed", NOTICED_LATE),
+        small(
+            "recorded at begin or with the decision, 1 crash",
+            Scope { recording: Recording::Mixed, faults: 0, ..ALONE },
+        ),
+        small("recorded with the decision, 1 crash, 1 fault", at_decision(ALONE)),
+        small(
+            "recorded with the decision, batches of others, 1 database fault",
+            at_decision(Scope { others: true, crashes: 0, ..ALONE }),
+        ),
+        small("recorded with the decision, a takeover", at_decision(ZOMBIE)),
+        small(
+            "recorded with the decision, memory and store forget, 1 crash",
+            at_decision(Scope { faults: 0, ..FORGETFUL }),
+        ),
+        small(
+            "recorded with the decision, nested, 1 crash",
+            at_decision(Scope { nested: true, faults: 0, ..ALONE }),
+        ),
+        small(
+            "recorded with the decision, a participant does not ask, 1 crash",
+            at_decision(Scope { silent_participant: true, faults: 0, ..ALONE }),
+        ),
+        small(
+            "recorded with the decision, the fence forgets, 1 crash",
+            at_decision(Scope { faults: 0, ..CLEANING }),
+        ),
+        small("recorded with the decision, operators resolve", at_decision(RESOLVING)),
+        small(
+            "recorded with the decision, a failover loses batches",
+            at_decision(Scope { purge: true, ..LOSSY }),
+        ),
+        small(
+            "recorded with the decision, a failover loses a takeover, 1 crash",
+            at_decision(TWO_HISTORIES),
+        ),
+        large("recorded with the decision, a takeover, 1 fault", at_decision(FAULTY)),
+        large(
+            "recorded with the decision, a takeover, nested",
+            at_decision(Scope { nested: true, ..ZOMBIE }),
+        ),
+        large(
+            "recorded with the decision, memory and store forget, 1 crash, 1 fault",
+            at_decision(FORGETFUL),
+        ),
+        large(
+            "recorded with the decision, memory and store forget, takeover",
+            at_decision(Scope { crashes: 0, faults: 0, standby: true, takeovers: 1, ..FORGETFUL }),
+        ),
+        large(
+            "recorded with the decision, a replica lags, 1 crash",
+            at_decision(old_reads(Scope { faults: 0, ..ALONE })),
+        ),
+        large(
+            "recorded with the decision, a failover loses batches, a takeover before that is noticed",
+            at_decision(NOTICED_LATE),
+        ),
+        large("recorded at begin or with the decision, a takeover, 1 crash", {
+            Scope { recording: Recording::Mixed, crashes: 1, ..ZOMBIE }
+        }),
         large("a replica lags, memory and store forget, 1 crash, 1 fault", old_reads(FORGETFUL)),
         large("a replica lags, a takeover, 1 fault", old_reads(FAULTY)),
         large(
@@ -124,6 +188,10 @@ fn clean() -> Vec<Variant> {
             Scope { execute: true, crashes: 1, takeovers: 2, ..FAULTY },
         ),
     ]
+}
+
+const fn at_decision(scope: Scope) -> Scope {
+    Scope { recording: Recording::AtDecision, ..scope }
 }
 
 const fn old_reads(scope: Scope) -> Scope {
@@ -214,5 +282,22 @@ fn broken() -> Vec<Variant> {
         // With rule 21 alone no decision changes, but a correct owner stops, and a confirmed transaction is denied.
         without_sight_and(&[], "O", LAGGING),
         without_sight_and(&[], "I4", LAGGING),
+        without(G::HandedOverIsOrdinary, "R", at_decision(ALONE)),
+        without(G::OnlyWhileStoreAnswers, "S", at_decision(Scope { others: true, ..ALONE })),
+        without(G::ReservationsAsk, "I5", at_decision(ALONE)),
+        without(G::OnlyWhereAllAsk, "I5", at_decision(Scope { silent_participant: true, ..ALONE })),
+        {
+            let nested = at_decision(Scope { nested: true, ..ALONE });
+            let model = Protocol::new(nested)
+                .without(G::AnswerIsAboutBranch)
+                .without(G::HandedOverIsOrdinary);
+            let name = "without AnswerIsAboutBranch, and without HandedOverIsOrdinary".to_owned();
+            Variant::broken(MODEL, name, G::AnswerIsAboutBranch.rule(), "I5", model)
+        },
+        without(G::ForgottenGivesBack, "I5", at_decision(FORGETFUL)),
+        without(G::ResolutionsAreKept, "I1", at_decision(RESOLVING)),
+        without(G::LostIsNotForgotten, "I4", at_decision(LOSSY)),
+        without(G::InitiatorOnlyNudges, "I3", at_decision(ALONE)),
+        without(G::NudgeIsAQuestion, "I2", at_decision(ALONE)),
     ]
 }

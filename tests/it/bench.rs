@@ -57,7 +57,11 @@ async fn bench(flags: &[&str]) -> Value {
 
 #[tokio::test]
 async fn the_benchmark_counts_what_it_did() {
-    let told = bench(&["--branches", "2,3", "--concurrency", "4", "--fence", "sqlite"]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let (plot, bars) = (folder.path().join("plot.svg"), folder.path().join("bars.svg"));
+    let pictures = ["--plot", plot.to_str().unwrap(), "--bars", bars.to_str().unwrap()];
+    let load = ["--branches", "2,3", "--concurrency", "4", "--fence", "sqlite"];
+    let told = bench(&[&load[..], &pictures].concat()).await;
     let columns = told["columns"].as_array().unwrap();
     assert_eq!(columns.len(), 2);
     for (column, rows) in columns.iter().zip([5.0, 6.0]) {
@@ -66,6 +70,13 @@ async fn the_benchmark_counts_what_it_did() {
         assert_eq!(medians["rows"], rows, "{column}");
         assert!(medians["commits_awaited"].as_f64().unwrap() <= 2.0, "{column}");
     }
+    let count = |path, what| std::fs::read_to_string(path).unwrap().matches(what).count();
+    assert_eq!(
+        count(&plot, "<polyline"),
+        4,
+        "one series, with a place for each number of branches"
+    );
+    assert_eq!(count(&bars, "<rect"), 6, "three processes in each of two bars");
 }
 
 #[tokio::test]

@@ -27,6 +27,7 @@ mod participants;
 mod coordinator;
 mod world;
 
+mod bars;
 mod latency;
 mod meter;
 mod plot;
@@ -54,11 +55,13 @@ fn main() -> ExitCode {
     match measured {
         Ok(outcomes) => {
             tell(&options, &outcomes);
-            if let Some(path) = &options.plot
-                && let Err(error) = std::fs::write(path, plot::svg(&outcomes))
-            {
-                eprintln!("bench: cannot write {}: {error}", path.display());
-                return ExitCode::FAILURE;
+            let plot = options.plot.as_ref().map(|path| (path, plot::svg(&outcomes)));
+            let bars = options.bars.as_ref().map(|path| (path, bars::svg(&outcomes)));
+            for (path, svg) in plot.into_iter().chain(bars) {
+                if let Err(error) = std::fs::write(path, svg) {
+                    eprintln!("bench: cannot write {}: {error}", path.display());
+                    return ExitCode::FAILURE;
+                }
             }
             let violations = outcomes.iter().flat_map(Outcome::violations).count();
             ExitCode::from(u8::from(violations > 0))
@@ -74,7 +77,7 @@ fn main() -> ExitCode {
 async fn measure(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let mut outcomes: Vec<_> = options.columns().into_iter().map(Outcome::new).collect();
     for n in 1..=options.runs {
-        let mut before = None;
+        let (mut before, mut ours) = (None, None);
         for outcome in &mut outcomes {
             eprintln!("{n} of {}: {}", options.runs, outcome.title().replace('\n', ", "));
             let mut sample = run::run(options, &outcome.column).await?;
@@ -82,17 +85,24 @@ async fn measure(options: &Options) -> anyhow::Result<Vec<Outcome>> {
                 eprintln!("VIOLATION: {violation}");
             }
             let rate = sample.figures.get("completed_per_second").copied();
-            let is_second = match (&outcome.column.subject, outcome.column.load) {
-                (_, Load::Beside { hangs, .. }) => hangs,
-                _ if options.phase_two.len() > 1 => {
-                    outcome.column.phase_two == Some(PhaseTwo::Batches)
+            let is_second = match outcome.column.load {
+                Load::Beside { hangs, .. } => hangs,
+                Load::Closed(_) | Load::Open(_) | Load::Held(_) => {
+                    options.phase_two.len() > 1
+                        && outcome.column.phase_two == Some(PhaseTwo::Batches)
                 }
-                (subject, _) => options.versus.is_some() && matches!(subject, Subject::Handfast(_)),
             };
             if let (true, Some(before), Some(rate)) = (is_second, before, rate) {
                 sample.figures.insert("ratio".to_owned(), rate / before);
             }
             before = rate;
+            match (&outcome.column.subject, ours, rate) {
+                (Subject::Handfast(_), ..) => ours = rate,
+                (Subject::Dtm { .. }, Some(ours), Some(rate)) => {
+                    sample.figures.insert("ours_ratio".to_owned(), ours / rate);
+                }
+                (Subject::Dtm { .. }, ..) => {}
+            }
             outcome.samples.push(sample);
         }
     }

@@ -27,7 +27,8 @@ Examples:
   bench --hang
   bench --store mysql://root@127.0.0.1:3306 --fence mysql://root@127.0.0.1:3306 --goods 10 --phase-two one-by-one,batches \
       --concurrency 256 --runs 5
-  bench --store mysql://root@127.0.0.1:3306 --versus http://127.0.0.1:36789/api/dtmsvr --runs 5";
+  bench --store mysql://root@127.0.0.1:3306 --versus http://127.0.0.1:36789/api/dtmsvr --target-pid 4711 --runs 5 \
+      --bars processors.svg";
 
 /// Default length of the warm-up before the measurement.
 const WARM_UP: Duration = Duration::from_secs(3);
@@ -101,12 +102,13 @@ pub(crate) struct Options {
     /// Measure this server of DTM's protocol instead: http://host:port/api/dtmsvr
     #[arg(long, value_name = "URL", conflicts_with_all = ["open", "hang", "versus"])]
     pub(crate) target: Option<String>,
-    /// Measure that server and ours, one after the other, and print the ratio. If both use the same MySQL server, name it with --store
-    #[arg(long, value_name = "URL", conflicts_with_all = ["open", "hang"])]
-    pub(crate) versus: Option<String>,
-    /// The process id of that server, to measure its processor time and memory
-    #[arg(long, value_name = "PID")]
-    pub(crate) target_pid: Option<u32>,
+    /// Measure ours and then each of these servers, in each run, and print how many times as many ours completes. If all use the same
+    /// MySQL server, name it with --store
+    #[arg(long, value_name = "URLS", value_delimiter = ',', conflicts_with_all = ["open", "hang"])]
+    pub(crate) versus: Vec<String>,
+    /// The process ids of these servers, in their order, to measure their processor time and memory
+    #[arg(long, value_name = "PIDS", value_delimiter = ',')]
+    pub(crate) target_pid: Vec<u32>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -116,6 +118,9 @@ pub(crate) struct Options {
     /// Also draw the table into this file
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
+    /// Also draw the processor time of a transaction into this file: a bar for each column, a part of it for each process
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) bars: Option<PathBuf>,
     /// Keep the coordinator's folder: its log, and SQLite's file
     #[arg(long)]
     pub(crate) keep: bool,
@@ -195,15 +200,21 @@ pub(crate) struct Column {
 pub(crate) enum Subject {
     /// Our coordinator, with this store.
     Handfast(Storage),
-    /// A running server that speaks DTM's protocol: its URL, and its store if `--store` names one.
-    Dtm(String, Storage),
+    /// A running server that speaks DTM's protocol.
+    Dtm {
+        url: String,
+        /// Its process, if it is known.
+        pid: Option<u32>,
+        /// Its store, if `--store` names one.
+        store: Storage,
+    },
 }
 
 impl Subject {
     /// The store of the measured server.
     pub(crate) fn store(&self) -> &Storage {
         match self {
-            Self::Handfast(store) | Self::Dtm(_, store) => store,
+            Self::Handfast(store) | Self::Dtm { store, .. } => store,
         }
     }
 }
@@ -238,13 +249,14 @@ impl Options {
         };
         let mut columns = Vec::new();
         for store in &self.store {
-            let ours = Subject::Handfast(store.clone());
-            let theirs = |url: &String| Subject::Dtm(url.clone(), store.clone());
-            let subjects = match (&self.target, &self.versus) {
-                (Some(target), _) => vec![theirs(target)],
-                (None, Some(versus)) => vec![theirs(versus), ours],
-                (None, None) => vec![ours],
-            };
+            let mut pids = self.target_pid.iter().copied();
+            let ours = self.target.is_none().then(|| Subject::Handfast(store.clone()));
+            let theirs = self.target.iter().chain(&self.versus).map(|url| Subject::Dtm {
+                url: url.clone(),
+                pid: pids.next(),
+                store: store.clone(),
+            });
+            let subjects: Vec<_> = ours.into_iter().chain(theirs).collect();
             for branches in &self.branches {
                 for load in &loads {
                     let column = |subject: &Subject, phase_two| Column {
@@ -282,6 +294,22 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ours_is_measured_before_each_server_that_it_is_compared_with() {
+        let options = ["bench", "--versus", "http://a/api,http://b/api", "--target-pid", "7"];
+        let subjects = Options::parse_from(options).columns().into_iter();
+        let store = || Storage::Sqlite(None);
+        let theirs = |url: &str, pid| Subject::Dtm { url: url.to_owned(), pid, store: store() };
+        assert_eq!(
+            subjects.map(|column| column.subject).collect::<Vec<_>>(),
+            [
+                Subject::Handfast(store()),
+                theirs("http://a/api", Some(7)),
+                theirs("http://b/api", None)
+            ]
+        );
+    }
 
     #[test]
     fn a_server_is_named_without_a_database() {

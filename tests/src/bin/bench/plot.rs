@@ -11,13 +11,14 @@ const RIGHT: f64 = 16.0;
 const TOP: f64 = 34.0;
 const BOTTOM: f64 = 40.0;
 /// Line height of the legend.
-const LINE: f64 = 18.0;
+pub(super) const LINE: f64 = 18.0;
 /// Grid lines in a panel, not counting the one at 0.
 const GRID: u32 = 4;
 /// A palette that colour-blind readers can tell apart, on white and on black.
-const COLOURS: [&str; 6] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"];
+pub(super) const COLOURS: [&str; 6] =
+    ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"];
 /// Text and lines follow the colour scheme of the page.
-const STYLE: &str = "<style>text{font:12px system-ui,sans-serif;fill:#444}line{stroke:#ccc}.title{font-weight:600}\
+pub(super) const STYLE: &str = "<style>text{font:12px system-ui,sans-serif;fill:#444}line{stroke:#ccc}.title{font-weight:600}\
                      @media(prefers-color-scheme:dark){text{fill:#ccc}line{stroke:#555}}</style>";
 
 /// The panels: a title, and the figures to draw with their legend texts.
@@ -142,16 +143,16 @@ fn panel(svg: &mut String, title: &str, axis: &str, places: &[u32], lines: &[Lin
 }
 
 /// Rounds up to 1, 2 or 5 times a power of ten.
-fn round_up(value: f64) -> f64 {
+pub(super) fn round_up(value: f64) -> f64 {
     let unit = 10_f64.powf(value.max(1e-3).log10().floor());
     let steps = [1.0, 2.0, 5.0, 10.0];
     unit * steps.into_iter().find(|step| step * unit >= value).unwrap_or(10.0)
 }
 
-fn short(value: f64) -> String {
+pub(super) fn short(value: f64) -> String {
     if value >= 10.0 || value == 0.0 { format!("{value:.0}") } else { format!("{value:.2}") }
 }
 
-fn number(count: usize) -> f64 {
+pub(super) fn number(count: usize) -> f64 {
     u32::try_from(count).map_or(f64::MAX, f64::from)
 }

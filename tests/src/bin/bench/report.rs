@@ -11,9 +11,10 @@ use super::{
 };
 
 /// The figures of the table: name, meaning, and number of decimals. JSON has more figures and all decimals.
-const FIGURES: [(&str, &str, usize); 36] = [
+const FIGURES: [(&str, &str, usize); 37] = [
     ("completed_per_second", "transactions completed a second", 0),
     ("ratio", "  times the column before", 2),
+    ("ours_ratio", "  ours in the same run: times as many", 2),
     ("begun_per_second", "transactions begun a second", 0),
     ("decided_per_second", "transactions decided and completed a second", 0),
     ("whole_p50", "initiator waits, in all: p50, ms", 2),
@@ -117,7 +118,7 @@ impl Outcome {
             Subject::Handfast(Storage::Memory) => "MEMORY, NOT DURABLE".to_owned(),
             Subject::Handfast(Storage::Sqlite(_)) => "SQLite".to_owned(),
             Subject::Handfast(Storage::MySql(_)) => mysql.to_owned(),
-            Subject::Dtm(url, store) => {
+            Subject::Dtm { url, store, .. } => {
                 let store =
                     if matches!(store, Storage::MySql(_)) { mysql } else { "its own store" };
                 let host = url.trim_start_matches("http://").split('/').next().unwrap_or_default();

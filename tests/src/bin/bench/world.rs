@@ -42,14 +42,14 @@ impl World {
     pub(crate) async fn start(options: &Options, column: &Column) -> anyhow::Result<Self> {
         match &column.subject {
             Subject::Handfast(store) => Self::ours(options, column, store).await,
-            Subject::Dtm(url, store) => Self::theirs(options, column, url, store).await,
+            Subject::Dtm { url, pid, store } => Self::theirs(column, url, *pid, store).await,
         }
     }
 
     async fn theirs(
-        options: &Options,
         column: &Column,
         url: &str,
+        pid: Option<u32>,
         store: &Storage,
     ) -> anyhow::Result<Self> {
         let ledger = Arc::new(Ledger::new());
@@ -60,7 +60,7 @@ impl World {
         };
         Ok(Self {
             coordinator: None,
-            pid: options.target_pid,
+            pid,
             ledger,
             initiators: vec![Initiator::Dtm(Arc::new(initiator))],
             hindered: None,

@@ -30,9 +30,9 @@ pub const LABEL_VALUE_BYTES_MAX: usize = 256;
 pub const KEY_BYTES_MAX: usize = 128;
 /// Bytes of the fingerprint of an operation's content.
 pub const FINGERPRINT_BYTES_MAX: usize = 64;
-/// Characters that a record keeps of a participant's error message, and of each text of a refusal. That is enough for a person
-/// to see the problem.
-pub const KEPT_CHARS_MAX: usize = 512;
+/// Bytes that a record keeps of a participant's error message, and of each text of a refusal. That is enough for a person to see
+/// the problem, and as much as the message of a refusal may have.
+pub const KEPT_BYTES_MAX: usize = STATUS_MESSAGE_BYTES_MAX;
 /// Bytes of a reason in free text, from a Cancel or from an operator.
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Bytes of an operator's name.

@@ -26,6 +26,12 @@ pub fn cut(mut text: String, bytes_max: usize) -> String {
     text
 }
 
+/// What is kept of a text: its start, of at most `bytes_max` bytes, on one line.
+#[must_use]
+pub fn kept(text: &str, bytes_max: usize) -> String {
+    cut(one_line(text), bytes_max)
+}
+
 /// The first `chars_max` characters of the text, and an ellipsis if there are more.
 #[must_use]
 pub fn first_chars(text: &str, chars_max: usize) -> String {
@@ -94,6 +100,14 @@ mod tests {
         assert_eq!(cut("库存不足".to_owned(), 9), "库存…");
         assert_eq!(cut("库存不足".to_owned(), 8), "库…");
         assert_eq!(cut("库存不足".to_owned(), 3), "…");
+    }
+
+    #[test]
+    fn the_start_of_a_text_is_kept_on_one_line() {
+        assert_eq!(kept("库存\n不足", 13), "库存 不足");
+        assert_eq!(kept("库存\n不足", 12), "库存 …");
+        // A mark of direction has three bytes. Its space has one.
+        assert_eq!(kept("a\u{202e}b", 3), "a b");
     }
 
     #[test]

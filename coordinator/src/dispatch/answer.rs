@@ -1,6 +1,6 @@
 //! What a participant's answer means, following the table in `participant.proto`.
 
-use handfast_proto::{failure::code_name, limits, refusal, text::one_line, v1 as pb};
+use handfast_proto::{failure::code_name, limits, refusal, text, v1 as pb};
 use tonic::{Code, Status};
 
 use crate::transaction::{AttemptError, Outcome, Payload, Phase, Refusal, Timestamp};
@@ -68,9 +68,9 @@ fn in_words(refusal: &pb::Refusal) -> String {
     text
 }
 
-/// What a record keeps of a text from outside: its start, on one line.
+/// What a record keeps of a text from outside.
 fn kept(text: &str) -> String {
-    one_line(&text.chars().take(limits::KEPT_CHARS_MAX).collect::<String>())
+    text::kept(text, limits::KEPT_BYTES_MAX)
 }
 
 /// A refusal with its texts as a record keeps them.
@@ -185,7 +185,8 @@ mod tests {
         let Outcome::Unknown { error, .. } = outcome(Phase::Cancel, Err(status), NOW) else {
             panic!("known")
         };
-        assert_eq!(error.message.chars().count(), limits::KEPT_CHARS_MAX);
-        assert!(!error.message.contains('\n'));
+        // Two bytes and a space, as often as they fit with the ellipsis.
+        assert_eq!(error.message, "é ".repeat(340) + "…");
+        assert_eq!(limits::KEPT_BYTES_MAX, 340 * 3 + 4);
     }
 }

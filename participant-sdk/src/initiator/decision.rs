@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, time::Duration};
 use handfast_proto::{
     BranchId, Xid, crash_point, limits,
     planted::Bug,
-    text::{cut, one_line},
+    text::kept,
     time::wire_duration,
     v1::{self as pb, get_transaction_request::By},
 };
@@ -74,7 +74,7 @@ impl Decide {
                 let called = called.into_iter().filter(|word| !word.is_empty());
                 let text = format!("{}: {cause}", called.collect::<Vec<_>>().join(" at "));
                 let request = pb::DecideRequest {
-                    reason: reason(text),
+                    reason: reason(&text),
                     unknown_branch_id: branch_id.to_string(),
                     ..pb::DecideRequest::default()
                 };
@@ -94,13 +94,13 @@ impl Decide {
 }
 
 /// A text as the coordinator takes it for a reason: cut, and on one line.
-fn reason(text: String) -> String {
-    one_line(&cut(text, limits::REASON_BYTES_MAX))
+fn reason(text: &str) -> String {
+    kept(text, limits::REASON_BYTES_MAX)
 }
 
 impl Cancel {
     pub(super) fn because(xid: Xid, cause: BoxError) -> Box<Self> {
-        let reason = reason(cause.to_string());
+        let reason = reason(&cause.to_string());
         let request = pb::DecideRequest { reason, ..pb::DecideRequest::default() };
         Box::new(Self { request, error: TransactionError::Cancelled { xid, cause } })
     }

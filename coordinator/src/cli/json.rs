@@ -173,7 +173,8 @@ fn moment(at: Option<prost_types::Timestamp>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::text::tests::samples, *};
+    use super::*;
+    use crate::cli::fixture::samples;
 
     /// Scripts depend on this shape. A new key is fine; any other change breaks them.
     #[test]

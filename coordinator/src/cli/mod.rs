@@ -5,6 +5,8 @@ mod backup;
 mod client;
 mod dev;
 mod failure;
+#[cfg(test)]
+mod fixture;
 mod json;
 mod migrate;
 mod restore;

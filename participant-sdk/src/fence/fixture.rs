@@ -3,7 +3,6 @@
 use handfast_proto::reason;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use super::tests::sqlite::shop::Shop;
 use crate::{Answer, Branch, Contract, Json, Payload as _, Phase, Xid};
 
 pub(crate) const STOCK: i64 = 10;

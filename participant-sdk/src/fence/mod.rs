@@ -72,7 +72,7 @@ mod table;
 pub(crate) mod fixture;
 #[cfg(test)]
 #[cfg(feature = "sqlite")]
-mod tests;
+pub(crate) mod tests;
 
 pub use clean_up::{CleanUp, EXPIRY_MARGIN, RETENTION};
 pub(crate) use clean_up::{OverduePage, log_clean_up};

@@ -199,7 +199,10 @@ mod tests {
     use super::*;
     use crate::{
         Phase, TryError, Tx,
-        fence::fixture::{DeductStock, Shop, branch, payload, payload_that},
+        fence::{
+            fixture::{DeductStock, branch, payload, payload_that},
+            tests::sqlite::shop::Shop,
+        },
     };
 
     #[tokio::test]

@@ -142,7 +142,10 @@ mod tests {
     use super::*;
     use crate::{
         Refusal,
-        fence::fixture::{STOCK, Shop, branch, payload, payload_that},
+        fence::{
+            fixture::{STOCK, branch, payload, payload_that},
+            tests::sqlite::shop::Shop,
+        },
     };
 
     type Client = Line<ToParticipant>;

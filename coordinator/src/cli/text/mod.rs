@@ -1,7 +1,7 @@
 //! Output for people: a table of transactions, and the details of one. Pure functions of an answer and the time.
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;
 
 use std::{collections::BTreeMap, fmt::Write as _};
 

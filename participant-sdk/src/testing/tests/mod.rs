@@ -1,7 +1,6 @@
 //! Tests of the initiator's side of the SDK, and of the test kit itself, with the real coordinator in this process.
 
 mod deadlines;
-#[path = "initiator/mod.rs"]
 mod initiator;
 #[path = "initiator/mod.rs"]
 #[allow(clippy::duplicate_mod, reason = "the same must hold whether calls share streams or not")]

@@ -185,7 +185,7 @@ impl Coordinator {
         let mut recorded = listing.transactions;
         let more = recorded.len() > limit;
         recorded.truncate(limit);
-        let last = recorded.last().filter(|_| more).map(|last| (last.begun_at, last.xid));
+        let last = recorded.last().filter(|_| more).map(Listed::of);
         let next = last.or(listing.looked_to);
         let mut found = Vec::with_capacity(recorded.len());
         for global in recorded {

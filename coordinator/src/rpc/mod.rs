@@ -39,6 +39,7 @@ use crate::{
     coordinator::Coordinator,
     dispatch::Targets,
     partition::{Error, Until, What},
+    store::Listed,
     transaction::{Drive, GlobalTransaction},
 };
 
@@ -257,7 +258,7 @@ impl AdminService for Services {
         let (found, next) = self.coordinator.list(&filter, limit).await?;
         let message = |global: Arc<GlobalTransaction>| {
             let transaction = pb::Transaction { result: None, ..self.transaction(&global)? };
-            Some(((global.begun_at, global.xid), transaction))
+            Some((Listed::of(&global), transaction))
         };
         Ok(Response::new(response::page(found.into_iter().filter_map(message).collect(), next)))
     }

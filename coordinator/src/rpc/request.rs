@@ -452,7 +452,7 @@ fn listed(page: &str) -> Result<Listed, Invalid> {
     let cursor =
         parts.and_then(|(begun_at, xid)| Some((begun_at.parse().ok()?, xid.parse().ok()?)));
     match cursor {
-        Some((begun_at, xid)) => Ok((Timestamp(begun_at), xid)),
+        Some((begun_at, xid)) => Ok(Listed { begun_at: Timestamp(begun_at), xid }),
         None => invalid("page", "must be next_page of an earlier answer"),
     }
 }

@@ -178,6 +178,7 @@ pub(super) fn page(
         last = Some(cursor);
         transactions.push(transaction);
     }
-    let next_page = next.map(|(begun_at, xid)| format!("{}/{xid}", begun_at.0)).unwrap_or_default();
+    let token = |Listed { begun_at, xid }: Listed| format!("{}/{xid}", begun_at.0);
+    let next_page = next.map(token).unwrap_or_default();
     pb::ListTransactionsResponse { transactions, more: !next_page.is_empty(), next_page }
 }

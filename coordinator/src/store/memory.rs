@@ -10,9 +10,9 @@ use std::{
 use handfast_proto::Xid;
 
 use super::{
-    Appended, Batch, Damage, DuePage, Epoch, Error, Guard, Head, Known, ListFilter, Listing,
-    Lookup, Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write, judge,
-    loss, xids_of,
+    Appended, Batch, Damage, DuePage, Epoch, Error, Guard, Head, Known, ListFilter, Listed,
+    Listing, Lookup, Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write,
+    judge, loss, xids_of,
 };
 use crate::transaction::{GlobalTransaction, State, StuckAfter, Timestamp};
 
@@ -273,13 +273,13 @@ impl Store for MemoryStore {
                 Show::Stuck(now, after) => global.is_stuck(now, after),
                 Show::Lost => tables.may_have_lost_the_decision_of(global),
             })
-            .filter(|global| filter.after.is_none_or(|after| (global.begun_at, global.xid) < after))
+            .filter(|global| filter.after.is_none_or(|after| Listed::of(global) < after))
             .collect();
-        fitting.sort_by_key(|global| std::cmp::Reverse((global.begun_at, global.xid)));
+        fitting.sort_by_key(|global| std::cmp::Reverse(Listed::of(global)));
         let mut looked_to = None;
         if filter.searches() && fitting.len() > filter.looked_max {
             fitting.truncate(filter.looked_max);
-            looked_to = fitting.last().map(|last| (last.begun_at, last.xid));
+            looked_to = fitting.last().map(|last| Listed::of(last));
         }
         let named = |global: &GlobalTransaction| {
             filter.name.as_ref().is_none_or(|name| global.name == *name)

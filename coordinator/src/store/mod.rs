@@ -260,8 +260,20 @@ pub struct Listing {
     pub looked_to: Option<Listed>,
 }
 
-/// A transaction's place in a list: when it began, and its xid.
-pub type Listed = (Timestamp, Xid);
+/// A transaction's place in a list, which is in descending order of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed {
+    /// When it began.
+    pub begun_at: Timestamp,
+    /// The transaction.
+    pub xid: Xid,
+}
+
+impl Listed {
+    pub(crate) const fn of(global: &GlobalTransaction) -> Self {
+        Self { begun_at: global.begun_at, xid: global.xid }
+    }
+}
 
 /// The states to list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

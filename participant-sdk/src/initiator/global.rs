@@ -91,7 +91,7 @@ impl Global {
     ///
     /// When it cannot be begun.
     pub async fn xid(&self) -> Result<Xid, CallError> {
-        match self.inner.registrar.begun() {
+        match self.inner.registrar.registration() {
             Some(begun) => Ok(begun.xid),
             None => Ok(self.inner.registrar.register(None).await?.xid),
         }
@@ -325,7 +325,7 @@ impl fmt::Debug for Global {
         let registrar = &self.inner.registrar;
         f.debug_struct("Global")
             .field("name", &registrar.description().name)
-            .field("begun", &registrar.begun())
+            .field("begun", &registrar.registration())
             .finish()
     }
 }

@@ -193,6 +193,14 @@ pub struct Unanswered {
     concerns_it_alone: bool,
 }
 
+/// What became of a branch.
+pub(crate) enum BranchOutcome {
+    /// An operator has resolved it by hand. This became of its transaction.
+    Resolved(Outcome),
+    /// This became of its transaction.
+    Open(Outcome),
+}
+
 impl Unanswered {
     /// A coordinator responded, and could not say anything about this transaction. It may well know others.
     pub(crate) const fn concerns_it_alone(&self) -> bool {
@@ -221,17 +229,21 @@ impl Handfast {
         self.ask(By::IdempotencyKey(key.to_owned()), format!("key {key}")).await
     }
 
-    /// As [`Handfast::outcome`], and whether an operator has resolved this branch of the transaction by hand.
+    /// As [`Handfast::outcome`], for one branch of the transaction.
     pub(crate) async fn outcome_of_branch(
         &self,
         xid: Xid,
         branch_id: &BranchId,
-    ) -> Result<(Outcome, bool), Unanswered> {
+    ) -> Result<BranchOutcome, Unanswered> {
         let (outcome, branches) = self.look(By::Xid(xid.to_string()), xid.to_string()).await?;
-        let resolved = branches.iter().any(|branch| {
+        let is_resolved = branches.iter().any(|branch| {
             branch.state() == pb::BranchState::Resolved && *branch.branch_id == *branch_id.as_str()
         });
-        Ok((outcome, resolved))
+        Ok(if is_resolved {
+            BranchOutcome::Resolved(outcome)
+        } else {
+            BranchOutcome::Open(outcome)
+        })
     }
 
     async fn ask(&self, by: By, asked: String) -> Result<Outcome, Unanswered> {

@@ -39,9 +39,10 @@ struct Inner {
 
 #[derive(Default)]
 struct State {
-    begun: Option<Begun>,
-    /// Registrations that wait for the next call to the coordinator.
-    queue: Vec<Wanted>,
+    /// `None`: the transaction is not begun.
+    registration: Option<Registration>,
+    /// They wait for the next call to the coordinator.
+    queue: Vec<Waiting>,
     /// A task is sending what is in the queue.
     in_flight: bool,
     /// Nothing more is registered: the transaction is being decided, or was given up.
@@ -54,12 +55,16 @@ struct State {
     unanswered: bool,
 }
 
-/// A registration and the caller that waits for it. Without a branch the caller only wants the xid.
-type Wanted = (Option<pb::BranchSpec>, oneshot::Sender<Result<Begun, CallError>>);
+/// A caller that waits until its branch is registered.
+struct Waiting {
+    /// `None`: the caller only wants the xid.
+    branch: Option<pb::BranchSpec>,
+    caller: oneshot::Sender<Result<Registration, CallError>>,
+}
 
 /// What the coordinator has said of an open transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Begun {
+pub(super) struct Registration {
     pub(super) xid: Xid,
     /// The end of phase one, UTC milliseconds since 1970.
     pub(super) expires_at: Option<i64>,
@@ -88,8 +93,8 @@ impl Registrar {
 
     /// For a transaction that somebody else has begun.
     pub(super) fn joined(handfast: Handfast, xid: Xid, deadline: Instant) -> Self {
-        let begun = Some(Begun { xid, expires_at: None });
-        let state = State { begun, ..State::default() };
+        let registration = Some(Registration { xid, expires_at: None });
+        let state = State { registration, ..State::default() };
         Self::with_state(handfast, Description::new(String::new()), deadline, state)
     }
 
@@ -111,13 +116,17 @@ impl Registrar {
         self.0.deadline
     }
 
-    pub(super) fn begun(&self) -> Option<Begun> {
-        self.state().begun
+    /// `None`: the transaction is not begun.
+    pub(super) fn registration(&self) -> Option<Registration> {
+        self.state().registration
     }
 
     /// Registers a branch, and begins the transaction if it is the first one. Returns when the branch is durable.
-    pub(super) async fn register(&self, spec: Option<pb::BranchSpec>) -> Result<Begun, CallError> {
-        let (registered, answer) = oneshot::channel();
+    pub(super) async fn register(
+        &self,
+        branch: Option<pb::BranchSpec>,
+    ) -> Result<Registration, CallError> {
+        let (caller, answer) = oneshot::channel();
         {
             let mut state = self.state();
             if state.closed {
@@ -125,7 +134,7 @@ impl Registrar {
                     cause: "the transaction is over".to_owned(),
                 });
             }
-            state.queue.push((spec, registered));
+            state.queue.push(Waiting { branch, caller });
         }
         // Calls that are polled together put theirs into the queue before this one goes on.
         tokio::task::yield_now().await;
@@ -146,7 +155,7 @@ impl Registrar {
 
     async fn send_queue(self) {
         loop {
-            let (queue, begun) = {
+            let (mut queue, registration) = {
                 let mut state = self.state();
                 if state.queue.is_empty() {
                     state.in_flight = false;
@@ -154,22 +163,21 @@ impl Registrar {
                     self.0.idle.notify_waiters();
                     return;
                 }
-                (std::mem::take(&mut state.queue), state.begun)
+                (std::mem::take(&mut state.queue), state.registration)
             };
-            let (specs, waiting): (Vec<_>, Vec<_>) = queue.into_iter().unzip();
-            let specs: Vec<_> = specs.into_iter().flatten().collect();
-            let answer = match begun {
-                None => self.begin(specs).await,
-                Some(begun) if specs.is_empty() => Ok(begun),
-                Some(begun) => self.add(begun, specs).await,
+            let branches: Vec<_> =
+                queue.iter_mut().filter_map(|waiting| waiting.branch.take()).collect();
+            let answer = match registration {
+                None => self.begin(branches).await,
+                Some(registration) => self.add(registration, branches).await,
             };
-            for caller in waiting {
+            for Waiting { caller, .. } in queue {
                 drop(caller.send(answer.clone())); // the caller may have been dropped
             }
         }
     }
 
-    async fn begin(&self, branches: Vec<pb::BranchSpec>) -> Result<Begun, CallError> {
+    async fn begin(&self, branches: Vec<pb::BranchSpec>) -> Result<Registration, CallError> {
         let Description { name, timeout, labels, key, fingerprint, .. } =
             self.0.description.clone();
         let request = pb::BeginRequest {
@@ -182,15 +190,15 @@ impl Registrar {
         };
         let (transaction, existed) = match self.0.handfast.begin(request, self.0.deadline).await {
             Ok(response) => (response.transaction.unwrap_or_default(), response.existed),
-            Err(status) => (self.begun_otherwise(status).await?, true),
+            Err(status) => (self.begun_by_another_run(status).await?, true),
         };
-        let begun = begun(&transaction)?;
+        let registration = Registration::of(&transaction)?;
         {
             let mut state = self.state();
-            state.begun = Some(begun);
+            state.registration = Some(registration);
             state.existed = existed;
             if !existed {
-                return Ok(begun);
+                return Ok(registration);
             }
             if transaction.decision() != pb::Decision::Unspecified {
                 state.decided_before = Some(transaction);
@@ -200,12 +208,12 @@ impl Registrar {
             }
         }
         // An earlier run has begun it, perhaps with fewer branches than these.
-        self.add(begun, branches).await
+        self.add(registration, branches).await
     }
 
     /// The key was taken. An earlier run of the same operation may have taken it and sent other branches with its Begin. Then this
     /// run continues that transaction: the coordinator compares each branch when it is registered.
-    async fn begun_otherwise(&self, status: Status) -> Result<pb::Transaction, CallError> {
+    async fn begun_by_another_run(&self, status: Status) -> Result<pb::Transaction, CallError> {
         if Reason::of(&status) != Reason::KeyTaken {
             self.state().unanswered = leaves_open(&status);
             return Err(not_registered(status));
@@ -236,16 +244,20 @@ impl Registrar {
         }
     }
 
-    async fn add(&self, before: Begun, branches: Vec<pb::BranchSpec>) -> Result<Begun, CallError> {
+    async fn add(
+        &self,
+        before: Registration,
+        branches: Vec<pb::BranchSpec>,
+    ) -> Result<Registration, CallError> {
         if branches.is_empty() {
             return Ok(before);
         }
         let request = pb::RegisterBranchRequest { xid: before.xid.to_string(), branches };
         let transaction =
             self.0.handfast.register(request, self.0.deadline).await.map_err(not_registered)?;
-        let begun = begun(&transaction)?;
-        self.state().begun = Some(begun);
-        Ok(begun)
+        let registration = Registration::of(&transaction)?;
+        self.state().registration = Some(registration);
+        Ok(registration)
     }
 
     /// Registers no further branch. Waits for the call in flight, then says what is known of the transaction.
@@ -273,10 +285,10 @@ impl Registrar {
 
 impl State {
     fn closed(&self) -> Closed {
-        match (self.begun, &self.decided_before) {
+        match (self.registration, &self.decided_before) {
             (None, _) => Closed::NotBegun { unanswered: self.unanswered },
-            (Some(Begun { xid, .. }), None) => Closed::Begun { xid, existed: self.existed },
-            (Some(Begun { xid, .. }), Some(transaction)) => {
+            (Some(Registration { xid, .. }), None) => Closed::Begun { xid, existed: self.existed },
+            (Some(Registration { xid, .. }), Some(transaction)) => {
                 Closed::DecidedBefore { xid, transaction: Box::new(transaction.clone()) }
             }
         }
@@ -287,9 +299,12 @@ fn not_registered(status: Status) -> CallError {
     CallError::NotRegistered { cause: status_error(&status).to_string() }
 }
 
-fn begun(transaction: &pb::Transaction) -> Result<Begun, CallError> {
-    let xid = transaction.xid.parse().map_err(|error: InvalidXid| CallError::NotRegistered {
-        cause: format!("the coordinator's answer has an invalid xid: {error}"),
-    })?;
-    Ok(Begun { xid, expires_at: transaction.expires_at.as_ref().map(millis) })
+impl Registration {
+    fn of(transaction: &pb::Transaction) -> Result<Self, CallError> {
+        let xid =
+            transaction.xid.parse().map_err(|error: InvalidXid| CallError::NotRegistered {
+                cause: format!("the coordinator's answer has an invalid xid: {error}"),
+            })?;
+        Ok(Self { xid, expires_at: transaction.expires_at.as_ref().map(millis) })
+    }
 }

@@ -14,7 +14,7 @@ use crate::{
     branch::{Branch, Phase},
     error::BoxError,
     fence::db::KeyRow,
-    initiator::outcome::{Outcome, Unanswered},
+    initiator::outcome::{BranchOutcome, Outcome, Unanswered},
     rpc::Handfast,
 };
 
@@ -115,11 +115,11 @@ impl Participant {
     async fn ask_about(&self, branch: Branch, handfast: &Handfast) -> Result<Handled, Unanswered> {
         let Branch { xid, branch_id, .. } = &branch;
         match handfast.outcome_of_branch(*xid, branch_id).await {
-            Ok((outcome, true)) => Ok(self.close(branch, &outcome).await),
-            Ok((outcome, false)) if self.cancel_if_allowed(&branch, &outcome).await => {
-                Ok(Handled::Cancelled)
+            Ok(BranchOutcome::Resolved(outcome)) => Ok(self.close(branch, &outcome).await),
+            Ok(BranchOutcome::Open(outcome)) => {
+                let cancelled = self.cancel_if_allowed(&branch, &outcome).await;
+                Ok(if cancelled { Handled::Cancelled } else { Handled::Reported })
             }
-            Ok(_) => Ok(Handled::Reported),
             Err(error) => {
                 warn!(%xid, %branch_id, %error, "no answer about an overdue reservation");
                 Err(error)

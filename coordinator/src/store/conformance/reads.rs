@@ -167,7 +167,7 @@ pub(super) async fn the_list_shows_the_newest_that_fit(store: &dyn Store) {
             let filter = ListFilter { after, ..ListFilter::of(show) };
             let mut listing = store.list(&filter, 1).await.unwrap();
             let Some(global) = listing.transactions.pop() else { break };
-            after = Some((global.begun_at, global.xid));
+            after = Some(Listed::of(&global));
             seen.push(written.iter().position(|written| written.xid == global.xid).unwrap());
         }
         assert_eq!(seen, all);

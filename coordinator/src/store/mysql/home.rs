@@ -30,21 +30,35 @@ use crate::store::{
 #[derive(Debug)]
 pub(super) struct Home {
     addresses: Addresses,
-    place: Mutex<Place>,
+    current: Mutex<Current>,
 }
 
+/// What is known at this moment of the servers and the batches on them.
 #[derive(Debug, Default)]
-struct Place {
+struct Current {
     /// The address that is tried first.
     address: usize,
     /// The server of the writers. `None`: nothing was written yet.
     server: Option<String>,
     /// The partition rows of the latest server that did not take a writer.
-    rows: Vec<Seat>,
-    /// Epoch and number of the latest batch of each partition that this process knows to be durable.
-    recorded: BTreeMap<u16, (u32, u64)>,
+    seats: Vec<Seat>,
+    /// The latest batch of each partition that this process knows to be durable.
+    recorded: BTreeMap<u16, Batch>,
     /// Since when only servers answer that lack some of these.
     lacking_since: Option<Instant>,
+}
+
+/// Names a batch of a partition. Later ones are greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Batch {
+    epoch: u32,
+    position: u64,
+}
+
+impl Batch {
+    const fn latest(seat: &Seat) -> Self {
+        Self { epoch: seat.epoch, position: seat.position }
+    }
 }
 
 /// The writers do not move to a server that lacks what this process has recorded, as long as another one may come back. After this
@@ -56,33 +70,34 @@ struct Found {
     address: usize,
     connection: Connection,
     member: Member,
-    rows: Vec<Seat>,
+    seats: Vec<Seat>,
 }
 
 impl Home {
     pub(super) fn of(addresses: Addresses) -> Arc<Self> {
-        Arc::new(Self { addresses, place: Mutex::default() })
+        Arc::new(Self { addresses, current: Mutex::default() })
     }
 
-    fn place(&self) -> MutexGuard<'_, Place> {
-        self.place.lock().expect("nothing panics while it is locked")
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().expect("nothing panics while it is locked")
     }
 
     /// Whether a connection is at the writers' server.
     pub(super) fn has(&self, session: &Session) -> bool {
-        self.place().server.as_ref().is_none_or(|server| *server == session.server)
+        self.current().server.as_ref().is_none_or(|server| *server == session.server)
     }
 
     /// Whether something was written. Until then the process is a standby.
     pub(super) fn is_settled(&self) -> bool {
-        self.place().server.is_some()
+        self.current().server.is_some()
     }
 
     /// These batches of this process are durable.
     pub(super) fn recorded(&self, guards: &[Guard]) {
         if self.addresses.len() > 1 {
-            let latest = guards.iter().map(|it| (it.partition, (it.epoch, it.position)));
-            self.place().recorded.extend(latest);
+            let batch = |it: &Guard| Batch { epoch: it.epoch, position: it.position };
+            let latest = guards.iter().map(|it| (it.partition, batch(it)));
+            self.current().recorded.extend(latest);
         }
     }
 
@@ -92,10 +107,10 @@ impl Home {
     ///
     /// When that server has lost batches of this owner. Nobody else knows of the loss, so the owner must stay until it can be recorded.
     pub(super) async fn replaced(&self, guards: &[Guard]) -> Result<Vec<u16>, Error> {
-        let is_later = |guard: &Guard, rows: &[Seat]| {
-            rows.iter().any(|seat| seat.partition == guard.partition && seat.epoch > guard.epoch)
+        let is_later = |guard: &Guard, seats: &[Seat]| {
+            seats.iter().any(|seat| seat.partition == guard.partition && seat.epoch > guard.epoch)
         };
-        let remembered = self.place().rows.clone();
+        let remembered = self.current().seats.clone();
         if !guards.iter().any(|guard| is_later(guard, &remembered)) {
             return Ok(Vec::new());
         }
@@ -103,8 +118,8 @@ impl Home {
         for address in 0..self.addresses.len() {
             let ask = async {
                 let (mut connection, _) = self.greet(address, Some(Role::Read)).await?;
-                let rows = write::seats::<InMySql>(&mut connection).await?;
-                for guard in guards.iter().filter(|guard| is_later(guard, &rows)) {
+                let seats = write::seats::<InMySql>(&mut connection).await?;
+                for guard in guards.iter().filter(|guard| is_later(guard, &seats)) {
                     match write::lost::<InMySql>(&mut connection, *guard).await? {
                         None => replaced.insert(guard.partition),
                         Some(_) => lossy.insert(guard.partition),
@@ -141,7 +156,7 @@ impl Home {
             }
         }
         if role == Role::Write {
-            self.settle(&session.server);
+            self.writers_are_at(&session.server);
         } else if !self.has(&session) {
             return Err(Error::Old(format!(
                 "the connection reached {}, but writes go to another server",
@@ -177,7 +192,7 @@ impl Home {
         if self.addresses.len() > 1 {
             // A server that stops answering must not hold up the takeover.
             let chosen = tokio::time::timeout(CALL_TIMEOUT, self.choose()).await;
-            self.place().address = chosen.map_err(Error::unavailable)??.address;
+            self.current().address = chosen.map_err(Error::unavailable)??.address;
         }
         Ok(())
     }
@@ -197,13 +212,13 @@ impl Home {
         }
     }
 
-    fn settle(&self, server: &str) {
-        let mut place = self.place();
-        place.rows.clear();
-        place.lacking_since = None;
-        let before = place.server.replace(server.to_owned());
-        let address = self.addresses.name(place.address);
-        drop(place);
+    fn writers_are_at(&self, server: &str) {
+        let mut current = self.current();
+        current.seats.clear();
+        current.lacking_since = None;
+        let before = current.server.replace(server.to_owned());
+        let address = self.addresses.name(current.address);
+        drop(current);
         if let Some(before) = before.filter(|before| before != server) {
             info!(address, server, before, "the store has moved to another server");
         }
@@ -211,7 +226,7 @@ impl Home {
 
     /// Connects to the present address, or to another one if its server must not be written.
     async fn find(&self, role: Option<Role>) -> Result<(Connection, Member), Error> {
-        let address = self.place().address;
+        let address = self.current().address;
         let refused = match self.greet(address, role).await {
             Ok((connection, member)) if member.unfit.is_none() && !member.is_donor => {
                 return Ok((connection, member));
@@ -219,7 +234,7 @@ impl Home {
             Ok((connection, member)) if self.addresses.len() == 1 => match member.unfit {
                 None => return Ok((connection, member)),
                 Some(unfit) => {
-                    self.remember_rows(connection).await;
+                    self.remember_seats(connection).await;
                     Error::unavailable(format!("the store's server must not be written: {unfit}"))
                 }
             },
@@ -235,14 +250,14 @@ impl Home {
             chosen => chosen?,
         };
         let found = self.greet(chosen.address, role).await?;
-        self.place().address = chosen.address;
+        self.current().address = chosen.address;
         Ok(found)
     }
 
     /// If the owner was replaced, its rows tell. (They cannot be asked for by a batch there.)
-    async fn remember_rows(&self, mut connection: Connection) {
-        if let Ok(rows) = write::seats::<InMySql>(&mut connection).await {
-            self.place().rows = rows;
+    async fn remember_seats(&self, mut connection: Connection) {
+        if let Ok(seats) = write::seats::<InMySql>(&mut connection).await {
+            self.current().seats = seats;
         }
     }
 
@@ -268,8 +283,8 @@ impl Home {
     async fn choose(&self) -> Result<Found, Error> {
         let ask = async |address| {
             let (mut connection, member) = self.greet(address, Some(Role::Read)).await?;
-            let rows = write::seats::<InMySql>(&mut connection).await?;
-            Ok::<_, Error>(Found { address, connection, member, rows })
+            let seats = write::seats::<InMySql>(&mut connection).await?;
+            Ok::<_, Error>(Found { address, connection, member, seats })
         };
         let asked = join_all((0..self.addresses.len()).map(async |address| {
             let asked = tokio::time::timeout(CALL_TIMEOUT / 4, ask(address)).await;
@@ -285,25 +300,24 @@ impl Home {
         // The rows of those that may be chosen are read last. Otherwise one could seem behind a server that was asked a moment later.
         let fit = found.iter_mut().filter(|one| one.member.unfit.is_none());
         join_all(fit.map(async |one| {
-            let seats = write::seats::<InMySql>(&mut one.connection);
-            let read = tokio::time::timeout(CALL_TIMEOUT / 4, seats).await;
+            let reading = write::seats::<InMySql>(&mut one.connection);
+            let read = tokio::time::timeout(CALL_TIMEOUT / 4, reading).await;
             match read.unwrap_or_else(|elapsed| Err(Error::unavailable(elapsed))) {
-                Ok(rows) => one.rows = rows,
+                Ok(seats) => one.seats = seats,
                 // What it has recorded counts all the same.
                 Err(error) => one.member.unfit = Some(format!("it has stopped answering: {error}")),
             }
         }))
         .await;
-        let servers: Vec<_> = found.iter().map(|one| (&one.member, &one.rows[..])).collect();
+        let servers: Vec<_> = found.iter().map(|one| (&one.member, &one.seats[..])).collect();
         let name = |n: usize| self.addresses.name(found[n].address);
-        let recorded = self.place().recorded.clone();
-        let lacks = |rows: &[Seat]| {
-            rows.iter()
-                .any(|seat| recorded.get(&seat.partition) > Some(&(seat.epoch, seat.position)))
+        let recorded = self.current().recorded.clone();
+        let lacks = |seats: &[Seat]| {
+            seats.iter().any(|seat| recorded.get(&seat.partition) > Some(&Batch::latest(seat)))
         };
         let fit = servers.iter().filter(|(member, _)| member.unfit.is_none());
-        if fit.clone().count() > 0 && fit.clone().all(|(_, rows)| lacks(rows)) {
-            let since = *self.place().lacking_since.get_or_insert_with(Instant::now);
+        if fit.clone().count() > 0 && fit.clone().all(|(_, seats)| lacks(seats)) {
+            let since = *self.current().lacking_since.get_or_insert_with(Instant::now);
             if since.elapsed() < LACKING_FOR {
                 return Err(Error::unavailable(format!(
                     "the writable servers lack committed batches of this coordinator; waiting for another one: {}",
@@ -321,7 +335,7 @@ impl Home {
             }
             Err(Refusal::Strangers(what)) => Err(Error::Corrupt(what)),
             Err(Refusal::None(reasons)) => {
-                self.place().rows = found.into_iter().flat_map(|one| one.rows).collect();
+                self.current().seats = found.into_iter().flat_map(|one| one.seats).collect();
                 silent.extend(reasons);
                 Err(Error::unavailable(format!(
                     "no address of the store may be written: {}",
@@ -363,8 +377,8 @@ fn choose(
     }
     fit.sort_by_key(|n| servers[*n].0.is_donor);
     for candidate in fit {
-        let rows = servers[candidate].1;
-        let ahead = (0..servers.len()).find(|other| is_behind(rows, servers[*other].1));
+        let seats = servers[candidate].1;
+        let ahead = (0..servers.len()).find(|other| is_behind(seats, servers[*other].1));
         match ahead {
             None => return Ok(candidate),
             Some(other) => reasons.push(format!(
@@ -389,15 +403,14 @@ fn strangers(servers: &[(&Member, &[Seat])], fit: &[usize]) -> Option<(usize, us
 }
 
 /// Whether these rows are older than the other ones: a smaller epoch, or in the same epoch an earlier batch.
-fn is_behind(rows: &[Seat], others: &[Seat]) -> bool {
-    let state = |seat: &Seat| (seat.epoch, seat.position);
+fn is_behind(seats: &[Seat], others: &[Seat]) -> bool {
     let others: BTreeMap<_, _> = others.iter().map(|seat| (seat.partition, seat)).collect();
-    rows.iter().any(|seat| {
+    seats.iter().any(|seat| {
         let other = others.get(&seat.partition);
         other.is_some_and(|other| {
             // In another history positions cannot be compared.
             let comparable = other.epoch != seat.epoch || other.nonce == seat.nonce;
-            comparable && state(other) > state(seat)
+            comparable && Batch::latest(other) > Batch::latest(seat)
         })
     })
 }
@@ -416,13 +429,13 @@ mod tests {
         Member { unfit: Some("it is read-only".to_owned()), ..member(server, None) }
     }
 
-    fn rows(epoch: u32, nonce: u32, position: u64) -> Vec<Seat> {
+    fn seats(epoch: u32, nonce: u32, position: u64) -> Vec<Seat> {
         let seat = |partition| Seat { partition, epoch, nonce, position, owner: None };
         (0..4).map(seat).collect()
     }
 
     fn chosen(servers: &[(Member, Vec<Seat>)]) -> Result<usize, String> {
-        let servers: Vec<_> = servers.iter().map(|(member, rows)| (member, &rows[..])).collect();
+        let servers: Vec<_> = servers.iter().map(|(member, seats)| (member, &seats[..])).collect();
         choose(&servers, |n| format!("db{n}")).map_err(|refusal| match refusal {
             Refusal::Strangers(what) => what,
             Refusal::None(reasons) => reasons.join("; "),
@@ -431,7 +444,7 @@ mod tests {
 
     #[test]
     fn the_one_that_may_be_written_is_chosen() {
-        let servers = [(unfit("a"), rows(7, 1, 90)), (member("b", None), rows(7, 1, 90))];
+        let servers = [(unfit("a"), seats(7, 1, 90)), (member("b", None), seats(7, 1, 90))];
         assert_eq!(chosen(&servers), Ok(1));
         let error = chosen(&servers[..1]).unwrap_err();
         assert_eq!(error, "db0: it is read-only");
@@ -439,19 +452,19 @@ mod tests {
 
     #[test]
     fn two_that_may_be_written_must_be_one_group() {
-        let strangers = [(member("a", None), rows(7, 1, 9)), (member("b", None), rows(7, 1, 9))];
+        let strangers = [(member("a", None), seats(7, 1, 9)), (member("b", None), seats(7, 1, 9))];
         let error = chosen(&strangers).unwrap_err();
         assert!(
             error.contains("db0 and db1 can both be written, and are not one group"),
             "{error}"
         );
         let one_group =
-            ["a", "b", "c"].map(|server| (member(server, Some("cluster")), rows(7, 1, 9)));
+            ["a", "b", "c"].map(|server| (member(server, Some("cluster")), seats(7, 1, 9)));
         assert_eq!(chosen(&one_group), Ok(0));
-        let two_names = ["a", "a"].map(|server| (member(server, None), rows(7, 1, 9)));
+        let two_names = ["a", "a"].map(|server| (member(server, None), seats(7, 1, 9)));
         assert_eq!(chosen(&two_names), Ok(0));
         let donor = Member { is_donor: true, ..one_group[0].0.clone() };
-        let with_donor = [(donor, rows(7, 1, 9)), one_group[1].clone()];
+        let with_donor = [(donor, seats(7, 1, 9)), one_group[1].clone()];
         assert_eq!(chosen(&with_donor), Ok(1), "a donor only if there is nothing else");
         assert_eq!(chosen(&with_donor[..1]), Ok(0));
     }
@@ -459,22 +472,23 @@ mod tests {
     #[test]
     fn one_that_lacks_what_another_one_has_is_not_chosen() {
         // The old primary has come back, and the new one is read-only for a moment.
-        for newer in [rows(8, 2, 0), rows(7, 1, 91)] {
-            let error = chosen(&[(member("a", None), rows(7, 1, 90)), (unfit("b"), newer)]);
+        for newer in [seats(8, 2, 0), seats(7, 1, 91)] {
+            let error = chosen(&[(member("a", None), seats(7, 1, 90)), (unfit("b"), newer)]);
             let error = error.unwrap_err();
             assert!(
                 error.contains("db0: it can be written, but lacks what db1 has recorded"),
                 "{error}"
             );
         }
-        let replica_is_behind = [(member("a", None), rows(7, 1, 90)), (unfit("b"), rows(7, 1, 70))];
+        let replica_is_behind =
+            [(member("a", None), seats(7, 1, 90)), (unfit("b"), seats(7, 1, 70))];
         assert_eq!(chosen(&replica_is_behind), Ok(0));
         let lags = [
-            (member("a", Some("cluster")), rows(7, 1, 90)),
-            (member("b", Some("cluster")), rows(7, 1, 91)),
+            (member("a", Some("cluster")), seats(7, 1, 90)),
+            (member("b", Some("cluster")), seats(7, 1, 91)),
         ];
         assert_eq!(chosen(&lags), Ok(1));
-        let other_history = [(member("a", None), rows(7, 1, 90)), (unfit("b"), rows(7, 3, 95))];
+        let other_history = [(member("a", None), seats(7, 1, 90)), (unfit("b"), seats(7, 3, 95))];
         assert_eq!(chosen(&other_history), Ok(0), "positions of two histories tell nothing");
     }
 }

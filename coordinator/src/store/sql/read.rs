@@ -207,7 +207,7 @@ pub(in crate::store) async fn list<D: Dialect>(
                 let (mut first, last) = xids_of(partition);
                 if filter.searches() {
                     let end = last_looked_at::<D>(connection, (first, last), filter).await?;
-                    first = end.map_or(first, |(_, xid)| xid);
+                    first = end.map_or(first, |end| end.xid);
                     looked_to = looked_to.max(end);
                 }
                 let mut query = Query::new(SELECT_TRANSACTIONS);
@@ -222,18 +222,14 @@ pub(in crate::store) async fn list<D: Dialect>(
     }
     D::run(connection, END_READING).await?;
     // Where one partition was looked at further back than another one, the rest belongs to the next page.
-    found.retain(|global| Some(listed(global)) >= looked_to);
-    found.sort_by_key(|global| std::cmp::Reverse(listed(global)));
+    found.retain(|global| Some(Listed::of(global)) >= looked_to);
+    found.sort_by_key(|global| std::cmp::Reverse(Listed::of(global)));
     found.truncate(limit);
     Ok(Listing { transactions: found, looked_to })
 }
 
 /// The order of a list.
 const BY_AGE: &str = " ORDER BY g.begun_at DESC, g.xid DESC";
-
-fn listed(global: &GlobalTransaction) -> Listed {
-    (global.begun_at, global.xid)
-}
 
 /// The first `limit` transactions of a query that fit the filter. If some that were found do not fit after all, there may be fewer,
 /// and the second value is the last one looked at.
@@ -249,7 +245,7 @@ async fn selected<D: Dialect>(
     query.push(order).push(" LIMIT ").push_bind(sql_limit(limit)).push(JOIN_DIGESTS);
     let mut found = transactions::<D>(connection, query).await?;
     let read = found.len();
-    let last = found.iter().map(listed).min();
+    let last = found.iter().map(Listed::of).min();
     found.retain(|global| filter.matches_labels(global));
     let is_short = read == limit && found.len() < limit;
     Ok((found, last.filter(|_| is_short)))
@@ -267,7 +263,10 @@ async fn last_looked_at<D: Dialect>(
     query.push(" ORDER BY g.xid DESC LIMIT 1 OFFSET ");
     query.push_bind(sql_limit(filter.looked_max.saturating_sub(1)));
     let end: Option<(i64, Vec<u8>)> = D::fetch(connection, query).await?.pop();
-    end.map(|(begun_at, xid)| Ok((Timestamp(begun_at), record::xid(&xid)?))).transpose()
+    let listed = |(begun_at, xid): (i64, Vec<u8>)| {
+        Ok(Listed { begun_at: Timestamp(begun_at), xid: record::xid(&xid)? })
+    };
+    end.map(listed).transpose()
 }
 
 pub(in crate::store) async fn summary<D: Dialect>(
@@ -438,7 +437,7 @@ fn push_names(query: &mut Query, filter: &ListFilter) {
 }
 
 fn push_after(query: &mut Query, filter: &ListFilter) {
-    if let Some((begun_at, xid)) = filter.after {
+    if let Some(Listed { begun_at, xid }) = filter.after {
         query.push(" AND (g.begun_at < ").push_bind(begun_at.0);
         query.push(" OR g.begun_at = ").push_bind(begun_at.0);
         query.push(" AND g.xid < ").push_bind(xid).push(")");

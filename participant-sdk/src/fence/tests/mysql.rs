@@ -18,7 +18,7 @@ mod suite;
 
 use std::time::Duration;
 
-use server::{Home, Place, places};
+use server::{Home, Server, servers};
 use sqlx::Executor as _;
 
 use crate::{
@@ -63,8 +63,8 @@ fn sql(text: &str) -> AssertSqlSafe<String> {
 /// must stand.
 #[tokio::test]
 async fn work_that_commits_does_not_overwrite_what_others_have_done_meanwhile() {
-    for place in places().await {
-        let shop = place.open(4).await;
+    for server in servers().await {
+        let shop = server.open(4).await;
         let commits = async |tx: &mut Tx<Db>| {
             sqlx::raw_sql("DROP TABLE IF EXISTS nothing").execute(&mut **tx).await?;
             let nothing = async |_: &mut Tx<Db>| Ok::<(), TryError>(());
@@ -84,8 +84,8 @@ async fn work_that_commits_is_not_called_done_and_not_done_twice() {
     const TAKE: &str = "UPDATE shelf SET free = free - 2, held = held + 2";
     const SELL: &str = "UPDATE shelf SET held = held - 2, sold = sold + 2";
     const COMMITS: &str = "CREATE TABLE IF NOT EXISTS nothing (n INT)";
-    for place in places().await {
-        let shop = place.open(4).await;
+    for server in servers().await {
+        let shop = server.open(4).await;
         let take = async |tx: &mut Tx<Db>| {
             sqlx::raw_sql(TAKE).execute(&mut **tx).await?;
             sqlx::raw_sql(COMMITS).execute(&mut **tx).await?;
@@ -110,7 +110,7 @@ async fn work_that_commits_is_not_called_done_and_not_done_twice() {
             "a part of the refused work was committed: {answer:?}"
         );
 
-        let shop = place.open(4).await;
+        let shop = server.open(4).await;
         shop.deliver(Level::Action, &branch(3, Phase::Try), &payload(2)).await;
         let sell = async |tx: &mut Tx<Db>| {
             sqlx::raw_sql(COMMITS).execute(&mut **tx).await?;
@@ -129,8 +129,8 @@ async fn work_that_commits_is_not_called_done_and_not_done_twice() {
 async fn every_mode_of_a_session_will_do() {
     const MODES: [&str; 5] = ["", "ANSI", "ANSI_QUOTES", "TRADITIONAL", "NO_BACKSLASH_ESCAPES"];
     const OF_MARIADB: [&str; 5] = ["ORACLE", "MSSQL", "DB2", "POSTGRESQL", "MAXDB"];
-    for place in places().await {
-        let shop = place.open(1).await;
+    for server in servers().await {
+        let shop = server.open(1).await;
         let version: String =
             sqlx::query_scalar("SELECT VERSION()").fetch_one(&shop.pool).await.unwrap();
         let others: &[&str] = if version.contains("MariaDB") { &OF_MARIADB } else { &[] };

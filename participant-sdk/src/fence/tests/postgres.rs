@@ -16,7 +16,7 @@ mod shop;
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod suite;
 
-use server::{Home, Place, places};
+use server::{Home, Server, servers};
 
 use crate::fence::fixture::Level;
 

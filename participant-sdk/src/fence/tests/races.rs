@@ -11,7 +11,7 @@ use std::{
 
 use sqlx::Executor as _;
 
-use super::{DEADLOCK, Db, ISOLATIONS, Pool, PoolOptions, SERIALIZES, places, shop::Shop, sql};
+use super::{DEADLOCK, Db, ISOLATIONS, Pool, PoolOptions, SERIALIZES, servers, shop::Shop, sql};
 use crate::{
     Action, ActionInBatches, Answer, Branch, Contract, Failed, Fence, Json, Participant, Phase,
     Tried, TryError, Tx, Xid,
@@ -196,8 +196,8 @@ async fn race(url: &str, isolation: &'static str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn neighbours_and_repeats_race_without_a_deadlock() {
-    for place in places().await {
-        let home = place.home().await;
+    for server in servers().await {
+        let home = server.home().await;
         for isolation in ISOLATIONS {
             race(&home.url(), isolation).await;
         }
@@ -208,8 +208,8 @@ async fn neighbours_and_repeats_race_without_a_deadlock() {
 /// connections.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_hung_try_does_not_empty_the_pool() {
-    for place in places().await {
-        let shop = place.open(4).await;
+    for server in servers().await {
+        let shop = server.open(4).await;
         let (fence, hung) = (shop.fence.clone(), branch_of_shop(1, Phase::Try));
         let (began, has_begun) = tokio::sync::oneshot::channel();
         let hanging = tokio::spawn(async move {
@@ -255,8 +255,8 @@ async fn a_hung_try_does_not_empty_the_pool() {
 /// Another connection has locked one branch's row. The other branches of the batch do not wait for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_row_that_is_held_holds_up_its_own_branch_only() {
-    for place in places().await {
-        let shop = place.open(8).await;
+    for server in servers().await {
+        let shop = server.open(8).await;
         let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
         let (held, last) = (batches + 1, batches + 3);
         for n in 1..=last {
@@ -289,8 +289,8 @@ async fn a_row_that_is_held_holds_up_its_own_branch_only() {
 /// A Confirm hangs in its author's code. Confirms that queue behind it wait only for a limited time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_hung_confirm_does_not_hold_up_the_others() {
-    for place in places().await {
-        let shop = place.open(8).await;
+    for server in servers().await {
+        let shop = server.open(8).await;
         let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
         for n in 1..=batches + 3 {
             shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(0)).await;
@@ -324,9 +324,9 @@ async fn a_hung_confirm_does_not_hold_up_the_others() {
 /// A batch's statements read and lock only the rows that they name: no query plan may scan the whole table.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_batch_locks_no_rows_but_its_own() {
-    for place in places().await {
+    for server in servers().await {
         for isolation in ISOLATIONS {
-            let home = place.home().await;
+            let home = server.home().await;
             let shop = Shop::open(connect(&home.url(), isolation).await, Some(home)).await;
             for n in 1..=10 {
                 shop.deliver(Level::Action, &branch_of_shop(n, Phase::Try), &payload(0)).await;
@@ -355,9 +355,9 @@ async fn a_batch_locks_no_rows_but_its_own() {
 /// Other connections have locked new rows. The clean-up still deletes the old rows, and meanwhile new rows can be inserted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_clean_up_waits_for_nobody_and_nobody_for_it() {
-    for place in places().await {
+    for server in servers().await {
         for isolation in ISOLATIONS {
-            let home = place.home().await;
+            let home = server.home().await;
             let shop = Shop::open(connect(&home.url(), isolation).await, Some(home)).await;
             for n in 1..=10 {
                 shop.deliver(Level::Action, &branch_of_shop(2 * n, Phase::Cancel), &[]).await;

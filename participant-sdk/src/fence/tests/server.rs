@@ -10,8 +10,8 @@ use super::{Db, Pool, PoolOptions, SERVERS, drop_database, shop::Shop};
 type Connection = <Db as sqlx::Database>::Connection;
 
 /// A server, as used by one test.
-pub(crate) struct Place {
-    server: String,
+pub(crate) struct Server {
+    url: String,
     /// All databases that this test has created.
     made: Mutex<Vec<String>>,
     /// Databases that are not in use.
@@ -29,18 +29,15 @@ struct Taken {
 }
 
 /// All servers.
-pub(crate) async fn places() -> Vec<Place> {
+pub(crate) async fn servers() -> Vec<Server> {
     let servers = std::env::var(SERVERS).unwrap_or_default();
     let servers = servers.split(',').map(str::trim).filter(|url| !url.is_empty());
-    let place = |server: &str| Place {
-        server: server.to_owned(),
-        made: Mutex::default(),
-        free: Arc::default(),
-    };
-    servers.map(place).collect()
+    let server =
+        |url: &str| Server { url: url.to_owned(), made: Mutex::default(), free: Arc::default() };
+    servers.map(server).collect()
 }
 
-impl Place {
+impl Server {
     /// A shop whose pool has this many connections.
     pub(crate) async fn open(&self, connections: u32) -> Shop {
         let home = self.home().await;
@@ -58,12 +55,12 @@ impl Place {
             Some(name) => name,
             None => {
                 let name = format!("handfast_test_{:016x}", rand::random::<u64>());
-                on_server(&self.server, &format!("CREATE DATABASE {name}")).await;
+                on_server(&self.url, &format!("CREATE DATABASE {name}")).await;
                 self.made.lock().unwrap().push(name.clone());
                 name
             }
         };
-        Home(Arc::new(Taken { server: self.server.clone(), name, free: self.free.clone() }))
+        Home(Arc::new(Taken { server: self.url.clone(), name, free: self.free.clone() }))
     }
 }
 
@@ -83,15 +80,15 @@ impl Drop for Taken {
     }
 }
 
-impl Drop for Place {
+impl Drop for Server {
     /// Drops the databases on a separate thread, because `drop` cannot await.
     fn drop(&mut self) {
-        let (server, made) = (self.server.clone(), std::mem::take(&mut *self.made.lock().unwrap()));
+        let (url, made) = (self.url.clone(), std::mem::take(&mut *self.made.lock().unwrap()));
         let dropping = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.unwrap().block_on(async {
                 for name in made {
-                    on_server(&server, &drop_database(&name)).await;
+                    on_server(&url, &drop_database(&name)).await;
                 }
             });
         });

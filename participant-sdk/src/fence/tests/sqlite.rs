@@ -40,18 +40,18 @@ const BEGIN: &str = "BEGIN IMMEDIATE";
 /// Makes a connection refuse all changes. A file has no other server to connect to.
 const READ_ONLY: Option<&str> = None;
 
-/// SQLite has no servers, so there is a single place.
-struct Place;
+/// SQLite has no servers. This one stands for the machine.
+struct Server;
 
 /// A folder with a database file.
 #[derive(Clone)]
 pub(crate) struct Home(Arc<TempDir>);
 
-async fn places() -> [Place; 1] {
-    [Place]
+async fn servers() -> [Server; 1] {
+    [Server]
 }
 
-impl Place {
+impl Server {
     /// A shop whose pool has this many connections.
     async fn open(&self, connections: u32) -> Shop {
         let home = Home(Arc::new(tempfile::tempdir().unwrap()));
@@ -89,7 +89,7 @@ fn sql(text: &str) -> AssertSqlSafe<String> {
 
 #[tokio::test]
 async fn a_call_that_cannot_have_the_lock_fails_and_the_next_one_does_not() {
-    let shop = Place.open(8).await;
+    let shop = Server.open(8).await;
     let mut other = shop.pool.acquire().await.unwrap();
     sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut *other).await.unwrap();
     let impatient = SqlitePoolOptions::new().max_connections(1).connect_with(

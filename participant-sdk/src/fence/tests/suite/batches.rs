@@ -3,8 +3,8 @@
 use super::*;
 
 /// A shop in which these transactions have received these calls, one piece each.
-async fn shop_after(place: &Place, before: &[(u64, &[Phase])]) -> Shop {
-    let shop = place.open(8).await;
+async fn shop_after(server: &Server, before: &[(u64, &[Phase])]) -> Shop {
+    let shop = server.open(8).await;
     for (n, phases) in before {
         for phase in *phases {
             done(&shop.deliver(Level::Action, &branch(*n, *phase), &payload(1)).await);
@@ -20,7 +20,7 @@ fn calls(of: impl IntoIterator<Item = u64>, phase: Phase) -> Vec<Branch> {
 #[tokio::test]
 async fn those_who_come_together_get_the_answers_that_they_would_get_alone() {
     use Phase::{Cancel, Confirm, Try};
-    for place in places().await {
+    for server in servers().await {
         let before: &[(u64, &[Phase])] =
             &[(1, &[Try]), (2, &[Try, Confirm]), (4, &[Try, Cancel]), (5, &[Try]), (6, &[Cancel])];
         let opposite = reason::OPPOSITE_DONE;
@@ -33,7 +33,7 @@ async fn those_who_come_together_get_the_answers_that_they_would_get_alone() {
             ),
             (Cancel, ["Done", opposite, "Done", "Done", "Done", "Done"], (STOCK - 1, 0, 1), 2),
         ] {
-            let shop = shop_after(&place, before).await;
+            let shop = shop_after(&server, before).await;
             let first = shop.runs();
             // Twice: a repeat gets the same answers and has no further effect.
             for _ in 0..2 {
@@ -56,7 +56,7 @@ async fn those_who_come_together_get_the_answers_that_they_would_get_alone() {
 
 #[tokio::test]
 async fn one_that_fails_among_others_fails_alone() {
-    for place in places().await {
+    for server in servers().await {
         for (how, answer) in
             [("fail", "Retry"), ("attention", reason::NEEDS_ATTENTION), ("end", "Retry")]
         {
@@ -65,7 +65,7 @@ async fn one_that_fails_among_others_fails_alone() {
                 (Phase::Cancel, (STOCK - 1, 1, 0), "cancelled"),
             ] {
                 let before: Vec<_> = (1..=5).map(|n| (n, &[Phase::Try][..])).collect();
-                let shop = shop_after(&place, &before).await;
+                let shop = shop_after(&server, &before).await;
                 shop.change_payload(3, payload_that(1, how)).await;
                 let answers = shop.together(&calls(1..=5, phase)).await;
                 assert_eq!(
@@ -84,8 +84,8 @@ async fn one_that_fails_among_others_fails_alone() {
 
 #[tokio::test]
 async fn a_batch_whose_local_transaction_has_ended_is_not_called_done() {
-    for place in places().await {
-        let shop = shop_after(&place, &[(1, &[Phase::Try]), (2, &[Phase::Try])]).await;
+    for server in servers().await {
+        let shop = shop_after(&server, &[(1, &[Phase::Try]), (2, &[Phase::Try])]).await;
         let calls = calls(1..=2, Phase::Confirm);
         let answers = shop.fence.run_many(Phase::Confirm, &calls, async |(tx, _)| {
             sqlx::raw_sql("ROLLBACK").execute(&mut **tx).await?;
@@ -99,9 +99,9 @@ async fn a_batch_whose_local_transaction_has_ended_is_not_called_done() {
 
 #[tokio::test]
 async fn a_batch_has_room_for_all_sizes() {
-    for place in places().await {
+    for server in servers().await {
         for size in [2, 4, 5, 16, 17, 64] {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             for n in 1..=size {
                 done(&shop.deliver(Level::Action, &branch(n, Phase::Try), &payload(0)).await);
             }
@@ -137,10 +137,10 @@ async fn queue_up(
 
 #[tokio::test]
 async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
-    for place in places().await {
+    for server in servers().await {
         let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
         let before: Vec<_> = (1..=batches + 5).map(|n| (n, &[Phase::Try][..])).collect();
-        let shop = shop_after(&place, &before).await;
+        let shop = shop_after(&server, &before).await;
         let participant = shop.participant_in_batches();
 
         // The first calls run at once and the others wait. One waiting caller is dropped; the other waiting calls run as one
@@ -174,10 +174,10 @@ async fn who_waits_with_others_is_served_whatever_becomes_of_them() {
 
 #[tokio::test]
 async fn who_has_come_often_goes_alone() {
-    for place in places().await {
+    for server in servers().await {
         let batches = u64::try_from(Db::BATCHES_AT_A_TIME).unwrap();
         let before: Vec<_> = (1..=batches + 2).map(|n| (n, &[Phase::Try][..])).collect();
-        let shop = shop_after(&place, &before).await;
+        let shop = shop_after(&server, &before).await;
         let mut calls = calls(1..=batches + 2, Phase::Confirm);
         for call in &mut calls {
             call.attempt = 4;

@@ -4,10 +4,10 @@ use super::*;
 
 #[tokio::test]
 async fn every_cell_of_the_table_at_every_level() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
             for (before, asked, answer, shelf, state) in CELLS {
-                let shop = place.alone().await;
+                let shop = server.alone().await;
                 for phase in before {
                     done(&shop.deliver(level, &branch(1, *phase), &payload(2)).await);
                 }
@@ -26,9 +26,9 @@ async fn every_cell_of_the_table_at_every_level() {
 
 #[tokio::test]
 async fn a_repeated_try_gives_the_first_reply_and_runs_nothing() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             let first = shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await;
             assert_eq!(done(&first), b"\"8 left\"");
             done(&shop.deliver(level, &branch(2, Phase::Try), &payload(1)).await);
@@ -45,15 +45,15 @@ async fn a_repeated_try_gives_the_first_reply_and_runs_nothing() {
 
 #[tokio::test]
 async fn another_payload_or_action_under_the_same_branch_id_is_refused() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             done(&shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await);
             let other = shop.deliver(level, &branch(1, Phase::Try), &payload(3)).await;
             assert_eq!(word(&other), reason::PAYLOAD_DIFFERS, "{level:?}");
             assert_eq!(shop.runs(), 1);
         }
-        let shop = place.open(8).await;
+        let shop = server.open(8).await;
         done(&shop.deliver(Level::Run, &branch(1, Phase::Try), &payload(2)).await);
         for phase in [Phase::Try, Phase::Confirm, Phase::Cancel] {
             let mut other = branch(1, phase);
@@ -68,8 +68,8 @@ async fn another_payload_or_action_under_the_same_branch_id_is_refused() {
 
 #[tokio::test]
 async fn branches_of_one_transaction_do_not_meet() {
-    for place in places().await {
-        let shop = place.open(8).await;
+    for server in servers().await {
+        let shop = server.open(8).await;
         for id in ["1", "2", "2.1", "22222222222222222222222222222222"] {
             let mut other = branch(1, Phase::Try);
             other.branch_id = id.parse().unwrap();
@@ -89,11 +89,11 @@ async fn branches_of_one_transaction_do_not_meet() {
 
 #[tokio::test]
 async fn confirm_and_cancel_get_what_try_got() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
             for phase in [Phase::Confirm, Phase::Cancel] {
                 for asked in [payload(5), Vec::new(), b"not JSON".to_vec()] {
-                    let shop = place.alone().await;
+                    let shop = server.alone().await;
                     done(&shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await);
                     done(&shop.deliver(level, &branch(1, phase), &asked).await);
                     let expected =
@@ -107,8 +107,8 @@ async fn confirm_and_cancel_get_what_try_got() {
 
 #[tokio::test]
 async fn nothing_that_is_printed_shows_a_payload() {
-    for place in places().await {
-        let shop = place.alone().await;
+    for server in servers().await {
+        let shop = server.alone().await;
         let secret = b"hunter2";
         let answer = shop
             .fence
@@ -133,9 +133,9 @@ async fn nothing_that_is_printed_shows_a_payload() {
 
 #[tokio::test]
 async fn a_new_try_after_its_deadline_is_rejected_and_a_recorded_one_is_answered() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             let late = expiring(branch(1, Phase::Try), now() - 90_000);
             for _ in 0..2 {
                 let answer = shop.deliver(level, &late, &payload(2)).await;
@@ -162,9 +162,9 @@ async fn a_new_try_after_its_deadline_is_rejected_and_a_recorded_one_is_answered
 
 #[tokio::test]
 async fn a_confirm_that_finds_nothing_is_refused_until_its_row_may_have_been_cleaned_up() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             let horizon = millis(EXPIRY_MARGIN) + millis(RETENTION);
             let recent = expiring(branch(1, Phase::Confirm), now() - horizon + 60_000);
             let answer = shop.deliver(level, &recent, &[]).await;

@@ -4,14 +4,14 @@ use super::*;
 
 /// Delivers two calls concurrently, from two processes, many times.
 async fn race(
-    place: &Place,
+    server: &Server,
     level: Level,
     first: Phase,
     second: Phase,
 ) -> Vec<(Answer, Answer, Shop)> {
     let mut rounds = Vec::new();
     for n in 0..12 {
-        let shop = place.open(8).await;
+        let shop = server.open(8).await;
         if first == Phase::Confirm {
             done(&shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await);
         }
@@ -32,9 +32,9 @@ async fn race(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_two_trys_at_once_one_has_the_effect() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            for (a, b, shop) in race(&place, level, Phase::Try, Phase::Try).await {
+            for (a, b, shop) in race(&server, level, Phase::Try, Phase::Try).await {
                 assert_eq!((done(&a), done(&b)), (&b"\"8 left\""[..], &b"\"8 left\""[..]));
                 assert_eq!(shop.shelf().await, (STOCK - 2, 2, 0), "{level:?}");
             }
@@ -44,9 +44,9 @@ async fn of_two_trys_at_once_one_has_the_effect() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_two_confirms_at_once_one_has_the_effect() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            for (a, b, shop) in race(&place, level, Phase::Confirm, Phase::Confirm).await {
+            for (a, b, shop) in race(&server, level, Phase::Confirm, Phase::Confirm).await {
                 assert_eq!((done(&a), done(&b)), (&b""[..], &b""[..]));
                 assert_eq!(shop.shelf().await, (STOCK - 2, 0, 2), "{level:?}");
             }
@@ -56,9 +56,9 @@ async fn of_two_confirms_at_once_one_has_the_effect() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_a_try_and_its_cancel_at_once_nothing_is_left() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            for (tried, cancelled, shop) in race(&place, level, Phase::Try, Phase::Cancel).await {
+            for (tried, cancelled, shop) in race(&server, level, Phase::Try, Phase::Cancel).await {
                 done(&cancelled);
                 let expected = match word(&tried) {
                     "Done" => "cancelled",
@@ -106,13 +106,14 @@ async fn agree(shop: &Shop) -> String {
 
 #[tokio::test]
 async fn a_call_given_up_at_any_point_leaves_no_half_work_and_the_pool_usable() {
-    for place in places().await {
+    for server in servers().await {
         let mut points = 0;
         for (level, in_memory) in GIVEN_UP {
             for phase in [Phase::Try, Phase::Confirm, Phase::Cancel] {
                 for pause in [Duration::ZERO, Duration::from_millis(2)] {
                     let mut pendings = 0;
-                    while give_up_and_repeat(&place, level, in_memory, phase, pendings, pause).await
+                    while give_up_and_repeat(&server, level, in_memory, phase, pendings, pause)
+                        .await
                     {
                         pendings += 1;
                         points += 1;
@@ -127,14 +128,14 @@ async fn a_call_given_up_at_any_point_leaves_no_half_work_and_the_pool_usable() 
 
 /// Returns false if the call completed before it could be dropped.
 async fn give_up_and_repeat(
-    place: &Place,
+    server: &Server,
     level: Level,
     in_memory: bool,
     phase: Phase,
     pendings: usize,
     pause: Duration,
 ) -> bool {
-    let shop = if in_memory { place.alone().await } else { place.open(1).await };
+    let shop = if in_memory { server.alone().await } else { server.open(1).await };
     if phase != Phase::Try {
         done(&shop.deliver(level, &branch(1, Phase::Try), &payload(2)).await);
     }
@@ -162,8 +163,8 @@ async fn give_up_and_repeat(
 
 #[tokio::test]
 async fn a_call_whose_deadline_passes_in_the_authors_code_is_rolled_back() {
-    for place in places().await {
-        let shop = place.alone().await;
+    for server in servers().await {
+        let shop = server.alone().await;
         let branch = branch(1, Phase::Try);
         let never = shop.fence.run(&branch, b"", async |tx| {
             sqlx::query("UPDATE shelf SET free = 0").execute(&mut **tx).await?;
@@ -177,8 +178,8 @@ async fn a_call_whose_deadline_passes_in_the_authors_code_is_rolled_back() {
 
 #[tokio::test]
 async fn a_call_whose_code_panics_is_rolled_back() {
-    for place in places().await {
-        let shop = place.alone().await;
+    for server in servers().await {
+        let shop = server.alone().await;
         let fence = shop.fence.clone();
         let task = tokio::spawn(async move {
             let work = async |tx: &mut Tx<Db>| -> Result<(), TryError> {

@@ -13,7 +13,7 @@ use handfast_proto::reason;
 use sqlx::{Connection as _, Database as _};
 use tokio::task::JoinHandle;
 
-use super::{Db, GIVEN_UP, Place, READ_ONLY, places, shop::Shop, sql};
+use super::{Db, GIVEN_UP, READ_ONLY, Server, servers, shop::Shop, sql};
 use crate::{
     Answer, Branch, Participant, Phase, TryError, Tx,
     fence::{

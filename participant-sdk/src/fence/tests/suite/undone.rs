@@ -4,9 +4,9 @@ use super::*;
 
 #[tokio::test]
 async fn a_refusal_leaves_no_row_and_its_cancel_is_an_empty_rollback() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             let refuse = payload_that(2, "refuse");
             for _ in 0..2 {
                 let answer = shop.deliver(level, &branch(1, Phase::Try), &refuse).await;
@@ -27,9 +27,9 @@ async fn a_refusal_leaves_no_row_and_its_cancel_is_an_empty_rollback() {
 
 #[tokio::test]
 async fn an_error_undoes_everything_in_every_phase() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             let answer =
                 shop.deliver(level, &branch(1, Phase::Try), &payload_that(2, "fail")).await;
             assert!(
@@ -61,10 +61,10 @@ async fn an_error_undoes_everything_in_every_phase() {
 
 #[tokio::test]
 async fn work_whose_local_transaction_has_ended_is_not_called_done() {
-    for place in places().await {
+    for server in servers().await {
         for level in [Level::Run, Level::Action, Level::Batch] {
             // The test needs a file, not a database in memory: a connection whose transaction count is wrong must be closed.
-            let shop = place.open(1).await;
+            let shop = server.open(1).await;
             let end = payload_that(2, "end");
             let answer = shop.deliver(level, &branch(1, Phase::Try), &end).await;
             assert!(format!("{answer:?}").contains("ended before its work was done"), "{answer:?}");
@@ -85,7 +85,7 @@ async fn work_whose_local_transaction_has_ended_is_not_called_done() {
 
 #[tokio::test]
 async fn run_borrows_what_it_likes_and_fits_into_tasks_and_handlers() {
-    for place in places().await {
+    for server in servers().await {
         /// A handler trait as tonic generates it: its futures must be `Send`.
         #[tonic::async_trait]
         trait Handler {
@@ -107,7 +107,7 @@ async fn run_borrows_what_it_likes_and_fits_into_tasks_and_handlers() {
             }
         }
 
-        let shop = place.alone().await;
+        let shop = server.alone().await;
         let handler = shop.clone();
         let answer = tokio::spawn(async move { handler.deduct("2").await }).await.unwrap();
         assert_eq!(done(&answer), b"inventory.deduct");
@@ -117,8 +117,8 @@ async fn run_borrows_what_it_likes_and_fits_into_tasks_and_handlers() {
 
 #[tokio::test]
 async fn savepoints_are_the_authors_own() {
-    for place in places().await {
-        let shop = place.alone().await;
+    for server in servers().await {
+        let shop = server.alone().await;
         let take = "UPDATE shelf SET free = free - 1, held = held + 1";
         let answer = shop
             .fence
@@ -152,8 +152,8 @@ async fn savepoints_are_the_authors_own() {
 
 #[tokio::test]
 async fn work_that_leaves_a_savepoint_open_and_fails_is_undone() {
-    for place in places().await {
-        let shop = place.open(1).await;
+    for server in servers().await {
+        let shop = server.open(1).await;
         let work = async |tx: &mut Tx<Db>| {
             let take = "UPDATE shelf SET free = free - 1, held = held + 1";
             sqlx::query(take).execute(&mut **tx).await?;
@@ -170,14 +170,14 @@ async fn work_that_leaves_a_savepoint_open_and_fails_is_undone() {
 
 #[tokio::test]
 async fn an_error_cannot_say_done() {
-    for place in places().await {
+    for server in servers().await {
         struct AllIsWell;
         impl From<AllIsWell> for Answer {
             fn from(_: AllIsWell) -> Self {
                 Self::Done("fine".into())
             }
         }
-        let shop = place.alone().await;
+        let shop = server.alone().await;
         let work = async |_: &mut Tx<Db>| Err(AllIsWell);
         let answer = shop.fence.run(&branch(1, Phase::Try), b"", work).await;
         assert_eq!((word(&answer), shop.state(1).await), ("Unknown", None));
@@ -186,9 +186,9 @@ async fn an_error_cannot_say_done() {
 
 #[tokio::test]
 async fn what_is_too_long_is_not_kept() {
-    for place in places().await {
+    for server in servers().await {
         for level in LEVELS {
-            let shop = place.open(8).await;
+            let shop = server.open(8).await;
             let long = vec![b' '; 64 * 1024 + 1];
             let answer = shop.deliver(level, &branch(1, Phase::Try), &long).await;
             let expected = if let Level::Enter = level { "Unknown" } else { "payload.data" };
@@ -205,8 +205,8 @@ async fn what_is_too_long_is_not_kept() {
 #[tokio::test]
 async fn a_connection_that_cannot_write_is_not_used_again() {
     let Some(read_only) = READ_ONLY else { return };
-    for place in places().await {
-        let shop = place.open(1).await;
+    for server in servers().await {
+        let shop = server.open(1).await;
         for (phase, payload) in [(Phase::Try, payload(2)), (Phase::Confirm, Vec::new())] {
             sqlx::raw_sql(read_only).execute(&shop.pool).await.unwrap();
             let answer = shop.deliver(Level::Action, &branch(1, phase), &payload).await;

@@ -18,9 +18,9 @@ async fn aged(shop: &Shop, n: u64, calls: &[Phase], age: i64, expired: Option<i6
 
 #[tokio::test]
 async fn clean_up_deletes_what_is_old_and_keeps_what_somebody_may_ask_for() {
-    for place in places().await {
+    for server in servers().await {
         use Phase::{Cancel, Confirm, Try};
-        let shop = place.open(8).await;
+        let shop = server.open(8).await;
         let week = millis(RETENTION);
         let hour = millis(EXPIRY_MARGIN);
         aged(&shop, 1, &[Try, Confirm], week, Some(week)).await;
@@ -54,8 +54,8 @@ async fn overdue(shop: &Shop, branch: &Branch) -> usize {
 
 #[tokio::test]
 async fn a_branch_that_was_settled_by_hand_is_closed_without_running_its_code() {
-    for place in places().await {
-        let shop = place.open(8).await;
+    for server in servers().await {
+        let shop = server.open(8).await;
         let hour = millis(EXPIRY_MARGIN);
         for (n, phase, state) in [(1, Phase::Confirm, "confirmed"), (2, Phase::Cancel, "cancelled")]
         {
@@ -78,8 +78,8 @@ async fn a_branch_that_was_settled_by_hand_is_closed_without_running_its_code() 
 
 #[tokio::test]
 async fn clean_up_takes_many_rows_in_several_batches() {
-    for place in places().await {
-        let shop = place.open(8).await;
+    for server in servers().await {
+        let shop = server.open(8).await;
         aged(&shop, 1, &[Phase::Cancel], millis(RETENTION), None).await;
         let mut transaction = shop.pool.begin().await.unwrap();
         for n in 0..1200_u16 {
@@ -97,8 +97,8 @@ async fn clean_up_takes_many_rows_in_several_batches() {
 
 #[tokio::test]
 async fn clean_up_goes_on_in_the_background_until_its_guard_is_dropped() {
-    for place in places().await {
-        let shop = place.open(8).await;
+    for server in servers().await {
+        let shop = server.open(8).await;
         let fence = shop.fence.clone().retention(Duration::ZERO);
         let guard = fence.clean_up_every(Duration::from_millis(10));
         for n in 1..=2 {
@@ -115,8 +115,8 @@ async fn clean_up_goes_on_in_the_background_until_its_guard_is_dropped() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn many_processes_may_make_the_table_at_once() {
-    for place in places().await {
-        let shop = place.open(8).await;
+    for server in servers().await {
+        let shop = server.open(8).await;
         sqlx::raw_sql("DROP VIEW handfast_fence_readable; DROP TABLE handfast_fence")
             .execute(&shop.pool)
             .await
@@ -149,7 +149,7 @@ impl std::io::Write for Lines {
 
 #[tokio::test]
 async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
-    for place in places().await {
+    for server in servers().await {
         let lines = Lines::default();
         let writer = lines.clone();
         let subscriber = tracing_subscriber::fmt()
@@ -161,7 +161,7 @@ async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
         let _second = tracing::Dispatch::new(tracing_subscriber::registry());
         let _guard = tracing::subscriber::set_default(subscriber);
 
-        let shop = place.alone().await;
+        let shop = server.alone().await;
         let shop = Shop { fence: shop.fence.clone().log_labels(["order", "shop"]), ..shop };
         let secret = payload_that(2, "hunter2");
         let refuse = payload_that(2, "refuse");

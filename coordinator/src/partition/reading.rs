@@ -16,7 +16,7 @@ use tracing::warn;
 
 use super::{Ask, Entry, Error, PARK_AFTER, Partition, What, answer_now};
 use crate::{
-    store::{self, DuePage, Known, Lookup},
+    store::{self, DuePage, Known, Lookup, XidBytes},
     transaction::{Event, State, Timestamp},
 };
 
@@ -52,7 +52,7 @@ pub(super) struct Reading {
     /// When the next scan for due transactions starts. `None`: as soon as a transaction that will be due again leaves memory.
     scan_at: Option<Timestamp>,
     /// The end of the last page, where the next scan starts.
-    scan_after: Option<(Timestamp, Xid)>,
+    scan_after: Option<(Timestamp, XidBytes)>,
     /// Whether a page is being read, or the partition has ended.
     scan_blocked: bool,
     /// Transactions in memory that were read because they were due.

@@ -12,7 +12,7 @@ use handfast_proto::Xid;
 use super::{
     Appended, Batch, Damage, DuePage, Epoch, Error, Guard, Head, Known, ListFilter, Listed,
     Listing, Lookup, Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write,
-    judge, loss, xids_of,
+    XidBytes, judge, loss, xids_of,
 };
 use crate::transaction::{GlobalTransaction, State, StuckAfter, Timestamp};
 
@@ -235,7 +235,7 @@ impl Store for MemoryStore {
     async fn due(
         &self,
         until: Timestamp,
-        after: Option<(Timestamp, Xid)>,
+        after: Option<(Timestamp, XidBytes)>,
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error> {
@@ -250,13 +250,15 @@ impl Store for MemoryStore {
         let later = due.iter().map(|(due_at, ..)| *due_at).find(|due_at| *due_at > until);
         let mut page: Vec<_> = (due.into_iter())
             .filter(|(due_at, xid, _)| {
-                *due_at <= until && after.is_none_or(|after| (*due_at, *xid) > after)
+                let place = (*due_at, xid.to_bytes().to_vec());
+                *due_at <= until && after.as_ref().is_none_or(|after| place > *after)
             })
             .take(limit + 1)
             .collect();
         let more = page.len() > limit;
         page.truncate(limit);
-        let next = page.last().filter(|_| more).map(|(due_at, xid, _)| (*due_at, *xid));
+        let next =
+            page.last().filter(|_| more).map(|(due_at, xid, _)| (*due_at, xid.to_bytes().to_vec()));
         Ok(DuePage {
             transactions: page.into_iter().map(|(.., global)| global.clone()).collect(),
             next,
@@ -306,9 +308,9 @@ impl Store for MemoryStore {
         Ownership { partition, epoch, nonce, .. }: Ownership,
         finished_before: Timestamp,
         now: Timestamp,
-        after: Option<Xid>,
+        after: Option<XidBytes>,
         limit: usize,
-    ) -> Result<(u64, Option<Xid>), Error> {
+    ) -> Result<(u64, Option<XidBytes>), Error> {
         let mut tables = self.tables();
         let owner = tables.partitions.get(&partition);
         if owner.is_none_or(|owner| (owner.epoch, owner.nonce) != (epoch, nonce)) {
@@ -316,7 +318,7 @@ impl Store for MemoryStore {
         }
         let (first, last) = xids_of(partition);
         let seen: Vec<_> = (tables.transactions.range(first..=last))
-            .filter(|(xid, _)| after.is_none_or(|after| **xid > after))
+            .filter(|(xid, _)| after.as_deref().is_none_or(|after| &xid.to_bytes()[..] > after))
             .take(limit)
             .map(|(xid, global)| (*xid, global.begun_at, global.finished_at))
             .collect();
@@ -335,7 +337,8 @@ impl Store for MemoryStore {
         let more = |begun_at: &Timestamp| {
             seen.len() == limit && (*begun_at < finished_before || *begun_at > now)
         };
-        Ok((deleted, seen.last().filter(|(_, begun_at, _)| more(begun_at)).map(|(xid, ..)| *xid)))
+        let next = seen.last().filter(|(_, begun_at, _)| more(begun_at));
+        Ok((deleted, next.map(|(xid, ..)| xid.to_bytes().to_vec())))
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {

@@ -203,13 +203,16 @@ pub enum Lookup {
     },
 }
 
+/// The bytes of an xid as they are recorded. In a damaged store they may be no xid, and pages go on after them all the same.
+pub type XidBytes = Vec<u8>;
+
 /// One page of due transactions. Their owner may not have them in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DuePage {
     /// The transactions that are due by the given moment, in order of `(due_at, xid)`.
     pub transactions: Vec<GlobalTransaction>,
     /// Where the next page starts. `None`: this is the last page.
-    pub next: Option<(Timestamp, Xid)>,
+    pub next: Option<(Timestamp, XidBytes)>,
     /// When the next transaction becomes due. Set only on the last page.
     pub next_due_at: Option<Timestamp>,
 }
@@ -406,7 +409,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     async fn due(
         &self,
         until: Timestamp,
-        after: Option<(Timestamp, Xid)>,
+        after: Option<(Timestamp, XidBytes)>,
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error>;
@@ -428,9 +431,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         ownership: Ownership,
         finished_before: Timestamp,
         now: Timestamp,
-        after: Option<Xid>,
+        after: Option<XidBytes>,
         limit: usize,
-    ) -> Result<(u64, Option<Xid>), Error>;
+    ) -> Result<(u64, Option<XidBytes>), Error>;
 
     /// Completes when the store is not where it was: its file was deleted, moved or replaced. Says so in words. From then on no
     /// batch is [`Appended::Durable`].

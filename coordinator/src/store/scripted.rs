@@ -200,7 +200,7 @@ impl Store for ScriptedStore {
     async fn due(
         &self,
         until: Timestamp,
-        after: Option<(Timestamp, Xid)>,
+        after: Option<(Timestamp, XidBytes)>,
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error> {
@@ -223,9 +223,9 @@ impl Store for ScriptedStore {
         ownership: Ownership,
         finished_before: Timestamp,
         now: Timestamp,
-        after: Option<Xid>,
+        after: Option<XidBytes>,
         limit: usize,
-    ) -> Result<(u64, Option<Xid>), Error> {
+    ) -> Result<(u64, Option<XidBytes>), Error> {
         self.inner.purge(ownership, finished_before, now, after, limit).await
     }
 

@@ -31,7 +31,7 @@ use self::{home::Home, member::Session};
 
 use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Seat, Store,
-    Summary, Written,
+    Summary, Written, XidBytes,
     sql::{
         self, CALL_TIMEOUT, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read,
         write,
@@ -301,10 +301,11 @@ impl Store for MySqlStore {
     async fn due(
         &self,
         until: Timestamp,
-        after: Option<(Timestamp, Xid)>,
+        after: Option<(Timestamp, XidBytes)>,
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error> {
+        let after = after.as_ref();
         let due = async move |connection: &mut Connection| {
             read::due::<InMySql>(connection, until, after, limit, known).await
         };
@@ -335,9 +336,10 @@ impl Store for MySqlStore {
         ownership: Ownership,
         finished_before: Timestamp,
         now: Timestamp,
-        after: Option<Xid>,
+        after: Option<XidBytes>,
         limit: usize,
-    ) -> Result<(u64, Option<Xid>), Error> {
+    ) -> Result<(u64, Option<XidBytes>), Error> {
+        let after = after.as_deref();
         let partition = ownership.partition;
         let find = async |connection: &mut Connection| {
             read::finished::<InMySql>(connection, partition, finished_before, now, after, limit)

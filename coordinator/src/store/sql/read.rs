@@ -15,7 +15,7 @@ use super::{
 use crate::{
     store::{
         DuePage, Error, Known, ListFilter, Listed, Listing, Lookup, PARTITIONS, Show, Summary,
-        xids_of,
+        XidBytes, xids_of,
     },
     transaction::{GlobalTransaction, StuckAfter, Timestamp},
 };
@@ -125,7 +125,7 @@ pub(in crate::store) async fn find_keys<D: Dialect>(
 pub(in crate::store) async fn due<D: Dialect>(
     connection: &mut Connection<D>,
     until: Timestamp,
-    after: Option<(Timestamp, Xid)>,
+    after: Option<&(Timestamp, XidBytes)>,
     limit: usize,
     known: Known,
 ) -> Result<DuePage, Error> {
@@ -139,10 +139,10 @@ pub(in crate::store) async fn due<D: Dialect>(
     push_not_lost(&mut query, known);
     if let Some((due_at, xid)) = after {
         // This condition lets the database start at the right place in the index.
-        query.push(" AND g.due_at >= ").push_bind(due_at);
-        query.push(" AND (g.due_at > ").push_bind(due_at);
-        query.push(" OR g.due_at = ").push_bind(due_at);
-        query.push(" AND g.xid > ").push_bind(xid).push(")");
+        query.push(" AND g.due_at >= ").push_bind(*due_at);
+        query.push(" AND (g.due_at > ").push_bind(*due_at);
+        query.push(" OR g.due_at = ").push_bind(*due_at);
+        query.push(" AND g.xid > ").push_bind(xid.clone()).push(")");
     }
     query.push(" ORDER BY g.due_at, g.xid LIMIT ").push_bind(sql_limit(limit + 1));
     query.push(") AS g ON TRUE LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash");
@@ -151,10 +151,9 @@ pub(in crate::store) async fn due<D: Dialect>(
     let mut heads: Vec<Found<TransactionRow>> = sight.fetch::<D, _>(connection, query).await?;
     let more = heads.len() > limit;
     heads.truncate(limit);
-    let place = |head: &Found<_>| Some((Timestamp(head.due_at?), record::xid(&head.xid).ok()?));
-    let next = heads.iter().rev().find_map(place).filter(|_| more);
+    let next = heads.last().filter(|_| more).and_then(Found::place);
     let transactions = undamaged::<D>(connection, &mut sight, BRANCH, heads).await?;
-    let mut next_due_at: Option<(Vec<u8>, i64)> = None;
+    let mut next_due: Option<Found<()>> = None;
     if !more {
         let mut query = Query::new("SELECT g.xid, g.due_at");
         query.push(SEEN).push(
@@ -165,10 +164,11 @@ pub(in crate::store) async fn due<D: Dialect>(
         push_not_lost(&mut query, known);
         query.push(" ORDER BY g.due_at LIMIT 1) AS g ON TRUE");
         sight.push_partition(&mut query);
-        next_due_at = sight.fetch::<D, _>(connection, query).await?.pop();
+        next_due = sight.fetch::<D, _>(connection, query).await?.pop();
     }
     D::run(connection, END_READING).await?;
-    Ok(DuePage { transactions, next, next_due_at: next_due_at.map(|(_, at)| Timestamp(at)) })
+    let next_due_at = next_due.and_then(|found| found.place()).map(|(at, _)| at);
+    Ok(DuePage { transactions, next, next_due_at })
 }
 
 pub(in crate::store) async fn list<D: Dialect>(
@@ -318,25 +318,25 @@ pub(in crate::store) async fn finished<D: Dialect>(
     partition: u16,
     before: Timestamp,
     now: Timestamp,
-    after: Option<Xid>,
+    after: Option<&[u8]>,
     limit: usize,
-) -> Result<(Vec<Xid>, Option<Xid>), Error> {
+) -> Result<(Vec<Xid>, Option<XidBytes>), Error> {
     let (first, last) = xids_of(partition);
     let query = Query::new(
         "SELECT xid, begun_at, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
     );
-    let query = query.bind(after.unwrap_or(first)).bind(last).bind(sql_limit(limit));
+    let after = after.map_or_else(|| first.to_bytes().to_vec(), <[u8]>::to_vec);
+    let query = query.bind(after).bind(last).bind(sql_limit(limit));
     type Row = (Vec<u8>, i64, Option<i64>);
     let found: Vec<Found<Row>> = D::fetch(connection, query).await?;
     let (mut finished, mut next) = (Vec::new(), None);
     let full = found.len() == limit;
-    for Found { xid, row, .. } in found {
-        let Ok(xid) = record::xid(&xid) else { continue }; // no xid of ours
-        let Ok((_, begun_at, finished_at)) = row else {
-            next = full.then_some(xid); // it is damaged, and kept
+    for Found { xid: bytes, row, .. } in found {
+        let (Ok(xid), Ok((_, begun_at, finished_at))) = (record::xid(&bytes), row) else {
+            next = full.then_some(bytes); // it is damaged, and kept
             continue;
         };
-        next = (full && (begun_at < before.0 || begun_at > now.0)).then_some(xid);
+        next = (full && (begun_at < before.0 || begun_at > now.0)).then_some(bytes);
         if finished_at.is_some_and(|at| at < before.0) {
             finished.push(xid);
         }

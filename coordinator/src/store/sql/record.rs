@@ -11,7 +11,7 @@ use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
 use tracing::error;
 
 use crate::{
-    store::Error,
+    store::{Error, XidBytes},
     transaction::{
         AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
         GlobalTransaction, Key, Payload, Refusal, Resolution, State, Timestamp,
@@ -86,9 +86,16 @@ pub(in crate::store) struct BranchRow {
 /// A row that may hold values that its columns cannot have (SQLite takes any). It does not keep others from being read.
 #[derive(Debug)]
 pub(in crate::store) struct Found<T> {
-    pub(in crate::store) xid: Vec<u8>,
-    pub(in crate::store) due_at: Option<i64>,
+    pub(in crate::store) xid: XidBytes,
+    due_at: Option<i64>,
     pub(in crate::store) row: Result<T, String>,
+}
+
+impl<T> Found<T> {
+    /// Where a page that ends with this row goes on.
+    pub(in crate::store) fn place(&self) -> Option<(Timestamp, XidBytes)> {
+        Some((Timestamp(self.due_at?), self.xid.clone()))
+    }
 }
 
 impl<'r, R: Row, T: FromRow<'r, R>> FromRow<'r, R> for Found<T>
@@ -96,14 +103,26 @@ where
     &'static str: ColumnIndex<R>,
     Vec<u8>: Decode<'r, R::Database> + Type<R::Database>,
     i64: Decode<'r, R::Database> + Type<R::Database>,
+    f64: Decode<'r, R::Database> + Type<R::Database>,
 {
     fn from_row(row: &'r R) -> Result<Self, sqlx::Error> {
-        Ok(Self {
-            xid: row.try_get("xid").unwrap_or_default(),
-            due_at: row.try_get("due_at").unwrap_or_default(),
-            row: T::from_row(row).map_err(|error| error.to_string()),
-        })
+        let row_or_damage = T::from_row(row).map_err(|error| error.to_string());
+        let xid = row.try_get("xid").unwrap_or_default();
+        let (due_at, xid) =
+            match (row.try_get::<Option<i64>, _>("due_at"), row.try_get::<f64, _>("due_at")) {
+                (Ok(due_at), _) => (due_at, xid),
+                // All rows between this fraction and the next whole number are as damaged, and are passed over.
+                (Err(_), Ok(fraction)) => (Some(whole_above(fraction)), XidBytes::new()),
+                (Err(_), Err(_)) => (None, xid),
+            };
+        Ok(Self { xid, due_at, row: row_or_damage })
     }
+}
+
+/// The first whole number that is not below this one.
+#[allow(clippy::cast_possible_truncation, reason = "a number outside i64 becomes the nearest one")]
+fn whole_above(fraction: f64) -> i64 {
+    fraction.ceil() as i64
 }
 
 /// The column `refusal`, as JSON.

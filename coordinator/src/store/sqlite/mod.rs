@@ -36,7 +36,7 @@ use self::{
 };
 use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Store, Summary,
-    Written,
+    Written, XidBytes,
     sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read, write},
 };
 use crate::transaction::{StuckAfter, Timestamp};
@@ -271,10 +271,11 @@ impl Store for SqliteStore {
     async fn due(
         &self,
         until: Timestamp,
-        after: Option<(Timestamp, Xid)>,
+        after: Option<(Timestamp, XidBytes)>,
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error> {
+        let after = after.as_ref();
         let due = async move |connection: &mut Connection| {
             read::due::<InSqlite>(connection, until, after, limit, known).await
         };
@@ -305,9 +306,10 @@ impl Store for SqliteStore {
         ownership: Ownership,
         finished_before: Timestamp,
         now: Timestamp,
-        after: Option<Xid>,
+        after: Option<XidBytes>,
         limit: usize,
-    ) -> Result<(u64, Option<Xid>), Error> {
+    ) -> Result<(u64, Option<XidBytes>), Error> {
+        let after = after.as_deref();
         let partition = ownership.partition;
         let find = async |connection: &mut Connection| {
             read::finished::<InSqlite>(connection, partition, finished_before, now, after, limit)

@@ -131,6 +131,8 @@ async fn what_cannot_be_carried_out_is_left_alone_and_the_others_go_on() {
         "UPDATE global_transaction SET begun_at = 'noon' WHERE xid = THIS",
         "UPDATE global_transaction SET name = x'ff' WHERE xid = THIS",
         "UPDATE branch SET attempts = 'many' WHERE xid = THIS AND position = 1",
+        "UPDATE global_transaction SET due_at = 'noon' WHERE xid = THIS",
+        "UPDATE global_transaction SET due_at = 0.5 WHERE xid = THIS",
     ] {
         Read::after(Decision::Confirm, damage).await.left_out(damage);
     }
@@ -148,6 +150,20 @@ async fn a_row_whose_xid_is_none_does_not_stop_the_others() {
 }
 
 #[tokio::test]
+async fn a_page_of_damaged_rows_does_not_stop_the_others() {
+    for damaged in ["substr(xid, 1, length), due_at", "substr(xid, 1, length), due_at - 0.5"] {
+        let damage = format!(
+            "INSERT INTO global_transaction (xid, due_at, name, drive, state, labels, begun_at, expires_at) \
+             SELECT {damaged}, name, drive, state, labels, begun_at, expires_at FROM global_transaction, \
+             (SELECT 11 AS length UNION SELECT 12 UNION SELECT 13 UNION SELECT 14 UNION SELECT 15) WHERE xid = THIS"
+        );
+        let read = Read::after(Decision::Confirm, &damage).await;
+        assert_eq!((read.due.len(), read.listed.len()), (3, 3), "{damage}");
+        assert!(matches!(read.loaded, Ok(Lookup::Found(_))), "{damage}");
+    }
+}
+
+#[tokio::test]
 async fn a_damaged_record_does_not_stop_the_purge() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store.db");
@@ -162,6 +178,9 @@ async fn a_damaged_record_does_not_stop_the_purge() {
     for damage in [
         "UPDATE global_transaction SET finished_at = 'noon' WHERE xid = (SELECT max(xid) FROM global_transaction)",
         "UPDATE global_transaction SET xid = substr(xid, 1, 15) WHERE xid = (SELECT min(xid) FROM global_transaction)",
+        "INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, finished_at) \
+         SELECT substr(xid, 1, length), name, drive, state, labels, begun_at, expires_at, finished_at FROM global_transaction, \
+         (SELECT 12 AS length UNION SELECT 13 UNION SELECT 14) WHERE xid = (SELECT min(xid) FROM global_transaction)",
     ] {
         sqlx::raw_sql(damage).execute(&mut db).await.unwrap();
     }

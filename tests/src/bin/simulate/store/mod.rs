@@ -19,7 +19,7 @@ use futures_util::FutureExt as _;
 use handfast_coordinator::{
     store::{
         Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Seat,
-        Store, Summary, memory::MemoryStore,
+        Store, Summary, XidBytes, memory::MemoryStore,
     },
     transaction::{Decision, GlobalTransaction, StuckAfter, Timestamp},
 };
@@ -455,11 +455,11 @@ impl Store for Client {
     async fn due(
         &self,
         until: Timestamp,
-        after: Option<(Timestamp, Xid)>,
+        after: Option<(Timestamp, XidBytes)>,
         limit: usize,
         known: Known,
     ) -> Result<DuePage, Error> {
-        self.read(move |tables| at_once(tables.due(until, after, limit, known))).await
+        self.read(move |tables| at_once(tables.due(until, after.clone(), limit, known))).await
     }
 
     async fn list(&self, filter: &ListFilter, limit: usize) -> Result<Listing, Error> {
@@ -476,9 +476,9 @@ impl Store for Client {
         ownership: Ownership,
         finished_before: Timestamp,
         now: Timestamp,
-        after: Option<Xid>,
+        after: Option<XidBytes>,
         limit: usize,
-    ) -> Result<(u64, Option<Xid>), Error> {
+    ) -> Result<(u64, Option<XidBytes>), Error> {
         let purge = move |database: &Database| {
             at_once(database.tables().purge(ownership, finished_before, now, after, limit))
         };

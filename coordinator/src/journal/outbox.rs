@@ -179,6 +179,13 @@ impl Outbox {
         self.wake.notify_one();
     }
 
+    /// Asks for an empty batch. When the batch of this number is durable, the partition had no other owner at the time of this call.
+    pub fn prove(&self) -> u64 {
+        let number = self.waiting().position + 1;
+        self.doubt();
+        number
+    }
+
     pub(super) fn next_guard(&self) -> Guard {
         let mut waiting = self.waiting();
         waiting.position += 1;

@@ -140,5 +140,6 @@ impl Partition {
         for xid in leaving {
             self.leave_if_idle(xid);
         }
+        self.tell_proven();
     }
 }

@@ -5,6 +5,10 @@
 //! read began. Otherwise the partition may have changed the transaction after the row was read. So while a read is in flight,
 //! the partition notes every transaction that leaves memory, and drops the row of such a transaction. (A partition reads only
 //! after its takeover, so no row is older than the takeover.)
+//!
+//! A read does not prove that the partition is still ours: an old primary that is cut off answers reads, but takes no batch. After a
+//! loss, the xid of a newer owner looks like a lost one there. So [`Error::Lost`] is answered only when a batch is durable that was
+//! sent after the read.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque, btree_map},
@@ -37,8 +41,10 @@ const SCAN_PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Reading {
     /// Transactions that are being read, and the callers that wait for each.
     asks: BTreeMap<Xid, Vec<Ask>>,
-    /// How many callers wait.
+    /// How many callers wait, those of `unproven` included.
     waiting: usize,
+    /// Reads that found their transaction lost, in order of the batch that has to prove it.
+    unproven: VecDeque<Unproven>,
     /// Transactions in `asks` whose read has not begun.
     queue: VecDeque<Xid>,
     /// Transactions in `asks` whose read is in flight.
@@ -63,6 +69,15 @@ pub(super) struct Reading {
     left_due: Option<Timestamp>,
 }
 
+/// A transaction is lost, if this partition is still ours.
+#[derive(Debug)]
+struct Unproven {
+    /// The number of the batch that proves it.
+    batch: u64,
+    lost: Error,
+    asks: Vec<Ask>,
+}
+
 /// What a read of keys has found, for each of them.
 pub(super) type FoundKeys = Result<Vec<Result<Option<Xid>, store::Error>>, store::Error>;
 
@@ -79,6 +94,7 @@ impl Reading {
         Self {
             asks: BTreeMap::new(),
             waiting: 0,
+            unproven: VecDeque::new(),
             queue: VecDeque::new(),
             in_flight: BTreeSet::new(),
             under_way: BTreeMap::new(),
@@ -127,13 +143,15 @@ impl Reading {
 
     /// Forgets callers that have given up. Also forgets queued reads without a caller.
     pub(super) fn forget_gone(&mut self) {
-        let Self { asks, waiting, queue, in_flight, .. } = self;
-        asks.retain(|xid, asks| {
+        let Self { asks, waiting, unproven, queue, in_flight, .. } = self;
+        let mut forget = |asks: &mut Vec<Ask>| {
             let before = asks.len();
             asks.retain(|ask| !ask.reply.is_closed());
             *waiting -= before - asks.len();
-            !asks.is_empty() || in_flight.contains(xid)
-        });
+            asks.is_empty()
+        };
+        unproven.retain_mut(|unproven| !forget(&mut unproven.asks));
+        asks.retain(|xid, asks| !forget(asks) || in_flight.contains(xid));
         queue.retain(|xid| asks.contains_key(xid));
     }
 
@@ -155,7 +173,8 @@ impl Reading {
 
     pub(super) fn end(&mut self, why: &Error) {
         self.waiting = 0;
-        for ask in std::mem::take(&mut self.asks).into_values().flatten() {
+        let unproven = self.unproven.drain(..).flat_map(|unproven| unproven.asks);
+        for ask in std::mem::take(&mut self.asks).into_values().flatten().chain(unproven) {
             answer_now(ask.reply, Err(why.clone()));
         }
         self.queue.clear();
@@ -300,6 +319,9 @@ impl Partition {
                 }
                 Err(error) => Some(self.read_failed(&error)),
             };
+            if let Some(lost @ Error::Lost(_)) = missing {
+                return self.prove_lost(xid, lost);
+            }
             if let Some(missing) = missing {
                 for ask in self.reading.answered(xid) {
                     self.answer_missing(ask, missing.clone());
@@ -311,6 +333,26 @@ impl Partition {
             self.ask(ask);
         }
         self.leave_if_idle(xid);
+    }
+
+    /// Answers that the transaction is lost once a batch has proved that nobody has replaced this owner.
+    fn prove_lost(&mut self, xid: Xid, lost: Error) {
+        let batch = self.outbox.prove();
+        let asks = self.reading.asks.remove(&xid).unwrap_or_default();
+        self.reading.unproven.push_back(Unproven { batch, lost, asks });
+    }
+
+    /// Sends the answers that the latest durable batch proves.
+    pub(super) fn tell_proven(&mut self) {
+        let position = self.position;
+        while let Some(Unproven { lost, asks, .. }) =
+            self.reading.unproven.pop_front_if(|unproven| unproven.batch <= position)
+        {
+            self.reading.waiting -= asks.len();
+            for ask in asks {
+                self.answer_missing(ask, lost.clone());
+            }
+        }
     }
 
     /// A transaction leaves memory if its next attempt is further away than this. When others need the memory, every transaction

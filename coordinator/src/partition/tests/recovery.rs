@@ -129,6 +129,72 @@ async fn after_a_loss_an_xid_of_a_later_owner_is_not_lost() {
     assert!(matches!(answer, Error::Fenced | Error::NotHere(_) | Error::StoreSilent), "{answer:?}");
 }
 
+/// An old primary that is cut off from the others answers reads, and takes no batch.
+#[tokio::test]
+async fn an_owner_that_is_cut_off_does_not_call_the_xid_of_a_newer_owner_lost() {
+    let first = Rig::new().await;
+    lose(&first, 20).await;
+    let cut_off = first.restart().await;
+    let_tasks_run().await; // it has looked for what is due
+    let old_primary = first.store.inner.copy();
+    let newer = cut_off.restart().await;
+    let xid = newer.begun().await;
+    first.store.read_from(Some(old_primary));
+    first.store.hold();
+    let mut answer = cut_off.ask(xid, What::Get, Until::Now);
+    answer.none_yet().await;
+    first.store.release();
+    let answer = answer.answer().await.unwrap_err();
+    assert!(matches!(answer, Error::Fenced), "{answer:?}");
+}
+
+/// A batch that was sent before the read proves nothing: it may have landed before the owner was cut off.
+#[tokio::test]
+async fn lost_is_told_after_a_batch_that_was_sent_after_the_read() {
+    let first = Rig::new().await;
+    lose(&first, 20).await;
+    let rig = first.restart().await;
+    let known = rig.begun().await;
+    rig.store.hold();
+    let mut decided = rig.confirm(known); // its batch is under way
+    decided.none_yet().await;
+    let lost = Xid { sequence: 1000, ..known };
+    let lost = Xid { epoch: first.ownership.epoch, nonce: first.ownership.nonce, ..lost };
+    let before = rig.store.batches().len();
+    let mut asked: Vec<_> = (0..2).map(|_| rig.ask(lost, What::Get, Until::Now)).collect();
+    asked[0].none_yet().await;
+    assert_eq!(rig.store.batches().len(), before);
+    rig.store.release();
+    for asked in asked {
+        let answer = asked.answer().await.unwrap_err();
+        assert!(matches!(answer, Error::Lost(xid) if xid == lost), "{answer:?}");
+        assert!(rig.store.batches().len() > before);
+    }
+    decided.answer().await.unwrap();
+}
+
+/// While no batch lands, callers wait; no more of them than for anything else.
+#[tokio::test]
+async fn callers_that_wait_for_such_a_batch_are_limited() {
+    let first = Rig::new().await;
+    lose(&first, 20).await;
+    let rig = first.restart().await;
+    let Ownership { partition, epoch, nonce, .. } = first.ownership;
+    let lost = |n: usize| Xid { partition, epoch, sequence: n as u64 + 1, nonce };
+    rig.store.hold();
+    let ask = |n: usize| rig.ask(lost(n), What::Get, Until::Now);
+    let waiting = rig.fill(ask).await;
+    let refused = ask(WAITING_MAX).answer().await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyCalls), "{refused:?}");
+    drop(waiting);
+    rig.clock.advance(Duration::from_secs(1));
+    let mut asked = ask(WAITING_MAX);
+    asked.none_yet().await;
+    rig.store.release();
+    let answer = asked.answer().await.unwrap_err();
+    assert!(matches!(answer, Error::Lost(_)), "{answer:?}");
+}
+
 /// A standby has taken over and read an undecided transaction. Only then the replaced owner finds that its last batches, with
 /// the decision, are lost.
 #[tokio::test]

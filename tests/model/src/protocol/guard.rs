@@ -118,6 +118,9 @@ pub enum Guard {
     /// Whoever records a loss also ends the present ownership. Its owner took over before the loss was known, and would decide what it
     /// has read.
     LossEndsOwnership,
+    /// An owner says "lost" only after a batch that it sent after the read is durable. So nobody has replaced it, and the xid is of no
+    /// newer owner.
+    LostToldAfterBatch,
     /// After a loss a row that says "trying" may have had a decision. No owner decides it again; a person must look.
     LostIsNotDecided,
 
@@ -240,6 +243,7 @@ impl Guard {
             | Self::PurgeIsRemembered
             | Self::LossIsRecorded
             | Self::LossEndsOwnership
+            | Self::LostToldAfterBatch
             | Self::LostIsNotDecided => 14,
             Self::UndecidedIsNoPromise => 15,
             Self::CleanBeforeLeaving | Self::StaleRowDropped => 16,

@@ -73,6 +73,9 @@ pub struct Scope {
     pub silent_participant: bool,
     /// Operators resolve branches.
     pub operators: bool,
+    /// The store has lost batches before the story begins, and its owners know it: an epoch with a larger number than theirs may be a lost
+    /// one.
+    pub lost_before: bool,
 }
 
 /// The protocol, without some of its guards.

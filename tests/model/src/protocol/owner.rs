@@ -201,6 +201,7 @@ impl Protocol {
     /// The row that was read reaches the partition's task.
     pub(super) fn take_row(&self, state: &mut State, who: usize, which: usize) -> Option<()> {
         let xid_epoch = state.xid_epoch;
+        let is_replaced = !state.is_live_owner(&state.coordinators[who]);
         let process = &mut state.coordinators[who];
         when(process.owns())?;
         let read = process.reads[which].take()?;
@@ -222,6 +223,10 @@ impl Protocol {
             let forgotten = read.purged && self.keeps(Guard::PurgeIsRemembered);
             let newer = xid_epoch > process.epoch && self.keeps(Guard::NewerEpochsAreNotOurs);
             let stranger = !read.knows_epoch && self.keeps(Guard::OtherHistoriesAreNotOurs);
+            if self.scope.lost_before && newer {
+                // A batch of an owner that was replaced never lands.
+                state.told.lost |= !(is_replaced && self.keeps(Guard::LostToldAfterBatch));
+            }
             if !forgotten && !newer && !stranger && !lost {
                 state.told.cancel = true; // "never recorded": the caller may take it for cancelled
                 if state.at_decision {

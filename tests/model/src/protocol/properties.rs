@@ -169,6 +169,16 @@ impl Protocol {
                 },
             ));
         }
+        if self.scope.lost_before {
+            properties.push(Property::always(
+                "I4 what is recorded is not told as lost",
+                |_, state: &State| {
+                    let of_present_history =
+                        state.store.nonces[usize::from(state.xid_epoch)] == state.xid_nonce;
+                    !(state.told.lost && of_present_history)
+                },
+            ));
+        }
         if self.scope.losses {
             properties.push(Property::sometimes(
                 "a confirmed transaction is lost, and reported as lost",

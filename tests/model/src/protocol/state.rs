@@ -283,6 +283,8 @@ pub(super) struct Messages {
 pub(super) struct Told {
     pub(super) confirm: bool,
     pub(super) cancel: bool,
+    /// That the store has lost the transaction.
+    pub(super) lost: bool,
 }
 
 impl Told {

@@ -25,6 +25,7 @@ const ALONE: Scope = Scope {
     recording: Recording::AtBegin,
     silent_participant: false,
     operators: false,
+    lost_before: false,
 };
 /// A standby takes over from an owner that lives on as a zombie.
 const ZOMBIE: Scope = Scope { standby: true, crashes: 0, takeovers: 1, faults: 0, ..ALONE };
@@ -44,6 +45,9 @@ const LOSSY: Scope = Scope { crashes: 0, faults: 0, failovers: 1, losses: true, 
 const NOTICED_LATE: Scope = Scope { standby: true, takeovers: 1, late_notice: true, ..LOSSY };
 /// Operators resolve branches, and the store forgets.
 const RESOLVING: Scope = Scope { crashes: 0, faults: 0, operators: true, ..FORGETFUL };
+
+/// An owner that was replaced is cut off with a server that still answers reads. It knows of an earlier loss.
+const CUT_OFF: Scope = Scope { lost_before: true, ..old_reads(ZOMBIE) };
 
 /// All variants.
 #[must_use]
@@ -84,6 +88,7 @@ fn clean() -> Vec<Variant> {
             Scope { faults: 0, ..old_reads(FORGETFUL) },
         ),
         small("a replica lags, a takeover from a living owner", old_reads(ZOMBIE)),
+        small("a replaced owner knows of an earlier loss, and is cut off", CUT_OFF),
         small("a failover loses a takeover, 1 crash", TWO_HISTORIES),
         small("a failover loses a takeover, 1 crash, a replica lags", old_reads(TWO_HISTORIES)),
         small("a failover loses batches, 1 crash", Scope { crashes: 1, ..LOSSY }),
@@ -271,6 +276,7 @@ fn broken() -> Vec<Variant> {
         without(G::OtherHistoriesAreNotOurs, "I4", old_reads(TWO_HISTORIES)),
         without(G::LossIsRecorded, "I4", LOSSY),
         without(G::LostIsNotDecided, "I4", LOSSY),
+        without(G::LostToldAfterBatch, "I4", CUT_OFF),
         without(G::LossEndsOwnership, "I4", NOTICED_LATE),
         without(G::SightEpoch, "I4", LAGGING),
         without(G::SightNonce, "I4", TWO_HISTORIES),

@@ -14,7 +14,7 @@ use handfast_proto::{
     address::InvalidAddress,
     calls::ToCoordinator,
     connection::{self, DEADLINE_MARGIN},
-    stream::Line,
+    stream::{FIRST_OPEN_WITHIN, Line},
     time::{Pauses, wire_duration},
     v1::{self as pb, call_stream_request::Call, call_stream_response::Answer},
 };
@@ -34,6 +34,8 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for the first attempt if there are several coordinators. It doubles when as many attempts as there are addresses had no
 /// answer in time.
 const FIRST_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
+// Where streams are blocked, there must be time left for the call by itself. Otherwise each coordinator is left before it can answer.
+const _: () = assert!(FIRST_OPEN_WITHIN.as_millis() * 2 <= FIRST_ATTEMPT_TIMEOUT.as_millis());
 /// A connection is kept at least this long, so that many calls that fail together leave it only once.
 const LEAVE_AFTER: Duration = Duration::from_millis(100);
 

@@ -43,8 +43,10 @@ pub const CALLS_MAX: usize = 1024;
 pub const AGE: Duration = Duration::from_secs(5);
 /// Bytes that a stream adds to a call: its number and its timeout.
 const NUMBER_BYTES_MAX: usize = 64;
-/// How long the peer may take to accept a stream.
+/// How long the peer may take to accept a stream, if it has answered on an earlier one.
 const OPEN_WITHIN: Duration = Duration::from_secs(2);
+/// The same for the first stream. A proxy may block streams, and the call by itself must be answered before the caller gives up.
+pub const FIRST_OPEN_WITHIN: Duration = Duration::from_millis(500);
 /// How long calls are unary after the peer has said that it does not support streams.
 const UNARY_FOR: Duration = Duration::from_secs(60);
 /// How long calls are unary after opening a stream got no answer. A proxy in between may block streams.
@@ -92,6 +94,7 @@ pub struct Line<S: Streamed> {
     slot: Arc<Mutex<Slot<S>>>,
     /// Each unanswered call on a stream holds a permit. Old streams count too, because they share the connection.
     unanswered: Arc<Semaphore>,
+    streams_work: Arc<AtomicBool>, // the peer has answered on a stream
 }
 
 /// How the next call is made.
@@ -137,8 +140,11 @@ enum CallEnd<S: Streamed> {
 /// Why a stream gives no further answers.
 #[derive(Debug, Clone)]
 enum NoAnswer {
-    /// The peer does not support streams: make the call unary.
-    MakeUnary,
+    /// The peer does not support streams, or has not accepted this one: make the call unary.
+    MakeUnary {
+        /// The peer may have taken the call from the stream all the same.
+        may_have_arrived: bool,
+    },
     Broken(Status),
 }
 
@@ -157,7 +163,7 @@ impl<S: Streamed> Line<S> {
 
     fn over(channel: Channel, slot: Slot<S>) -> Self {
         let (slot, unanswered) = (Arc::new(Mutex::new(slot)), Arc::new(Semaphore::new(CALLS_MAX)));
-        Self { channel, slot, unanswered }
+        Self { channel, slot, unanswered, streams_work: Arc::default() }
     }
 
     /// A line with the same settings over another channel.
@@ -202,10 +208,17 @@ impl<S: Streamed> Line<S> {
         let spare = (!open.accepted.load(Ordering::Relaxed)).then(|| call.clone());
         match (open.call(call, timeout, unanswered).await, spare) {
             (CallEnd::Answered(answer), _) => answer,
-            (CallEnd::Unanswered(NoAnswer::MakeUnary), Some(call)) => {
-                self.unary(call, timeout).await
+            (CallEnd::Unanswered(NoAnswer::MakeUnary { may_have_arrived }), Some(call)) => {
+                let answer = self.unary(call, timeout).await;
+                answer.map_err(|status| {
+                    let says_that_nothing_is_done = status.code() == Code::ResourceExhausted
+                        || connection::is_not_connected(&status);
+                    // The first attempt may be carried out, whatever the second one met.
+                    let is_open = may_have_arrived && says_that_nothing_is_done;
+                    if is_open { broken(status.message()) } else { status }
+                })
             }
-            (CallEnd::Unanswered(NoAnswer::MakeUnary), None) => {
+            (CallEnd::Unanswered(NoAnswer::MakeUnary { .. }), None) => {
                 Err(broken("a stream that was accepted was not"))
             }
             (CallEnd::Unanswered(NoAnswer::Broken(status)), _) => Err(status),
@@ -241,6 +254,7 @@ impl<S: Streamed> Line<S> {
             slot: self.slot.clone(),
             pending: pending.clone(),
             accepted: accepted.clone(),
+            streams_work: self.streams_work.clone(),
         };
         tokio::spawn(driver.run(self.channel.clone(), receiver));
         let open = Arc::new(Open { requests, pending, next: AtomicU64::new(0), accepted });
@@ -279,12 +293,15 @@ struct Driver<S: Streamed> {
     slot: Arc<Mutex<Slot<S>>>,
     pending: Arc<Mutex<Pending<S>>>,
     accepted: Arc<AtomicBool>,
+    streams_work: Arc<AtomicBool>,
 }
 
 impl<S: Streamed> Driver<S> {
     async fn run(self, channel: Channel, mut requests: mpsc::Receiver<S::Request>) {
         let opening = S::open(channel, poll_fn(move |cx| requests.poll_recv(cx)));
-        let why = match tokio::time::timeout(OPEN_WITHIN, opening).await {
+        let streams_work = self.streams_work.load(Ordering::Relaxed);
+        let within = if streams_work { OPEN_WITHIN } else { FIRST_OPEN_WITHIN };
+        let why = match tokio::time::timeout(within, opening).await {
             Ok(Ok(responses)) => {
                 self.accepted.store(true, Ordering::Relaxed);
                 let (answers, why) = self.take_answers(responses).await;
@@ -309,12 +326,13 @@ impl<S: Streamed> Driver<S> {
                 } else {
                     Slot::Unary(Instant::now() + UNARY_FOR)
                 });
-                NoAnswer::MakeUnary
+                // A proxy that makes such a status may have sent the stream on.
+                NoAnswer::MakeUnary { may_have_arrived: is_for_now }
             }
             Ok(Err(status)) => NoAnswer::Broken(broken(status)),
             Err(_) => {
                 self.set_slot(Slot::Unary(Instant::now() + UNARY_AFTER_SILENCE));
-                NoAnswer::MakeUnary
+                NoAnswer::MakeUnary { may_have_arrived: true }
             }
         };
         let mut pending = lock(&self.pending);
@@ -346,6 +364,7 @@ impl<S: Streamed> Driver<S> {
                 response = responses.message() => match response {
                     Ok(Some(response)) => {
                         answers += 1;
+                        self.streams_work.store(true, Ordering::Relaxed);
                         let (number, answer) = S::answer(response);
                         let caller = lock(&self.pending).callers.remove(&number);
                         if let Some(caller) = caller {
@@ -465,6 +484,7 @@ impl<S: Streamed> Clone for Line<S> {
             channel: self.channel.clone(),
             slot: self.slot.clone(),
             unanswered: self.unanswered.clone(),
+            streams_work: self.streams_work.clone(),
         }
     }
 }

@@ -28,7 +28,7 @@ use crate::{
     error::{Failed, TryError},
     fence::{
         EXPIRY_MARGIN, OverduePage, RETENTION, Verdict,
-        db::{Key, KeyRow, Record},
+        db::{Key, OverdueKey, Record},
         log,
         look::{self, Look},
         millis,
@@ -360,7 +360,7 @@ impl<A: MemoryAction> Served for InMemory<A> {
         ContentTypes::of::<Args<A>, Reply<A>>()
     }
 
-    fn overdue<'a>(&'a self, _: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
+    fn overdue<'a>(&'a self, _: &'a OverdueKey) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
         let branches = self.fence.overdue(<A::Contract as Contract>::NAME);
         Box::pin(async { Ok(OverduePage { branches, next: None }) })
     }

@@ -1,6 +1,12 @@
 //! Several coordinators: a coordinator that is silent or on standby does not delay the call.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use handfast_proto::v1::coordinator_service_server::CoordinatorServiceServer;
 use tokio::net::TcpListener;
@@ -22,6 +28,21 @@ async fn serve(notes: Notes) -> String {
         .serve_with_incoming(TcpIncoming::from(listener));
     tokio::spawn(server);
     url
+}
+
+/// A proxy that swallows streams stands before each of them. Calls by themselves pass.
+#[tokio::test]
+async fn coordinators_whose_streams_are_blocked_are_not_taken_for_silent() {
+    let opened = Arc::<AtomicUsize>::default();
+    let blocked = || Notes::with_silent_streams(opened.clone());
+    let urls = [serve(blocked()).await, serve(blocked()).await];
+    let handfast = Handfast::connect(&urls.join(",")).unwrap();
+    let began = Instant::now();
+    for _ in 0..3 {
+        drop(handfast.transaction("order").begin().await.unwrap());
+    }
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(opened.load(Ordering::Relaxed) <= 2, "{opened:?} streams were opened");
 }
 
 #[tokio::test]

@@ -41,6 +41,8 @@ struct Odd {
     broken: Arc<AtomicUsize>,
     /// Ends the open stream.
     end_stream: Arc<Notify>,
+    /// Streams are never accepted.
+    silent: bool,
 }
 
 impl Odd {
@@ -49,7 +51,12 @@ impl Odd {
     }
 
     fn sound() -> Self {
-        Self { no_streams: Arc::default(), broken: Arc::default(), end_stream: Arc::default() }
+        Self {
+            no_streams: Arc::default(),
+            broken: Arc::default(),
+            end_stream: Arc::default(),
+            silent: false,
+        }
     }
 }
 
@@ -67,6 +74,7 @@ impl ParticipantService for Odd {
                 Ok(Response::new(pb::TryBranchResponse { reply: None }))
             }
             "panic" => panic!("the action says so"),
+            "full" => Err(Status::resource_exhausted("too many calls")),
             "refuse" => Err(Status::failed_precondition("no")),
             "long" | "odd" => {
                 let long = action == "long";
@@ -110,6 +118,9 @@ impl ParticipantService for Odd {
         &self,
         request: Request<Streaming<pb::BranchStreamRequest>>,
     ) -> Result<Response<BranchAnswers>, Status> {
+        if self.silent {
+            std::future::pending::<()>().await;
+        }
         let no_streams = *self.no_streams.lock().unwrap();
         if let Some(code) = no_streams {
             return Err(Status::new(code, "no streams here"));
@@ -252,6 +263,23 @@ async fn a_participant_without_streams_gets_unary_calls() {
         one.unwrap();
         assert_eq!(other.unwrap_err().message(), "no", "the call's own answer");
         assert_eq!(format!("{line:?}"), "Line(unary)");
+    }
+}
+
+/// A peer that has not accepted the stream may have taken the call from it. "Too many calls" is then the answer to a repeat only.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_may_have_arrived_is_not_told_that_nothing_was_done() {
+    for (odd, may_have_arrived) in [
+        (Odd { silent: true, ..Odd::sound() }, true),
+        (Odd::without_streams(Some(Code::Unavailable)), true),
+        (Odd::without_streams(Some(Code::Unimplemented)), false),
+    ] {
+        let network = Network::default();
+        let _serving = serve(&network, odd);
+        let line = Line::new(network.connect("odd"));
+        let status = try_it(&line, "full").await.unwrap_err();
+        assert_eq!(is_broken(&status), may_have_arrived, "{status:?}");
+        assert!(status.message().contains("too many calls"), "{status:?}");
     }
 }
 

@@ -1,7 +1,10 @@
 //! Checks what the SDK sends, with a fake coordinator that records every request.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,12 +28,19 @@ pub(super) struct Notes {
     calls: Arc<Mutex<Vec<String>>>,
     /// How many calls are still to be refused as unavailable, before they are recorded.
     unavailable: Arc<Mutex<usize>>,
+    /// Streams are never accepted. How many were opened. `None`: they are refused.
+    silent_streams: Option<Arc<AtomicUsize>>,
 }
 
 impl Notes {
     /// A coordinator that refuses every call, like a standby.
     pub(super) fn standby() -> Self {
         Self { unavailable: Arc::new(Mutex::new(usize::MAX)), ..Self::default() }
+    }
+
+    /// A coordinator behind a proxy that swallows streams. Counts them.
+    pub(super) fn with_silent_streams(opened: Arc<AtomicUsize>) -> Self {
+        Self { silent_streams: Some(opened), ..Self::default() }
     }
 
     fn note(&self, call: String) -> Result<pb::Transaction, Status> {
@@ -83,7 +93,7 @@ impl CoordinatorService for Notes {
         &self,
         _: Request<pb::ExecuteRequest>,
     ) -> Result<Response<pb::ExecuteResponse>, Status> {
-        Err(Status::unimplemented("not here"))
+        Err(Status::resource_exhausted("too many calls"))
     }
 
     async fn get_transaction(
@@ -106,6 +116,10 @@ impl CoordinatorService for Notes {
         &self,
         _: Request<Streaming<pb::CallStreamRequest>>,
     ) -> Result<Response<Self::CallStreamStream>, Status> {
+        if let Some(opened) = &self.silent_streams {
+            opened.fetch_add(1, Ordering::Relaxed);
+            std::future::pending::<()>().await;
+        }
         Err(Status::unimplemented("calls come one by one"))
     }
 }
@@ -127,6 +141,28 @@ async fn rig() -> (Notes, Handfast, Remote) {
 impl Notes {
     fn calls(&self) -> Vec<String> {
         self.calls.lock().unwrap().clone()
+    }
+}
+
+/// The first attempt goes over a stream and may be carried out. That the coordinator has no room for a repeat proves nothing.
+#[tokio::test(start_paused = true)]
+async fn an_execute_that_may_have_arrived_is_not_told_as_not_begun() {
+    for (silent_streams, may_run) in [(Some(Arc::default()), true), (None, false)] {
+        let network = Network::default();
+        let notes = Notes { silent_streams, ..Notes::default() };
+        let incoming = network.host("coordinator");
+        let service = CoordinatorServiceServer::new(notes);
+        tokio::spawn(
+            tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming),
+        );
+        let channel = || network.connect("coordinator");
+        let handfast = Handfast::from_channels(channel(), channel());
+        let remote = Remote::with_channel("inventory", "http://127.0.0.1:7001", channel());
+        let told = handfast.execute("order").call::<Deduct>(&remote, &Json(1)).run().await;
+        let told = told.unwrap_err();
+        let is_unknown = matches!(told, TransactionError::Unknown { .. });
+        let is_not_begun = matches!(told, TransactionError::NotBegun { .. });
+        assert_eq!((is_unknown, is_not_begun), (may_run, !may_run), "{told:?}");
     }
 }
 

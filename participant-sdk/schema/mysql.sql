@@ -18,6 +18,7 @@ CREATE TABLE IF NOT EXISTS handfast_fence (
     seen       BIGINT       NOT NULL COMMENT 'calls that came for this branch, the first one included. 1: nobody has repeated it or gone on',
     PRIMARY KEY (xid, branch_id),
     KEY handfast_fence_clean_up (changed_at),
+    KEY handfast_fence_tried (state, expires_at),
     CONSTRAINT handfast_fence_state CHECK (state IN (1, 2, 3, 4))
 ) ENGINE = InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin
   COMMENT = 'Handfast: what this service did for each branch. All times: UTC milliseconds since 1970, this server''s clock';

@@ -35,6 +35,9 @@ COMMENT ON COLUMN handfast_fence.seen IS 'calls that came for this branch, the f
 -- For the clean-up, which deletes what is final and old.
 CREATE INDEX IF NOT EXISTS handfast_fence_clean_up ON handfast_fence (changed_at) WHERE state <> 1;
 
+-- For the inquiry, which asks about what is tried and overdue. It holds only what is tried, so it stays small.
+CREATE INDEX IF NOT EXISTS handfast_fence_tried ON handfast_fence (expires_at, xid, branch_id) WHERE state = 1;
+
 CREATE OR REPLACE VIEW handfast_fence_readable AS
 SELECT
     concat_ws('-',

@@ -22,6 +22,9 @@ CREATE TABLE IF NOT EXISTS handfast_fence (
 -- For the clean-up, which deletes what is final and old.
 CREATE INDEX IF NOT EXISTS handfast_fence_clean_up ON handfast_fence (changed_at) WHERE state <> 1;
 
+-- For the inquiry, which asks about what is tried and overdue. It holds only what is tried, so it stays small.
+CREATE INDEX IF NOT EXISTS handfast_fence_tried ON handfast_fence (expires_at, xid, branch_id) WHERE state = 1;
+
 -- It uses nothing that SQLite 3.37 does not have: people read it with the SQLite that they find.
 DROP VIEW IF EXISTS handfast_fence_readable;
 CREATE VIEW handfast_fence_readable AS

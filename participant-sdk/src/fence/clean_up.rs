@@ -15,7 +15,7 @@ use tokio::{task::JoinHandle, time};
 
 use super::{
     Fence,
-    db::{FenceDb, Key, KeyRow, Old, Overdue},
+    db::{FenceDb, Key, Old, Overdue, OverdueKey},
     millis,
     tx::Tx,
 };
@@ -70,22 +70,30 @@ impl<DB: FenceDb> Fence<DB> {
         }
     }
 
-    /// The next branches of this action, after `after`, that are still tried although phase one ended [`EXPIRY_MARGIN`] ago.
-    pub(crate) async fn overdue(&self, action: &str, after: &KeyRow) -> Result<OverduePage, Error> {
+    /// The branches of this action among the next ones, after `after`, that are still tried although phase one ended [`EXPIRY_MARGIN`]
+    /// ago.
+    pub(crate) async fn overdue(
+        &self,
+        action: &str,
+        after: &OverdueKey,
+    ) -> Result<OverduePage, Error> {
         in_time(self.read_overdue(action, after)).await
     }
 
-    async fn read_overdue(&self, action: &str, after: &KeyRow) -> Result<OverduePage, Error> {
+    async fn read_overdue(&self, action: &str, after: &OverdueKey) -> Result<OverduePage, Error> {
         let margin_millis = millis(EXPIRY_MARGIN);
-        let overdue = Overdue { action, margin_millis, after, limit: i64::from(BATCH) };
-        let mut tx = Tx::begin(&self.pool).await?;
+        let overdue = Overdue { margin_millis, after, limit: i64::from(BATCH) };
+        let mut tx = Tx::begin_reading(&self.pool).await?;
         let rows = DB::overdue(&mut tx, &overdue).await;
         drop(tx.rollback().await); // nothing was changed
         let mut rows = rows?;
+        // The action is not a condition of the query. Otherwise one page could read the rows of all other actions.
+        let of_action = rows.iter().filter(|(.., of)| of == action);
         let branches =
-            rows.iter().filter_map(|(xid, branch_id)| Key::read(xid, branch_id)).collect();
+            of_action.filter_map(|(_, xid, branch_id, _)| Key::read(xid, branch_id)).collect();
         let is_last = rows.len() < BATCH as usize;
-        Ok(OverduePage { branches, next: rows.pop().filter(|_| !is_last) })
+        let last = rows.pop().map(|(expires_at, xid, branch_id, _)| (expires_at, xid, branch_id));
+        Ok(OverduePage { branches, next: last.filter(|_| !is_last) })
     }
 
     /// Whether both fences share one table, because one is a clone of the other.
@@ -115,8 +123,8 @@ async fn in_time<T>(batch: impl Future<Output = Result<T, Error>>) -> Result<T, 
 /// Some overdue branches.
 pub(crate) struct OverduePage {
     pub(crate) branches: Vec<(Xid, BranchId)>,
-    /// The key after which the next page begins. `None`: there are no more.
-    pub(crate) next: Option<KeyRow>,
+    /// The place after which the next page begins. `None`: there are no more.
+    pub(crate) next: Option<OverdueKey>,
 }
 
 pub(crate) fn log_clean_up(deleted: &Result<u64, Error>) {

@@ -35,12 +35,17 @@ pub trait FenceDb: Statements {}
 pub trait Statements: Database {
     /// Begins a local transaction that waits for locks no longer than [`LOCK_WAIT`].
     const BEGIN: &'static str;
+    /// Begins a local transaction that only reads, and keeps no writer away.
+    const BEGIN_READING: &'static str = Self::BEGIN;
     /// Creates the table, the index and the view, unless they exist.
     const SCHEMA: &'static str;
     /// The file that [`Statements::SCHEMA`] comes from.
     const SCHEMA_FILE: &'static str;
     /// The table's columns: the name, and the type as [`Statements::columns`] reports it. The first two are the primary key.
     const COLUMNS: [(&'static str, &'static str); 11];
+
+    /// The statement that adds the index over what is tried to a table of an earlier version.
+    const ADD_TRIED_INDEX: &'static str;
 
     /// How many batches of one action and phase run concurrently.
     const BATCHES_AT_A_TIME: usize;
@@ -122,12 +127,12 @@ pub trait Statements: Database {
         old: &Old,
     ) -> impl Future<Output = Result<u64, Error>> + Send;
 
-    /// Some rows of an action that are still tried although phase one ended at least `margin` ago: xid and branch id, in this
-    /// order.
+    /// The next rows that are still tried although phase one ended at least `margin` ago, in order of their [`OverdueKey`]. Finds them
+    /// by an index, so it reads no other rows.
     fn overdue(
         connection: &mut Self::Connection,
         overdue: &Overdue<'_>,
-    ) -> impl Future<Output = Result<Vec<KeyRow>, Error>> + Send;
+    ) -> impl Future<Output = Result<Vec<OverdueRow>, Error>> + Send;
 
     /// The columns of the existing table: name, type, and whether it is in the primary key. Empty if there is no table.
     fn columns(
@@ -136,6 +141,19 @@ pub trait Statements: Database {
 
     /// Runs [`Statements::SCHEMA`]. A lock prevents that several processes do so at once.
     fn create(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Whether the table has the index over what is tried, and the index can be used.
+    fn has_tried_index(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<bool, Error>> + Send;
+
+    /// Adds that index to a table that is in use. Keeps no call waiting for more than a few seconds (SQLite: for as long as it takes).
+    /// May leave it to another process that does the same at this moment. Not in a local transaction.
+    fn add_tried_index(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<(), Error>> + Send {
+        Self::execute(connection, Self::ADD_TRIED_INDEX)
+    }
 
     /// Undoes, after a local transaction, the session settings that [`Statements::BEGIN`] has changed. The author's other work
     /// uses the connection next.
@@ -167,8 +185,11 @@ impl Key {
     }
 }
 
-/// A [`Key`] as selected from the table: xid and branch id. Every key is after the empty one.
-pub(crate) type KeyRow = (Vec<u8>, Vec<u8>);
+/// The place of an overdue row among the others: expiry, xid and branch id. Every row is after the default.
+pub(crate) type OverdueKey = (i64, Vec<u8>, Vec<u8>);
+
+/// An overdue row: its [`OverdueKey`] and its action.
+pub(crate) type OverdueRow = (i64, Vec<u8>, Vec<u8>, String);
 
 /// The row that a Try or a Cancel inserts if there is none.
 pub struct Claim<'a> {
@@ -199,12 +220,11 @@ pub struct Old {
     pub(crate) limit: i64,
 }
 
-/// Selects overdue rows: of this action, still tried, expired at least `margin` ago, and with a key after `after`.
+/// Selects overdue rows: still tried, expired at least `margin` ago, and after this place.
 #[derive(Debug)]
 pub struct Overdue<'a> {
-    pub(crate) action: &'a str,
     pub(crate) margin_millis: i64,
-    pub(crate) after: &'a KeyRow,
+    pub(crate) after: &'a OverdueKey,
     /// The maximum number of rows.
     pub(crate) limit: i64,
 }

@@ -19,8 +19,8 @@ use sqlx_core::transaction::TransactionManager as _;
 
 use super::{
     db::{
-        Claim, FenceDb, FoundRow, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements,
-        in_order,
+        Claim, FenceDb, FoundRow, Key, Old, Overdue, OverdueRow, Record, RecordRow, Settle,
+        Statements, in_order,
     },
     tx,
 };
@@ -94,12 +94,21 @@ ORDER BY changed_at LIMIT ?";
 // replaced since it was found.
 const DELETE: &str = "DELETE FROM handfast_fence WHERE xid = x'{xid}' AND branch_id = x'{branch_id}' AND changed_at = ";
 
-const OVERDUE: &str = "
-SELECT xid, branch_id FROM handfast_fence
-WHERE state = 1 AND action = ?
+// The condition on `expires_at` alone lets the server start at the right place in the index. InnoDB adds the primary key to each index, so
+// the index has this order.
+pub(super) const OVERDUE: &str = "
+SELECT expires_at, xid, branch_id, action FROM handfast_fence
+WHERE state = 1
 AND expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?
-AND xid >= ? AND (xid > ? OR branch_id > ?)
-ORDER BY xid, branch_id LIMIT ?";
+AND expires_at >= ? AND (expires_at > ? OR xid > ? OR xid = ? AND branch_id > ?)
+ORDER BY expires_at, xid, branch_id LIMIT ?";
+
+const HAS_TRIED_INDEX: &str = "
+SELECT COUNT(*) FROM information_schema.statistics
+WHERE table_schema = DATABASE() AND table_name = 'handfast_fence' AND index_name = 'handfast_fence_tried'";
+
+// Building the index takes no lock. Only its begin and its end wait until no local transaction uses the table, and calls wait behind it.
+const WAIT_BRIEFLY: &str = "SET SESSION lock_wait_timeout = 3";
 
 const COLUMNS: &str = "
 SELECT CAST(column_name AS CHAR), CAST(data_type AS CHAR), CAST(column_key = 'PRI' AS SIGNED)
@@ -145,6 +154,8 @@ SAVEPOINT handfast_begun";
         ("changed_at", "bigint"),
         ("seen", "bigint"),
     ];
+
+    const ADD_TRIED_INDEX: &'static str = "ALTER TABLE handfast_fence ADD INDEX handfast_fence_tried (state, expires_at), ALGORITHM = INPLACE, LOCK = NONE";
 
     const BATCHES_AT_A_TIME: usize = 1;
 
@@ -292,13 +303,14 @@ SAVEPOINT handfast_begun";
     async fn overdue(
         connection: &mut MySqlConnection,
         overdue: &Overdue<'_>,
-    ) -> Result<Vec<KeyRow>, Error> {
+    ) -> Result<Vec<OverdueRow>, Error> {
         sqlx::query_as(OVERDUE)
-            .bind(overdue.action)
             .bind(overdue.margin_millis)
-            .bind(&overdue.after.0)
-            .bind(&overdue.after.0)
+            .bind(overdue.after.0)
+            .bind(overdue.after.0)
             .bind(&overdue.after.1)
+            .bind(&overdue.after.1)
+            .bind(&overdue.after.2)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await
@@ -312,10 +324,21 @@ SAVEPOINT handfast_begun";
         Ok(columns.into_iter().map(|(name, kind, key)| (name, kind, key != 0)).collect())
     }
 
+    async fn has_tried_index(connection: &mut MySqlConnection) -> Result<bool, Error> {
+        let count: i64 = sqlx::query_scalar(HAS_TRIED_INDEX).fetch_one(connection).await?;
+        Ok(count > 0)
+    }
+
     async fn create(connection: &mut MySqlConnection) -> Result<(), Error> {
         Self::execute(connection, Self::SCHEMA).await?;
         // The statements above have committed, and the caller commits again.
         Self::execute(connection, "START TRANSACTION; SAVEPOINT handfast_begun").await
+    }
+
+    /// The connection is closed afterwards, so its settings do not matter.
+    async fn add_tried_index(connection: &mut MySqlConnection) -> Result<(), Error> {
+        Self::execute(connection, WAIT_BRIEFLY).await?;
+        Self::execute(connection, Self::ADD_TRIED_INDEX).await
     }
 
     async fn restore(connection: &mut MySqlConnection) -> Result<(), Error> {

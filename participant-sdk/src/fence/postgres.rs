@@ -3,7 +3,7 @@
 use sqlx::{Error, PgConnection, Postgres, pool::PoolConnection};
 
 use super::db::{
-    Claim, FenceDb, FoundRow, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements,
+    Claim, FenceDb, FoundRow, Key, Old, Overdue, OverdueRow, Record, RecordRow, Settle, Statements,
     in_order,
 };
 
@@ -58,11 +58,18 @@ DELETE FROM handfast_fence WHERE (xid, branch_id) IN (
     ORDER BY changed_at LIMIT $3 FOR UPDATE SKIP LOCKED
 )";
 
-const OVERDUE: &str = "
-SELECT xid, branch_id FROM handfast_fence
-WHERE state = 1 AND action = $1 AND expires_at <= (extract(epoch FROM now()) * 1000)::bigint - $2
-AND xid >= $3 AND (xid > $3 OR branch_id > $4)
-ORDER BY xid, branch_id LIMIT $5";
+pub(super) const OVERDUE: &str = "
+SELECT expires_at, xid, branch_id, action FROM handfast_fence
+WHERE state = 1 AND expires_at <= (extract(epoch FROM now()) * 1000)::bigint - $1
+AND (expires_at, xid, branch_id) > ($2, $3, $4)
+ORDER BY expires_at, xid, branch_id LIMIT $5";
+
+// An index that was given up half-way is there, but not valid.
+const HAS_TRIED_INDEX: &str = "SELECT count(*) FROM pg_index WHERE indexrelid = to_regclass('handfast_fence_tried') AND indisvalid";
+
+// One process adds the index. The others do not wait for it, because an index that is made CONCURRENTLY waits for them.
+const ADD_ONE_AT_A_TIME: &str = "SELECT pg_try_advisory_lock(hashtext('handfast_fence_tried'))";
+const DROP_HALF_AN_INDEX: &str = "DROP INDEX CONCURRENTLY IF EXISTS handfast_fence_tried";
 
 const COLUMNS: &str = "
 SELECT a.attname::text, format_type(a.atttypid, NULL), coalesce(a.attnum = ANY (i.indkey), false)
@@ -95,6 +102,8 @@ impl Statements for Postgres {
         ("changed_at", "bigint"),
         ("seen", "bigint"),
     ];
+
+    const ADD_TRIED_INDEX: &'static str = "CREATE INDEX CONCURRENTLY IF NOT EXISTS handfast_fence_tried ON handfast_fence (expires_at, xid, branch_id) WHERE state = 1";
 
     const BATCHES_AT_A_TIME: usize = 1;
 
@@ -180,12 +189,12 @@ impl Statements for Postgres {
     async fn overdue(
         connection: &mut PgConnection,
         overdue: &Overdue<'_>,
-    ) -> Result<Vec<KeyRow>, Error> {
+    ) -> Result<Vec<OverdueRow>, Error> {
         sqlx::query_as(OVERDUE)
-            .bind(overdue.action)
             .bind(overdue.margin_millis)
-            .bind(&overdue.after.0)
+            .bind(overdue.after.0)
             .bind(&overdue.after.1)
+            .bind(&overdue.after.2)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await
@@ -195,9 +204,25 @@ impl Statements for Postgres {
         sqlx::query_as(COLUMNS).fetch_all(connection).await
     }
 
+    async fn has_tried_index(connection: &mut PgConnection) -> Result<bool, Error> {
+        let count: i64 = sqlx::query_scalar(HAS_TRIED_INDEX).fetch_one(connection).await?;
+        Ok(count > 0)
+    }
+
     async fn create(connection: &mut PgConnection) -> Result<(), Error> {
         Self::execute(connection, CREATE_ONE_AT_A_TIME).await?;
         Self::execute(connection, Self::SCHEMA).await
+    }
+
+    /// The connection is closed afterwards, and its advisory lock ends with it.
+    async fn add_tried_index(connection: &mut PgConnection) -> Result<(), Error> {
+        let is_alone: bool =
+            sqlx::query_scalar(ADD_ONE_AT_A_TIME).fetch_one(&mut *connection).await?;
+        if !is_alone || Self::has_tried_index(connection).await? {
+            return Ok(());
+        }
+        Self::execute(connection, DROP_HALF_AN_INDEX).await?;
+        Self::execute(connection, Self::ADD_TRIED_INDEX).await
     }
 
     /// Nothing to restore: SET LOCAL ends with the local transaction.

@@ -7,7 +7,7 @@ use sqlx::{Connection as _, Error, Pool, Sqlite, SqliteConnection, pool::PoolCon
 use sqlx_core::transaction::TransactionManager as _;
 
 use super::{
-    db::{Claim, FenceDb, Key, KeyRow, Old, Overdue, Record, RecordRow, Settle, Statements},
+    db::{Claim, FenceDb, Key, Old, Overdue, OverdueRow, Record, RecordRow, Settle, Statements},
     tx::GIVE_BACK_WITHIN,
 };
 
@@ -40,11 +40,14 @@ DELETE FROM handfast_fence WHERE rowid IN (
     ORDER BY changed_at LIMIT ?3
 )";
 
-const OVERDUE: &str = "
-SELECT xid, branch_id FROM handfast_fence
-WHERE state = 1 AND action = ?1 AND expires_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?2
-AND xid >= ?3 AND (xid > ?3 OR branch_id > ?4)
-ORDER BY xid, branch_id LIMIT ?5";
+pub(super) const OVERDUE: &str = "
+SELECT expires_at, xid, branch_id, action FROM handfast_fence
+WHERE state = 1 AND expires_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?1
+AND (expires_at, xid, branch_id) > (?2, ?3, ?4)
+ORDER BY expires_at, xid, branch_id LIMIT ?5";
+
+const HAS_TRIED_INDEX: &str =
+    "SELECT count(*) FROM sqlite_schema WHERE type = 'index' AND name = 'handfast_fence_tried'";
 
 const COLUMNS: &str = "SELECT name, type, pk > 0 FROM pragma_table_info('handfast_fence')";
 
@@ -52,6 +55,7 @@ impl FenceDb for Sqlite {}
 
 impl Statements for Sqlite {
     const BEGIN: &'static str = "BEGIN IMMEDIATE";
+    const BEGIN_READING: &'static str = "BEGIN";
     const SCHEMA: &'static str = super::SCHEMA_SQLITE;
     const SCHEMA_FILE: &'static str = "schema/sqlite.sql";
     const COLUMNS: [(&'static str, &'static str); 11] = [
@@ -67,6 +71,8 @@ impl Statements for Sqlite {
         ("changed_at", "integer"),
         ("seen", "integer"),
     ];
+
+    const ADD_TRIED_INDEX: &'static str = "CREATE INDEX IF NOT EXISTS handfast_fence_tried ON handfast_fence (expires_at, xid, branch_id) WHERE state = 1";
 
     // SQLite allows one writer at a time.
     const BATCHES_AT_A_TIME: usize = 1;
@@ -165,12 +171,12 @@ impl Statements for Sqlite {
     async fn overdue(
         connection: &mut SqliteConnection,
         overdue: &Overdue<'_>,
-    ) -> Result<Vec<KeyRow>, Error> {
+    ) -> Result<Vec<OverdueRow>, Error> {
         sqlx::query_as(OVERDUE)
-            .bind(overdue.action)
             .bind(overdue.margin_millis)
-            .bind(&overdue.after.0)
+            .bind(overdue.after.0)
             .bind(&overdue.after.1)
+            .bind(&overdue.after.2)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await
@@ -180,6 +186,11 @@ impl Statements for Sqlite {
         connection: &mut SqliteConnection,
     ) -> Result<Vec<(String, String, bool)>, Error> {
         sqlx::query_as(COLUMNS).fetch_all(connection).await
+    }
+
+    async fn has_tried_index(connection: &mut SqliteConnection) -> Result<bool, Error> {
+        let count: i64 = sqlx::query_scalar(HAS_TRIED_INDEX).fetch_one(connection).await?;
+        Ok(count > 0)
     }
 
     async fn create(connection: &mut SqliteConnection) -> Result<(), Error> {

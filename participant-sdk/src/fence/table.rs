@@ -1,8 +1,10 @@
 //! The fence's table: its schema, and the check that the existing table fits this version.
 
 use sqlx::Error;
+use tracing::{info, warn};
 
 use super::{Fence, db::FenceDb, tx::Tx};
+use crate::error::chain;
 
 /// The table, its index and its readable view, for SQLite: `schema/sqlite.sql`.
 pub const SCHEMA_SQLITE: &str = include_str!("../../schema/sqlite.sql");
@@ -44,7 +46,8 @@ pub enum TableError {
 
 impl<DB: FenceDb> Fence<DB> {
     /// Checks that the table exists with all columns and the right primary key. Call it when your program starts. Otherwise a
-    /// wrong table shows only when the first call fails.
+    /// wrong table shows only when the first call fails. A table of an earlier version may lack an index: a log line says how to
+    /// add it.
     ///
     /// # Errors
     ///
@@ -54,6 +57,19 @@ impl<DB: FenceDb> Fence<DB> {
     ///
     /// Only reads.
     pub async fn verify(&self) -> Result<(), TableError> {
+        self.check_columns().await?;
+        if !self.has_tried_index().await? {
+            no_tried_index::<DB>(None);
+        }
+        Ok(())
+    }
+
+    async fn has_tried_index(&self) -> Result<bool, Error> {
+        let mut connection = self.pool.acquire().await?;
+        DB::has_tried_index(&mut connection).await
+    }
+
+    async fn check_columns(&self) -> Result<(), TableError> {
         let mut connection = self.pool.acquire().await?;
         let found = DB::columns(&mut connection).await?;
         if found.is_empty() {
@@ -84,8 +100,9 @@ impl<DB: FenceDb> Fence<DB> {
         })
     }
 
-    /// Creates the table, its index and its readable view, unless the table exists. Several processes may call it at the same
-    /// time. Once the table exists, a database user without the right to create tables may call it too.
+    /// Creates the table, its indexes and its readable view, unless the table exists. To a table of an earlier version it adds the
+    /// index that is missing, while other programs use the table; if it cannot, a log line says so. Several processes may call it at
+    /// the same time. Once the table exists, a database user without the right to create tables may call it too.
     ///
     /// # Errors
     ///
@@ -95,15 +112,42 @@ impl<DB: FenceDb> Fence<DB> {
     ///
     /// The table may or may not have been created; call again.
     pub async fn create_table_if_missing(&self) -> Result<(), TableError> {
-        let found = self.verify().await;
-        if !matches!(found, Err(TableError::Missing { .. })) {
-            return found;
+        match self.check_columns().await {
+            Err(TableError::Missing { .. }) => {}
+            Ok(()) => {
+                self.add_tried_index().await?;
+                return Ok(());
+            }
+            differs => return differs,
         }
         let mut tx = Tx::begin(&self.pool).await?;
         DB::create(&mut tx).await?;
         tx.commit().await?;
         self.verify().await
     }
+
+    /// Adds the index over what is tried, if it is missing. The fence works without it, so a database that does not let us add it is no
+    /// error.
+    async fn add_tried_index(&self) -> Result<(), Error> {
+        if self.has_tried_index().await? {
+            return Ok(());
+        }
+        let mut connection = Tx::not_begun(&self.pool).await?;
+        info!("adding an index to the fence's table, for inquiries");
+        if let Err(error) = DB::add_tried_index(&mut connection).await {
+            no_tried_index::<DB>(Some(&error));
+        }
+        Ok(())
+    }
+}
+
+fn no_tried_index<DB: FenceDb>(error: Option<&Error>) {
+    let (error, statement) = (error.map(|error| chain(error)), DB::ADD_TRIED_INDEX);
+    warn!(
+        statement,
+        error,
+        "the fence's table has no index for inquiries, which read all of it until this statement is run"
+    );
 }
 
 #[cfg(test)]

@@ -82,11 +82,25 @@ impl<DB: FenceDb> Tx<DB> {
 
     /// Waits for a connection, and begins a local transaction.
     pub(super) async fn begin(pool: &Pool<DB>) -> Result<Self, Error> {
+        Self::begin_with(pool, DB::BEGIN).await
+    }
+
+    /// The same for a local transaction that only reads.
+    pub(super) async fn begin_reading(pool: &Pool<DB>) -> Result<Self, Error> {
+        Self::begin_with(pool, DB::BEGIN_READING).await
+    }
+
+    /// A connection without a local transaction. It is not used again for anything else.
+    pub(super) async fn not_begun(pool: &Pool<DB>) -> Result<Self, Error> {
         let connection = Some(DB::acquire(pool).await?);
-        let mut tx = Self { connection, payload: Bytes::new(), reply: Bytes::new(), marked: false };
+        Ok(Self { connection, payload: Bytes::new(), reply: Bytes::new(), marked: false })
+    }
+
+    async fn begin_with(pool: &Pool<DB>, begin: &'static str) -> Result<Self, Error> {
+        let mut tx = Self::not_begun(pool).await?;
         // BEGIN goes through sqlx's own counter of nested transactions, so that the author's `tx.begin()` creates a savepoint.
         // After a BEGIN that sqlx does not know of, it would send a second BEGIN, and MySQL would commit the first.
-        DB::TransactionManager::begin(&mut tx, Some(DB::BEGIN.into_sql_str())).await?;
+        DB::TransactionManager::begin(&mut tx, Some(begin.into_sql_str())).await?;
         Ok(tx)
     }
 

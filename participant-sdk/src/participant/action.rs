@@ -11,7 +11,7 @@ use crate::{
     branch::{Branch, Phase},
     contract::{Contract, Payload},
     error::{Failed, TryError},
-    fence::{Fence, FenceDb, OverduePage, Tx, db::KeyRow, log},
+    fence::{Fence, FenceDb, OverduePage, Tx, db::OverdueKey, log},
 };
 
 /// What a participant does for one action.
@@ -123,7 +123,10 @@ pub(crate) trait Served: Send + Sync {
     }
     fn content_types(&self) -> ContentTypes;
     /// The next branches, after this key, that are still tried long after the end of phase one.
-    fn overdue<'a>(&'a self, after: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>>;
+    fn overdue<'a>(
+        &'a self,
+        after: &'a OverdueKey,
+    ) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>>;
     /// As [`Fence::close`].
     fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer>;
     /// As [`Fence::clean_up`].
@@ -164,7 +167,10 @@ impl<A: Action> Served for Fenced<A> {
         ContentTypes::of::<Args<A>, Reply<A>>()
     }
 
-    fn overdue<'a>(&'a self, after: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
+    fn overdue<'a>(
+        &'a self,
+        after: &'a OverdueKey,
+    ) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
         Box::pin(self.fence.overdue(<A::Contract as Contract>::NAME, after))
     }
 

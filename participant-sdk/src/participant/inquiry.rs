@@ -13,7 +13,7 @@ use crate::{
     answer::Answer,
     branch::{Branch, Phase},
     error::BoxError,
-    fence::db::KeyRow,
+    fence::db::OverdueKey,
     initiator::outcome::{BranchOutcome, Outcome, Unanswered},
     rpc::Handfast,
 };
@@ -63,9 +63,9 @@ impl Participant {
         let mut failed: Option<BoxError> = None;
         let mut unanswered = 0;
         for (action, served) in self.actions.iter() {
-            let mut after = Some(KeyRow::default());
-            while let Some(key) = after {
-                let page = match served.overdue(&key).await {
+            let mut after = Some(OverdueKey::default());
+            while let Some(place) = after {
+                let page = match served.overdue(&place).await {
                     Ok(page) => page,
                     Err(error) => {
                         warn!(action, %error, "cannot read the overdue reservations of this action");

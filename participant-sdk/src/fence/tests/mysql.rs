@@ -19,7 +19,7 @@ mod suite;
 use std::time::Duration;
 
 use server::{Home, Server, servers};
-use sqlx::Executor as _;
+use sqlx::{Executor as _, Row as _};
 
 use crate::{
     branch::Phase,
@@ -48,6 +48,24 @@ const SERIALIZES: Option<&str> = None;
 const DEADLOCK: &str = "1213";
 /// Makes a connection refuse all changes.
 const READ_ONLY: Option<&str> = Some("SET SESSION TRANSACTION READ ONLY");
+
+/// Brings the statistics of the fence's table up to date.
+const ANALYZE: &str = "ANALYZE TABLE handfast_fence";
+/// A key of 16 bytes that is made of a number.
+const NUMBERED: &str = "CAST(LPAD({n}, 16, '0') AS BINARY(16))";
+/// Steps of a plan that read more than they return.
+const TOO_MUCH: [&str; 1] = ["filesort"];
+const DROP_INDEX: &str = "ALTER TABLE handfast_fence DROP INDEX handfast_fence_tried";
+
+/// How the database would find what is overdue: the index that it uses, and what else it does.
+async fn plan(pool: &Pool) -> String {
+    let explain = format!("EXPLAIN FORMAT=TRADITIONAL {}", crate::fence::mysql::OVERDUE);
+    let query = sqlx::query(AssertSqlSafe(explain)).bind(0_i64).bind(0_i64).bind(0_i64);
+    let query = query.bind(vec![0_u8; 16]).bind(vec![0_u8; 16]).bind(vec![0_u8; 32]).bind(500_i64);
+    let step = query.fetch_one(pool).await.unwrap();
+    let column = |name: &str| step.get::<Option<String>, _>(name).unwrap_or_default();
+    format!("{}; {}", column("key"), column("Extra"))
+}
 
 /// Drops a database. The time limit is for tests that left a local transaction open: without it, DROP would wait for ever.
 fn drop_database(name: &str) -> String {

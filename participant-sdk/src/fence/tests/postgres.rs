@@ -39,6 +39,22 @@ const DEADLOCK: &str = "40P01";
 /// Makes a connection refuse all changes.
 const READ_ONLY: Option<&str> = Some("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY");
 
+/// Brings the statistics of the fence's table up to date.
+const ANALYZE: &str = "ANALYZE handfast_fence";
+/// A key of 16 bytes that is made of a number.
+const NUMBERED: &str = "convert_to(lpad({n}::text, 16, '0'), 'UTF8')";
+/// Steps of a plan that read more than they return.
+const TOO_MUCH: [&str; 1] = ["Seq Scan"];
+const DROP_INDEX: &str = "DROP INDEX handfast_fence_tried";
+
+/// How the database would find what is overdue.
+async fn plan(pool: &Pool) -> String {
+    let explain = format!("EXPLAIN {}", crate::fence::postgres::OVERDUE);
+    let query = sqlx::query_scalar::<_, String>(AssertSqlSafe(explain));
+    let query = query.bind(0_i64).bind(0_i64).bind(vec![0_u8; 16]).bind(vec![0_u8; 32]);
+    query.bind(500_i64).fetch_all(pool).await.unwrap().join("; ")
+}
+
 /// Drops a database, even if connections of a dropped pool are still open.
 fn drop_database(name: &str) -> String {
     format!("DROP DATABASE {name} WITH (FORCE)")

@@ -40,6 +40,23 @@ const BEGIN: &str = "BEGIN IMMEDIATE";
 /// Makes a connection refuse all changes. A file has no other server to connect to.
 const READ_ONLY: Option<&str> = None;
 
+/// Brings the statistics of the fence's table up to date. SQLite needs none.
+const ANALYZE: &str = "SELECT 1";
+/// A key of 16 bytes that is made of a number.
+const NUMBERED: &str = "CAST(printf('%016d', {n}) AS BLOB)";
+/// Steps of a plan that read more than they return.
+const TOO_MUCH: [&str; 2] = ["TEMP B-TREE", "SCAN"];
+const DROP_INDEX: &str = "DROP INDEX handfast_fence_tried";
+
+/// How the database would find what is overdue.
+async fn plan(pool: &SqlitePool) -> String {
+    let explain = format!("EXPLAIN QUERY PLAN {}", crate::fence::sqlite::OVERDUE);
+    let query = sqlx::query_as::<_, (i64, i64, i64, String)>(AssertSqlSafe(explain));
+    let query = query.bind(0_i64).bind(0_i64).bind(vec![0_u8; 16]).bind(vec![0_u8; 32]);
+    let steps = query.bind(500_i64).fetch_all(pool).await.unwrap();
+    steps.into_iter().map(|(.., step)| step).collect::<Vec<_>>().join("; ")
+}
+
 /// SQLite has no servers. This one stands for the machine.
 struct Server;
 
@@ -104,6 +121,19 @@ async fn a_call_that_cannot_have_the_lock_fails_and_the_next_one_does_not() {
     sqlx::raw_sql("ROLLBACK").execute(&mut *other).await.unwrap();
     let answer = waiting.deliver(Level::Run, &branch(1, Phase::Try), &payload(2)).await;
     assert_eq!(word(&answer), "Done", "{answer:?}");
+}
+
+#[tokio::test]
+async fn what_is_overdue_can_be_read_while_somebody_writes() {
+    let [server] = servers().await;
+    let shop = server.open(2).await;
+    let mut other = shop.pool.acquire().await.unwrap();
+    sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut *other).await.unwrap();
+    let from_the_first = Default::default();
+    let overdue = shop.fence.overdue("inventory.deduct", &from_the_first);
+    let page = tokio::time::timeout(Duration::from_secs(2), overdue).await.expect("at once");
+    assert!(page.unwrap().branches.is_empty());
+    sqlx::raw_sql("ROLLBACK").execute(&mut *other).await.unwrap();
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ use crate::{
     error::Failed,
     fence::{
         Fence, OverduePage, Tx,
-        db::{KeyRow, Statements as _},
+        db::{OverdueKey, Statements as _},
         many::ToRun,
     },
 };
@@ -300,7 +300,10 @@ impl<A: ActionInBatches> Served for InBatches<A> {
         self.0.alone.content_types()
     }
 
-    fn overdue<'a>(&'a self, after: &'a KeyRow) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
+    fn overdue<'a>(
+        &'a self,
+        after: &'a OverdueKey,
+    ) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
         self.0.alone.overdue(after)
     }
 

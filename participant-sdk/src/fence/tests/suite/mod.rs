@@ -13,12 +13,15 @@ use handfast_proto::reason;
 use sqlx::{Connection as _, Database as _};
 use tokio::task::JoinHandle;
 
-use super::{Db, GIVEN_UP, READ_ONLY, Server, servers, shop::Shop, sql};
+use super::{
+    ANALYZE, DROP_INDEX, Db, GIVEN_UP, NUMBERED, READ_ONLY, Server, TOO_MUCH, plan, servers,
+    shop::Shop, sql,
+};
 use crate::{
     Answer, Branch, Participant, Phase, TryError, Tx,
     fence::{
         EXPIRY_MARGIN, Entered, RETENTION,
-        db::Statements as _,
+        db::{OverdueKey, Statements as _},
         fixture::{CELLS, LEVELS, Level, STOCK, UNTOUCHED, branch, payload, payload_that, word},
         millis,
     },

@@ -52,6 +52,92 @@ async fn overdue(shop: &Shop, branch: &Branch) -> usize {
     page.branches.len()
 }
 
+/// Many rows, few of them tried, fewer overdue: an inquiry reads these few by an index, in order and in pages.
+#[tokio::test]
+async fn an_inquiry_finds_what_is_overdue_by_an_index() {
+    for server in servers().await {
+        let shop = server.open(8).await;
+        fill(&shop, 100_000).await;
+        let overdue_at = now() - millis(EXPIRY_MARGIN) - 1000;
+        let some =
+            "UPDATE handfast_fence SET state = 1, expires_at = ? WHERE seen >= ? AND seen < ?";
+        // Rows of the same age, rows of other ages, and rows that are tried and not overdue.
+        for (expires_at, from, to) in [
+            (overdue_at, 10_000_i64, 10_600_i64),
+            (overdue_at - 1, 20_000, 20_010),
+            (overdue_at - 2, 30_000, 30_600),
+            (now(), 40_000, 41_000),
+        ] {
+            let some = sqlx::query(sql(some)).bind(expires_at).bind(from).bind(to);
+            some.execute(&shop.pool).await.unwrap();
+        }
+        sqlx::raw_sql(ANALYZE).execute(&shop.pool).await.unwrap();
+        let plan = plan(&shop.pool).await;
+        assert!(plan.contains("handfast_fence_tried"), "{plan}");
+        assert!(!TOO_MUCH.iter().any(|step| plan.contains(step)), "{plan}");
+
+        let (mut found, mut pages, mut after) = (Vec::new(), 0, Some(OverdueKey::default()));
+        while let Some(key) = after {
+            let page = shop.fence.overdue("inventory.deduct", &key).await.unwrap();
+            assert!(page.branches.len() <= 500);
+            found.extend(page.branches);
+            (after, pages) = (page.next, pages + 1);
+        }
+        found.sort();
+        found.dedup();
+        assert_eq!((found.len(), pages), (1210, 3));
+        let of_another = shop.fence.overdue("points.debit", &OverdueKey::default()).await.unwrap();
+        assert!(of_another.branches.is_empty() && of_another.next.is_some());
+    }
+}
+
+/// Copies one final row many times. The copies are numbered by `seen`.
+async fn fill(shop: &Shop, rows: i64) {
+    done(&shop.deliver(Level::Run, &branch(1, Phase::Try), &payload(0)).await);
+    done(&shop.deliver(Level::Run, &branch(1, Phase::Confirm), &[]).await);
+    let set = "UPDATE handfast_fence SET seen = 0";
+    sqlx::raw_sql(set).execute(&shop.pool).await.unwrap();
+    let mut connection = shop.pool.acquire().await.unwrap();
+    sqlx::raw_sql("BEGIN").execute(&mut *connection).await.unwrap();
+    let mut copies = 1;
+    while copies < rows {
+        let copy = format!(
+            "INSERT INTO handfast_fence (xid, branch_id, state, action, expires_at, created_at, changed_at, seen) \
+             SELECT {NUMBERED}, branch_id, state, action, expires_at, created_at, changed_at, seen + {copies} \
+             FROM handfast_fence WHERE seen + {copies} < {rows}"
+        )
+        .replace("{n}", &format!("(seen + {copies})"));
+        sqlx::raw_sql(sqlx::AssertSqlSafe(copy)).execute(&mut *connection).await.unwrap();
+        copies *= 2;
+    }
+    sqlx::raw_sql("COMMIT").execute(&mut *connection).await.unwrap();
+}
+
+/// Services that upgrade have a table without the index. It is added while they run, and they work without it as well.
+#[tokio::test]
+async fn a_table_of_an_earlier_version_gets_the_index() {
+    for server in servers().await {
+        let shop = server.open(8).await;
+        sqlx::raw_sql(DROP_INDEX).execute(&shop.pool).await.unwrap();
+        let hour = millis(EXPIRY_MARGIN);
+        aged(&shop, 1, &[Phase::Try], hour, Some(hour)).await;
+        shop.fence.verify().await.unwrap();
+        assert_eq!(overdue(&shop, &branch(1, Phase::Cancel)).await, 1);
+        let tasks: Vec<_> = (0..4)
+            .map(|_| {
+                let fence = shop.fence.clone();
+                tokio::spawn(async move { fence.create_table_if_missing().await })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap().unwrap();
+        }
+        let mut connection = shop.pool.acquire().await.unwrap();
+        assert!(Db::has_tried_index(&mut connection).await.unwrap());
+        assert_eq!(overdue(&shop, &branch(1, Phase::Cancel)).await, 1);
+    }
+}
+
 #[tokio::test]
 async fn a_branch_that_was_settled_by_hand_is_closed_without_running_its_code() {
     for server in servers().await {

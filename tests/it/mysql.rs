@@ -40,7 +40,7 @@ async fn the_tables_are_made_by_migrate_and_looked_at_by_serve() {
         let dry = handfast(&["migrate", "--store", &url, "--dry-run"]).await;
         assert!(String::from_utf8_lossy(&dry.stdout).contains("CREATE TABLE"), "{dry:?}");
         assert!(refusal(&serve).await.contains("no tables yet"), "a dry run has made them");
-        for said in ["has its tables now", "has version 2 already"] {
+        for said in ["has its tables now", "has version 3 already"] {
             let migrated = handfast(&migrate).await;
             assert!(migrated.status.success(), "{migrated:?}");
             assert!(String::from_utf8_lossy(&migrated.stderr).contains(said), "{migrated:?}");
@@ -62,7 +62,7 @@ async fn a_database_may_have_the_longest_name_that_there_is() {
         let database = Database::empty(&server).await;
         let name = format!("handfast_test_{:050}", rand::random::<u64>());
         database.execute(&format!("CREATE DATABASE {name}")).await;
-        for said in ["has its tables now", "has version 2 already"] {
+        for said in ["has its tables now", "has version 3 already"] {
             let migrated = handfast(&["migrate", "--store", &format!("{server}/{name}")]).await;
             assert!(String::from_utf8_lossy(&migrated.stderr).contains(said), "{migrated:?}");
         }

@@ -9,9 +9,13 @@ use crate::{
     dispatch::{CallRequest, Later, Returned},
     journal::Ended,
     store::{
-        Appended, Batch, Guard, Ownership, Store as _, memory::MemoryStore, scripted::ScriptedStore,
+        Appended, Batch, Guard, Head, Ownership, Store as _, Write, memory::MemoryStore,
+        scripted::ScriptedStore,
     },
-    transaction::{DecisionRequest, Drive, Key, Timestamp, retry::RetryPolicy},
+    transaction::{
+        BranchSet, DecisionRequest, Drive, Event, GlobalTransaction, Key, Timestamp,
+        retry::RetryPolicy,
+    },
 };
 
 /// No participant is ever called.
@@ -215,4 +219,32 @@ async fn nothing_is_deleted_while_the_store_says_another_time() {
     *store.clock.lock().unwrap() = Some(clock.now() + Duration::from_secs(1));
     tokio::time::sleep(Duration::from_secs(6)).await;
     assert!(!is_there(&store, xid), "both say that it is old");
+}
+
+/// The purge of a coordinator with 11,000 new transactions a second must not fall behind. Its steps take as long as on a loaded server.
+#[tokio::test(start_paused = true)]
+async fn a_backlog_of_old_transactions_is_worked_off_faster_than_new_ones_begin() {
+    const SECONDS: u64 = 10;
+    let (store, clock) = (Arc::new(ScriptedStore::default()), at_start());
+    *store.purge_takes.lock().unwrap() = (Duration::from_millis(40), Duration::from_micros(20));
+    *store.clock.lock().unwrap() = Some(clock.now());
+    let ownership = store.acquire(&[3], "an earlier owner", clock.now()).await.unwrap()[0];
+    let Ownership { partition, epoch, nonce, .. } = ownership;
+    let old = Timestamp(1);
+    let writes = (1..=11_000 * SECONDS).map(|sequence| {
+        let xid = Xid { partition, epoch, sequence, nonce };
+        let mut global = GlobalTransaction::begin(xid, new(None), old);
+        let confirm = DecisionRequest::Confirm { tried: [].into(), result: None };
+        global.apply(Event::DecisionRequested(confirm), old).unwrap();
+        let (head, changed_branches) = (Head::Insert, BranchSet::EMPTY);
+        Write { global: Arc::new(global), head, before: None, new_branches: 0, changed_branches }
+    });
+    let guards = vec![Guard { partition, epoch, nonce, position: 1 }];
+    let batch = Batch { guards, writes: writes.collect() };
+    assert_eq!(store.inner.append(&batch).await.unwrap(), Appended::Durable);
+    let last = batch.writes.last().unwrap().global.xid;
+    drop(batch);
+    let _coordinator = purging(store.clone(), &clock).await;
+    tokio::time::sleep(Duration::from_secs(SECONDS)).await;
+    assert!(!is_there(&store, last), "it is behind");
 }

@@ -24,8 +24,10 @@ use crate::{
 pub(super) const BATCH_ROWS_MAX: usize = 4096;
 /// Bytes of one batch, roughly: below a quarter of MySQL's smallest usual `max_allowed_packet`.
 const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// Bytes of a row without its payload, roughly.
+/// Bytes of a row without its payload and its branches, roughly.
 const ROW_BYTES: usize = 256;
+/// Bytes of a branch in its transaction's row without its texts, roughly.
+const REGISTRATION_BYTES: usize = 64;
 /// How long a write that nothing waits for may wait for others to share a batch with.
 const LAZY_WAIT_MAX: Duration = Duration::from_millis(100);
 
@@ -240,14 +242,21 @@ impl Room {
 
     /// Takes the room that `write` needs, and says whether there was enough. An empty batch has room for any write.
     fn fits(&mut self, write: &Write) -> bool {
-        let new = &write.global.branches[write.new_branches.min(write.global.branches.len())..];
-        let carried =
-            |spec: &BranchSpec| spec.payload.as_ref().map_or(0, |payload| payload.data.len());
-        let rows = 1 + new.len() + write.changed_branches.len();
-        let bytes =
-            rows * ROW_BYTES + new.iter().map(|branch| carried(&branch.spec)).sum::<usize>();
+        let all = &write.global.branches;
+        let new = &all[write.new_branches.min(all.len())..];
+        let carried = new.iter().filter(|branch| branch.spec.carry_payload);
+        let payloads = carried.filter_map(|branch| branch.spec.payload.as_ref());
+        // The transaction's row has all its branches. It is written anew when one joins.
+        let registered = if new.is_empty() { new } else { &all[..] };
+        let registered = registered.iter().map(|branch| {
+            let BranchSpec { branch_id, action, participant, target, .. } = &*branch.spec;
+            let texts = branch_id.as_str().len() + action.len() + participant.len() + target.len();
+            REGISTRATION_BYTES + texts
+        });
         let result = write.new_result().map_or(0, |result| result.data.len());
-        let bytes = bytes + result;
+        let rows = 1 + payloads.clone().count() + write.changed_branches.len();
+        let payloads = payloads.map(|payload| payload.data.len());
+        let bytes = rows * ROW_BYTES + registered.chain(payloads).sum::<usize>() + result;
         let is_empty = self.rows == BATCH_ROWS_MAX;
         if !is_empty && (rows > self.rows || bytes > self.bytes) {
             return false;

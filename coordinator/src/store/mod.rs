@@ -110,9 +110,9 @@ pub struct Write {
     /// written as one, this is the state before the first of them. So a faulty writer cannot change one decision into the
     /// other.
     pub before: Option<State>,
-    /// Branches from this index on have no row yet. All earlier branches must have a row; otherwise nothing is written.
+    /// Branches from this index on are not recorded yet. All earlier branches must be recorded; otherwise nothing is written.
     pub new_branches: usize,
-    /// Earlier branches whose rows change.
+    /// Earlier branches of which there is more to record.
     pub changed_branches: BranchSet,
 }
 

@@ -45,6 +45,8 @@ pub(crate) struct ScriptedStore {
     replica: Mutex<Option<Arc<MemoryStore>>>,
     /// The time of the store's own clock. `None`: it has none.
     pub(crate) clock: Mutex<Option<Timestamp>>,
+    /// How long a step of the purge takes, and how much longer for each transaction that it may look at.
+    pub(crate) purge_takes: Mutex<(Duration, Duration)>,
     loads: Mutex<Vec<Xid>>,
     key_looks: Mutex<Vec<usize>>,
     /// Reads of keys from this one on read the store, but are not answered. `None`: all are answered.
@@ -226,6 +228,8 @@ impl Store for ScriptedStore {
         after: Option<XidBytes>,
         limit: usize,
     ) -> Result<(u64, Option<XidBytes>), Error> {
+        let (step, each) = *lock(&self.purge_takes);
+        tokio::time::sleep(step + each * u32::try_from(limit).unwrap_or(u32::MAX)).await;
         self.inner.purge(ownership, finished_before, now, after, limit).await
     }
 

@@ -162,7 +162,7 @@ impl<'a> Owner<'a> {
         self.store.load(xid, self.known(xid.partition)).await
     }
 
-    async fn found(&self, xid: Xid) -> GlobalTransaction {
+    pub(super) async fn found(&self, xid: Xid) -> GlobalTransaction {
         match self.load(xid).await.unwrap() {
             Lookup::Found(global) => *global,
             absent @ Lookup::Absent { .. } => panic!("{xid} is not there: {absent:?}"),

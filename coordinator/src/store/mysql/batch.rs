@@ -4,7 +4,6 @@
 use std::fmt::Write as _;
 
 use futures_util::TryStreamExt as _;
-use handfast_proto::Xid;
 use sqlx::{AssertSqlSafe, Either};
 
 use super::{Connection, Dialect as _, InMySql};
@@ -56,6 +55,10 @@ pub(super) async fn write(
                     counter.rows(rows);
                     Wrote::counted(table, rows, count)
                 }
+                Purpose::Overwrite { rows } => {
+                    counter.rows(rows);
+                    Wrote::All
+                }
             };
             if wrote != Wrote::All {
                 return Ok(wrote);
@@ -104,6 +107,8 @@ enum Purpose {
     Check,
     /// Must write this many rows of the table.
     Write { table: &'static str, rows: usize },
+    /// Writes this many rows, whether they exist or not. The server counts one that exists twice.
+    Overwrite { rows: usize },
 }
 
 /// The statements before the rows.
@@ -111,13 +116,14 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
     let fits = guards.iter().map(|Guard { partition, epoch, nonce, position }| {
         let before = position - 1;
         format!(
-            "(`partition` = {partition} AND epoch = {epoch} AND nonce = {nonce} AND batches = {before})"
+            "(`partition` = {partition} AND epoch = {epoch} AND nonce = {nonce} AND latest_batch = {before})"
         )
     });
     let fits = fits.collect::<Vec<_>>().join(" OR ");
     let all = guards.len();
-    let move_positions =
-        format!("UPDATE `partition` FORCE INDEX (PRIMARY) SET batches = batches + 1 WHERE {fits}");
+    let move_positions = format!(
+        "UPDATE `partition` FORCE INDEX (PRIMARY) SET latest_batch = latest_batch + 1 WHERE {fits}"
+    );
     // A subquery with two rows where one is expected is an error.
     let check =
         format!("SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {all} INTO @all_moved");
@@ -132,7 +138,12 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
 fn push_statements(statements: &mut Vec<Statement>, change: &TableChange, rows: &[&[Cell]]) {
     let sql = if change.keys == 0 { insert(change, rows) } else { update(change, rows) };
     if sql.len() <= MESSAGE_BYTES || rows.len() == 1 {
-        let purpose = Purpose::Write { table: change.table, rows: rows.len() };
+        let rows = rows.len();
+        let purpose = if change.overwrites > 0 {
+            Purpose::Overwrite { rows }
+        } else {
+            Purpose::Write { table: change.table, rows }
+        };
         statements.push(Statement { purpose, sql });
         return;
     }
@@ -152,6 +163,11 @@ fn insert(change: &TableChange, rows: &[&[Cell]]) -> String {
         }
     }
     sql.push(')');
+    let kept = change.columns.len() - change.overwrites;
+    for (n, column) in change.columns[kept..].iter().enumerate() {
+        sql.push_str(if n == 0 { " ON DUPLICATE KEY UPDATE " } else { ", " });
+        sql.push_str(&format!("{column} = VALUES({column})"));
+    }
     sql
 }
 
@@ -247,25 +263,4 @@ fn push_hex(text: &mut String, bytes: &[u8]) {
             text.push(DIGITS[usize::from(digit)].into());
         }
     }
-}
-
-/// Bind: xids in hexadecimal, as a JSON array of texts. Each row is looked up by its key, so only that row is locked. With `IN
-/// (…)`, a server that considers the table small scans it despite any index hint. The scan waits for rows that others have
-/// locked, and then keeps its own locks. One statement for three tables costs a quarter less than three statements.
-const DELETE: &str = "
-DELETE g, b, i FROM JSON_TABLE(?, '$[*]' COLUMNS (xid CHAR(32) PATH '$')) AS finished
-STRAIGHT_JOIN global_transaction AS g FORCE INDEX (PRIMARY) ON g.xid = UNHEX(finished.xid)
-LEFT JOIN branch AS b FORCE INDEX (PRIMARY) ON b.xid = g.xid
-LEFT JOIN idempotency AS i FORCE INDEX (PRIMARY) ON i.key_hash = g.key_hash";
-
-/// Deletes these transactions with their branches and keys.
-pub(super) async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
-    let quoted = finished.iter().map(|xid| {
-        let mut text = String::new();
-        push_hex(&mut text, &xid.to_bytes());
-        format!("\"{text}\"")
-    });
-    let xids = format!("[{}]", quoted.collect::<Vec<_>>().join(", "));
-    sqlx::query(DELETE).bind(xids).execute(connection).await?;
-    Ok(())
 }

@@ -11,7 +11,8 @@ use super::{
 
 /// The steps from each version to the next, oldest first. A released step never changes. A step that was killed half-way is run
 /// again, so it must be repeatable: it makes only what is missing.
-const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
+const MIGRATIONS: [&str; 3] =
+    [include_str!("schema.sql"), include_str!("schema-2.sql"), include_str!("schema-3.sql")];
 const VERSION: usize = MIGRATIONS.len();
 
 /// How long a migration waits for a concurrent one.

@@ -1,6 +1,7 @@
 //! The common part of the stores in SQL databases. Reads, writes and connection pools are written once, for any [`Dialect`]. A
 //! dialect supplies what differs between databases.
 
+mod branches;
 pub(in crate::store) mod changes;
 mod connections;
 mod error;
@@ -20,7 +21,6 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use handfast_proto::Xid;
 use sqlx::Database;
 
 use crate::store::{Batch, Error, Written};
@@ -39,6 +39,10 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
     const BEGIN_READING: &'static str;
     /// Raises the purge mark of a partition, and never lowers it. Bind: partition, xid, xid.
     const UPSERT_PURGED: &'static str;
+    /// Deletes the keys, the rows of `branch` and the rows of the transactions that finished before a moment. `THESE` stands for a
+    /// condition on their xids. Each statement demands that they finished: one may have been recorded since they were read. Bind: the
+    /// xids, the moment.
+    const DELETE: [&'static str; 3];
     /// A query for the database's time, in milliseconds since 1970.
     const CLOCK: &'static str;
 
@@ -65,12 +69,6 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
         batch: &Batch,
         counter: &Counter,
     ) -> impl Future<Output = Result<Wrote, Error>> + Send;
-
-    /// Deletes these transactions with their branches and keys.
-    fn delete(
-        connection: &mut Connection<Self>,
-        finished: &[Xid],
-    ) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Returns all rows of a query.
     fn fetch<T: FromAnyRow>(

@@ -9,7 +9,8 @@ use tracing::error;
 
 use super::{
     Connection, Dialect, Query,
-    record::{self, BranchRow, Found, TransactionRow},
+    branches::BranchRow,
+    record::{self, Found, TransactionRow},
     sight::{Beside, SEEN, Seen, Sight},
 };
 use crate::{
@@ -310,6 +311,14 @@ pub(in crate::store) async fn clock<D: Dialect>(
     Ok(Timestamp(millis))
 }
 
+/// What a look for finished transactions has found.
+#[derive(Debug, Default)]
+pub(in crate::store) struct Finished {
+    /// The first and the last xid of each range. As of the look, everything in it had finished.
+    pub(in crate::store) ranges: Vec<(Xid, Xid)>,
+    pub(in crate::store) some_have_keys: bool,
+}
+
 /// Looks at the next `limit` transactions of a partition after `after`. Returns those that finished before that moment, and the
 /// last one looked at if there may be more. (Xids of a partition are sorted by age, so transactions after one that began later
 /// did not finish earlier. A transaction that began after `now` is no evidence of that.)
@@ -320,25 +329,32 @@ pub(in crate::store) async fn finished<D: Dialect>(
     now: Timestamp,
     after: Option<&[u8]>,
     limit: usize,
-) -> Result<(Vec<Xid>, Option<XidBytes>), Error> {
+) -> Result<(Finished, Option<XidBytes>), Error> {
     let (first, last) = xids_of(partition);
     let query = Query::new(
-        "SELECT xid, begun_at, finished_at FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
+        "SELECT xid, begun_at, finished_at, key_hash FROM global_transaction WHERE xid > ? AND xid <= ? ORDER BY xid LIMIT ?",
     );
     let after = after.map_or_else(|| first.to_bytes().to_vec(), <[u8]>::to_vec);
     let query = query.bind(after).bind(last).bind(sql_limit(limit));
-    type Row = (Vec<u8>, i64, Option<i64>);
+    type Row = (Vec<u8>, i64, Option<i64>, Option<Vec<u8>>);
     let found: Vec<Found<Row>> = D::fetch(connection, query).await?;
-    let (mut finished, mut next) = (Vec::new(), None);
+    let (mut finished, mut next) = (Finished::default(), None);
     let full = found.len() == limit;
+    let mut goes_on = false; // the range
     for Found { xid: bytes, row, .. } in found {
-        let (Ok(xid), Ok((_, begun_at, finished_at))) = (record::xid(&bytes), row) else {
+        let continues = std::mem::take(&mut goes_on);
+        let (Ok(xid), Ok((_, begun_at, finished_at, key))) = (record::xid(&bytes), row) else {
             next = full.then_some(bytes); // it is damaged, and kept
             continue;
         };
         next = (full && (begun_at < before.0 || begun_at > now.0)).then_some(bytes);
         if finished_at.is_some_and(|at| at < before.0) {
-            finished.push(xid);
+            match finished.ranges.last_mut() {
+                Some((_, last)) if continues => *last = xid,
+                _ => finished.ranges.push((xid, xid)),
+            }
+            finished.some_have_keys |= key.is_some();
+            goes_on = true;
         }
     }
     Ok((finished, next))

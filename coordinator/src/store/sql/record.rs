@@ -2,7 +2,7 @@
 //!
 //! A row that was read may be damaged. It is converted as far as the transaction can still be carried out, and hurts no other.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use handfast_proto::{BranchId, Xid, limits};
@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
 use tracing::error;
 
+use super::branches::{self, BranchRow};
 use crate::{
     store::{Error, XidBytes},
     transaction::{
-        AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,
-        GlobalTransaction, Key, Payload, Refusal, Resolution, State, Timestamp,
+        CancelCause, Decision, Drive, GlobalTransaction, Key, Payload, Refusal, State, Timestamp,
     },
 };
 
@@ -55,32 +55,10 @@ pub(in crate::store) struct TransactionRow {
     pub(in crate::store) refusal: Option<String>,
     pub(in crate::store) key_hash: Option<Vec<u8>>,
     pub(in crate::store) key_digest: Option<Vec<u8>>,
-    pub(in crate::store) branches: Option<i64>,
+    pub(in crate::store) branch_count: Option<i64>,
+    pub(in crate::store) branches: Option<String>,
     pub(in crate::store) result: Option<Vec<u8>>,
     pub(in crate::store) result_type: Option<String>,
-}
-
-/// A row of `branch`, with its row of `resolution` if there is one.
-#[derive(Debug, sqlx::FromRow)]
-pub(in crate::store) struct BranchRow {
-    pub(in crate::store) xid: Vec<u8>,
-    pub(in crate::store) position: i64,
-    pub(in crate::store) branch_id: String,
-    pub(in crate::store) action: String,
-    pub(in crate::store) participant: String,
-    pub(in crate::store) target: String,
-    pub(in crate::store) payload: Option<Vec<u8>>,
-    pub(in crate::store) payload_type: Option<String>,
-    pub(in crate::store) state: i64,
-    pub(in crate::store) attempts: i64,
-    pub(in crate::store) needs_attention: bool,
-    pub(in crate::store) due_at: Option<i64>,
-    pub(in crate::store) error_code: Option<String>,
-    pub(in crate::store) error_message: Option<String>,
-    pub(in crate::store) error_at: Option<i64>,
-    pub(in crate::store) resolved_by: Option<String>,
-    pub(in crate::store) resolved_reason: Option<String>,
-    pub(in crate::store) resolved_at: Option<i64>,
 }
 
 /// A row that may hold values that its columns cannot have (SQLite takes any). It does not keep others from being read.
@@ -135,6 +113,12 @@ struct RefusalColumn {
 }
 
 impl TransactionRow {
+    /// The whole row.
+    pub(in crate::store) fn with_branches(global: &GlobalTransaction) -> Self {
+        Self { branches: Some(branches::column(&global.branches)), ..Self::of(global) }
+    }
+
+    /// The row without `branches`, which seldom change.
     pub(in crate::store) fn of(global: &GlobalTransaction) -> Self {
         let (cancel_cause, cancel_branch_id, cancel_reason, refusal) =
             cancel_columns(global.cancel.as_ref());
@@ -159,25 +143,30 @@ impl TransactionRow {
             refusal,
             key_hash: global.key.map(|key| key.hash.to_vec()),
             key_digest: global.key.map(|key| key.digest.to_vec()),
-            branches: Some(i64::try_from(global.branches.len()).unwrap_or(i64::MAX)),
+            branch_count: Some(i64::try_from(global.branches.len()).unwrap_or(i64::MAX)),
+            branches: None,
             result: global.result.as_ref().map(|result| result.data.to_vec()),
             result_type: global.result.as_ref().map(|result| result.content_type.clone()),
         }
     }
 
-    /// Rebuilds a transaction. `branches` are its rows of branches, in order of position.
+    /// Rebuilds a transaction. `rows` are its rows of `branch`, in order of position.
     pub(in crate::store) fn into_transaction(
         self,
-        branches: Vec<BranchRow>,
+        rows: Vec<BranchRow>,
     ) -> Result<GlobalTransaction, Error> {
         let xid = xid(&self.xid)?;
         let damaged = |column: &str| {
             Error::Corrupt(format!("transaction {xid} has an impossible `{column}`"))
         };
         let state = state(self.state).ok_or_else(|| damaged("state"))?;
-        let rows = i64::try_from(branches.len()).unwrap_or(i64::MAX);
+        let branches = match &self.branches {
+            Some(column) => branches::with_rows(&self.xid, column, rows).map_err(damaged)?,
+            None => rows, // an earlier version has recorded it, and all branches have a row
+        };
+        let count = i64::try_from(branches.len()).unwrap_or(i64::MAX);
         let too_many = branches.len() > limits::BRANCHES_MAX; // more than a `BranchSet` can hold
-        if too_many || self.branches.is_some_and(|recorded| recorded != rows) {
+        if too_many || self.branch_count.is_some_and(|recorded| recorded != count) {
             return Err(damaged("branches"));
         }
         let begun_at = Timestamp(self.begun_at);
@@ -304,122 +293,6 @@ fn cancel_columns(cancel: Option<&CancelCause>) -> CancelColumns {
     }
 }
 
-impl BranchRow {
-    pub(in crate::store) fn of(global: &GlobalTransaction, position: usize) -> Self {
-        let branch = &global.branches[position];
-        let carried = branch.spec.payload.as_ref().filter(|_| branch.spec.carry_payload);
-        let error = branch.last_error.as_ref();
-        let resolution = match &branch.state {
-            BranchState::Resolved(resolution) => Some(resolution),
-            BranchState::Registered | BranchState::Tried | BranchState::Acknowledged => None,
-        };
-        Self {
-            xid: global.xid.to_bytes().to_vec(),
-            position: i64::try_from(position).expect("at most 64 branches"),
-            branch_id: branch.spec.branch_id.to_string(),
-            action: branch.spec.action.clone(),
-            participant: branch.spec.participant.clone(),
-            target: branch.spec.target.clone(),
-            payload: carried.map(|payload| payload.data.to_vec()),
-            payload_type: carried.map(|payload| payload.content_type.clone()),
-            state: match branch.state {
-                BranchState::Registered | BranchState::Tried => 1,
-                BranchState::Acknowledged => 2,
-                BranchState::Resolved(_) => 3,
-            },
-            attempts: branch.attempts.into(),
-            needs_attention: branch.needs_attention,
-            due_at: match branch.call {
-                Call::Idle { due_at } if branch.is_open() && error.is_some() => Some(due_at.0),
-                Call::Idle { .. } | Call::InFlight(_) => None,
-            },
-            error_code: error.map(|error| error.code.clone()),
-            error_message: error.map(|error| error.message.clone()),
-            error_at: error.map(|error| error.at.0),
-            resolved_by: resolution.map(|resolution| resolution.operator.clone()),
-            resolved_reason: resolution.map(|resolution| resolution.reason.clone()),
-            resolved_at: resolution.map(|resolution| resolution.at.0),
-        }
-    }
-
-    fn into_branch(
-        self,
-        state: State,
-        begun_at: Timestamp,
-        leave_out: &mut impl FnMut(&'static str),
-    ) -> Result<Branch, &'static str> {
-        let (payload, damage) = match (self.payload, self.payload_type) {
-            (Some(data), Some(content_type)) => {
-                (Some(Payload { data: Bytes::from(data), content_type }), None)
-            }
-            (None, None) => (None, None),
-            (None, Some(_)) => (None, Some("its payload is missing")),
-            (Some(_), None) => (None, Some("the type of its payload is missing")),
-        };
-        let last_error = match (self.error_code, self.error_message, self.error_at) {
-            (Some(code), Some(message), Some(at)) => {
-                Some(Box::new(AttemptError { code, message, at: Timestamp(at) }))
-            }
-            (None, None, None) => None,
-            _ => {
-                leave_out("error_at");
-                None
-            }
-        };
-        let resolution = match (self.resolved_by, self.resolved_reason, self.resolved_at) {
-            (Some(operator), Some(reason), Some(at)) => {
-                Some(Resolution { operator, reason, at: Timestamp(at) })
-            }
-            _ => None,
-        };
-        let branch_state = match (self.state, resolution) {
-            // If all went well, the rows of branches are not written again. The final state implies that they acknowledged.
-            (1, None) if state.is_final() => BranchState::Acknowledged,
-            (1, None) => BranchState::Registered,
-            (2, None) => BranchState::Acknowledged,
-            (3, Some(resolution)) => BranchState::Resolved(Box::new(resolution)),
-            // An operator's resolution is kept for ever, and is there.
-            (_, Some(resolution)) => {
-                leave_out("branch.state");
-                BranchState::Resolved(Box::new(resolution))
-            }
-            // Whether it has acknowledged is not known. A repeat of its call does no harm.
-            (_, None) => {
-                leave_out("branch.state");
-                if state.is_final() { BranchState::Acknowledged } else { BranchState::Registered }
-            }
-        };
-        Ok(Branch {
-            spec: Arc::new(BranchSpec {
-                branch_id: self.branch_id.parse().map_err(|_| "branch_id")?,
-                action: self.action,
-                participant: self.participant,
-                target: self.target,
-                carry_payload: payload.is_some(),
-                payload,
-                try_timeout: None,
-                damage,
-            }),
-            attempts: match branch_state {
-                BranchState::Acknowledged if self.state == 1 => 1,
-                BranchState::Acknowledged
-                | BranchState::Registered
-                | BranchState::Tried
-                | BranchState::Resolved(_) => u32::try_from(self.attempts).unwrap_or_else(|_| {
-                    leave_out("attempts");
-                    0
-                }),
-            },
-            state: branch_state,
-            timeouts: 0,
-            needs_attention: self.needs_attention,
-            call: Call::Idle { due_at: self.due_at.map_or(begun_at, Timestamp) },
-            last_error,
-            reply: None,
-        })
-    }
-}
-
 pub(in crate::store) fn xid(column: &[u8]) -> Result<Xid, Error> {
     let bytes = column
         .try_into()
@@ -444,6 +317,8 @@ fn a_transaction_with_too_many_branch_rows_is_damaged() {
     let mut global = begun(xids_of(0).0, &["1"]);
     global.branches = vec![global.branches[0].clone(); limits::BRANCHES_MAX + 1];
     let branches = (0..global.branches.len()).map(|n| BranchRow::of(&global, n)).collect();
-    let row = TransactionRow { branches: None, ..TransactionRow::of(&global) };
-    assert!(matches!(row.into_transaction(branches), Err(Error::Corrupt(_))));
+    let old = TransactionRow { branch_count: None, ..TransactionRow::of(&global) };
+    assert!(matches!(old.into_transaction(branches), Err(Error::Corrupt(_))));
+    let row = TransactionRow { branch_count: None, ..TransactionRow::with_branches(&global) };
+    assert!(matches!(row.into_transaction(Vec::new()), Err(Error::Corrupt(_))));
 }

@@ -18,7 +18,7 @@ const REPEAT_AFTER: [Duration; 3] =
     [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
 
 /// The columns of [`Seen`], at the end of the list of columns.
-pub(super) const SEEN: &str = ", p.epoch AS seen_epoch, p.nonce AS seen_nonce, p.batches AS seen_position FROM `partition` AS p ";
+pub(super) const SEEN: &str = ", p.epoch AS seen_epoch, p.nonce AS seen_nonce, p.latest_batch AS seen_position FROM `partition` AS p ";
 
 /// The partition's row as a query has seen it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromRow)]

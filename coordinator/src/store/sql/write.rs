@@ -3,10 +3,12 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use handfast_proto::{Xid, crash_point};
+use handfast_proto::crash_point;
 use tracing::{error, warn};
 
-use super::{Cell, Connection, Connections, Counter, Dialect, Query, Wrote, record};
+use super::{
+    Cell, Connection, Connections, Counter, Dialect, Query, Wrote, read::Finished, record,
+};
 use crate::{
     store::{
         Appended, Batch, Damage, Epoch, Error, Guard, Head, Ownership, PartitionRow, Row, Seat,
@@ -80,7 +82,7 @@ async fn take_over<D: Dialect>(
     query.push(" END WHERE ended_at IS NULL AND `partition` IN (");
     query.push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
-    let mut query = Query::new("UPDATE `partition` SET batches = 0 WHERE `partition` IN (");
+    let mut query = Query::new("UPDATE `partition` SET latest_batch = 0 WHERE `partition` IN (");
     query.push_list(nonces.keys().copied());
     D::execute(connection, query).await?;
     let mut query =
@@ -213,7 +215,7 @@ async fn misfits<D: Dialect>(
     let mut misfits = Vec::new();
     for writes in batch.writes.chunks(MISFITS_AT_A_TIME) {
         let mut query =
-            Query::new("SELECT xid, state, branches FROM global_transaction WHERE xid IN (");
+            Query::new("SELECT xid, state, branch_count FROM global_transaction WHERE xid IN (");
         query.push_list(writes.iter().map(|write| write.global.xid));
         query.persistent = false;
         let rows: Vec<(Vec<u8>, i64, Option<i64>)> = D::fetch(connection, query).await?;
@@ -310,7 +312,7 @@ pub(in crate::store) async fn lost<D: Dialect>(
     guard: Guard,
 ) -> Result<Option<(u32, u64)>, Error> {
     let query = Query::new(
-        "SELECT e.epoch, e.nonce, COALESCE(e.batches, p.batches), e.lost FROM epoch AS e \
+        "SELECT e.epoch, e.nonce, COALESCE(e.batches, p.latest_batch), e.lost FROM epoch AS e \
          JOIN `partition` AS p ON p.`partition` = e.`partition` \
          WHERE e.`partition` = ? AND e.epoch <= ? ORDER BY e.epoch DESC LIMIT 2",
     );
@@ -352,7 +354,8 @@ pub(in crate::store) async fn mark_restored<D: Dialect>(
 pub(in crate::store) async fn seats<D: Dialect>(
     connection: &mut Connection<D>,
 ) -> Result<Vec<Seat>, Error> {
-    let query = Query::new("SELECT `partition`, epoch, nonce, batches, owner FROM `partition`");
+    let query =
+        Query::new("SELECT `partition`, epoch, nonce, latest_batch, owner FROM `partition`");
     let rows: Vec<(u16, u32, u32, i64, Option<String>)> = D::fetch(connection, query).await?;
     let seat = |(partition, epoch, nonce, position, owner): (_, _, _, i64, _)| Seat {
         partition,
@@ -374,29 +377,43 @@ async fn recorded<D: Dialect>(
     Ok(seats::<D>(connection).await?.into_iter().map(recorded).collect())
 }
 
-/// Deletes the transactions that [`super::read::finished`] found, and records how far it went. Returns how many were deleted: 0
-/// if the partition has another owner.
+/// Deletes the transactions that [`super::read::finished`] found, and records how far it went. Returns how many were deleted. `None`:
+/// the partition has another owner.
 pub(in crate::store) async fn purge<D: Dialect>(
     connection: &mut Connection<D>,
     Ownership { partition, epoch, nonce, .. }: Ownership,
-    finished: &[Xid],
-) -> Result<u64, Error> {
-    let Some(through) = finished.iter().max().copied() else { return Ok(0) };
+    before: Timestamp,
+    Finished { ranges, some_have_keys }: &Finished,
+) -> Result<Option<u64>, Error> {
+    let Some((_, through)) = ranges.last().copied() else { return Ok(Some(0)) };
     D::run(connection, D::BEGIN_WRITING).await?;
     // Do not lock the partition's own row: its batches would wait until the rows are deleted.
     let guard = Query::new(
-        "UPDATE epoch SET purges = purges + 1 WHERE `partition` = ? AND epoch = ? AND nonce = ? AND ended_at IS NULL",
+        "UPDATE epoch SET purge_steps = purge_steps + 1 WHERE `partition` = ? AND epoch = ? AND nonce = ? AND ended_at IS NULL",
     );
     let guard = guard.bind(partition).bind(epoch).bind(nonce);
     if D::execute(connection, guard).await? == 0 {
         D::run(connection, "ROLLBACK").await?;
-        return Ok(0);
+        return Ok(None);
     }
-    D::delete(connection, finished).await?;
     let mark = Query::new(D::UPSERT_PURGED).bind(partition).bind(through).bind(through);
     D::execute(connection, mark).await?;
+    let mut deleted = 0;
+    for (first, last) in ranges {
+        // The last one alone: a database also locks the row after a range, which may be one that others are changing.
+        let these = [("g.xid >= ? AND g.xid < ?", vec![*first, *last]), ("g.xid = ?", vec![*last])];
+        for (condition, xids) in these.into_iter().skip(usize::from(first == last)) {
+            let mut rows = 0;
+            for sql in D::DELETE.iter().skip(usize::from(!some_have_keys)) {
+                let delete = Query::new(&sql.replace("THESE", condition));
+                let delete = xids.iter().fold(delete, |delete, xid| delete.bind(*xid)).bind(before);
+                rows = D::execute(connection, delete).await?;
+            }
+            deleted += rows; // of the last statement, which deletes the transactions
+        }
+    }
     D::run(connection, "COMMIT").await?;
-    Ok(finished.len() as u64)
+    Ok(Some(deleted))
 }
 
 pub(in crate::store) async fn release<D: Dialect>(

@@ -1,6 +1,5 @@
 //! The statements of a batch, prepared once. SQLite runs in this process, so larger messages would save nothing.
 
-use handfast_proto::Xid;
 use sqlx::{Arguments as _, Database, QueryBuilder};
 
 use super::{Connection, Db, Dialect as _, InSqlite};
@@ -62,13 +61,14 @@ pub(super) async fn write(
 async fn move_positions(connection: &mut Connection, guards: &[Guard]) -> Result<u64, Error> {
     let size =
         STATEMENT_GUARDS.into_iter().find(|size| *size >= guards.len()).unwrap_or(guards.len());
-    let mut query = QueryBuilder::<Db>::new("UPDATE partition SET batches = batches + 1 WHERE ");
+    let mut query =
+        QueryBuilder::<Db>::new("UPDATE partition SET latest_batch = latest_batch + 1 WHERE ");
     // A guard that occurs twice still counts once.
     for (n, guard) in guards.iter().cycle().take(size).enumerate() {
         query.push(if n == 0 { "(partition = " } else { " OR (partition = " });
         query.push_bind(guard.partition).push(" AND epoch = ").push_bind(guard.epoch);
         query.push(" AND nonce = ").push_bind(guard.nonce);
-        query.push(" AND batches = ").push_bind(guard.position.cast_signed() - 1).push(")");
+        query.push(" AND latest_batch = ").push_bind(guard.position.cast_signed() - 1).push(")");
     }
     Ok(query.build().execute(connection).await?.rows_affected())
 }
@@ -84,6 +84,12 @@ fn push_insert(query: &mut QueryBuilder<Db>, change: &TableChange, rows: &[&[Cel
     query.push("INSERT INTO ").push(change.table).push(" (").push(change.columns.join(", "));
     query.push(") VALUES ");
     push_values(query, rows);
+    if change.overwrites > 0 {
+        let overwritten = change.columns[change.columns.len() - change.overwrites..].iter();
+        let all: Vec<_> =
+            overwritten.map(|column| format!("{column} = excluded.{column}")).collect();
+        query.push(" ON CONFLICT DO UPDATE SET ").push(all.join(", "));
+    }
 }
 
 /// `UPDATE … SET … FROM (VALUES (…), (…)) AS v WHERE …`, with the keys and the expected values as conditions.
@@ -120,22 +126,4 @@ fn push_values(query: &mut QueryBuilder<Db>, rows: &[&[Cell]]) {
         }
     }
     query.push(")");
-}
-
-/// Deletes these transactions with their branches and keys.
-pub(super) async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
-    for which in [
-        "idempotency WHERE key_hash IN (SELECT key_hash FROM global_transaction WHERE xid IN (",
-        "branch WHERE (xid IN (",
-        "global_transaction WHERE (xid IN (",
-    ] {
-        let mut query = QueryBuilder::<Db>::new("DELETE FROM ");
-        let mut xids = query.push(which).separated(", ");
-        for xid in finished {
-            xids.push_bind(xid.to_bytes().to_vec());
-        }
-        // Not kept prepared: a text with one placeholder for each row would push others out of the cache.
-        query.push("))").build().persistent(false).execute(&mut *connection).await?;
-    }
-    Ok(())
 }

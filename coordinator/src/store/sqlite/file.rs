@@ -20,9 +20,10 @@ use crate::store::{PARTITIONS, sql::is_damaged_file};
 /// The value of `PRAGMA application_id` in our files: "HFST".
 pub(super) const APPLICATION_ID: i64 = 0x4846_5354;
 /// The steps from each version of the schema to the next, oldest first. A released step never changes.
-pub(super) const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema-2.sql")];
+pub(super) const STEPS: [&str; 3] =
+    [include_str!("schema.sql"), include_str!("schema-2.sql"), include_str!("schema-3.sql")];
 /// The number of steps that were done: a part of `PRAGMA user_version`.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
 
 /// Symbolic links that lead from one to the next. Linux follows no more.
 const LINKS_MAX: usize = 40;
@@ -289,7 +290,7 @@ pub(super) async fn migrate(connection: &mut SqliteConnection) -> Result<(), sql
     }
     if done == 0 {
         for partition in 0..PARTITIONS {
-            sqlx::query("INSERT INTO partition (partition, epoch, batches) VALUES (?, 0, 0)")
+            sqlx::query("INSERT INTO partition (partition, epoch, latest_batch) VALUES (?, 0, 0)")
                 .bind(partition)
                 .execute(&mut *tx)
                 .await?;

@@ -52,6 +52,9 @@ const JOURNAL_BYTES_KEPT: u32 = 64 * 1024 * 1024;
 /// A larger WAL file indicates a problem, most likely a read that never ends.
 const JOURNAL_BYTES_WARN: u64 = 256 * 1024 * 1024;
 
+/// Transactions that one step of the purge looks at. Batches wait for it: there is one connection that writes.
+const PURGED_AT_ONCE_MAX: usize = 512;
+
 /// How often an idle coordinator checks that the file is where it was.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
@@ -82,6 +85,13 @@ impl Dialect for InSqlite {
     const BEGIN_READING: &'static str = "BEGIN";
     const UPSERT_PURGED: &'static str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
                                          ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
+    const DELETE: [&'static str; 3] = [
+        "DELETE FROM idempotency WHERE key_hash IN (SELECT g.key_hash FROM global_transaction AS g \
+         WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?)",
+        "DELETE FROM branch WHERE xid IN (SELECT g.xid FROM global_transaction AS g \
+         WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?)",
+        "DELETE FROM global_transaction AS g WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?",
+    ];
     const CLOCK: &'static str = "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)";
 
     /// Closing a connection ends its local transaction, so nothing remains to be killed.
@@ -99,10 +109,6 @@ impl Dialect for InSqlite {
         counter: &Counter,
     ) -> Result<Wrote, Error> {
         batch::write(connection, batch, counter).await
-    }
-
-    async fn delete(connection: &mut Connection, finished: &[Xid]) -> Result<(), Error> {
-        batch::delete(connection, finished).await
     }
 
     async fn fetch<T: FromAnyRow>(
@@ -310,21 +316,21 @@ impl Store for SqliteStore {
         limit: usize,
     ) -> Result<(u64, Option<XidBytes>), Error> {
         let after = after.as_deref();
-        let partition = ownership.partition;
+        let (partition, limit) = (ownership.partition, limit.min(PURGED_AT_ONCE_MAX));
         let find = async |connection: &mut Connection| {
             read::finished::<InSqlite>(connection, partition, finished_before, now, after, limit)
                 .await
         };
         let (finished, next) = self.readers.run(find).await?;
-        if finished.is_empty() {
+        if finished.ranges.is_empty() {
             return Ok((0, next));
         }
         let purge = async |connection: &mut Connection| {
-            write::purge::<InSqlite>(connection, ownership, &finished).await
+            write::purge::<InSqlite>(connection, ownership, finished_before, &finished).await
         };
         let deleted = self.writer.run(purge).await?;
         self.checkpoint().await;
-        Ok(if deleted == 0 { (0, None) } else { (deleted, next) })
+        Ok(deleted.map_or((0, None), |deleted| (deleted, next)))
     }
 
     async fn release(&self, ownerships: &[Ownership]) -> Result<(), Error> {

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use handfast_proto::Xid;
 use handfast_shop::{
     audit::{Answer, audit},
     books::Books,
@@ -113,8 +114,8 @@ impl Records {
         let databases = &world.databases;
         let states: Vec<(Vec<u8>, i64)> =
             databases.rows(None, "SELECT xid, state FROM global_transaction").await?;
-        let branches: Vec<(Vec<u8>, String, String)> =
-            databases.rows(None, "SELECT xid, branch_id, participant FROM branch").await?;
+        let branches = "SELECT xid, branch_id, participant FROM readable_branch";
+        let branches: Vec<(String, String, String)> = databases.rows(None, branches).await?;
         let mut fences = BTreeMap::new();
         for service in SERVICES {
             let sql = "SELECT xid, branch_id, state FROM handfast_fence";
@@ -123,8 +124,12 @@ impl Records {
             let rows = rows.into_iter().map(|(xid, id, state)| ((xid, text(id)), state));
             fences.insert(Service::to_string(&service), rows.collect());
         }
-        let branches = branches.into_iter().map(|(xid, id, participant)| ((xid, id), participant));
-        Ok(Self { states: states.into_iter().collect(), branches: branches.collect(), fences })
+        let branch = |(xid, id, participant): (String, _, _)| {
+            let xid: Xid = xid.parse()?;
+            Ok(((xid.to_bytes().to_vec(), id), participant))
+        };
+        let branches = branches.into_iter().map(branch).collect::<anyhow::Result<_>>()?;
+        Ok(Self { states: states.into_iter().collect(), branches, fences })
     }
 
     fn contradictions(&self) -> Vec<String> {

@@ -37,19 +37,17 @@ pub(crate) async fn fill(pool: &MySqlPool, target: &str, sequences: Range<u64>) 
             "UNHEX(CONCAT(LPAD(HEX(({first} + n) MOD 16), 4, '0'), '00000001', LPAD(HEX({first} + n), 12, '0'), '00000007'))"
         );
         let at = format!("UNIX_TIMESTAMP() * 1000 - {AGE_MILLIS} + ({first} + n) DIV 100");
+        let branches = [1, 2, 3].map(|id| {
+            format!(
+                r#"{{"id":"{id}","action":"anything","participant":"alive","target":"{target}"}}"#
+            )
+        });
+        let branches = branches.join(",");
         run(format!(
-            "INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, decided_at, due_at) \
-             SELECT {xid}, 'old', 1, 2, '{{}}', {at}, {at} + 30000, {at} + 10, {at} + 10 {numbers}"
+            "INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, decided_at, due_at, branch_count, \
+             branches) SELECT {xid}, 'old', 1, 2, '{{}}', {at}, {at} + 30000, {at} + 10, {at} + 10, 3, '[{branches}]' {numbers}"
         ))
         .await;
-        for position in 0..3 {
-            run(format!(
-                "INSERT INTO branch (xid, position, branch_id, action, participant, target, state, attempts, needs_attention) \
-                 SELECT {xid}, {position}, '{}', 'anything', 'alive', '{target}', 1, 0, 0 {numbers}",
-                position + 1
-            ))
-            .await;
-        }
         first += STEP;
     }
 }

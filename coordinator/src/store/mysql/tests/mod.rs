@@ -1,6 +1,7 @@
 //! Behaviour that only a real server shows: which statements it prepares, and which locks are waited for.
 
 mod connections;
+mod versions;
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,7 +15,7 @@ use super::{
 use crate::{
     clock::{Clock as _, SystemClock},
     store::{
-        Damage, Guard, Show, Store as _,
+        Damage, Guard, Head, Show, Store as _, Write,
         conformance::{NOW, Owner, begun, call, confirm, failed, inserted, updated},
     },
     transaction::{BranchSet, GlobalTransaction, Key, Outcome, State},
@@ -173,11 +174,11 @@ async fn a_purge_that_waits_holds_nobody_up() {
                 .await
         });
         let mut looking = database.connect().await;
-        let branches = "SELECT position FROM branch WHERE xid = ? FOR UPDATE SKIP LOCKED";
+        let key = "SELECT xid FROM idempotency WHERE key_hash = ? FOR UPDATE SKIP LOCKED";
         loop {
-            let free = sqlx::query(branches).bind(old[0].xid.to_bytes().to_vec());
+            let free = sqlx::query(key).bind(old[0].key.unwrap().hash.to_vec());
             if free.fetch_all(&mut looking).await.unwrap().is_empty() {
-                break; // it has deleted branches
+                break; // it has deleted keys
             }
             assert!(!purge.is_finished(), "it waits for nobody");
         }
@@ -240,48 +241,6 @@ async fn a_read_whose_caller_goes_away_costs_no_connection() {
         for list in futures_util::future::join_all(lists).await {
             assert_eq!(list.unwrap(), Listing::default());
         }
-        database.drop().await;
-    }
-}
-
-/// A step may be killed half-way while an older coordinator is still running.
-#[tokio::test]
-async fn a_store_of_version_1_becomes_one_of_version_2() {
-    for server in servers() {
-        let database = Database::of_version(&server, 1).await;
-        let mut connection = database.connect().await;
-        let version_1 = "INSERT INTO epoch (`partition`, epoch, nonce, owner, taken_at) VALUES (3, 1, 77, '', 0);
-                         UPDATE `partition` SET epoch = 1, position = 5, owner = 'one' WHERE `partition` = 3;
-                         INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, due_at)
-                         VALUES (x'00030000000100000000000100000000', 'old', 1, 1, '{}', 0, 0, 0)";
-        sqlx::raw_sql(version_1).execute(&mut connection).await.unwrap();
-        assert!(
-            MySqlStore::open(&database.url(), true)
-                .await
-                .unwrap_err()
-                .to_string()
-                .contains("version 1")
-        );
-        let url = database.url();
-        assert_eq!(migrate(&url).await.unwrap(), (1, 2));
-        let undone = "DELETE FROM handfast_schema WHERE version = 2"; // as if it had been killed just before
-        sqlx::raw_sql(undone).execute(&mut connection).await.unwrap();
-        assert_eq!(migrate(&url).await.unwrap(), (1, 2));
-        assert_eq!(migrate(&url).await.unwrap(), (2, 2));
-        let store = database.store().await;
-        let seats = store.seats().await.unwrap();
-        let seat = seats.iter().find(|seat| seat.partition == 3).unwrap();
-        assert_eq!((seat.epoch, seat.nonce, seat.position), (1, 77, 5));
-        // A standby of version 1 that was not stopped can neither look, nor take over, nor write a batch.
-        for of_version_1 in [
-            "SELECT `partition`, epoch, position, owner FROM `partition`",
-            "UPDATE `partition` SET epoch = epoch + 1, position = 0, owner = 'one'",
-            "UPDATE `partition` SET position = position + 1 WHERE `partition` = 3 AND epoch = 1 AND position = 5",
-        ] {
-            let error = sqlx::raw_sql(of_version_1).execute(&mut connection).await.unwrap_err();
-            assert!(error.to_string().contains("Unknown column 'position'"), "{error}");
-        }
-        assert_eq!(store.acquire(&[3], "two", NOW).await.unwrap()[0].epoch, 2);
         database.drop().await;
     }
 }

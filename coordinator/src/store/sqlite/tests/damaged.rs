@@ -72,6 +72,11 @@ impl Read {
     }
 }
 
+/// Gives the branches rows of their own, as if there were more to tell of them.
+const WITH_ROWS: &str = "INSERT INTO branch (xid, position, branch_id, action, participant, target, state, attempts, needs_attention)
+    SELECT xid, j.key, j.value ->> 'id', j.value ->> 'action', j.value ->> 'participant', j.value ->> 'target', 1, 0, 0
+    FROM global_transaction, json_each(branches) AS j; ";
+
 #[tokio::test]
 async fn what_is_not_needed_is_left_out() {
     for damage in [
@@ -84,6 +89,7 @@ async fn what_is_not_needed_is_left_out() {
         "UPDATE branch SET attempts = -1 WHERE xid = THIS",
         "UPDATE branch SET error_code = 'UNAVAILABLE' WHERE xid = THIS",
     ] {
+        let damage = &format!("{WITH_ROWS}{damage}");
         let global = Read::after(Decision::Cancel, damage).await.carried_out(damage);
         assert_eq!(global.state, State::Cancelling, "{damage}");
         assert!(global.cancel.is_some(), "{damage}");
@@ -93,12 +99,14 @@ async fn what_is_not_needed_is_left_out() {
 
 #[tokio::test]
 async fn a_branch_in_an_unknown_state_is_called_again_unless_somebody_resolved_it() {
-    let unknown = "UPDATE branch SET state = 9 WHERE xid = THIS AND position = 0";
+    let unknown =
+        &format!("{WITH_ROWS}UPDATE branch SET state = 9 WHERE xid = THIS AND position = 0");
     let global = Read::after(Decision::Confirm, unknown).await.carried_out(unknown);
     assert_eq!(global.branches[0].state, BranchState::Registered);
     let resolved = "UPDATE branch SET state = 9 WHERE xid = THIS; INSERT INTO resolution \
                     SELECT xid, branch_id, 1, 'checkout', action, 'ann', 'by hand', 7 FROM branch \
                     WHERE xid = THIS AND position = 0";
+    let resolved = &format!("{WITH_ROWS}{resolved}");
     let global = Read::after(Decision::Confirm, resolved).await.carried_out(resolved);
     let resolution =
         Resolution { operator: "ann".to_owned(), reason: "by hand".to_owned(), at: Timestamp(7) };
@@ -112,7 +120,24 @@ async fn a_branch_without_a_part_of_its_payload_is_not_called() {
         ("payload = x'01'", "the type of its payload is missing"),
         ("payload_type = 'a/b'", "its payload is missing"),
     ] {
-        let damage = format!("UPDATE branch SET {damage} WHERE xid = THIS AND position = 1");
+        let damage =
+            format!("{WITH_ROWS}UPDATE branch SET {damage} WHERE xid = THIS AND position = 1");
+        let global = Read::after(Decision::Confirm, &damage).await.carried_out(&damage);
+        assert_eq!(global.branches[0].spec.damage, None);
+        assert_eq!(global.branches[1].spec.damage, Some(what));
+    }
+}
+
+/// A later version may have recorded it, or its row was deleted.
+#[tokio::test]
+async fn a_branch_of_an_unknown_kind_or_without_the_row_of_its_payload_is_not_called() {
+    for (member, what) in [
+        ("'$[1].kind', 'message'", "this version does not know its kind"),
+        ("'$[1].payload', json('true')", "its payload is missing"),
+    ] {
+        let damage = format!(
+            "UPDATE global_transaction SET branches = json_set(branches, {member}) WHERE xid = THIS"
+        );
         let global = Read::after(Decision::Confirm, &damage).await.carried_out(&damage);
         assert_eq!(global.branches[0].spec.damage, None);
         assert_eq!(global.branches[1].spec.damage, Some(what));
@@ -124,8 +149,15 @@ async fn what_cannot_be_carried_out_is_left_alone_and_the_others_go_on() {
     for damage in [
         "UPDATE global_transaction SET state = 9 WHERE xid = THIS",
         "UPDATE global_transaction SET state = 1 WHERE xid = THIS", // and yet it has a decided_at
-        "UPDATE global_transaction SET branches = 7 WHERE xid = THIS",
-        "DELETE FROM branch WHERE xid = THIS AND position = 0",
+        "UPDATE global_transaction SET branch_count = 7 WHERE xid = THIS",
+        "UPDATE global_transaction SET branches = '[' WHERE xid = THIS",
+        "UPDATE global_transaction SET branches = '[]' WHERE xid = THIS",
+        "UPDATE global_transaction SET branches = x'ff' WHERE xid = THIS",
+        "UPDATE global_transaction SET branches = json_remove(branches, '$[0].action') WHERE xid = THIS",
+        "UPDATE global_transaction SET branches = json_set(branches, '$[0].id', 'c') WHERE xid = THIS",
+        "UPDATE branch SET position = 2 WHERE xid = THIS AND position = 1",
+        // As an earlier version has recorded it.
+        "UPDATE global_transaction SET branches = NULL WHERE xid = THIS; DELETE FROM branch WHERE xid = THIS AND position = 0",
         "UPDATE branch SET branch_id = 'no id!' WHERE xid = THIS AND position = 0",
         // SQLite takes values of any type.
         "UPDATE global_transaction SET begun_at = 'noon' WHERE xid = THIS",
@@ -134,6 +166,7 @@ async fn what_cannot_be_carried_out_is_left_alone_and_the_others_go_on() {
         "UPDATE global_transaction SET due_at = 'noon' WHERE xid = THIS",
         "UPDATE global_transaction SET due_at = 0.5 WHERE xid = THIS",
     ] {
+        let damage = &format!("{WITH_ROWS}{damage}");
         Read::after(Decision::Confirm, damage).await.left_out(damage);
     }
 }

@@ -94,38 +94,81 @@ async fn a_newer_version_is_refused() {
     assert!(error.contains("99") && error.contains("newer"), "{error}");
 }
 
+/// Rows of version 1: an undecided transaction, one that is stuck, and one that has finished and has a key.
+const ROWS: &str = "
+INSERT INTO epoch (partition, epoch, nonce, owner, taken_at) VALUES (3, 1, 77, 'one', 0);
+INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, decided_at, finished_at, due_at, key_hash) VALUES
+    (x'0003000000010000000000010000004D', 'trying', 1, 1, '{}', 1, 2, NULL, NULL, 2, NULL),
+    (x'0003000000010000000000020000004D', 'stuck', 1, 2, '{}', 1, 2, 2, NULL, 2, NULL),
+    (x'0003000000010000000000030000004D', 'keyed', 1, 4, '{}', 1, 2, 2, 3, NULL, zeroblob(32));
+INSERT INTO idempotency (key_hash, xid, key_digest)
+    VALUES (zeroblob(32), x'0003000000010000000000030000004D', zeroblob(32));
+INSERT INTO branch (xid, position, branch_id, action, participant, target, state, attempts, needs_attention)
+    SELECT xid, 0, '1', 'inventory.deduct', 'inventory', '', 1, 0, 0 FROM global_transaction;
+INSERT INTO branch (xid, position, branch_id, action, participant, target, state, attempts, needs_attention)
+    SELECT xid, 1, '2', 'points.add', 'points', '', 2, 1, 0 FROM global_transaction;
+UPDATE branch SET attempts = 9, needs_attention = 1, error_code = 'INTERNAL', error_message = 'no', error_at = 2, due_at = 2
+    WHERE xid = x'0003000000010000000000020000004D' AND position = 0;";
+
 #[tokio::test]
-async fn a_store_of_version_1_becomes_one_of_this_version() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("store.db");
-    let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
-    let mut connection = Connection::connect_with(&options).await.unwrap();
-    let version_1 = format!(
-        "{}; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1;
-         INSERT INTO partition (partition, epoch, position, owner) VALUES (3, 1, 5, 'one');
-         INSERT INTO epoch (partition, epoch, nonce, owner, taken_at) VALUES (3, 1, 77, 'one', 0);",
-        STEPS[0]
-    );
-    sqlx::raw_sql(sqlx::AssertSqlSafe(version_1)).execute(&mut connection).await.unwrap();
-    connection.close().await.unwrap();
-    let store = SqliteStore::open(&path).await.unwrap();
-    // A program of version 1 can neither take over nor write a batch.
-    let mut connection = Connection::connect_with(&options).await.unwrap();
-    for of_version_1 in [
-        "UPDATE partition SET epoch = epoch + 1, position = 0, owner = 'one'",
-        "UPDATE partition SET position = position + 1 WHERE partition = 3 AND epoch = 1 AND position = 5",
-    ] {
-        let error = sqlx::raw_sql(of_version_1).execute(&mut connection).await.unwrap_err();
-        assert!(error.to_string().contains("no such column: position"), "{error}");
+async fn a_store_of_an_earlier_version_becomes_one_of_this_version() {
+    for from in [1, 2] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
+        let mut connection = Connection::connect_with(&options).await.unwrap();
+        let position = ["", "position", "batches"][from];
+        let steps = STEPS[..from].concat();
+        let earlier = format!(
+            "{steps}; {ROWS} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {from};
+             INSERT INTO partition (partition, epoch, {position}, owner) VALUES (3, 1, 5, 'one');"
+        );
+        sqlx::raw_sql(sqlx::AssertSqlSafe(earlier)).execute(&mut connection).await.unwrap();
+        if from == 2 {
+            let since =
+                "UPDATE partition SET nonce = 77; UPDATE global_transaction SET branches = 2";
+            sqlx::raw_sql(since).execute(&mut connection).await.unwrap();
+        }
+        connection.close().await.unwrap();
+        let store = SqliteStore::open(&path).await.unwrap();
+        // A program of an earlier version can neither take over nor write a batch.
+        let mut connection = Connection::connect_with(&options).await.unwrap();
+        for (statement, column) in [
+            ("UPDATE partition SET epoch = epoch + 1, position = 0, owner = 'one'", "position"),
+            ("UPDATE partition SET position = position + 1 WHERE partition = 3", "position"),
+            ("UPDATE partition SET batches = 0 WHERE partition = 3", "batches"),
+            ("UPDATE partition SET batches = batches + 1 WHERE partition = 3", "batches"),
+            ("UPDATE epoch SET purges = purges + 1 WHERE partition = 3", "purges"),
+        ] {
+            let error = sqlx::raw_sql(statement).execute(&mut connection).await.unwrap_err();
+            assert!(error.to_string().contains(&format!("no such column: {column}")), "{error}");
+        }
+        let waiting = "SELECT waiting_for FROM readable_transaction WHERE name = 'stuck'";
+        let waiting: String = sqlx::query_scalar(waiting).fetch_one(&mut connection).await.unwrap();
+        assert_eq!(waiting, "inventory");
+        connection.close().await.unwrap();
+        // A batch of the previous owner, if it could go on: epoch and nonce are its own.
+        let guard = Guard { partition: 3, epoch: 1, nonce: 77, position: 6 };
+        let batch = Batch { guards: vec![guard], writes: Vec::new() };
+        assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
+        let ownership = store.acquire(&[3], "two", Timestamp(1)).await.unwrap()[0];
+        assert_eq!(ownership.epoch, 2);
+        let known = Known { ownership, position: 0 };
+        let due = store.due(Timestamp(10), None, 10, known).await.unwrap().transactions;
+        let names: Vec<_> = due.iter().map(|global| global.name.as_str()).collect();
+        assert_eq!(names, ["trying", "stuck"]);
+        let branches: Vec<_> = due[1]
+            .branches
+            .iter()
+            .map(|branch| (branch.attempts, branch.needs_attention))
+            .collect();
+        assert_eq!(branches, [(9, true), (1, false)]);
+        let later = Timestamp(100);
+        assert_eq!(store.purge(ownership, later, later, None, 10).await.unwrap(), (1, None));
+        assert_eq!(store.find_keys(&[[0; 32]], known).await.unwrap(), [None]);
+        drop(store);
+        SqliteStore::open(&path).await.unwrap();
     }
-    connection.close().await.unwrap();
-    // A batch of the previous owner, if it could go on: epoch and nonce are its own.
-    let guard = Guard { partition: 3, epoch: 1, nonce: 77, position: 6 };
-    let batch = Batch { guards: vec![guard], writes: Vec::new() };
-    assert_eq!(store.append(&batch).await.unwrap(), Appended::Durable);
-    assert_eq!(store.acquire(&[3], "two", Timestamp(1)).await.unwrap()[0].epoch, 2);
-    drop(store);
-    SqliteStore::open(&path).await.unwrap();
 }
 
 #[tokio::test]

@@ -139,7 +139,8 @@ async fn people_can_read_it() {
     // A decided transaction; one of its three branches has acknowledged.
     let path = folder.path().join("store.db");
     let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
-    sqlx::query("UPDATE global_transaction SET state = 2").execute(&mut db).await.unwrap();
+    let decided = "UPDATE global_transaction SET state = 2, branches = NULL"; // as an earlier version has recorded it
+    sqlx::query(decided).execute(&mut db).await.unwrap();
     for (position, participant, state) in [(0, "order", 1), (1, "inventory", 2), (2, "points", 1)] {
         let branch = "INSERT INTO branch (xid, position, branch_id, action, participant, target, state, attempts, needs_attention)
                       SELECT xid, ?, ?, 'a.b', ?, '', ?, 0, 0 FROM global_transaction";
@@ -149,6 +150,19 @@ async fn people_can_read_it() {
     let waiting = sqlx::query_scalar("SELECT waiting_for FROM readable_transaction");
     let waiting: String = waiting.fetch_one(&mut db).await.unwrap();
     assert_eq!(waiting, "order, points");
+    // Only one of them has a row of its own, and the other transaction is damaged.
+    let own = r#"DELETE FROM branch WHERE position <> 1;
+        UPDATE global_transaction SET branches = '[{"id":"0","action":"a.b","participant":"order","target":""},
+            {"id":"1","action":"a.b","participant":"inventory","target":""},{"id":"2","action":"a.b","participant":"points","target":""}]';
+        INSERT INTO global_transaction (xid, name, drive, state, labels, begun_at, expires_at, branches)
+            SELECT substr(xid, 1, 15) || x'00', name, drive, 1, labels, begun_at, expires_at, '[' FROM global_transaction"#;
+    sqlx::raw_sql(own).execute(&mut db).await.unwrap();
+    let waiting = "SELECT waiting_for FROM readable_transaction WHERE state = 'confirming'";
+    let waiting: String = sqlx::query_scalar(waiting).fetch_one(&mut db).await.unwrap();
+    assert_eq!(waiting, "order, points");
+    let branches = "SELECT branch_id || ' ' || participant || ' ' || state FROM readable_branch ORDER BY branch_id";
+    let branches: Vec<String> = sqlx::query_scalar(branches).fetch_all(&mut db).await.unwrap();
+    assert_eq!(branches, ["0 order registered", "1 inventory confirmed", "2 points registered"]);
 
     // A view must not compute the text of every xid before it returns its first row.
     for view in ["readable_transaction", "readable_branch"] {

@@ -206,9 +206,9 @@ async fn a_kill_at_any_moment_of_a_checkpoint_loses_nothing() {
         store.writer.run(run).await.unwrap();
     };
     let steps = [
-        "BEGIN; UPDATE mark SET needed = 1; PRAGMA user_version = 258; COMMIT", // 1 * 256 + 2
+        "BEGIN; UPDATE mark SET needed = 1; PRAGMA user_version = 259; COMMIT", // 1 * 256 + 3
         "PRAGMA wal_checkpoint(PASSIVE)",
-        "BEGIN; UPDATE mark SET present = needed; PRAGMA user_version = 258; COMMIT",
+        "BEGIN; UPDATE mark SET present = needed; PRAGMA user_version = 259; COMMIT",
         "PRAGMA wal_checkpoint(TRUNCATE)", // at the end only
     ];
     let mut copies = Vec::new();

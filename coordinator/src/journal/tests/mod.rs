@@ -1,8 +1,10 @@
 //! The journal against a store that fails on demand.
 
+mod sizes;
+
 use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 
-use handfast_proto::{Xid, limits};
+use handfast_proto::Xid;
 
 use super::{health::OUTAGE_GRACE, outbox::BATCH_ROWS_MAX, *};
 use crate::{
@@ -13,7 +15,7 @@ use crate::{
     },
     transaction::{
         BranchSet, CancelCause, DecisionRequest, Drive, Event, GlobalTransaction, NewTransaction,
-        Payload, State, Timestamp,
+        State, Timestamp,
     },
 };
 
@@ -349,28 +351,6 @@ async fn changes_that_wait_together_lose_none_of_their_branches() {
     let write = &rig.store.batches()[1].writes[0];
     assert_eq!((write.head, write.new_branches), (Head::Update, 3));
     assert_eq!(write.changed_branches, branches(&[0, 1, 2]));
-}
-
-#[tokio::test]
-async fn results_count_for_the_bytes_of_a_batch() {
-    let mut rig = Rig::new().await;
-    rig.store.hold();
-    let blocker = rig.begin(0);
-    rig.put(&blocker, Head::Insert, Urgency::Awaited);
-    rig.until_batches(1).await;
-    let data = vec![7; limits::RESULT_BYTES_MAX].into();
-    let result = Some(Box::new(Payload { data, content_type: String::new() }));
-    let mut last = 0;
-    for _ in 0..1000 {
-        let global = GlobalTransaction { result: result.clone(), ..rig.begin(1) };
-        last = rig.put(&global, Head::Insert, Urgency::Awaited);
-    }
-    rig.store.release();
-    rig.until_durable(1, last).await;
-    let writes = rig.store.batches().into_iter().skip(1).map(|batch| batch.writes.len());
-    let writes: Vec<_> = writes.filter(|count| *count > 0).collect();
-    // 4 MiB, and 4,352 bytes each.
-    assert_eq!(writes, [963, 37]);
 }
 
 #[tokio::test]

@@ -103,10 +103,20 @@ pub trait Statements: Database {
         sql: &'static str,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// [`Statements::settle`] as a statement that [`Statements::commit`] sends in one message with COMMIT. There, a row that is
+    /// not written must prevent COMMIT. `None`: call [`Statements::settle`] before COMMIT.
+    fn settle_at_commit(_: &Settle<'_>) -> Option<String> {
+        None
+    }
+
     /// Commits the local transaction, or releases the author's innermost savepoint. Once this returns `Ok`, it is durable.
+    /// `last` is the statement of [`Statements::settle_at_commit`].
     ///
     /// Fails if the local transaction that [`Statements::BEGIN`] has begun has ended already.
-    fn commit(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send {
+    fn commit(
+        connection: &mut Self::Connection,
+        _last: Option<String>,
+    ) -> impl Future<Output = Result<(), Error>> + Send {
         Self::TransactionManager::commit(connection)
     }
 
@@ -155,10 +165,11 @@ pub trait Statements: Database {
         Self::execute(connection, Self::ADD_TRIED_INDEX)
     }
 
-    /// Undoes, after a local transaction, the session settings that [`Statements::BEGIN`] has changed. The author's other work
-    /// uses the connection next.
-    fn restore(connection: &mut Self::Connection)
-    -> impl Future<Output = Result<(), Error>> + Send;
+    /// Undoes the session settings that [`Statements::BEGIN`] has changed, because the author's other work uses the connection
+    /// next. Only for a local transaction that had ended by itself. Otherwise, COMMIT and ROLLBACK have done it.
+    fn restore(_: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send {
+        async { Ok(()) }
+    }
 
     /// Ends a local transaction that was dropped, perhaps in the middle of a statement. Rolls it back, and frees its place in
     /// the pool in bounded time. The connection is reused only if its state is beyond doubt.

@@ -271,7 +271,7 @@ impl<DB: FenceDb> Fence<DB> {
         if let Some(message) = look::too_long(&reply) {
             return Ok((look.verdict, Answer::Unknown(format!("the reply {message}"))));
         }
-        look.settle::<DB>(tx, branch.phase, &reply).await?;
+        tx.settle(&look.settled(branch.phase, &reply)).await?;
         Ok((look.verdict, Answer::Done(reply)))
     }
 

@@ -10,10 +10,12 @@
 //! middle of the work. A savepoint is set together with BEGIN and released together with COMMIT. If it is gone by then, the
 //! local transaction has ended before.
 
-use std::sync::LazyLock;
+use std::{sync::LazyLock, time::Instant};
 
+use futures_util::TryStreamExt as _;
 use sqlx::{
-    AssertSqlSafe, Error, MySql, MySqlConnection, mysql::MySqlDatabaseError, pool::PoolConnection,
+    AssertSqlSafe, Either, Error, FromRow as _, MySql, MySqlConnection, mysql::MySqlDatabaseError,
+    pool::PoolConnection,
 };
 use sqlx_core::transaction::TransactionManager as _;
 
@@ -22,15 +24,17 @@ use super::{
         Claim, FenceDb, FoundRow, Key, Old, Overdue, OverdueRow, Record, RecordRow, Settle,
         Statements, in_order,
     },
-    tx,
+    millis, tx,
 };
 
 // UTC_TIMESTAMP is the time at which its statement began. So the time is read by a statement after the one that may wait for a
-// lock. UNIX_TIMESTAMP(SYSDATE(3)) would be an hour off in the night when the session's time zone ends daylight saving time.
+// lock, or the wait is added to it. UNIX_TIMESTAMP(SYSDATE(3)) would be an hour off in the night when the session's time zone
+// ends daylight saving time.
 
+// The reply to the INSERT contains the value of LAST_INSERT_ID: here, the time.
 const CLAIM: &str = "
 INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
-VALUES (?, ?, ?, ?, ?, ?, ?, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000,
+VALUES (?, ?, ?, ?, ?, ?, ?, LAST_INSERT_ID(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000),
     TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000, 1)
 ON DUPLICATE KEY UPDATE seen = seen + 1";
 
@@ -114,26 +118,41 @@ const COLUMNS: &str = "
 SELECT CAST(column_name AS CHAR), CAST(data_type AS CHAR), CAST(column_key = 'PRI' AS SIGNED)
 FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = 'handfast_fence'";
 
-// One packet each, like BEGIN. If the savepoint is gone, the first statement fails, and the second one is not executed.
-const COMMIT: &str = "RELEASE SAVEPOINT handfast_begun; COMMIT";
-const ROLLBACK: &str = "ROLLBACK TO SAVEPOINT handfast_begun; ROLLBACK";
+// One packet each, like BEGIN. If a statement fails, the server does not execute those after it. So if the savepoint is gone,
+// there is no COMMIT.
+//
+// MySQL cannot set this lock timeout for a single local transaction, so it is set back for the session. After COMMIT, this is the
+// only statement. Once it runs, the work is durable, and a lost reply is a lost reply to COMMIT.
+const COMMIT: &str = "
+RELEASE SAVEPOINT handfast_begun;
+COMMIT;
+SET SESSION innodb_lock_wait_timeout = @handfast_lock_wait";
+const ROLLBACK: &str = "
+ROLLBACK TO SAVEPOINT handfast_begun;
+ROLLBACK;
+SET SESSION innodb_lock_wait_timeout = @handfast_lock_wait";
+const RESTORE: &str = "SET SESSION innodb_lock_wait_timeout = @handfast_lock_wait";
 /// The server's error for a savepoint that does not exist.
 const NO_SAVEPOINT: u16 = 1305;
+
+// Follows SETTLE in the packet of COMMIT. Fails unless SETTLE has written its row: otherwise, the sum does not fit into a BIGINT.
+// (MySQL has no statement that fails on a condition, except in a stored procedure. Every `sql_mode` has this error. It cannot come
+// before SETTLE, as the error of a constant could. DO would ignore it.)
+const ONE_ROW: &str = "SET @handfast_settled = 9223372036854775807 + (1 - ROW_COUNT())";
+/// The server's error for a number that is out of range.
+const NOT_ONE_ROW: u16 = 1690;
 
 /// The server's errors on a connection that takes no changes: `read_only` or `super_read_only` (a replica, or a primary that was
 /// replaced), a server in read-only mode, a read-only session, and a Galera member outside its cluster.
 const CANNOT_WRITE: [u16; 4] = [1290, 1836, 1792, 1047];
-
-const RESTORE: &str = "SET SESSION innodb_lock_wait_timeout = @handfast_lock_wait";
 
 type Manager = <MySql as sqlx::Database>::TransactionManager;
 
 impl FenceDb for MySql {}
 
 impl Statements for MySql {
-    // One packet, one round trip. MySQL cannot set this lock timeout for a single local transaction, so `restore` resets it for
-    // the session. (In MySQL, LEAST of two integers does not have an integer type, so it is cast. In ORACLE mode, BEGIN would begin
-    // a block of statements.)
+    // One packet, one round trip. (In MySQL, LEAST of two integers does not have an integer type, so it is cast. In ORACLE mode,
+    // BEGIN would begin a block of statements.)
     const BEGIN: &'static str = "
 SET @handfast_lock_wait = @@SESSION.innodb_lock_wait_timeout;
 SET SESSION innodb_lock_wait_timeout = CAST(LEAST(3, @@SESSION.innodb_lock_wait_timeout) AS SIGNED);
@@ -160,7 +179,19 @@ SAVEPOINT handfast_begun";
     const BATCHES_AT_A_TIME: usize = 1;
 
     async fn claim(connection: &mut MySqlConnection, claim: &Claim<'_>) -> Result<Record, Error> {
-        sqlx::query(CLAIM)
+        if let Claim { payload: None, digest: None, .. } = claim {
+            let [xid, branch_id] = literals(claim.key);
+            let state = claim.state.code().to_string();
+            let action = format!("_utf8mb4 {}", literal(claim.action.as_bytes()));
+            let null = || "NULL".to_owned();
+            let expires_at = claim.expires_at.map_or_else(null, |at| at.to_string());
+            let values = [xid, branch_id, state, action, null(), null(), expires_at];
+            let insert = with_values(CLAIM, &values);
+            let (_, record) = write_and_read(connection, &insert, claim.key).await?;
+            return record.ok_or(Error::RowNotFound);
+        }
+        let began = Instant::now();
+        let claimed = sqlx::query(CLAIM)
             .bind(&claim.key.xid[..])
             .bind(&claim.key.branch_id[..])
             .bind(claim.state.code())
@@ -170,20 +201,29 @@ SAVEPOINT handfast_begun";
             .bind(claim.expires_at)
             .execute(&mut *connection)
             .await?;
-        // `seen` tells whether the row is new. The count of affected rows does not: it depends on the client's flags.
+        // The count is 1 for an INSERT, and 2 for an UPDATE that changes the row, as this one always does.
+        let inserted_at = i64::try_from(claimed.last_insert_id()).unwrap_or_default();
+        if claimed.rows_affected() == 1 && inserted_at > 0 {
+            return Ok(Record {
+                state: claim.state,
+                action: claim.action.to_owned(),
+                payload: None,
+                reply: None,
+                digest: claim.digest.map(<[u8]>::to_vec),
+                seen: 1,
+                // The INSERT may have waited for a lock, but no longer than this call has waited for its reply. So this is not
+                // before the row was locked. (Both are rounded down, hence 1.)
+                now: inserted_at.saturating_add(millis(began.elapsed())).saturating_add(1),
+            });
+        }
         read(connection, claim.key).await
     }
 
     async fn find(connection: &mut MySqlConnection, key: &Key) -> Result<Option<Record>, Error> {
-        let counted = sqlx::query(COUNT)
-            .bind(&key.xid[..])
-            .bind(&key.branch_id[..])
-            .execute(&mut *connection)
-            .await?;
-        if counted.rows_affected() == 0 {
-            return Ok(None);
-        }
-        read(connection, key).await.map(Some)
+        let count = with_values(COUNT, &literals(key));
+        let (counted, record) = write_and_read(connection, &count, key).await?;
+        // Without an UPDATE, a row that READ has found is too new: this call is not in its count.
+        Ok(record.filter(|_| counted == 1))
     }
 
     async fn find_many(
@@ -250,15 +290,42 @@ SAVEPOINT handfast_begun";
         Ok(())
     }
 
-    async fn commit(connection: &mut MySqlConnection) -> Result<(), Error> {
-        if Manager::get_transaction_depth(connection) > 1 {
-            return Manager::commit(connection).await;
+    /// A reply is not sent as text: sqlx logs the text of a slow statement, and a reply is never logged.
+    ///
+    /// If a connection breaks in the middle of the message, the server executes none of it, and rolls back. If the reply is lost,
+    /// the server has executed a part of the message that either ends before COMMIT (and rolls back), or contains it. So the
+    /// outcome is unknown, as after any lost reply to COMMIT. A call that is dropped at this place has sent its COMMIT.
+    fn settle_at_commit(settle: &Settle<'_>) -> Option<String> {
+        if settle.reply.is_some_and(|reply| !reply.is_empty()) {
+            return None;
         }
-        match Self::execute(connection, COMMIT).await {
-            Err(error) if number(&error) == Some(NO_SAVEPOINT) => return Err(tx::ended()),
+        let [xid, branch_id] = literals(settle.key);
+        let (state, seen) = (settle.state.code().to_string(), settle.seen.to_string());
+        let reply = settle.reply.map_or_else(|| "NULL".to_owned(), literal);
+        let update = with_values(SETTLE, &[state, reply, xid, branch_id, seen]);
+        Some(format!("{update}; {ONE_ROW}"))
+    }
+
+    async fn commit(connection: &mut MySqlConnection, last: Option<String>) -> Result<(), Error> {
+        if Manager::get_transaction_depth(connection) > 1 {
+            return Manager::commit(connection).await; // the caller notices the open savepoint, and abandons the connection
+        }
+        let committed = match last {
+            // Hexadecimal digits and numbers only.
+            Some(last) => {
+                let sql = AssertSqlSafe(format!("{last}; {COMMIT}"));
+                sqlx::raw_sql(sql).execute(&mut *connection).await.map(drop)
+            }
+            None => Self::execute(connection, COMMIT).await,
+        };
+        match committed {
+            Err(error) if matches!(number(&error), Some(NO_SAVEPOINT | NOT_ONE_ROW)) => {
+                return Err(tx::ended());
+            }
             committed => committed?,
         }
-        // sqlx counts only its own COMMIT. This makes it count, and costs no round trip: the next statement takes it along.
+        // sqlx counts only its own COMMIT. This makes it count. The pool sends it when it tests the returned connection, so no call
+        // waits for it.
         Manager::start_rollback(connection);
         Ok(())
     }
@@ -360,6 +427,44 @@ fn filled<T>(rows: &[T]) -> (impl Iterator<Item = &T>, [&'static str; 3]) {
     let last = rows.len() - 1;
     let rows = (0..SIZES[size]).map(move |n| &rows[n.min(last)]);
     (rows, MANY[size].each_ref().map(String::as_str))
+}
+
+/// Executes a statement of hexadecimal digits and numbers that writes to this row, and reads the row, in one packet. Returns the
+/// number of rows that the statement has written, and the row.
+///
+/// As in two packets, the row is read once it is locked, and a failure of the first statement prevents the second. Neither is
+/// visible to others before COMMIT, so a lost reply has no effect.
+async fn write_and_read(
+    connection: &mut MySqlConnection,
+    write: &str,
+    key: &Key,
+) -> Result<(u64, Option<Record>), Error> {
+    let read = with_values(READ, &literals(key));
+    let sql = AssertSqlSafe(format!("{write}; {read}"));
+    let results: Vec<_> = sqlx::raw_sql(sql).fetch_many(connection).try_collect().await?;
+    let written = results.first().and_then(|result| result.as_ref().left());
+    let written = written.map_or(0, |written| written.rows_affected());
+    let row = results.into_iter().find_map(Either::right);
+    let record = row.map(|row| RecordRow::from_row(&row)?.try_into()).transpose()?;
+    Ok((written, record))
+}
+
+/// A statement as text, with these values in place of its question marks. Each is a number, NULL or a [`literal`].
+fn with_values(sql: &str, values: &[String]) -> String {
+    values.iter().fold(sql.to_owned(), |sql, value| sql.replacen('?', value, 1))
+}
+
+/// The key's two parts as SQL text.
+fn literals(key: &Key) -> [String; 2] {
+    [literal(&key.xid), literal(&key.branch_id)]
+}
+
+/// Bytes as SQL text, in hexadecimal. It means the same in every `sql_mode`.
+fn literal(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    let digit = |value: u8| char::from(DIGITS[usize::from(value)]);
+    let digits = bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]);
+    ['x', '\''].into_iter().chain(digits).chain(['\'']).collect()
 }
 
 async fn read(connection: &mut MySqlConnection, key: &Key) -> Result<Record, Error> {

@@ -86,6 +86,7 @@ const READ_ONLY: &str = "25006";
 impl FenceDb for Postgres {}
 
 impl Statements for Postgres {
+    // SET LOCAL ends with the local transaction, so there is nothing to restore.
     const BEGIN: &'static str = "BEGIN; SET LOCAL lock_timeout = '3s'";
     const SCHEMA: &'static str = super::SCHEMA_POSTGRES;
     const SCHEMA_FILE: &'static str = "schema/postgres.sql";
@@ -223,11 +224,6 @@ impl Statements for Postgres {
         }
         Self::execute(connection, DROP_HALF_AN_INDEX).await?;
         Self::execute(connection, Self::ADD_TRIED_INDEX).await
-    }
-
-    /// Nothing to restore: SET LOCAL ends with the local transaction.
-    async fn restore(_: &mut PgConnection) -> Result<(), Error> {
-        Ok(())
     }
 
     /// Closes the connection. It may be in the middle of a statement, and sqlx advises against reusing such a connection. The

@@ -197,10 +197,6 @@ impl Statements for Sqlite {
         Self::execute(connection, Self::SCHEMA).await
     }
 
-    async fn restore(_: &mut SqliteConnection) -> Result<(), Error> {
-        Ok(())
-    }
-
     /// Rolls back and keeps the connection: closing it could delete an in-memory database.
     ///
     /// Reuse is safe, because sqlx runs the connection's commands on a separate thread, in order and to completion. The thread

@@ -14,7 +14,10 @@ use bytes::Bytes;
 use sqlx::{Connection as _, Error, Pool, SqlSafeStr as _, pool::PoolConnection};
 use sqlx_core::transaction::TransactionManager as _;
 
-use super::db::FenceDb;
+use super::{
+    db::{FenceDb, Settle},
+    look,
+};
 
 /// How long each step of returning a connection to its pool may take, such as ROLLBACK. After that, the connection is closed.
 /// Closing ends the local transaction too, but later.
@@ -49,6 +52,8 @@ pub struct Tx<DB: FenceDb> {
     payload: Bytes,
     reply: Bytes,
     marked: bool,
+    /// The statement to send with COMMIT.
+    last: Option<String>,
 }
 
 impl<DB: FenceDb> Tx<DB> {
@@ -93,7 +98,8 @@ impl<DB: FenceDb> Tx<DB> {
     /// A connection without a local transaction. It is not used again for anything else.
     pub(super) async fn not_begun(pool: &Pool<DB>) -> Result<Self, Error> {
         let connection = Some(DB::acquire(pool).await?);
-        Ok(Self { connection, payload: Bytes::new(), reply: Bytes::new(), marked: false })
+        let (payload, reply) = (Bytes::new(), Bytes::new());
+        Ok(Self { connection, payload, reply, marked: false, last: None })
     }
 
     async fn begin_with(pool: &Pool<DB>, begin: &'static str) -> Result<Self, Error> {
@@ -104,13 +110,23 @@ impl<DB: FenceDb> Tx<DB> {
         Ok(tx)
     }
 
+    /// As [`look::write`], now or together with COMMIT. Nothing may be executed in between.
+    pub(super) async fn settle(&mut self, settle: &Settle<'_>) -> Result<(), Error> {
+        self.last = DB::settle_at_commit(settle);
+        if self.last.is_some() {
+            return Ok(());
+        }
+        look::write::<DB>(self, settle).await
+    }
+
     /// Once this returns `Ok`, the work is durable. After an error, it may or may not be durable.
     pub(super) async fn commit(mut self) -> Result<(), Error> {
-        DB::commit(&mut self).await?;
+        let last = self.last.take();
+        DB::commit(&mut self, last).await?;
         if self.is_in_transaction() {
             return Err(Error::InvalidArgument("the work left a savepoint open".to_owned()));
         }
-        self.give_back().await;
+        drop(self.connection.take());
         Ok(())
     }
 
@@ -125,8 +141,8 @@ impl<DB: FenceDb> Tx<DB> {
             return Ok(()); // the connection is closed, which rolls back
         };
         // If the work has left a savepoint open, only that was rolled back.
-        if !self.is_in_transaction() {
-            self.give_back().await;
+        if !self.is_in_transaction() && (undone || self.restored().await) {
+            drop(self.connection.take());
         }
         if undone { Ok(()) } else { Err(ended()) }
     }
@@ -138,13 +154,10 @@ impl<DB: FenceDb> Tx<DB> {
         }
     }
 
-    /// Returns the connection to the pool after the local transaction has ended. If its settings cannot be restored, it is
-    /// abandoned.
-    async fn give_back(mut self) {
-        let restore = DB::restore(&mut self);
-        if let Ok(Ok(())) = tokio::time::timeout(GIVE_BACK_WITHIN, restore).await {
-            drop(self.connection.take());
-        }
+    /// Whether the connection has its settings back. If not, it is not reused.
+    async fn restored(&mut self) -> bool {
+        let restore = DB::restore(self);
+        matches!(tokio::time::timeout(GIVE_BACK_WITHIN, restore).await, Ok(Ok(())))
     }
 }
 
@@ -160,13 +173,13 @@ impl<DB: FenceDb> Deref for Tx<DB> {
     type Target = DB::Connection;
 
     fn deref(&self) -> &DB::Connection {
-        self.connection.as_ref().expect("taken only by `give_back` and `drop`, which own the Tx")
+        self.connection.as_ref().expect("taken only by methods that own the Tx")
     }
 }
 
 impl<DB: FenceDb> DerefMut for Tx<DB> {
     fn deref_mut(&mut self) -> &mut DB::Connection {
-        self.connection.as_mut().expect("taken only by `give_back` and `drop`, which own the Tx")
+        self.connection.as_mut().expect("taken only by methods that own the Tx")
     }
 }
 

@@ -6,6 +6,9 @@ use sqlx::{AssertSqlSafe, MySqlPool as Pool, mysql::MySqlPoolOptions as PoolOpti
 #[path = "races.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod races;
+#[path = "round_trips.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
+mod round_trips;
 #[path = "server.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod server;
@@ -26,7 +29,7 @@ use crate::{
     error::{Refusal, TryError},
     fence::{
         Fence, Tx,
-        fixture::{Level, STOCK, UNTOUCHED, branch, payload, word},
+        fixture::{Level, STOCK, UNTOUCHED, branch, payload, payload_that, word},
     },
 };
 
@@ -48,6 +51,18 @@ const SERIALIZES: Option<&str> = None;
 const DEADLOCK: &str = "1213";
 /// Makes a connection refuse all changes.
 const READ_ONLY: Option<&str> = Some("SET SESSION TRANSACTION READ ONLY");
+/// How often each call waits for the database. The author's statements and the pool's own messages come on top.
+const ROUND_TRIPS: [(&str, usize); 9] = [
+    ("Try", 3),
+    ("repeated Try", 4),
+    ("Confirm", 3),
+    ("repeated Confirm", 3),
+    ("Try with a reply", 4),
+    ("Cancel", 3),
+    ("empty rollback", 3),
+    ("suspended Try", 4),
+    ("refused Try", 3),
+];
 
 /// Brings the statistics of the fence's table up to date.
 const ANALYZE: &str = "ANALYZE TABLE handfast_fence";
@@ -139,6 +154,49 @@ async fn work_that_commits_is_not_called_done_and_not_done_twice() {
         assert_eq!(word(&answer), "Retry", "{answer:?}");
         let answer = shop.fence.run(&branch(3, Phase::Confirm), &[], sell).await;
         assert_eq!((word(&answer), shop.shelf().await), ("Done", (STOCK - 2, 0, 2)));
+    }
+}
+
+/// The service's own work uses the connection next.
+#[tokio::test]
+async fn a_connection_returns_with_its_own_settings() {
+    const SESSION: &str = "SELECT CAST(CONNECTION_ID() AS SIGNED), CAST(@@SESSION.innodb_lock_wait_timeout AS SIGNED)";
+    for server in servers().await {
+        let shop = server.open(1).await;
+        let set = "SET SESSION innodb_lock_wait_timeout = 41";
+        sqlx::raw_sql(set).execute(&shop.pool).await.unwrap();
+        let session =
+            async || -> (i64, i64) { sqlx::query_as(SESSION).fetch_one(&shop.pool).await.unwrap() };
+        let before = session().await;
+        assert_eq!(before.1, 41);
+        let waits = async |tx: &mut Tx<Db>| {
+            let (_, seconds): (i64, i64) = sqlx::query_as(SESSION).fetch_one(&mut **tx).await?;
+            assert_eq!(seconds, 3);
+            Ok::<(), TryError>(())
+        };
+        assert_eq!(word(&shop.fence.run(&branch(1, Phase::Try), b"", waits).await), "Done");
+        assert_eq!(session().await, before);
+        for (n, phase, how) in [
+            (2, Phase::Try, ""),
+            (2, Phase::Try, ""),
+            (2, Phase::Confirm, ""),
+            (2, Phase::Confirm, ""),
+            (2, Phase::Cancel, ""),
+            (3, Phase::Confirm, ""),
+            (3, Phase::Cancel, ""),
+            (3, Phase::Try, ""),
+            (4, Phase::Try, "refuse"),
+            (4, Phase::Try, "fail"),
+        ] {
+            shop.deliver(Level::Run, &branch(n, phase), &payload_that(2, how)).await;
+            assert_eq!(session().await, before, "{phase} of {n} {how}");
+        }
+        let commits = async |tx: &mut Tx<Db>| {
+            sqlx::raw_sql("DROP TABLE IF EXISTS nothing").execute(&mut **tx).await?;
+            Err::<(), TryError>(Refusal::new("NO").into())
+        };
+        let answer = shop.fence.run(&branch(5, Phase::Try), b"", commits).await;
+        assert_eq!((word(&answer), session().await), ("Unknown", before));
     }
 }
 

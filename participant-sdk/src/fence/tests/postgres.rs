@@ -6,6 +6,9 @@ use sqlx::{AssertSqlSafe, PgPool as Pool, postgres::PgPoolOptions as PoolOptions
 #[path = "races.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod races;
+#[path = "round_trips.rs"]
+#[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
+mod round_trips;
 #[path = "server.rs"]
 #[allow(clippy::duplicate_mod, reason = "one text, compiled for each database")]
 mod server;
@@ -38,6 +41,18 @@ const SERIALIZES: Option<&str> = Some(ISOLATIONS[1]);
 const DEADLOCK: &str = "40P01";
 /// Makes a connection refuse all changes.
 const READ_ONLY: Option<&str> = Some("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY");
+/// How often each call waits for the database. The author's statements and the pool's own messages come on top.
+const ROUND_TRIPS: [(&str, usize); 9] = [
+    ("Try", 4),
+    ("repeated Try", 3),
+    ("Confirm", 4),
+    ("repeated Confirm", 3),
+    ("Try with a reply", 4),
+    ("Cancel", 4),
+    ("empty rollback", 3),
+    ("suspended Try", 3),
+    ("refused Try", 3),
+];
 
 /// Brings the statistics of the fence's table up to date.
 const ANALYZE: &str = "ANALYZE handfast_fence";

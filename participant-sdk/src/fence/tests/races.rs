@@ -387,3 +387,29 @@ async fn a_clean_up_waits_for_nobody_and_nobody_for_it() {
         }
     }
 }
+
+/// The clock is read after the wait for the row, and not before it.
+#[tokio::test]
+async fn a_try_that_waits_for_its_row_until_phase_one_has_ended_is_too_late() {
+    for server in servers().await {
+        let shop = server.open(2).await;
+        let mut first = shop.pool.begin().await.unwrap();
+        let mut branch = branch_of_shop(1, Phase::Try);
+        shop.fence.enter(&mut first, &branch, &payload(2)).await.unwrap();
+        let clock = || std::time::UNIX_EPOCH.elapsed().unwrap();
+        let expires_at = clock() + Duration::from_millis(500);
+        branch.expires_at = Some(i64::try_from(expires_at.as_millis()).unwrap());
+        let repeat = tokio::spawn({
+            let shop = shop.clone();
+            async move { shop.deliver(Level::Run, &branch, &payload(2)).await }
+        });
+        while clock() <= expires_at + Duration::from_millis(1) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(!repeat.is_finished(), "it waits for the row");
+        first.rollback().await.unwrap();
+        let answer = repeat.await.unwrap();
+        assert_eq!(word(&answer), handfast_proto::reason::EXPIRED, "{answer:?}");
+        assert_eq!((shop.shelf().await, shop.state(1).await), (UNTOUCHED, None));
+    }
+}

@@ -201,6 +201,32 @@ async fn what_is_too_long_is_not_kept() {
     }
 }
 
+/// The local transaction still stands, but it is not the fence's any more.
+#[tokio::test]
+async fn work_that_deletes_its_row_is_not_committed() {
+    for server in servers().await {
+        for phase in [Phase::Try, Phase::Confirm, Phase::Cancel] {
+            let shop = server.open(1).await;
+            if phase != Phase::Try {
+                done(&shop.deliver(Level::Run, &branch(1, Phase::Try), &payload(2)).await);
+            }
+            let (shelf, state) = (shop.shelf().await, shop.state(1).await);
+            let work = async |tx: &mut Tx<Db>| {
+                let take = "UPDATE shelf SET free = free - 1, held = held + 1";
+                sqlx::query(take).execute(&mut **tx).await?;
+                sqlx::query("DELETE FROM handfast_fence").execute(&mut **tx).await?;
+                Ok::<_, TryError>(())
+            };
+            let answer = shop.fence.run(&branch(1, phase), &payload(2), work).await;
+            let word = if phase == Phase::Try { "Unknown" } else { "Retry" };
+            let expected = format!("{word}(the local transaction ended");
+            assert!(format!("{answer:?}").starts_with(&expected), "{phase}: {answer:?}");
+            assert_eq!((shop.shelf().await, shop.state(1).await), (shelf, state), "{phase}");
+            done(&shop.deliver(Level::Run, &branch(1, phase), &payload(2)).await);
+        }
+    }
+}
+
 /// After a failover, the connections of the pool may lead to a server that has become read-only.
 #[tokio::test]
 async fn a_connection_that_cannot_write_is_not_used_again() {

@@ -61,12 +61,24 @@ pub(super) struct Reading {
     scan_after: Option<(Timestamp, XidBytes)>,
     /// Whether a page is being read, or the partition has ended.
     scan_blocked: bool,
+    /// The look for transactions that were recorded while the clock was ahead.
+    ahead: AheadScan,
+    /// When the next transaction becomes due, as the first scan has found.
+    next_due_at: Option<Timestamp>,
     /// Transactions in memory that were read because they were due.
     in_hand: usize,
     /// When the next scan may start, once `in_hand` has gone down.
     scan_once_fewer: Option<Timestamp>,
     /// The earliest due time of the transactions that left memory since this scan began. The scan may have missed them.
     left_due: Option<Timestamp>,
+}
+
+/// An owner looks once, after its first scan, at what is due later than after the longest pause between two attempts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AheadScan {
+    NotYet,
+    UnderWay,
+    Done,
 }
 
 /// A transaction is lost, if this partition is still ours.
@@ -85,7 +97,7 @@ pub(super) type FoundKeys = Result<Vec<Result<Option<Xid>, store::Error>>, store
 #[derive(Debug)]
 pub(super) enum ReadResult {
     One { xid: Xid, began: u64, found: Result<Lookup, store::Error> },
-    Due { began: u64, until: Timestamp, page: Result<DuePage, store::Error> },
+    Due { began: u64, page: Result<DuePage, store::Error> },
     Keys { hashes: Vec<[u8; 32]>, found: FoundKeys },
 }
 
@@ -103,6 +115,8 @@ impl Reading {
             scan_at: Some(now),
             scan_after: None,
             scan_blocked: false,
+            ahead: AheadScan::NotYet,
+            next_due_at: None,
             in_hand: 0,
             scan_once_fewer: None,
             left_due: None,
@@ -258,7 +272,7 @@ impl Partition {
     pub(super) fn take_read(&mut self, read: ReadResult) {
         match read {
             ReadResult::One { xid, began, found } => self.take_one(xid, began, found),
-            ReadResult::Due { began, until, page } => self.take_due(began, until, page),
+            ReadResult::Due { began, page } => self.take_due(began, page),
             ReadResult::Keys { hashes, found } => self.take_keys(hashes, found),
         }
     }
@@ -384,22 +398,29 @@ impl Partition {
         self.reading.scan_blocked = true;
         let (store, reads) = (self.parts.store.clone(), self.reads_sender.clone());
         let known = self.known();
+        let looks_ahead = self.reading.ahead == AheadScan::UnderWay;
+        let until = if looks_ahead { Timestamp(i64::MAX) } else { now };
         self.parts.tasks.spawn(async move {
-            let page = store.due(now, after, PAGE, known).await;
-            drop(reads.send(ReadResult::Due { began, until: now, page })); // the partition may be gone
+            let page = store.due(until, after, PAGE, known).await;
+            drop(reads.send(ReadResult::Due { began, page })); // the partition may be gone
         });
     }
 
-    fn take_due(&mut self, began: u64, until: Timestamp, page: Result<DuePage, store::Error>) {
+    fn take_due(&mut self, began: u64, page: Result<DuePage, store::Error>) {
         if self.ended.is_some() {
             return;
         }
         self.reading.scan_blocked = false;
-        let soon = self.now() + SCAN_PAUSE;
+        let now = self.now();
+        let soon = now + SCAN_PAUSE;
+        let looks_ahead = self.reading.ahead == AheadScan::UnderWay;
         match page {
             Err(error) => {
                 drop(self.read_failed(&error));
                 warn!(%error, "cannot read due transactions; will retry");
+                if looks_ahead {
+                    self.reading.ahead = AheadScan::NotYet; // it begins after another first scan
+                }
                 self.reading.scan_by(Some(soon));
             }
             Ok(page) => {
@@ -408,6 +429,9 @@ impl Partition {
                 }
                 for global in page.transactions {
                     if global.state == State::Trying && Bug::ForgetTrying.is_planted() {
+                        continue;
+                    }
+                    if looks_ahead && !global.was_ahead(now) {
                         continue;
                     }
                     if !self.entries.contains_key(&global.xid)
@@ -421,9 +445,17 @@ impl Partition {
                 }
                 if page.next.is_some() {
                     self.reading.scan_after = page.next;
-                    self.reading.scan_by(Some(until)); // at once
+                    self.reading.scan_by(Some(now)); // at once
+                } else if self.reading.ahead == AheadScan::NotYet {
+                    self.reading.ahead = AheadScan::UnderWay;
+                    self.reading.next_due_at = page.next_due_at;
+                    let longest_pause = self.parts.settings.retry.max;
+                    self.reading.scan_after = Some((now + longest_pause, XidBytes::new()));
+                    self.reading.scan_by(Some(now));
                 } else {
-                    self.reading.scan_by(page.next_due_at.map(|at| at.max(soon)));
+                    self.reading.ahead = AheadScan::Done;
+                    let next_due_at = page.next_due_at.or(self.reading.next_due_at.take());
+                    self.reading.scan_by(next_due_at.map(|at| at.max(soon)));
                     let left_due = self.reading.left_due.take();
                     self.reading.scan_by(left_due);
                 }

@@ -350,7 +350,38 @@ impl GlobalTransaction {
         if self.state == State::Trying && self.drive != Drive::Initiator {
             return self.cancel(CancelCause::CoordinatorRestarted, now);
         }
+        self.bring_back(now);
         Change::NOTHING
+    }
+
+    /// Whether it waits for a time that was told by a clock that was ahead. It might be due in a day, or in a year.
+    #[must_use]
+    pub fn was_ahead(&self, now: Timestamp) -> bool {
+        let mut back = self.clone();
+        back.bring_back(now);
+        back != *self
+    }
+
+    /// A wait that begins in the future was recorded while the clock was ahead. Phase one then lasts as long from now as it was to last,
+    /// and the next attempt of phase two is due now.
+    fn bring_back(&mut self, now: Timestamp) {
+        match self.state {
+            State::Trying if self.begun_at > now => {
+                self.expires_at = self.expires_at.min(now + (self.expires_at - self.begun_at));
+            }
+            State::Confirming | State::Cancelling => {
+                let begun_at = self.begun_at;
+                for branch in self.branches.iter_mut().filter(|branch| branch.is_open()) {
+                    let since = branch.last_error.as_ref().map_or(begun_at, |error| error.at);
+                    if let Call::Idle { due_at } = &mut branch.call
+                        && since > now
+                    {
+                        *due_at = now.min(*due_at);
+                    }
+                }
+            }
+            State::Trying | State::Confirmed | State::Cancelled => {}
+        }
     }
 
     fn retry_now(&mut self, now: Timestamp) -> Change {

@@ -17,6 +17,44 @@ async fn phase_one_times_out_into_cancel() {
     assert_eq!(global.cancel, Some(CancelCause::TimedOut));
 }
 
+/// The clock was a day ahead, the machine died, and the clock is right again.
+#[tokio::test]
+async fn what_was_recorded_while_the_clock_was_ahead_does_not_wait_for_that_day() {
+    let (right, day) = (Timestamp(1_000_000), Duration::from_secs(86_400));
+    let ahead =
+        Rig::start(Arc::default(), ManualClock::at(right + day), Rig::new().await.settings).await;
+    let (trying, failed, decided) = (ahead.begun().await, ahead.begun().await, ahead.begun().await);
+    ahead.confirm(failed).answer().await.unwrap();
+    for _ in 0..2 {
+        let (code, message) = ("UNAVAILABLE".to_owned(), "refused".to_owned());
+        let error = AttemptError { code, message, at: ahead.clock.now() };
+        let outcome = Outcome::Unknown { error, timed_out: false, hopeless: false };
+        ahead.call().await.returns(outcome).await;
+    }
+    ahead.confirm(decided).answer().await.unwrap();
+    let recorded = async {
+        while ahead.stored(failed).await.unwrap().branches.iter().any(|it| it.attempts == 0) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), recorded).await.unwrap();
+
+    let clock = ManualClock::at(right);
+    let rig = Rig::start(ahead.store.clone(), clock, ahead.settings.clone()).await;
+    let mut called = BTreeSet::new();
+    for _ in 0..4 {
+        let made = rig.call().await;
+        called.insert((made.call.xid, made.call.phase));
+        made.done().await;
+    }
+    let confirmed = [failed, decided].map(|xid| (xid, Phase::Confirm));
+    assert_eq!(called, BTreeSet::from(confirmed));
+    rig.no_call().await;
+    rig.clock.advance(TIMEOUT);
+    let made = rig.call().await;
+    assert_eq!((made.call.xid, made.call.phase), (trying, Phase::Cancel));
+}
+
 #[tokio::test]
 async fn a_decide_that_is_here_in_time_comes_before_the_timer() {
     let rig = Rig::new().await;

@@ -51,6 +51,8 @@ const READERS: usize = 4;
 /// of the previous owner, or if a batch of a busy owner is certified meanwhile (Galera).
 const ACQUIRE_ATTEMPTS_MIN: u32 = 6;
 const ACQUIRE_PATIENCE: Duration = Duration::from_secs(15);
+/// The same for all partitions together. After that, an attempt that fails ends the takeover.
+const ACQUIRE_PATIENCE_IN_ALL: Duration = Duration::from_secs(45);
 /// Pauses between attempts, in milliseconds. Random, so that they do not keep step with the owner's batches.
 const ACQUIRE_PAUSE_MILLIS: std::ops::Range<u64> = 10..200;
 
@@ -243,14 +245,14 @@ impl Store for MySqlStore {
         // The previous owner is alive and busy, or has a batch in flight that the server will end. On Galera a long local
         // transaction loses against each of its batches, so take one partition after the other.
         let mut taken = Vec::with_capacity(partitions.len());
+        let all_began = Instant::now();
         for partition in partitions {
             let (mut attempts, began) = (1_u32, Instant::now());
             loop {
                 match self.acquire_once(&[*partition], owner, now).await {
                     Ok(ownership) => break taken.extend(ownership),
                     Err(Error::Unavailable(cause))
-                        if attempts < ACQUIRE_ATTEMPTS_MIN
-                            || began.elapsed() < ACQUIRE_PATIENCE =>
+                        if may_try_again(attempts, began.elapsed(), all_began.elapsed()) =>
                     {
                         if attempts.is_power_of_two() {
                             warn!(
@@ -370,4 +372,10 @@ impl Store for MySqlStore {
         };
         self.writer_of(0).run(release).await
     }
+}
+
+/// Whether a takeover of a partition is tried again after so many attempts, which took `this` long. `all`: how long the takeover of all
+/// partitions has taken so far.
+fn may_try_again(attempts: u32, this: Duration, all: Duration) -> bool {
+    (attempts < ACQUIRE_ATTEMPTS_MIN || this < ACQUIRE_PATIENCE) && all < ACQUIRE_PATIENCE_IN_ALL
 }

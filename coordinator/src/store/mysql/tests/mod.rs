@@ -391,3 +391,20 @@ async fn a_row_that_the_server_refuses_ends_only_its_own_partition() {
         database.drop().await;
     }
 }
+
+/// Each of them may be taken over at its last attempt only.
+#[test]
+fn the_takeover_of_all_partitions_does_not_take_minutes() {
+    let attempt = Duration::from_secs(2);
+    let mut all = Duration::ZERO;
+    for _ in crate::store::ALL_PARTITIONS {
+        let (mut attempts, mut this) = (0, Duration::ZERO);
+        loop {
+            (attempts, this, all) = (attempts + 1, this + attempt, all + attempt);
+            if !may_try_again(attempts, this, all) {
+                break;
+            }
+        }
+    }
+    assert!(all < ACQUIRE_PATIENCE_IN_ALL + attempt * 16, "{all:?}");
+}

@@ -22,6 +22,33 @@ macro_rules! crash_point {
     };
 }
 
+/// Whether the environment names this crash point.
+#[cfg(feature = "crash-points")]
+#[macro_export]
+macro_rules! crash_point_is_set {
+    ($name:literal) => {
+        $crate::crash::is_set($name)
+    };
+}
+
+/// `false`: this was built without the feature `crash-points`.
+#[cfg(not(feature = "crash-points"))]
+#[macro_export]
+macro_rules! crash_point_is_set {
+    ($name:literal) => {
+        false
+    };
+}
+
+/// Whether the environment names this crash point.
+#[cfg(feature = "crash-points")]
+pub fn is_set(name: &str) -> bool {
+    use std::sync::LazyLock;
+
+    static WHERE: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("CRASH_POINT").ok());
+    WHERE.as_deref().and_then(|text| text.split(':').next()) == Some(name)
+}
+
 /// Counts the visits, and dies or stops at the right one.
 ///
 /// # Panics

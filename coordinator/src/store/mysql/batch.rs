@@ -1,16 +1,20 @@
 //! A batch's statements as text, many in one message. The cost of a batch is mostly the number of its messages: each waits for
 //! the network and for two processes to wake up. (A prepared statement would need a message of its own.)
+//!
+//! The last message brings COMMIT along. The server runs the statements of a message in order and stops at the first error. So
+//! behind each UPDATE of that message stands a check that fails if rows were not as they must be.
 
 use std::fmt::Write as _;
 
 use futures_util::TryStreamExt as _;
+use handfast_proto::{crash_point, crash_point_is_set};
 use sqlx::{AssertSqlSafe, Either};
 
 use super::{Connection, Dialect as _, InMySql};
 use crate::store::{
     Batch, Error, Guard,
     sql::{
-        Cell, Counter, Wrote,
+        Cell, Counter, End, Wrote,
         changes::{self, TableChange},
     },
 };
@@ -20,11 +24,13 @@ use crate::store::{
 const MESSAGE_BYTES: usize = 16_000;
 /// Rows of one statement. For each row the server searches the values of all rows.
 const ROWS_MAX: usize = 64;
+const COMMIT: &str = "COMMIT";
 
 /// See [`Dialect::write`](crate::store::sql::Dialect::write).
 pub(super) async fn write(
     connection: &mut Connection,
     Batch { guards, writes }: &Batch,
+    end: End,
     counter: &Counter,
 ) -> Result<Wrote, Error> {
     let mut statements = begin(guards);
@@ -35,23 +41,30 @@ pub(super) async fn write(
         }
     }
     let all_guards = guards.len() as u64;
-    let mut left = &statements[..];
+    let mut left = statements;
     while !left.is_empty() {
         let mut bytes = 0;
         let fit = left.iter().take_while(|statement| {
             bytes += statement.sql.len();
             bytes <= MESSAGE_BYTES
         });
-        let message;
-        (message, left) = left.split_at(fit.count().max(1));
-        let (counts, ended) = send(connection, message).await;
+        let count = fit.count().max(1);
+        let mut message = left;
+        left = message.split_off(count);
+        // A process that is to die before its COMMIT has written its rows.
+        let commits = left.is_empty() && !crash_point_is_set!("batch.before_commit");
+        if commits && end == End::Commit {
+            message = with_commit(message);
+        }
+        let (counts, ended) = send(connection, &message).await;
         let answered = counts.len();
         for (statement, count) in message.iter().zip(counts) {
             let wrote = match statement.purpose {
                 Purpose::Begin | Purpose::Check => Wrote::All,
+                Purpose::Commit => return Ok(Wrote::All),
                 Purpose::Move if count == all_guards => Wrote::All,
                 Purpose::Move => Wrote::Positions(count), // the check has ended the message
-                Purpose::Write { table, rows } => {
+                Purpose::Insert { table, rows } | Purpose::Update { table, rows } => {
                     counter.rows(rows);
                     Wrote::counted(table, rows, count)
                 }
@@ -65,13 +78,37 @@ pub(super) async fn write(
             }
         }
         if let Err(error) = ended {
-            return Wrote::failed(error);
+            let failed = message.get(answered).map(|statement| statement.purpose);
+            return if failed == Some(Purpose::Commit) {
+                Err(error.into())
+            } else {
+                Wrote::failed(error)
+            };
         }
         if answered != message.len() {
             return Err(Error::unavailable("the server has not answered to every statement"));
         }
     }
+    if end == End::Commit {
+        crash_point!("batch.before_commit");
+        InMySql::run(connection, COMMIT).await?;
+    }
     Ok(Wrote::All)
+}
+
+/// The last message of a batch, with its COMMIT.
+fn with_commit(statements: Vec<Statement>) -> Vec<Statement> {
+    let mut message = Vec::with_capacity(statements.len() + 1);
+    for statement in statements {
+        let purpose = statement.purpose;
+        message.push(statement);
+        // An INSERT that does not write all of its rows fails by itself.
+        if let Purpose::Update { rows, .. } = purpose {
+            message.push(check(rows));
+        }
+    }
+    message.push(Statement { purpose: Purpose::Commit, sql: COMMIT.to_owned() });
+    message
 }
 
 /// Sends a message. Returns the number of rows that each statement has written, up to the one that failed.
@@ -103,12 +140,16 @@ enum Purpose {
     Begin,
     /// Adds one to the positions of the partitions whose guards fit.
     Move,
-    /// Fails if not all partitions of the batch were moved. That also ends the message.
+    /// Fails if the statement before it has not written all rows. That also ends the message.
     Check,
     /// Must write this many rows of the table.
-    Write { table: &'static str, rows: usize },
+    Insert { table: &'static str, rows: usize },
+    /// The same.
+    Update { table: &'static str, rows: usize },
     /// Writes this many rows, whether they exist or not. The server counts one that exists twice.
     Overwrite { rows: usize },
+    /// Makes the batch durable.
+    Commit,
 }
 
 /// The statements before the rows.
@@ -120,30 +161,36 @@ fn begin(guards: &[Guard]) -> Vec<Statement> {
         )
     });
     let fits = fits.collect::<Vec<_>>().join(" OR ");
-    let all = guards.len();
     let move_positions = format!(
         "UPDATE `partition` FORCE INDEX (PRIMARY) SET latest_batch = latest_batch + 1 WHERE {fits}"
     );
-    // A subquery with two rows where one is expected is an error.
-    let check =
-        format!("SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {all} INTO @all_moved");
     vec![
         Statement { purpose: Purpose::Begin, sql: InMySql::BEGIN_WRITING.to_owned() },
         Statement { purpose: Purpose::Move, sql: move_positions },
-        Statement { purpose: Purpose::Check, sql: check },
+        check(guards.len()),
     ]
+}
+
+/// Fails if the statement before it has not written this many rows.
+fn check(rows: usize) -> Statement {
+    // A subquery with two rows where one is expected is an error.
+    let sql = format!(
+        "SELECT 1 UNION ALL SELECT 2 FROM DUAL WHERE ROW_COUNT() <> {rows} INTO @all_written"
+    );
+    Statement { purpose: Purpose::Check, sql }
 }
 
 /// Adds a statement that writes these rows, or several if it would be too long.
 fn push_statements(statements: &mut Vec<Statement>, change: &TableChange, rows: &[&[Cell]]) {
-    let sql = if change.keys == 0 { insert(change, rows) } else { update(change, rows) };
-    if sql.len() <= MESSAGE_BYTES || rows.len() == 1 {
-        let rows = rows.len();
-        let purpose = if change.overwrites > 0 {
-            Purpose::Overwrite { rows }
-        } else {
-            Purpose::Write { table: change.table, rows }
-        };
+    let (table, count) = (change.table, rows.len());
+    let (purpose, sql) = if change.keys > 0 {
+        (Purpose::Update { table, rows: count }, update(change, rows))
+    } else if change.overwrites > 0 {
+        (Purpose::Overwrite { rows: count }, insert(change, rows))
+    } else {
+        (Purpose::Insert { table, rows: count }, insert(change, rows))
+    };
+    if sql.len() <= MESSAGE_BYTES || count == 1 {
         statements.push(Statement { purpose, sql });
         return;
     }

@@ -33,8 +33,8 @@ use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Seat, Store,
     Summary, Written, XidBytes,
     sql::{
-        self, CALL_TIMEOUT, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read,
-        write,
+        self, CALL_TIMEOUT, Connections, Counter, Dialect, End, FromAnyRow, Query, Role, Wrote,
+        read, write,
     },
 };
 use crate::transaction::{StuckAfter, Timestamp};
@@ -115,9 +115,10 @@ impl Dialect for InMySql {
     async fn write(
         connection: &mut Connection,
         batch: &Batch,
+        end: End,
         counter: &Counter,
     ) -> Result<Wrote, Error> {
-        batch::write(connection, batch, counter).await
+        batch::write(connection, batch, end, counter).await
     }
 
     async fn fetch<T: FromAnyRow>(

@@ -63,10 +63,12 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
     }
 
     /// Begins a local transaction and adds one to the position of each partition whose guard fits. If all guards fit, writes
-    /// the rows and checks that each was written. Leaves the local transaction open.
+    /// the rows and checks that each was written. Only if everything was written, it ends as `end` says. Otherwise the local
+    /// transaction stays open.
     fn write(
         connection: &mut Connection<Self>,
         batch: &Batch,
+        end: End,
         counter: &Counter,
     ) -> impl Future<Output = Result<Wrote, Error>> + Send;
 
@@ -87,6 +89,15 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
         connection: &mut Connection<Self>,
         sql: &'static str,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+}
+
+/// How [`Dialect::write`] ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum End {
+    /// COMMIT. After an error, it is not known whether it has taken effect.
+    Commit,
+    /// The local transaction stays open, so that it can be looked at.
+    StayOpen,
 }
 
 /// How much [`Dialect::write`] has written.

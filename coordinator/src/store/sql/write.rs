@@ -7,7 +7,7 @@ use handfast_proto::crash_point;
 use tracing::{error, warn};
 
 use super::{
-    Cell, Connection, Connections, Counter, Dialect, Query, Wrote, read::Finished, record,
+    Cell, Connection, Connections, Counter, Dialect, End, Query, Wrote, read::Finished, record,
 };
 use crate::{
     store::{
@@ -165,10 +165,8 @@ async fn append_once<D: Dialect>(
     }
     // UPDATE first: it waits for an earlier attempt whose COMMIT is still in flight.
     counter.positions();
-    let moved = match D::write(connection, batch, counter).await? {
+    let moved = match D::write(connection, batch, End::Commit, counter).await? {
         Wrote::All => {
-            crash_point!("batch.before_commit");
-            D::run(connection, "COMMIT").await?;
             crash_point!("batch.after_commit");
             return Ok(Appended::Durable);
         }
@@ -178,7 +176,7 @@ async fn append_once<D: Dialect>(
             // write. Then a read shows the rows as they were before the batch.
             D::run(connection, "ROLLBACK").await?;
             let no_rows = Batch { guards: guards.clone(), writes: Vec::new() };
-            match D::write(connection, &no_rows, counter).await? {
+            match D::write(connection, &no_rows, End::StayOpen, counter).await? {
                 Wrote::Positions(moved) => moved, // somebody has taken over meanwhile
                 Wrote::All | Wrote::NotAllRows(_) => {
                     let mut misfits = misfits::<D>(connection, batch).await?;
@@ -266,7 +264,7 @@ async fn refused_rows<D: Dialect>(
         let of_partition = |write: &&Write| write.global.xid.partition == guard.partition;
         let writes = batch.writes.iter().filter(of_partition).cloned().collect();
         let alone = Batch { guards: vec![*guard], writes };
-        match D::write(connection, &alone, counter).await? {
+        match D::write(connection, &alone, End::StayOpen, counter).await? {
             Wrote::NotAllRows(what) => {
                 refused.push((guard.partition, format!("the database refuses its rows: {what}")));
             }

@@ -1,12 +1,13 @@
 //! The statements of a batch, prepared once. SQLite runs in this process, so larger messages would save nothing.
 
+use handfast_proto::crash_point;
 use sqlx::{Arguments as _, Database, QueryBuilder};
 
 use super::{Connection, Db, Dialect as _, InSqlite};
 use crate::store::{
     Batch, Error, Guard,
     sql::{
-        Cell, Counter, Wrote,
+        Cell, Counter, End, Wrote,
         changes::{self, TableChange},
     },
 };
@@ -24,6 +25,7 @@ const CELL_BYTES: usize = 32;
 pub(super) async fn write(
     connection: &mut Connection,
     Batch { guards, writes }: &Batch,
+    end: End,
     counter: &Counter,
 ) -> Result<Wrote, Error> {
     sqlx::query(InSqlite::BEGIN_WRITING).execute(&mut *connection).await?;
@@ -54,6 +56,10 @@ pub(super) async fn write(
                 return Ok(wrote);
             }
         }
+    }
+    if end == End::Commit {
+        crash_point!("batch.before_commit");
+        sqlx::query("COMMIT").execute(connection).await?;
     }
     Ok(Wrote::All)
 }

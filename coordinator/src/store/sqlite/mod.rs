@@ -37,7 +37,7 @@ use self::{
 use super::{
     Appended, Batch, DuePage, Error, Known, ListFilter, Listing, Lookup, Ownership, Store, Summary,
     Written, XidBytes,
-    sql::{self, Connections, Counter, Dialect, FromAnyRow, Query, Role, Wrote, read, write},
+    sql::{self, Connections, Counter, Dialect, End, FromAnyRow, Query, Role, Wrote, read, write},
 };
 use crate::transaction::{StuckAfter, Timestamp};
 
@@ -106,9 +106,10 @@ impl Dialect for InSqlite {
     async fn write(
         connection: &mut Connection,
         batch: &Batch,
+        end: End,
         counter: &Counter,
     ) -> Result<Wrote, Error> {
-        batch::write(connection, batch, counter).await
+        batch::write(connection, batch, end, counter).await
     }
 
     async fn fetch<T: FromAnyRow>(

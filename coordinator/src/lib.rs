@@ -15,7 +15,7 @@
 //! Read in this order: [`transaction`] is pure and says what may happen to one transaction; [`partition`] owns those that are
 //! open; [`journal`] makes their changes durable, in a [`store`]; [`dispatch`] calls participants; [`coordinator`] joins them;
 //! [`rpc`] is the door; [`server`] starts and stops it all. Dependencies point one way: server → rpc, coordinator → partition →
-//! transaction; store and dispatch know transaction; nobody knows rpc.
+//! transaction; store and dispatch know transaction; nothing below rpc knows it.
 
 pub mod transaction;
 

@@ -52,7 +52,7 @@ use crate::{
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 /// At shutdown, how often the coordinator checks whether the store still answers.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// A store that counts as silent for so long, without a break, holds up the shutdown no longer.
+/// If the store is silent for this long during a shutdown, the process ends without it.
 const SILENT_AT_THE_END: Duration = Duration::from_millis(1500);
 
 /// The runtime of the process. It has as many threads as TOKIO_WORKER_THREADS says, otherwise half as many as there are

@@ -97,7 +97,7 @@ impl<T: prost::Message + Default + 'static> Payload for Proto<T> {
     }
 }
 
-/// Nothing to say. Whatever comes instead is ignored, so that a reply can be added to a contract later.
+/// The empty payload. Bytes that arrive are ignored, so that a reply can be added to a contract later.
 impl Payload for () {
     const CONTENT_TYPE: &'static str = "application/octet-stream";
 

@@ -31,9 +31,9 @@ pub struct Refusal {
     pub metadata: BTreeMap<String, String>,
 }
 
-// Not an `Error`: only so can `TryError` take any error and still tell a refusal from it.
+// Not an `Error`: `TryError` is made from any error, and a refusal would be taken for one of them.
 impl Refusal {
-    /// Says no, for a reason that programs can tell apart from others.
+    /// A refusal with this reason, a code for programs such as `OUT_OF_STOCK`.
     #[must_use]
     pub fn new(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), ..Self::default() }
@@ -102,7 +102,8 @@ impl From<Refusal> for TryError {
 pub enum Failed {
     /// It failed, and may well succeed later.
     Retry(BoxError),
-    /// It failed, and will fail again until a person looks. The text says at what; operators see it at once.
+    /// It failed, and will fail again until a person looks. The text, which operators see at once, says what
+    /// a person must look at.
     NeedsAttention(String),
 }
 

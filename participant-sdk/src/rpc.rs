@@ -31,10 +31,10 @@ const RETRY_PAUSES: Pauses =
     Pauses { first: Duration::from_millis(50), longest: Duration::from_secs(1) };
 /// How long one attempt of a call to the coordinator may take, beside what it is asked to wait.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same for the first attempt if there are several coordinators. It doubles when as many attempts as there are addresses had no
-/// answer in time.
+/// The same for the first attempt if there are several coordinators. It doubles after each round through all
+/// addresses without an answer.
 const FIRST_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
-// Where streams are blocked, there must be time left for the call by itself. Otherwise each coordinator is left before it can answer.
+// Where streams are blocked, there must be time left for the call by itself. Otherwise the next coordinator is tried before this one can answer.
 const _: () = assert!(FIRST_OPEN_WITHIN.as_millis() * 2 <= FIRST_ATTEMPT_TIMEOUT.as_millis());
 /// A connection is kept at least this long, so that many calls that fail together leave it only once.
 const LEAVE_AFTER: Duration = Duration::from_millis(100);

@@ -86,7 +86,7 @@ impl From<Refusal> for Status {
     }
 }
 
-/// Whether the same call may have another answer later.
+/// Whether a retry can succeed.
 pub(crate) fn may_be_repeated(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Cancelled => {
@@ -141,7 +141,7 @@ impl Reason {
     }
 }
 
-/// Whether the coordinator responded with an error that need not hold for other transactions.
+/// Whether the coordinator responded with an error about this transaction only.
 pub(crate) fn concerns_one_transaction(status: &Status) -> bool {
     status.get_details_error_info().is_some_and(|info| {
         let of_one = [reason::OWNED_ELSEWHERE, reason::CORRUPT_RECORD];

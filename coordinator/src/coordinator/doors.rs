@@ -1,4 +1,4 @@
-//! How a question reaches its partition. A partition has a door while this process owns it.
+//! Routes commands to partitions. A partition has a door, one channel, while this process owns it.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +28,7 @@ impl Doors {
         self.read().get(&partition).cloned()
     }
 
-    /// Each door in its turn, as `round` grows.
+    /// The door of number `round`, modulo the number of owned partitions.
     pub(super) fn in_rotation(&self, round: usize) -> Option<Door> {
         let doors = self.read();
         doors.values().nth(round.checked_rem(doors.len())?).cloned()

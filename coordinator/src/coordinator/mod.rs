@@ -33,10 +33,10 @@ use crate::{
     transaction::{GlobalTransaction, NewTransaction, State, StuckAfter},
 };
 
-/// Longest wait for an answer that only the store can hold up. It is shorter than what callers wait (the SDK: 5 s), so that they get
+/// How long to wait for an answer that needs nothing but a batch or a read. It is shorter than what callers wait (the SDK: 5 s), so that they get
 /// UNAVAILABLE and not their own timeout.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
-/// So many transactions without a key begin in one partition before the next partition is used. Those that begin together are
+/// How many transactions without a key begin in one partition before the next partition is used. Those that begin together are
 /// recorded and decided together: a few partitions with much to do cost less than all of them with a little.
 const IN_A_ROW: usize = 128;
 
@@ -50,7 +50,7 @@ pub struct Coordinator {
     store: Arc<dyn Store>,
     clock: Arc<dyn Clock>,
     stuck_after: StuckAfter,
-    /// Cancelled when callers wait no longer for transactions to come further.
+    /// Cancelled when callers shall no longer wait for transactions to be completed.
     waits_end: CancellationToken,
 }
 

@@ -1,5 +1,5 @@
-//! Deletes transactions when their retention is over. What is deleted cannot be told any more, and its key begins another transaction:
-//! so nothing is deleted on the word of a clock that may be ahead.
+//! Deletes transactions when their retention is over. After that their outcome is unknown (FORGOTTEN), and their key begins another
+//! transaction. So nothing is deleted if the clock may be ahead.
 
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ impl Coordinator {
         }
     }
 
-    /// The time, if it may be believed.
+    /// The present time. `None`: the clock is not trusted.
     async fn believed_time(&self, watch: &mut ClockWatch) -> Option<Timestamp> {
         let asked_at = self.clock.now();
         match self.store.clock().await {

@@ -152,8 +152,8 @@ impl Running {
         tokio::spawn(self.background.clone().run_until_cancelled_owned(work));
     }
 
-    /// The next end of something that was not told to end, and that does not go on at once. Nothing that was not durable is told
-    /// to callers from then on.
+    /// Waits until a partition or a task ends unexpectedly and cannot be taken over again at once. From then on, callers get no
+    /// answer that is not durable.
     pub async fn ended(&mut self) -> End {
         loop {
             let end = tokio::select! {

@@ -14,7 +14,7 @@ use super::Later;
 
 /// Calls that may wait for one action. Further calls are turned away and made later.
 pub(super) const QUEUE_MAX: usize = 1024;
-/// When the queue is full, a call is put off by this much for each full queue of calls turned away before it. So calls come
+/// When the queue is full, a call is put off by this time, multiplied by the turned-away calls and divided by the queue's length. So calls come
 /// back at about the rate at which they can be made. If they all came back at once, again and again, they would use up the
 /// processor.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(50);

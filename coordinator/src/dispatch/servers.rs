@@ -170,7 +170,7 @@ impl Servers {
         found.dedup();
         found.truncate(SERVERS_MAX);
         if found.is_empty() {
-            let error = failed.unwrap_or_else(|| io::Error::other("its name stands for nothing"));
+            let error = failed.unwrap_or_else(|| io::Error::other("its name has no address"));
             let mut status = Status::unavailable(error.to_string());
             status.set_source(Arc::new(error));
             return Err(status);

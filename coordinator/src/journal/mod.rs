@@ -76,7 +76,8 @@ pub struct Journal {
     /// The outboxes of the partitions that are recorded, by partition. One whose ownership has ended is not among them.
     outboxes: Mutex<BTreeMap<u16, Arc<Outbox>>>,
     wake: Arc<Notify>,
-    /// Somebody doubts that the partitions are still ours. An empty batch of all of them tells.
+    /// Set when a read suggests that another coordinator owns a partition. The next batch is then empty and covers all partitions: it
+    /// fails for those that were lost.
     doubted: Arc<AtomicBool>,
     health: Arc<JournalHealth>,
 }
@@ -124,7 +125,8 @@ impl Journal {
         loop {
             let beat_every = self.store.heartbeat().filter(|_| !self.outboxes().is_empty());
             let stopping = stop.is_cancelled();
-            // Every other batch at most: reads that stay old must not keep changes from being recorded.
+            // Never two such batches in a row while changes wait: reads that stay old must not keep changes from being
+            // recorded.
             let is_due = self.is_due();
             beaten = !(beaten && is_due) && self.doubted.swap(false, Ordering::Relaxed);
             let taken = if beaten {

@@ -68,7 +68,7 @@ pub struct Outbox {
     waiting: Mutex<Waiting>,
     durable: watch::Sender<Durable>,
     wake: Arc<Notify>,
-    /// Of the journal: an empty batch of all partitions is asked for.
+    /// Shared with the journal: asks it for an empty batch of all partitions.
     doubted: Arc<AtomicBool>,
 }
 
@@ -82,7 +82,7 @@ struct Waiting {
     latest: u64,
     /// One of the writes is awaited.
     awaited: bool,
-    /// Since when the oldest write waits that nothing waits for.
+    /// When the oldest lazy write was put here.
     lazy_since: Option<Instant>,
     /// The number of the latest batch.
     position: u64,
@@ -221,7 +221,7 @@ impl Outbox {
         waiting.awaited || waiting.lazy_since.is_some_and(|since| since.elapsed() >= LAZY_WAIT_MAX)
     }
 
-    /// When a batch should start at the latest; `None`: nothing waits that is not awaited.
+    /// When a batch should start at the latest; `None`: there is no lazy write.
     pub(super) fn due_by(&self) -> Option<Instant> {
         self.waiting().lazy_since.map(|since| since + LAZY_WAIT_MAX)
     }

@@ -96,7 +96,7 @@ pub struct Partition {
     /// When each transaction must be looked at again.
     timers: BTreeSet<(Timestamp, Xid)>,
     effects: Effects,
-    /// Why no further change will become durable; `None` while changes still do.
+    /// Why no further change will become durable; `None`: changes still become durable.
     ended: Option<Ended>,
     /// The number of the latest durable batch. A read must be at least as new.
     position: u64,

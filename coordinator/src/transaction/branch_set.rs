@@ -1,4 +1,4 @@
-//! Which branches of a transaction are meant, in the size of a number.
+//! A set of branches of one transaction, as small as a number.
 
 /// A set of branches of one transaction: one bit for each index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

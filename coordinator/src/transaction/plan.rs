@@ -51,7 +51,8 @@ impl GlobalTransaction {
         matches!(state, BranchState::Registered | BranchState::Tried)
     }
 
-    /// Looks at the first `most` branches that are `wanted`. Plans calls to those that are due, and wakes for the next of the others.
+    /// Looks at the first `most` branches that are `wanted`. Plans calls to those that are due, and sets the time to
+    /// wake up for the earliest of the others.
     fn due(
         &self,
         phase: Phase,

@@ -7,7 +7,7 @@ use super::Decision;
 /// Why an event was rejected. The transaction is unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejection {
-    /// The opposite decision was made before; or a branch asks to join, and any decision was made before.
+    /// For Decide: the opposite decision stands. For RegisterBranch: there is a decision.
     #[error("{}", match .0 {
         Decision::Confirm => "the transaction has been confirmed",
         Decision::Cancel => "the transaction has been cancelled",

@@ -123,7 +123,7 @@ mod tests {
     ];
     const ASKED: [Phase; 3] = [Phase::Try, Phase::Confirm, Phase::Cancel];
 
-    /// The table in the design document. One row per recorded state; columns Try, Confirm, Cancel.
+    /// One row for each recorded state; columns Try, Confirm, Cancel.
     #[test]
     fn every_cell_of_the_table() {
         use Verdict::{

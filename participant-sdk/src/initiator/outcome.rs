@@ -23,8 +23,8 @@ const ASK_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Confirmed<T> {
     /// The transaction.
     pub xid: Xid,
-    /// What the closure returned. `None`: another run with this key has confirmed the transaction, so the value of this run's
-    /// closure does not count, and no value of that run was kept, or it cannot be read. See
+    /// What the closure returned. If another run with this key has confirmed the transaction: the value of that run. `None`: that
+    /// run has kept no value, or the value cannot be read. See
     /// [`TransactionBuilder::run_and_remember`](crate::TransactionBuilder::run_and_remember).
     pub value: Option<T>,
     /// Every participant has acknowledged. If not, the coordinator is still asking, and will until they have.
@@ -95,8 +95,8 @@ pub enum TransactionError {
         #[source]
         cause: BoxError,
     },
-    /// It was not begun, so nothing was tried. If it has an idempotency key, then no other run of this operation with that key was
-    /// known when this one began; where that could not be found out it is [`TransactionError::Unknown`].
+    /// It was not begun, so nothing was tried. With an idempotency key: the coordinator knew no earlier run with that key when this
+    /// one began. If the coordinator could not be asked, the error is [`TransactionError::Unknown`] instead.
     #[error("the transaction was not begun, so nothing was tried: {cause}")]
     #[non_exhaustive]
     NotBegun {

@@ -178,7 +178,7 @@ async fn through_the_service(
     match response.outcome() {
         v1::Outcome::Placed => Some(Answer::Placed),
         v1::Outcome::Refused => Some(Answer::Refused),
-        // Without a transaction it was not begun, says this call; but one before it may have.
+        // Without an xid, this call began nothing. An earlier one may have.
         v1::Outcome::Cancelled if response.xid.is_empty() && !first => None,
         v1::Outcome::Cancelled => Some(Answer::Cancelled),
         v1::Outcome::Unknown | v1::Outcome::Unspecified => None,

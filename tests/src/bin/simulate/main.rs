@@ -1,7 +1,7 @@
 //! The real coordinators, participants and initiators in one thread, over a simulated network, clock and store, while everything fails
 //! that can fail. The same seed gives the same run, to the last message.
 //!
-//! `simulate --seeds 200` runs seeds 0 to 199. The checks are in `audit.rs`, `participant.rs`, `store.rs` and `world.rs`. They name the
+//! `simulate --seeds 200` runs seeds 0 to 199. The checks are in `audit.rs`, `participant.rs`, `store/mod.rs` and `world.rs`. They name the
 //! invariants I1 to I14:
 //!
 //! | | |

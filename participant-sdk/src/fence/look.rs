@@ -179,7 +179,7 @@ impl Look {
         phase: Phase,
         reply: &[u8],
     ) -> Result<(), Error> {
-        write::<DB>(connection, &self.settled(phase, reply)).await
+        tx::write::<DB>(connection, &self.settled(phase, reply)).await
     }
 
     /// The changes to the row once the work of this phase is done.
@@ -198,40 +198,13 @@ impl Look {
         connection: &mut DB::Connection,
     ) -> Result<(), Error> {
         let (state, reply) = (State::Suspended, None);
-        write::<DB>(connection, &Settle { key: &self.key, state, reply, seen: self.seen() }).await
+        tx::write::<DB>(connection, &Settle { key: &self.key, state, reply, seen: self.seen() })
+            .await
     }
 
     fn seen(&self) -> i64 {
         self.record.as_ref().map_or(0, |record| record.seen)
     }
-}
-
-/// Writes to the row, if this local transaction still holds it.
-///
-/// Some errors end the whole local transaction (a deadlock on MySQL, a full disk on SQLite). If the author's code continues
-/// after such an error, COMMIT would keep only the later work, and report success. The earlier work is rolled back, and so is
-/// this call's count in the row. So this write does not find the row, and fails. After an error, PostgreSQL refuses every
-/// further statement, including this one; its COMMIT alone would report success.
-pub(crate) async fn write<DB: FenceDb>(
-    connection: &mut DB::Connection,
-    settle: &Settle<'_>,
-) -> Result<(), Error> {
-    wrote_all(DB::settle(connection, settle).await?, 1)
-}
-
-/// As [`write`], for several rows.
-pub(crate) async fn write_many<DB: FenceDb>(
-    connection: &mut DB::Connection,
-    settles: &[Settle<'_>],
-) -> Result<(), Error> {
-    wrote_all(DB::settle_many(connection, settles).await?, settles.len())
-}
-
-fn wrote_all(written: u64, rows: usize) -> Result<(), Error> {
-    if usize::try_from(written) == Ok(rows) {
-        return Ok(());
-    }
-    Err(tx::ended())
 }
 
 /// When the row of a branch that expired at `expires_at` may have been cleaned up. Before that time, a missing row means that

@@ -14,9 +14,9 @@ use tracing::Instrument as _;
 use super::{
     Fence,
     db::{FenceDb, Key, Settle},
-    log, look,
+    log,
     look::Look,
-    tx::Tx,
+    tx::{self, Tx},
     verdict::Verdict,
 };
 use crate::{
@@ -138,7 +138,7 @@ impl<DB: FenceDb> Fence<DB> {
                 .filter(|look| look.runs())
                 .map(|look| look.settled(phase, &[]))
                 .collect();
-            look::write_many::<DB>(tx, &settles).await?;
+            tx::write_many::<DB>(tx, &settles).await?;
         }
         Ok(looks.into_iter().map(|look| Some(look?.verdict)).collect())
     }

@@ -338,7 +338,7 @@ impl<DB: FenceDb> Fence<DB> {
         }
         let (key, state, reply) = (&Key::of(branch), State::Tried, Some(reply));
         // Only the Try that inserted the row has `seen` 1 and holds the row's lock.
-        look::write::<DB>(connection, &Settle { key, state, reply, seen: 1 }).await
+        tx::write::<DB>(connection, &Settle { key, state, reply, seen: 1 }).await
     }
 
     /// How many Confirms without a row were answered "done", because the row may have been cleaned up long ago. Each is logged.

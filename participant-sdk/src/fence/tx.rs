@@ -14,10 +14,7 @@ use bytes::Bytes;
 use sqlx::{Connection as _, Error, Pool, SqlSafeStr as _, pool::PoolConnection};
 use sqlx_core::transaction::TransactionManager as _;
 
-use super::{
-    db::{FenceDb, Settle},
-    look,
-};
+use super::db::{FenceDb, Settle};
 
 /// How long each step of returning a connection to its pool may take, such as ROLLBACK. After that, the connection is closed.
 /// Closing ends the local transaction too, but later.
@@ -110,13 +107,13 @@ impl<DB: FenceDb> Tx<DB> {
         Ok(tx)
     }
 
-    /// As [`look::write`], now or together with COMMIT. Nothing may be executed in between.
+    /// As [`write`], now or together with COMMIT. Nothing may be executed in between.
     pub(super) async fn settle(&mut self, settle: &Settle<'_>) -> Result<(), Error> {
         self.last = DB::settle_at_commit(settle);
         if self.last.is_some() {
             return Ok(());
         }
-        look::write::<DB>(self, settle).await
+        write::<DB>(self, settle).await
     }
 
     /// Once this returns `Ok`, the work is durable. After an error, it may or may not be durable.
@@ -181,6 +178,34 @@ impl<DB: FenceDb> DerefMut for Tx<DB> {
     fn deref_mut(&mut self) -> &mut DB::Connection {
         self.connection.as_mut().expect("taken only by methods that own the Tx")
     }
+}
+
+/// Writes to the row, if this local transaction still holds it.
+///
+/// Some errors end the whole local transaction (a deadlock on MySQL, a full disk on SQLite). If the author's code continues
+/// after such an error, COMMIT would keep only the later work, and report success. The earlier work is rolled back, and so is
+/// this call's count in the row. So this write does not find the row, and fails. After an error, PostgreSQL refuses every
+/// further statement, including this one; its COMMIT alone would report success.
+pub(crate) async fn write<DB: FenceDb>(
+    connection: &mut DB::Connection,
+    settle: &Settle<'_>,
+) -> Result<(), Error> {
+    wrote_all(DB::settle(connection, settle).await?, 1)
+}
+
+/// As [`write`], for several rows.
+pub(crate) async fn write_many<DB: FenceDb>(
+    connection: &mut DB::Connection,
+    settles: &[Settle<'_>],
+) -> Result<(), Error> {
+    wrote_all(DB::settle_many(connection, settles).await?, settles.len())
+}
+
+fn wrote_all(written: u64, rows: usize) -> Result<(), Error> {
+    if usize::try_from(written) == Ok(rows) {
+        return Ok(());
+    }
+    Err(ended())
 }
 
 /// The error when the author's code has ended the local transaction, or gone on after its end.

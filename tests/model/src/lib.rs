@@ -1,10 +1,12 @@
 //! Handfast's protocol as a model, small enough that every state of it is visited.
 //!
-//! Three models, each a stateright [`Model`](stateright::Model):
+//! Four models, each a stateright [`Model`](stateright::Model):
 //!
 //! - [`protocol`]: one transaction through everything that can happen to it. The main one; start there, with `state.rs`.
 //! - [`several`]: batches that carry several partitions, each with its own owner.
 //! - [`key`]: idempotency keys: may Begin and Execute be repeated?
+//! - [`open`]: what is open: does a new owner find all that it must carry on? The code does not do this yet: it has an index of what is
+//!   due.
 //!
 //! A variant is a model with limits: how many crashes, takeovers and faults may happen in it. A variant with all rules must be
 //! **clean**: no state breaks an invariant, and everything that should be possible happens in some state. (Otherwise the variant
@@ -16,6 +18,7 @@
 //! notice, operators who decide what is lost, and lengths of time.
 
 pub mod key;
+pub mod open;
 pub mod protocol;
 pub mod search;
 pub mod several;
@@ -29,5 +32,6 @@ pub fn all() -> Vec<Variant> {
     let mut variants = protocol::variants();
     variants.extend(several::variants());
     variants.extend(key::variants());
+    variants.extend(open::variants());
     variants
 }

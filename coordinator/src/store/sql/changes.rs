@@ -64,8 +64,8 @@ macro_rules! changed_columns {
 pub(in crate::store) fn by_table(writes: &[Write]) -> [TableChange; 9] {
     let of = |head: Head| writes.iter().filter(move |write| write.head == head);
     let keys = of(Head::Insert)
-        .map(|write| TransactionRow::of(&write.global))
-        .filter(|row| row.key_hash.is_some());
+        .filter(|write| write.global.key.is_some())
+        .map(|write| TransactionRow::of(&write.global));
     // The registration of a branch is in its transaction's row. A row of its own has what is more than that.
     let new_branches = writes.iter().flat_map(|write| {
         let positions = write.new_branches..write.global.branches.len();

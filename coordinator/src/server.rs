@@ -297,6 +297,7 @@ fn settings(config: &Config) -> Settings {
         open_bytes_max: config.limits.open_megabytes * 1_000_000,
         stuck_after: config.stuck,
         log_labels: config.log_labels.clone(),
+        record_after: config.record_after,
     }
 }
 

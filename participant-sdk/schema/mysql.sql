@@ -16,6 +16,7 @@ CREATE TABLE IF NOT EXISTS handfast_fence (
     created_at BIGINT       NOT NULL COMMENT 'when the row was made',
     changed_at BIGINT       NOT NULL COMMENT 'when state or reply last changed; the clean-up counts from here',
     seen       BIGINT       NOT NULL COMMENT 'calls that came for this branch, the first one included. 1: nobody has repeated it or gone on',
+    asks       SMALLINT     NULL     COMMENT '1: the transaction may be lost without a Cancel, so this service asks about the branch from expires_at on. NULL: it does not',
     PRIMARY KEY (xid, branch_id),
     KEY handfast_fence_clean_up (changed_at),
     KEY handfast_fence_tried (state, expires_at),

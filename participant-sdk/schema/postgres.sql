@@ -16,6 +16,7 @@ CREATE TABLE IF NOT EXISTS handfast_fence (
     created_at bigint   NOT NULL,
     changed_at bigint   NOT NULL,
     seen       bigint   NOT NULL,
+    asks       smallint,
     PRIMARY KEY (xid, branch_id)
 );
 
@@ -30,6 +31,7 @@ COMMENT ON COLUMN handfast_fence.digest IS 'SHA-256 over action and payload: whe
 COMMENT ON COLUMN handfast_fence.expires_at IS 'end of phase one, as the call that made the row says. NULL: it says none';
 COMMENT ON COLUMN handfast_fence.created_at IS 'when the row was made';
 COMMENT ON COLUMN handfast_fence.changed_at IS 'when state or reply last changed; the clean-up counts from here';
+COMMENT ON COLUMN handfast_fence.asks IS '1: the transaction may be lost without a Cancel, so this service asks about the branch from expires_at on. NULL: it does not';
 COMMENT ON COLUMN handfast_fence.seen IS 'calls that came for this branch, the first one included. 1: nobody has repeated it or gone on';
 
 -- For the clean-up, which deletes what is final and old.

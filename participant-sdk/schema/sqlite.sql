@@ -16,6 +16,7 @@ CREATE TABLE IF NOT EXISTS handfast_fence (
     created_at INTEGER NOT NULL, -- when the row was made
     changed_at INTEGER NOT NULL, -- when state or reply last changed; the clean-up counts from here
     seen       INTEGER NOT NULL, -- calls that came for this branch, the first one included. 1: nobody has repeated it or gone on
+    asks       INTEGER,          -- 1: the transaction may be lost without a Cancel, so this service asks about the branch from expires_at on
     PRIMARY KEY (xid, branch_id)
 ) STRICT;
 

@@ -55,6 +55,9 @@ pub struct Branch {
     pub expires_at: Option<i64>,
     /// What the initiator wrote on the global transaction. For people and logs.
     pub labels: BTreeMap<String, String>,
+    /// To a Try: the transaction is recorded with its decision, so it may be lost without a Cancel. The fence remembers it, and the
+    /// participant asks about the branch from `expires_at` on.
+    pub at_decision: bool,
 }
 
 impl Branch {
@@ -69,6 +72,7 @@ impl Branch {
             attempt: 1,
             expires_at: None,
             labels: BTreeMap::new(),
+            at_decision: false,
         }
     }
 
@@ -85,6 +89,7 @@ impl Branch {
             InvalidBranch { field, message: message.to_string() }
         }
         let context = context.ok_or_else(|| field("context", "is missing"))?;
+        let at_decision = context.record() == v1::Record::AtDecision;
         if context.action.is_empty() || context.action.len() > limits::ACTION_BYTES_MAX {
             let message = format!(
                 "has {} bytes; the name of an action has 1 to {}",
@@ -102,6 +107,7 @@ impl Branch {
             attempt: context.attempt.max(1),
             expires_at: context.expires_at.as_ref().map(time::millis),
             labels: context.labels,
+            at_decision,
         })
     }
 }
@@ -129,6 +135,7 @@ mod tests {
             attempt: 0,
             expires_at: Some(time::timestamp(1_700_000_000_123)),
             labels: BTreeMap::from([("order".to_owned(), "77".to_owned())]),
+            record: v1::Record::AtDecision.into(),
         }
     }
 
@@ -141,6 +148,9 @@ mod tests {
         assert_eq!(branch.attempt, 1, "a caller that does not count makes its first attempt");
         assert_eq!(branch.expires_at, Some(1_700_000_000_123));
         assert_eq!(branch.labels["order"], "77");
+        assert!(branch.at_decision);
+        let older = v1::BranchContext { record: 0, ..context() };
+        assert!(!Branch::from_context(Some(older), Phase::Try).unwrap().at_decision);
     }
 
     #[test]

@@ -48,6 +48,8 @@ pub(crate) async fn within_call<Q, R>(
 pub struct Context {
     xid: Xid,
     branch_id: BranchId,
+    /// The transaction is recorded with its decision, as far as the caller knows.
+    at_decision: bool,
     /// Branches that were tried below it with success, to be reported with the response.
     tried: Arc<Mutex<Vec<BranchId>>>,
 }
@@ -77,6 +79,10 @@ impl Context {
         &self.branch_id
     }
 
+    pub(crate) fn at_decision(&self) -> bool {
+        self.at_decision
+    }
+
     pub(crate) fn tried(&self, branch_id: BranchId) {
         self.tried.lock().expect("nothing panics while it is locked").push(branch_id);
     }
@@ -85,7 +91,10 @@ impl Context {
         let text = |key| headers.get(key).map(|value| value.to_str().unwrap_or("?"));
         let (xid, branch_id) = (text(metadata::XID)?, text(metadata::BRANCH_ID)?);
         match (xid.parse(), branch_id.parse()) {
-            (Ok(xid), Ok(branch_id)) => Some(Self { xid, branch_id, tried: Arc::default() }),
+            (Ok(xid), Ok(branch_id)) => {
+                let at_decision = headers.contains_key(metadata::AT_DECISION);
+                Some(Self { xid, branch_id, at_decision, tried: Arc::default() })
+            }
             (Err(error), _) => unreadable(&error),
             (_, Err(error)) => unreadable(&error),
         }

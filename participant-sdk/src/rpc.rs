@@ -238,6 +238,24 @@ impl Handfast {
     }
 }
 
+impl Handfast {
+    /// What these branches may do with their reservations, in order.
+    pub(crate) async fn inquire(
+        &self,
+        branches: Vec<pb::InquiredBranch>,
+        deadline: Instant,
+    ) -> Result<Vec<pb::Inquiry>, Status> {
+        let asked = branches.len();
+        let inquire = Call::InquireBranches(pb::InquireBranchesRequest { branches });
+        let answer = self.call(Which::Calls, inquire, Duration::ZERO, deadline).await?;
+        let Answer::InquireBranches(response) = answer else { return Err(wrong_kind()) };
+        if response.answers.len() != asked {
+            return Err(wrong_kind());
+        }
+        Ok(response.answers().collect())
+    }
+}
+
 impl fmt::Debug for Handfast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Handfast")

@@ -4,7 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::Stream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap, transport::Channel};
+use tonic::{
+    Request, Response, Status, Streaming,
+    metadata::{MetadataMap, MetadataValue},
+    transport::Channel,
+};
 
 use crate::{
     limits, metadata,
@@ -58,6 +62,9 @@ impl Streamed for ToCoordinator {
             }
             Call::WaitTransaction(call) => {
                 Answer::WaitTransaction(of(client.wait_transaction(with(call, timeout)).await?))
+            }
+            Call::InquireBranches(call) => {
+                Answer::InquireBranches(of(client.inquire_branches(with(call, timeout)).await?))
             }
         })
     }
@@ -248,12 +255,18 @@ async fn serve_branch<P: ParticipantService>(
 fn joinable(call: pb::TryBranchRequest, may_join: bool) -> Request<pb::TryBranchRequest> {
     let below = call.context.as_ref().filter(|_| may_join);
     // Invalid ids are left out of the metadata. The service refuses the call later and names the field.
-    let below = below
-        .and_then(|context| Some((context.xid.parse().ok()?, context.branch_id.parse().ok()?)));
+    let below = below.and_then(|context| {
+        let at_decision = context.record() == pb::Record::AtDecision;
+        Some((context.xid.parse().ok()?, context.branch_id.parse().ok()?, at_decision))
+    });
     let mut request = Request::new(call);
-    if let Some((xid, branch_id)) = below {
-        request.metadata_mut().insert(metadata::XID, xid);
-        request.metadata_mut().insert(metadata::BRANCH_ID, branch_id);
+    if let Some((xid, branch_id, at_decision)) = below {
+        let metadata = request.metadata_mut();
+        metadata.insert(metadata::XID, xid);
+        metadata.insert(metadata::BRANCH_ID, branch_id);
+        if at_decision {
+            metadata.insert(metadata::AT_DECISION, MetadataValue::from_static("1"));
+        }
     }
     request
 }

@@ -51,6 +51,8 @@ pub const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 pub const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How long one call waits for a transaction to complete, if it sets no limit.
 pub const WAIT_DEFAULT: Duration = Duration::from_secs(10);
+/// Branches in one InquireBranches. A participant that asks about thousands sends several calls.
+pub const INQUIRED_MAX: usize = 256;
 /// Transactions in one response of ListTransactions.
 pub const LIST_MAX: usize = 1000;
 /// Transactions in one response of ListTransactions, if the request sets no limit.

@@ -20,11 +20,15 @@ pub enum Bug {
     ForgetLoss = 7,
     /// Old transactions are deleted although the store's clock contradicts this machine's.
     BelieveClock = 8,
+    /// A participant does not ask about reservations whose transaction may be lost.
+    NeverAsk = 9,
+    /// A participant that is told to ask gives its reservation back instead.
+    BelieveNudge = 10,
 }
 
 impl Bug {
     /// All bugs, with their names on the command line.
-    pub const ALL: [(&'static str, Self); 8] = [
+    pub const ALL: [(&'static str, Self); 10] = [
         ("decide-before-durable", Self::DecideBeforeDurable),
         ("skip-epoch-check", Self::SkipEpochCheck),
         ("forget-trying", Self::ForgetTrying),
@@ -33,6 +37,8 @@ impl Bug {
         ("believe-old-read", Self::BelieveOldRead),
         ("forget-loss", Self::ForgetLoss),
         ("believe-clock", Self::BelieveClock),
+        ("never-ask", Self::NeverAsk),
+        ("believe-nudge", Self::BelieveNudge),
     ];
 
     /// Whether this bug is planted in this process.

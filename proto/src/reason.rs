@@ -5,7 +5,8 @@
 /// domain.
 pub const DOMAIN: &str = "handfast";
 
-/// NOT_FOUND: nothing was ever recorded under this xid, so nothing was tried.
+/// NOT_FOUND: nothing was ever recorded under this xid. It was not confirmed and never will be. Nothing was tried either, unless
+/// its Begin asked for RECORD_AT_DECISION.
 pub const NEVER_RECORDED: &str = "NEVER_RECORDED";
 /// NOT_FOUND: the transaction may have existed and been deleted after its retention.
 pub const FORGOTTEN: &str = "FORGOTTEN";
@@ -22,6 +23,8 @@ pub const ALREADY_DECIDED: &str = "ALREADY_DECIDED";
 pub const BRANCHES_DIFFER: &str = "BRANCHES_DIFFER";
 /// FAILED_PRECONDITION: the coordinator itself calls this transaction's Trys and decides it. Clients may only ask for Cancel.
 pub const COORDINATOR_DRIVEN: &str = "COORDINATOR_DRIVEN";
+/// FAILED_PRECONDITION: this coordinator cannot record transactions with their decision, as it is set up.
+pub const RECORD_AT_DECISION_REFUSED: &str = "RECORD_AT_DECISION_REFUSED";
 /// FAILED_PRECONDITION: there is no decision yet.
 pub const NOT_DECIDED: &str = "NOT_DECIDED";
 /// FAILED_PRECONDITION: the participant itself has already acknowledged this branch.

@@ -77,6 +77,13 @@ impl ParticipantService for Slow {
         self.behind.list_actions(request).await
     }
 
+    async fn inquire_branch(
+        &self,
+        request: Request<pb::InquireBranchRequest>,
+    ) -> Result<Response<pb::InquireBranchResponse>, Status> {
+        self.behind.inquire_branch(request).await
+    }
+
     type BranchStreamStream = BranchAnswers;
 
     async fn branch_stream(

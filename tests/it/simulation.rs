@@ -70,6 +70,8 @@ const FOUND: [(&str, &str, &str); Bug::ALL.len()] = [
     ("believe-old-read", "4", "30"),
     ("forget-loss", "15", "30"),
     ("believe-clock", "43", "30"),
+    ("never-ask", "0", "30"),
+    ("believe-nudge", "0", "30"),
 ];
 
 #[cfg(feature = "planted-bugs")]

@@ -17,6 +17,9 @@ use crate::{
 
 /// Shortest retention: a repeated Decide must still find the transaction.
 const RETENTION_MIN: Duration = Duration::from_secs(1);
+/// Shortest and longest time until a transaction is recorded that is to be recorded with its decision. Below it, most would be
+/// recorded twice. Above it, too many would be lost in a crash.
+const RECORD_AFTER: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(60)];
 /// Shortest pause between attempts, and shortest deadline of a call. Without a pause, retries would overload the participant.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 
@@ -115,6 +118,12 @@ pub(super) struct Transaction {
     /// How long phase one may take if the initiator sets no timeout: 1ms to 1h. After that the transaction is cancelled.
     #[config(env = "HANDFAST_TRANSACTION_TIMEOUT", default = "30s", deserialize_with = value::length)]
     pub(super) timeout: Duration,
+
+    /// A transaction that is recorded with its decision is recorded earlier when it has been open for this long, so that operators
+    /// see it and a restart finds it: 10ms to 1m. After a crash, transactions that were younger are lost as a whole, and their
+    /// participants give back what they reserved.
+    #[config(env = "HANDFAST_TRANSACTION_RECORD_AFTER", default = "500ms", deserialize_with = value::length)]
+    pub(super) record_after: Duration,
 }
 
 #[derive(confique::Config)]
@@ -209,6 +218,7 @@ impl Keys {
             shutdown_grace: self.shutdown_grace,
             retention: self.retention,
             transaction_timeout: self.transaction.timeout,
+            record_after: self.transaction.record_after,
             retry: RetryPolicy { initial: self.retry.initial, max: self.retry.max },
             stuck: StuckAfter { attempts: self.stuck.after_attempts, time: self.stuck.after },
             calls: super::Calls {
@@ -259,7 +269,7 @@ impl Keys {
                 hint: "such as: HANDFAST_STORE=sqlite:handfast.db",
             });
         }
-        let ranges: [(&'static [&'static str], Duration, [Duration; 2], &'static str); 4] = [
+        let ranges: [(&'static [&'static str], Duration, [Duration; 2], &'static str); 5] = [
             (
                 &["retention"],
                 *retention,
@@ -271,6 +281,12 @@ impl Keys {
                 transaction.timeout,
                 [TIMEOUT_MIN, TIMEOUT_MAX],
                 "the default is 30s and the maximum is 1h; do not hold reservations longer",
+            ),
+            (
+                &["transaction.record_after"],
+                transaction.record_after,
+                RECORD_AFTER,
+                "the default is 500ms; what is open for longer than that should be seen",
             ),
             (
                 &["retry.initial", "retry.max"],

@@ -32,6 +32,7 @@ pub struct Config {
     pub shutdown_grace: Duration,
     pub retention: Duration,
     pub transaction_timeout: Duration,
+    pub record_after: Duration,
     pub retry: RetryPolicy,
     pub stuck: StuckAfter,
     pub calls: Calls,

@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::Xid;
+use handfast_proto::{BranchId, Xid};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -30,15 +30,51 @@ use crate::{
     dispatch::Dispatch,
     partition::{Answer, Ask, Command, Error, Settings, Until, What},
     store::{self, ALL_PARTITIONS, ListFilter, Listed, PARTITIONS, Show, Store},
-    transaction::{GlobalTransaction, NewTransaction, State, StuckAfter},
+    transaction::{BranchState, Decision, GlobalTransaction, NewTransaction, State, StuckAfter},
 };
 
 /// How long to wait for an answer that needs nothing but a batch or a read. It is shorter than what callers wait (the SDK: 5 s), so that they get
 /// UNAVAILABLE and not their own timeout.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
+/// Shortest retention with which transactions may be recorded with their decision. Participants ask within seconds; one that was away
+/// for longer is told "forgotten" and not "never recorded".
+const RETENTION_AT_DECISION_MIN: Duration = Duration::from_secs(24 * 3600);
 /// How many transactions without a key begin in one partition before the next partition is used. Those that begin together are
 /// recorded and decided together: a few partitions with much to do cost less than all of them with a little.
 const IN_A_ROW: usize = 128;
+
+/// What may become of a reservation that its participant asks about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// There is no answer now.
+    Unknown,
+    /// There is no decision yet. This carries no promise.
+    Undecided,
+    /// It is confirmed, or will be.
+    Confirmed,
+    /// It was not confirmed, and never will be.
+    Cancel,
+    /// Its transaction may have been deleted after its retention.
+    Forgotten,
+    /// Records of its time are lost.
+    Lost,
+    /// An operator has done the work of this decision by hand.
+    Resolved(Decision),
+}
+
+impl Fate {
+    fn of(global: &GlobalTransaction, branch_id: &BranchId) -> Self {
+        let branch = global.branch(branch_id).map(|(_, branch)| &branch.state);
+        match (global.state.decision(), branch) {
+            (None, _) => Self::Undecided,
+            (Some(decision), Some(BranchState::Resolved(_))) => Self::Resolved(decision),
+            (Some(Decision::Cancel), _) => Self::Cancel,
+            // Branches are fixed with the decision, so this one will never be confirmed.
+            (Some(Decision::Confirm), None) => Self::Cancel,
+            (Some(Decision::Confirm), Some(_)) => Self::Confirmed,
+        }
+    }
+}
 
 /// Answers for the partitions that this process owns.
 #[derive(Debug)]
@@ -50,6 +86,7 @@ pub struct Coordinator {
     store: Arc<dyn Store>,
     clock: Arc<dyn Clock>,
     stuck_after: StuckAfter,
+    retention: Duration,
     /// Cancelled when callers shall no longer wait for transactions to be completed.
     waits_end: CancellationToken,
 }
@@ -69,7 +106,7 @@ impl Coordinator {
     ) -> Result<(Arc<Self>, Running), store::Error> {
         let running = Running::new(store, dispatch, clock, settings);
         running.take_over(&ALL_PARTITIONS).await?;
-        let coordinator = Self::of(&running);
+        let coordinator = Self::of(&running, retention);
         let (purging, reporting) = (coordinator.clone(), coordinator.clone());
         running.in_background(async move { purging.purge(retention).await });
         running.in_background(async move { reporting.report().await });
@@ -77,7 +114,7 @@ impl Coordinator {
     }
 
     /// Answers for the partitions that `running` has, now and later.
-    fn of(running: &Running) -> Arc<Self> {
+    fn of(running: &Running, retention: Duration) -> Arc<Self> {
         Arc::new(Self {
             doors: running.doors.clone(),
             journals: running.journals.clone(),
@@ -85,6 +122,7 @@ impl Coordinator {
             store: running.store.clone(),
             clock: running.clock.clone(),
             stuck_after: running.settings.stuck_after,
+            retention,
             waits_end: CancellationToken::new(),
         })
     }
@@ -97,6 +135,12 @@ impl Coordinator {
     /// See [`Error`]. After [`Error::StoreSilent`], [`Error::Fenced`] and [`Error::Stopping`] nobody knows whether it was begun;
     /// after the others it was not.
     pub async fn begin(&self, new: NewTransaction, until: Until) -> Result<Answer, Error> {
+        if new.at_decision && self.retention < RETENTION_AT_DECISION_MIN {
+            return Err(Error::NotAtDecision(format!(
+                "its `retention` is {:?}, and must be a day or more. Participants that were away would come too late to ask",
+                self.retention
+            )));
+        }
         let door = match &new.key {
             Some(key) => self.door_of_key(&key.hash)?,
             None => {
@@ -150,6 +194,19 @@ impl Coordinator {
             // Only the wait was refused for load. What was asked for stands.
             Err(Error::TooManyCalls) => Ok(answer),
             told => told,
+        }
+    }
+
+    /// What the participant of this branch may do with a reservation that it still has.
+    pub async fn inquire(&self, xid: Xid, branch_id: BranchId) -> Fate {
+        let what = What::Inquire(branch_id.clone());
+        match self.ask(xid, what, Until::Now, Duration::ZERO).await {
+            Ok(answer) => Fate::of(&answer.global, &branch_id),
+            Err(Error::NeverRecorded(_)) => Fate::Cancel,
+            Err(Error::Forgotten(_)) => Fate::Forgotten,
+            Err(Error::ForgottenAfterResolving(_, decision)) => Fate::Resolved(decision),
+            Err(Error::Lost(_)) => Fate::Lost,
+            Err(_) => Fate::Unknown,
         }
     }
 

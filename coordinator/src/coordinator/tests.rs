@@ -46,6 +46,7 @@ fn running_on(store: Arc<dyn Store>, clock: ManualClock) -> Running {
         open_bytes_max: 1_000_000_000,
         stuck_after: StuckAfter { attempts: 3, time: 120 * second },
         log_labels: Arc::default(),
+        record_after: Duration::from_millis(500),
     };
     Running::new(store, Arc::new(Nobody), Arc::new(clock), settings)
 }
@@ -57,6 +58,7 @@ fn new(key: Option<u16>) -> NewTransaction {
         Key { hash, digest: [1; 32] }
     });
     NewTransaction {
+        at_decision: false,
         name: "checkout".to_owned(),
         drive: Drive::Initiator,
         timeout: Duration::from_secs(30),
@@ -76,7 +78,7 @@ async fn each_answers_for_the_partitions_that_it_has_taken() {
     let (low, high) = (running(&store), running(&store));
     low.take_over(&[0, 1, 2, 3]).await.unwrap();
     high.take_over(&[4, 5]).await.unwrap();
-    let (low, high) = (Coordinator::of(&low), Coordinator::of(&high));
+    let (low, high) = (Coordinator::of(&low, RETENTION), Coordinator::of(&high, RETENTION));
     for _ in 0..3 * IN_A_ROW {
         let xid = low.begin(new(None), Until::Now).await.unwrap().global.xid;
         assert!(xid.partition < 4, "{xid}");
@@ -92,7 +94,7 @@ async fn each_answers_for_the_partitions_that_it_has_taken() {
 
 #[tokio::test]
 async fn without_a_partition_nothing_is_taken_in() {
-    let nothing = Coordinator::of(&running(&Arc::default()));
+    let nothing = Coordinator::of(&running(&Arc::default()), RETENTION);
     let begun = nothing.begin(new(None), Until::Now).await;
     assert!(matches!(begun, Err(Error::NotHere(None))), "{begun:?}");
 }
@@ -102,7 +104,7 @@ async fn a_partition_ends_by_itself_and_can_be_taken_again() {
     let store = Arc::new(MemoryStore::default());
     let mut first = running(&store);
     first.take_over(&[3, 4]).await.unwrap();
-    let coordinator = Coordinator::of(&first);
+    let coordinator = Coordinator::of(&first, RETENTION);
     let before = coordinator.begin(new(Some(3)), Until::Now).await.unwrap().global.xid;
     // Another process takes one of them. The owner learns of it with its next batch.
     let second = running(&store);
@@ -135,7 +137,7 @@ async fn a_partition_whose_ownership_a_late_loss_has_ended_is_taken_again() {
     let first = store.acquire(&[3], "the first", Timestamp(1)).await.unwrap()[0];
     let mut second = running(&store);
     second.take_over(&[3]).await.unwrap();
-    let coordinator = Coordinator::of(&second);
+    let coordinator = Coordinator::of(&second, RETENTION);
     let before = coordinator.begin(new(Some(3)), Until::Now).await.unwrap().global.xid;
     // The first owner knows of batches that the second one has not found.
     let Ownership { partition, epoch, nonce, .. } = first;
@@ -170,7 +172,7 @@ async fn a_task_that_ends_without_order_is_told() {
 async fn purging(store: Arc<ScriptedStore>, clock: &ManualClock) -> (Arc<Coordinator>, Xid) {
     let running = running_on(store, clock.clone());
     running.take_over(&[3]).await.unwrap();
-    let coordinator = Coordinator::of(&running);
+    let coordinator = Coordinator::of(&running, RETENTION);
     let xid = coordinator.begin(new(Some(3)), Until::Now).await.unwrap().global.xid;
     let confirm = What::Decide(DecisionRequest::Confirm { tried: [].into(), result: None });
     coordinator.ask(xid, confirm, Until::Now, Duration::ZERO).await.unwrap();

@@ -324,6 +324,7 @@ async fn send(line: &Line<ToParticipant>, call: &CallRequest) -> Result<Option<P
         attempt: call.attempt,
         expires_at: Some(timestamp(call.expires_at.0)),
         labels: call.labels.clone(),
+        record: pb::Record::AtBegin.into(),
     });
     let payload = call.spec.payload.as_ref().map(|payload| pb::Payload {
         data: payload.data.clone(),

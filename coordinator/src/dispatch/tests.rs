@@ -91,6 +91,13 @@ impl ParticipantService for Participant {
         Ok(Response::new(pb::ListActionsResponse::default()))
     }
 
+    async fn inquire_branch(
+        &self,
+        _: Request<pb::InquireBranchRequest>,
+    ) -> Result<Response<pb::InquireBranchResponse>, Status> {
+        Err(Status::unimplemented("it does not ask"))
+    }
+
     type BranchStreamStream = BranchAnswers;
 
     async fn branch_stream(
@@ -158,6 +165,7 @@ fn confirm(action: &str, deadline: Duration) -> CallRequest {
             payload: None,
             carry_payload: false,
             try_timeout: None,
+            inquires: false,
             damage: None,
         }),
         phase: Phase::Confirm,

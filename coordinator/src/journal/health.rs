@@ -24,6 +24,8 @@ pub struct JournalHealth {
     begun_at: AtomicI64,
     /// When the latest outage of the store ended; 0: there was none.
     outage_ended_at: AtomicI64,
+    /// When a batch was durable last; 0: none was yet.
+    landed_at: AtomicI64,
     batches: AtomicU64,
     /// Batches that something waited for.
     awaited: AtomicU64,
@@ -59,6 +61,7 @@ impl JournalHealth {
             clock,
             begun_at: AtomicI64::new(0),
             outage_ended_at: AtomicI64::new(started_at),
+            landed_at: AtomicI64::new(0),
             batches: AtomicU64::new(0),
             awaited: AtomicU64::new(0),
             transactions: AtomicU64::new(0),
@@ -69,6 +72,12 @@ impl JournalHealth {
     pub fn is_store_silent(&self) -> bool {
         let begun_at = self.begun_at.load(Ordering::Relaxed);
         begun_at != 0 && self.clock.now() - Timestamp(begun_at) > OUTAGE_AFTER
+    }
+
+    /// Whether a batch was durable within that time.
+    pub fn has_landed_within(&self, time: Duration) -> bool {
+        let landed_at = self.landed_at.load(Ordering::Relaxed);
+        landed_at != 0 && self.clock.now() - Timestamp(landed_at) <= time
     }
 
     /// Until when no transaction may time out, because the store was silent and Decides may be queued behind it. `None`: they may
@@ -99,6 +108,7 @@ impl JournalHealth {
 
     /// A batch was durable, with so many transactions.
     pub(super) fn recorded(&self, transactions: usize) {
+        self.landed_at.store(self.clock.now().0, Ordering::Relaxed);
         self.batches.fetch_add(1, Ordering::Relaxed);
         self.transactions.fetch_add(transactions as u64, Ordering::Relaxed);
     }

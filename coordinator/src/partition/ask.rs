@@ -42,6 +42,8 @@ pub struct Settings {
     pub stuck_after: StuckAfter,
     /// The keys of the labels that log lines show.
     pub log_labels: Arc<[String]>,
+    /// A transaction that is to be recorded with its decision is recorded when it has been open for this long.
+    pub record_after: Duration,
 }
 
 /// How far a transaction must have come before the answer is sent.
@@ -112,6 +114,8 @@ pub struct Ask {
 pub enum What {
     /// Read its state.
     Get,
+    /// Read its state for the participant of this branch, which still has a reservation.
+    Inquire(BranchId),
     /// Add branches.
     Register(Vec<BranchSpec>),
     /// Decide, or repeat a decision.
@@ -148,12 +152,16 @@ pub struct Answer {
 /// Why a command has no [`Answer`].
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// No transaction was ever recorded with this xid, so no participant was called for it.
-    #[error("{0} was never recorded, so nothing was tried under it")]
+    /// No transaction was ever recorded with this xid. It was not confirmed and never will be. No participant was called for it either,
+    /// unless it was to be recorded with its decision.
+    #[error("{0} was never recorded, so it was not confirmed and never will be")]
     NeverRecorded(Xid),
     /// No transaction has this xid. One may have existed and been deleted after its retention.
     #[error("{0} is not known any more: it may have finished and been deleted after its retention")]
     Forgotten(Xid),
+    /// No transaction has this xid any more, and an operator had resolved this branch of it by hand.
+    #[error("{} is not known any more; an operator resolved the branch ({})", .0, .1.as_str())]
+    ForgottenAfterResolving(Xid, Decision),
     /// The store has lost records of this epoch. The transaction may have been among them.
     #[error(
         "{0} may have been lost: the store has lost records of that time; its outcome is unknown"
@@ -171,6 +179,9 @@ pub enum Error {
     #[error("{rejection}")]
     #[allow(missing_docs, reason = "the fields' names say what they are")]
     Rejected { rejection: Rejection, global: Arc<GlobalTransaction> },
+    /// Transactions cannot be recorded with their decision here. The text says why.
+    #[error("this coordinator does not record transactions with their decision: {0}")]
+    NotAtDecision(String),
     /// Too many transactions are open.
     #[error("{open_max} transactions are open, which is all that limits.open allows")]
     #[allow(missing_docs, reason = "the field's name says what it is")]

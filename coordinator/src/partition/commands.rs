@@ -91,7 +91,7 @@ impl Partition {
             },
             Command::FindKey { hash, .. } => of_key(hash, false),
             Command::Ask(Ask { xid, what, .. }) => match what {
-                What::Get | What::GetByKey(_) => of_transaction(xid, false),
+                What::Get | What::GetByKey(_) | What::Inquire(_) => of_transaction(xid, false),
                 What::Register(_) | What::BeginAgain { .. } => of_transaction(xid, true),
                 // Never refused: reservations wait for a decision.
                 What::Decide(_)
@@ -142,7 +142,7 @@ impl Partition {
             return self.read_for(Ask { xid, what, until, reply });
         };
         let event = match what {
-            What::Get | What::GetByKey(_) => None,
+            What::Get | What::GetByKey(_) | What::Inquire(_) => None,
             What::BeginAgain { key, new: _ } => {
                 if entry.global.key.is_none_or(|known| known.digest != key.digest) {
                     return self.answer(xid, reply, Err(Error::KeyTaken(xid)));

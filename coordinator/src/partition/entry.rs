@@ -80,7 +80,12 @@ impl Entry {
 
     /// What the journal must write before the partition stops.
     pub(super) fn last_write(&mut self) -> Option<Write> {
-        (!self.unsaved.is_empty()).then(|| self.unsaved_write(true))
+        (!self.is_saved()).then(|| self.unsaved_write(true))
+    }
+
+    /// Whether the transaction has a record, or the journal has been given one.
+    pub(super) fn is_handed_over(&self) -> bool {
+        self.row.is_some()
     }
 
     fn unsaved_write(&mut self, head: bool) -> Write {

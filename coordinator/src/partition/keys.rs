@@ -150,6 +150,7 @@ impl Partition {
             }
             What::Get
             | What::GetByKey(_)
+            | What::Inquire(_)
             | What::Register(_)
             | What::Decide(_)
             | What::Retry
@@ -244,6 +245,7 @@ mod tests {
 
     fn keyed(xid: Xid, key: u8) -> Write {
         let new = NewTransaction {
+            at_decision: false,
             name: "checkout".to_owned(),
             drive: Drive::Initiator,
             timeout: std::time::Duration::from_secs(30),

@@ -6,6 +6,9 @@
 //! - **Effects wait for durability.** The journal gives every change a number. An answer is sent when the transaction's latest
 //!   relevant change is durable. This includes answers to reads and repeats, and rejections. A call to a participant waits in
 //!   the same way. Completion does not wait: if its record is lost, it is still true that all participants acknowledged.
+//! - **A transaction that is recorded with its decision has all or nothing recorded.** Begin and Register are answered before it has
+//!   a record. Its first record has every branch that was answered. Once that is handed to the journal, or was read, Register
+//!   waits for durability as ever. What has no record can only be lost as a whole; then nobody ever confirms it.
 //! - **Memory is a cache with one writer.** A transaction leaves memory only when its record is complete and durable. A row
 //!   enters memory only if its transaction has not been in memory since the read of the row began (see `reading`).
 //! - **Commands come before timers**, so that a transaction's timeout does not overtake a Decide that arrived in time. No
@@ -24,6 +27,7 @@ mod entry;
 mod held;
 mod keys;
 mod log;
+mod missing;
 mod reading;
 mod specs;
 #[cfg(test)]
@@ -57,13 +61,16 @@ use crate::{
     dispatch::{Dispatch, Hurry, Returned},
     journal::{Durable, Ended, JournalHealth, Outbox, Urgency},
     store::{Ownership, Store},
-    transaction::{Call, Change, Event, Rejection, Timestamp, Weight},
+    transaction::{BranchSet, Call, Change, Event, Rejection, State, Timestamp, Weight},
 };
 
 /// Outcomes of calls that may wait in the partition's queue. When it is full, dispatch waits.
 const RETURNED_MAX: usize = 4096;
 /// Events that are handled before the partition looks at timers and durability again.
 const EVENTS_IN_A_ROW_MAX: usize = 1024;
+/// Callers are answered from memory only if a batch has landed within this time. Owners whose store has heartbeats write one at least
+/// every two seconds. So one that is cut off from its store soon stops to make promises that it cannot record.
+const ALIVE_WITHIN: Duration = Duration::from_secs(3);
 /// A transaction whose next attempt is further away than this leaves memory. It is read again when it is due.
 const PARK_AFTER: Duration = Duration::from_secs(5);
 
@@ -98,6 +105,8 @@ pub struct Partition {
     effects: Effects,
     /// Why no further change will become durable; `None`: changes still become durable.
     ended: Option<Ended>,
+    /// The partition is being handed back.
+    handing_back: bool,
     /// The number of the latest durable batch. A read must be at least as new.
     position: u64,
     /// The present moment for all events of one round. The clock is shared between partitions, so it is read once per round.
@@ -140,6 +149,7 @@ impl Partition {
             timers: BTreeSet::new(),
             effects: Effects::new(upto),
             ended,
+            handing_back: false,
             position,
             next_sequence: 1,
             keys: Keys::default(),
@@ -176,6 +186,7 @@ impl Partition {
                     None => std::future::pending().await,
                 } } => { self.woken(); }
             }
+            self.handing_back = stop.is_cancelled();
             // Take everything that is ready, then act.
             for _ in 0..EVENTS_IN_A_ROW_MAX {
                 if let Ok(command) = commands.try_recv() {
@@ -252,8 +263,28 @@ impl Partition {
         Ok(change)
     }
 
-    /// Hands a change to the journal.
+    /// Hands a change to the journal, unless its transaction may stay without a record.
     fn record(&mut self, xid: Xid, change: Change) {
+        if !self.may_stay_unrecorded(xid) {
+            self.write_down(xid, change);
+        }
+    }
+
+    /// Whether the transaction needs no record yet. Then callers are answered at once.
+    fn may_stay_unrecorded(&self, xid: Xid) -> bool {
+        let entry = &self.entries[&xid];
+        let Parts { store, health, .. } = &self.parts;
+        // What has no heartbeat cannot be taken over from this process.
+        let alive = store.heartbeat().is_none() || health.has_landed_within(ALIVE_WITHIN);
+        entry.global.at_decision
+            && entry.global.state == State::Trying
+            && !entry.is_handed_over()
+            && alive
+            && !health.is_store_silent()
+            && !self.handing_back
+    }
+
+    fn write_down(&mut self, xid: Xid, change: Change) {
         let entry = self.entries.get_mut(&xid).expect("looked up by the caller");
         let Some(write) = entry.write(change) else { return };
         let urgency =
@@ -277,9 +308,11 @@ impl Partition {
                 self.make_call(xid, call, now, hurry);
             }
         }
+        let record_after = self.parts.settings.record_after;
         let entry = self.entries.get_mut(&xid).expect("it is not gone");
+        let record_at = (!entry.is_handed_over()).then(|| entry.global.begun_at + record_after);
         // A call that waits for durability is made when the change is durable. A timer for it would only fire again and again.
-        let wake_at = entry.global.plan(now).wake_at;
+        let wake_at = [entry.global.plan(now).wake_at, record_at].into_iter().flatten().min();
         if entry.timer != wake_at {
             if let Some(at) = std::mem::replace(&mut entry.timer, wake_at) {
                 self.timers.remove(&(at, xid));
@@ -295,6 +328,12 @@ impl Partition {
             let held_until = self.parts.health.expiry_held_until();
             self.timers.remove(&(at, xid));
             entry.timer = None;
+            if !entry.is_handed_over() {
+                // It has been open for so long that it should be seen, and found again after a crash.
+                let (head, branches) = (true, BranchSet::EMPTY);
+                self.write_down(xid, Change { weight: Weight::Lazy, head, branches });
+            }
+            let entry = self.entries.get_mut(&xid).expect("it is not gone");
             match held_until {
                 Some(until)
                     if entry.global.state.decision().is_none()
@@ -367,7 +406,7 @@ impl Partition {
         self.keys.end(why);
     }
 
-    /// An orderly end: gives the journal the changes that were waiting for a later change.
+    /// An orderly end: gives the journal the changes that were waiting for a later change, and the transactions without a record.
     fn hand_back(&mut self) {
         for entry in self.entries.values_mut() {
             if let Some(write) = entry.last_write() {

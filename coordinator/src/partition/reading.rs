@@ -18,7 +18,10 @@ use std::{
 use handfast_proto::{Xid, crash_point, planted::Bug};
 use tracing::warn;
 
-use super::{Ask, Entry, Error, PARK_AFTER, Partition, What, answer_now};
+use super::{
+    Ask, Entry, Error, PARK_AFTER, Partition, What, answer_now,
+    missing::{self, Resolved},
+};
 use crate::{
     store::{self, DuePage, Known, Lookup, XidBytes},
     transaction::{Event, State, Timestamp},
@@ -96,7 +99,7 @@ pub(super) type FoundKeys = Result<Vec<Result<Option<Xid>, store::Error>>, store
 /// The result of a read.
 #[derive(Debug)]
 pub(super) enum ReadResult {
-    One { xid: Xid, began: u64, found: Result<Lookup, store::Error> },
+    One { xid: Xid, began: u64, found: Result<Lookup, store::Error>, resolved: Resolved },
     Due { began: u64, page: Result<DuePage, store::Error> },
     Keys { hashes: Vec<[u8; 32]>, found: FoundKeys },
 }
@@ -245,8 +248,8 @@ impl Partition {
             let (store, reads) = (self.parts.store.clone(), self.reads_sender.clone());
             let known = self.known();
             self.parts.tasks.spawn(async move {
-                let found = store.load(xid, known).await;
-                drop(reads.send(ReadResult::One { xid, began, found })); // the partition may be gone
+                let (found, resolved) = missing::look_up(&*store, xid, known).await;
+                drop(reads.send(ReadResult::One { xid, began, found, resolved })); // the partition may be gone
             });
         }
     }
@@ -271,13 +274,21 @@ impl Partition {
 
     pub(super) fn take_read(&mut self, read: ReadResult) {
         match read {
-            ReadResult::One { xid, began, found } => self.take_one(xid, began, found),
+            ReadResult::One { xid, began, found, resolved } => {
+                self.take_one(xid, began, found, &resolved);
+            }
             ReadResult::Due { began, page } => self.take_due(began, page),
             ReadResult::Keys { hashes, found } => self.take_keys(hashes, found),
         }
     }
 
-    fn take_one(&mut self, xid: Xid, began: u64, found: Result<Lookup, store::Error>) {
+    fn take_one(
+        &mut self,
+        xid: Xid,
+        began: u64,
+        found: Result<Lookup, store::Error>,
+        resolved: &Resolved,
+    ) {
         let stale = self.reading.is_stale(xid, began);
         self.reading.done(began);
         self.reading.in_flight.remove(&xid);
@@ -323,12 +334,13 @@ impl Partition {
                 }
                 Ok(Lookup::Absent { purged_through, nonce, lost: _ }) => {
                     // A different nonce: the xid is from a store that was deleted, or from before a backup was restored. This
-                    // store does not know what happened to that transaction.
+                    // store does not know what happened to that transaction. It must not say that it has forgotten it: then
+                    // participants could give back what is confirmed.
                     let purged = purged_through.is_some_and(|through| xid <= through);
-                    Some(if nonce == Some(xid.nonce) && !purged {
-                        Error::NeverRecorded(xid)
-                    } else {
-                        Error::Forgotten(xid)
+                    Some(match nonce == Some(xid.nonce) {
+                        true if purged => Error::Forgotten(xid),
+                        true => Error::NeverRecorded(xid),
+                        false => Error::Lost(xid),
                     })
                 }
                 Err(error) => Some(self.read_failed(&error)),
@@ -338,7 +350,8 @@ impl Partition {
             }
             if let Some(missing) = missing {
                 for ask in self.reading.answered(xid) {
-                    self.answer_missing(ask, missing.clone());
+                    let missing = missing::told(&missing, &ask.what, resolved);
+                    self.answer_missing(ask, missing);
                 }
                 return;
             }

@@ -44,6 +44,7 @@ mod tests {
             carry_payload: payload.is_some(),
             payload,
             try_timeout: None,
+            inquires: false,
             damage: None,
         };
         Branch::registered(spec, Timestamp(0))

@@ -13,6 +13,7 @@ mod tests;
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use handfast_proto::{
     limits,
     v1::{
@@ -236,6 +237,17 @@ impl CoordinatorService for Services {
         Ok(Response::new(pb::WaitTransactionResponse {
             transaction: self.transaction(&answer.global),
         }))
+    }
+
+    async fn inquire_branches(
+        &self,
+        request: Request<pb::InquireBranchesRequest>,
+    ) -> Result<Response<pb::InquireBranchesResponse>, Status> {
+        let branches = request::inquired(request.into_inner())?;
+        let asking = branches.into_iter().map(|(xid, id)| self.coordinator.inquire(xid, id));
+        let answers = join_all(asking).await.into_iter();
+        let answers = answers.map(|fate| response::inquiry(fate).into()).collect();
+        Ok(Response::new(pb::InquireBranchesResponse { answers }))
     }
 
     type CallStreamStream = stream::Answers;

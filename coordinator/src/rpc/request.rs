@@ -72,12 +72,20 @@ pub(super) struct NewRequest {
     pub(super) idempotency_key: String,
     pub(super) fingerprint: Vec<u8>,
     pub(super) branches: Vec<pb::BranchSpec>,
+    pub(super) record: i32,
 }
 
 impl From<pb::BeginRequest> for NewRequest {
     fn from(request: pb::BeginRequest) -> Self {
-        let pb::BeginRequest { name, timeout, labels, idempotency_key, branches, fingerprint } =
-            request;
+        let pb::BeginRequest {
+            name,
+            timeout,
+            labels,
+            idempotency_key,
+            branches,
+            fingerprint,
+            record,
+        } = request;
         Self {
             name,
             drive: Drive::Initiator,
@@ -86,6 +94,7 @@ impl From<pb::BeginRequest> for NewRequest {
             idempotency_key,
             fingerprint,
             branches,
+            record,
         }
     }
 }
@@ -110,6 +119,7 @@ impl From<pb::ExecuteRequest> for NewRequest {
             idempotency_key,
             fingerprint,
             branches,
+            record: pb::Record::AtBegin.into(),
         }
     }
 }
@@ -127,6 +137,11 @@ pub(super) fn new_transaction(
     if drive != Drive::Initiator && request.branches.is_empty() {
         return invalid("branches", "must not be empty: there is nothing to execute");
     }
+    let at_decision = match pb::Record::try_from(request.record) {
+        Ok(pb::Record::Unspecified | pb::Record::AtBegin) => false,
+        Ok(pb::Record::AtDecision) => true,
+        Err(_) => return invalid("record", "is not known here: this coordinator is older"),
+    };
     let branches = branches(request.branches, drive, targets)?;
     let name = name("name", request.name, limits::NAME_BYTES_MAX)?;
     let key = match words("idempotency_key", request.idempotency_key, limits::KEY_BYTES_MAX)? {
@@ -143,7 +158,7 @@ pub(super) fn new_transaction(
         }
     };
     let labels = labels(request.labels)?;
-    Ok(NewTransaction { labels, name, drive, timeout: lasts, key, branches })
+    Ok(NewTransaction { labels, name, drive, timeout: lasts, key, branches, at_decision })
 }
 
 /// A timeout of phase one, or of a part of it.
@@ -220,6 +235,7 @@ fn branch(
         payload,
         carry_payload,
         try_timeout,
+        inquires,
     } = message;
     let spec = BranchSpec {
         branch_id: branch_id(&format!("{field}.branch_id"), &id)?,
@@ -239,6 +255,7 @@ fn branch(
         try_timeout: try_timeout
             .map(|wire| timeout(&format!("{field}.try_timeout"), &wire))
             .transpose()?,
+        inquires,
         damage: None,
     };
     if let Err(unreachable) = targets.addresses(&spec.participant, &spec.target) {
@@ -372,6 +389,23 @@ fn refusal(message: pb::Refusal) -> Result<Refusal, Invalid> {
         );
     }
     Ok(kept_refusal(pb::Refusal { reason, domain, message, metadata }))
+}
+
+pub(super) fn inquired(
+    request: pb::InquireBranchesRequest,
+) -> Result<Vec<(Xid, BranchId)>, Invalid> {
+    let (branches, max) = (request.branches, limits::INQUIRED_MAX);
+    if branches.is_empty() || branches.len() > max {
+        let problem = format!("there are {}, and must be 1 to {max}", branches.len());
+        return invalid("branches", problem);
+    }
+    let inquired = |(n, branch): (usize, &pb::InquiredBranch)| {
+        let field = format!("branches[{n}]");
+        let xid =
+            xid(&branch.xid).map_err(|wrong| Invalid { field: format!("{field}.xid"), ..wrong });
+        Ok((xid?, branch_id(&format!("{field}.branch_id"), &branch.branch_id)?))
+    };
+    branches.iter().enumerate().map(inquired).collect()
 }
 
 pub(super) fn until(message: pb::Until) -> Until {

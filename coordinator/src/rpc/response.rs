@@ -10,6 +10,7 @@ use handfast_proto::{
 use prost::Message as _;
 
 use crate::{
+    coordinator::Fate,
     dispatch::Targets,
     store::Listed,
     transaction::{
@@ -75,6 +76,11 @@ pub(super) fn head(global: &GlobalTransaction, stuck: bool) -> pb::Transaction {
         stuck,
         timeout: Some(wire_duration(global.expires_at - global.begun_at)),
         result: global.result.as_deref().map(payload),
+        record: match global.at_decision {
+            true => pb::Record::AtDecision,
+            false => pb::Record::AtBegin,
+        }
+        .into(),
     }
 }
 
@@ -134,6 +140,19 @@ pub(super) fn replies(global: &GlobalTransaction) -> Vec<pb::TryReply> {
 
 fn payload(payload: &Payload) -> pb::Payload {
     pb::Payload { data: payload.data.clone(), content_type: payload.content_type.clone() }
+}
+
+pub(super) fn inquiry(fate: Fate) -> pb::Inquiry {
+    match fate {
+        Fate::Unknown => pb::Inquiry::Unspecified,
+        Fate::Undecided => pb::Inquiry::Undecided,
+        Fate::Confirmed => pb::Inquiry::Confirmed,
+        Fate::Cancel => pb::Inquiry::Cancel,
+        Fate::Forgotten => pb::Inquiry::Forgotten,
+        Fate::Lost => pb::Inquiry::Lost,
+        Fate::Resolved(Decision::Confirm) => pb::Inquiry::ResolvedConfirmed,
+        Fate::Resolved(Decision::Cancel) => pb::Inquiry::ResolvedCancelled,
+    }
 }
 
 fn state(state: State) -> pb::TransactionState {

@@ -22,7 +22,9 @@ impl From<Error> for Status {
             Error::NeverRecorded(_) => {
                 status(Code::NotFound, reason::NEVER_RECORDED, text, no_details)
             }
-            Error::Forgotten(_) => status(Code::NotFound, reason::FORGOTTEN, text, no_details),
+            Error::Forgotten(_) | Error::ForgottenAfterResolving(..) => {
+                status(Code::NotFound, reason::FORGOTTEN, text, no_details)
+            }
             Error::Lost(_) => status(Code::NotFound, reason::LOST, text, no_details),
             Error::KeyUnknown => status(Code::NotFound, reason::KEY_UNKNOWN, text, no_details),
             Error::KeyTaken(xid) => {
@@ -30,6 +32,10 @@ impl From<Error> for Status {
                 status(Code::AlreadyExists, reason::KEY_TAKEN, text, details)
             }
             Error::Rejected { rejection, global } => rejected(rejection, &global),
+            Error::NotAtDecision(_) => {
+                let reason = reason::RECORD_AT_DECISION_REFUSED;
+                status(Code::FailedPrecondition, reason, text, no_details)
+            }
             Error::TooManyOpen { .. } | Error::TooManyBytes { .. } => {
                 status(Code::ResourceExhausted, reason::TOO_MANY_OPEN, text, no_details)
             }

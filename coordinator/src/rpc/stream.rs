@@ -66,6 +66,9 @@ async fn ask(
         Call::WaitTransaction(call) => {
             Answer::WaitTransaction(of(services.wait_transaction(limits.request(call)).await?))
         }
+        Call::InquireBranches(call) => {
+            Answer::InquireBranches(of(services.inquire_branches(Request::new(call)).await?))
+        }
     })
 }
 

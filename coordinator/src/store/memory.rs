@@ -7,14 +7,14 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::Xid;
+use handfast_proto::{BranchId, Xid};
 
 use super::{
     Appended, Batch, Damage, DuePage, Epoch, Error, Guard, Head, Known, ListFilter, Listed,
     Listing, Lookup, Ownership, PARTITIONS, PartitionRow, Row, Seat, Show, Store, Summary, Write,
     XidBytes, judge, loss, xids_of,
 };
-use crate::transaction::{GlobalTransaction, State, StuckAfter, Timestamp};
+use crate::transaction::{BranchState, Decision, GlobalTransaction, State, StuckAfter, Timestamp};
 
 /// See the module's comment.
 #[derive(Debug, Default)]
@@ -38,6 +38,8 @@ struct Tables {
     transactions: BTreeMap<Xid, GlobalTransaction>,
     keys: BTreeMap<[u8; 32], Xid>,
     purged_through: BTreeMap<u16, Xid>,
+    /// Branches that operators have resolved. Kept for ever.
+    resolved: BTreeMap<(Xid, BranchId), Decision>,
 }
 
 impl MemoryStore {
@@ -206,6 +208,14 @@ impl Store for MemoryStore {
             if let (Head::Insert, Some(key)) = (write.head, recorded.key) {
                 tables.keys.insert(key.hash, recorded.xid);
             }
+            for branch in &recorded.branches {
+                if let (BranchState::Resolved(_), Some(decision)) =
+                    (&branch.state, recorded.state.decision())
+                {
+                    let branch_id = branch.spec.branch_id.clone();
+                    tables.resolved.insert((recorded.xid, branch_id), decision);
+                }
+            }
             tables.transactions.insert(recorded.xid, recorded);
         }
         Ok(Appended::Durable)
@@ -221,6 +231,14 @@ impl Store for MemoryStore {
                 lost: tables.lost.contains(&(xid.partition, xid.epoch)),
             },
         })
+    }
+
+    async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error> {
+        let tables = self.tables_for(known)?;
+        let of_transaction = tables.resolved.iter().filter(|((of, _), _)| *of == xid);
+        Ok(of_transaction
+            .map(|((_, branch_id), decision)| (branch_id.clone(), *decision))
+            .collect())
     }
 
     async fn find_keys(

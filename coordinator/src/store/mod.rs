@@ -25,10 +25,12 @@ pub mod sqlite;
 
 use std::{collections::BTreeMap, error::Error as StdError, fmt, sync::Arc, time::Duration};
 
-use handfast_proto::Xid;
+use handfast_proto::{BranchId, Xid};
 
 use self::judge::{Epoch, PartitionRow, Row, judge, loss};
-use crate::transaction::{BranchSet, GlobalTransaction, Payload, State, StuckAfter, Timestamp};
+use crate::transaction::{
+    BranchSet, Decision, GlobalTransaction, Payload, State, StuckAfter, Timestamp,
+};
 
 /// The number of partitions. Fixed when the store is made, since an xid contains its partition.
 pub const PARTITIONS: u16 = 16;
@@ -396,6 +398,10 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// [`Error::Old`] or [`Error::Replaced`]. Every read proves that it is new enough, since a connection may lead to a server
     /// that is behind.
     async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error>;
+
+    /// The branches of a transaction that operators have resolved by hand, each with the decision that it was resolved for. They are
+    /// kept for ever, also when the transaction itself is deleted. Sees the same as [`Store::load`].
+    async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error>;
 
     /// Looks up idempotency keys by their hashes, in the partition of `known`. Returns the transaction of each key, in order.
     /// Sees the same as [`Store::load`].

@@ -181,6 +181,11 @@ impl Store for ScriptedStore {
         lookup
     }
 
+    async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error> {
+        self.readable()?;
+        self.replica().resolved(xid, known).await
+    }
+
     async fn find_keys(
         &self,
         hashes: &[[u8; 32]],

@@ -195,6 +195,8 @@ impl GlobalTransaction {
         if fresh.is_empty() {
             return Ok(Change::NOTHING);
         }
+        // A participant that does not ask would keep a reservation for ever if its transaction were lost.
+        self.at_decision &= fresh.iter().all(|spec| spec.inquires);
         self.branches.extend(fresh.into_iter().map(|spec| Branch::registered(spec, now)));
         Ok(Change::REGISTERED)
     }

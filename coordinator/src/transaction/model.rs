@@ -209,6 +209,9 @@ pub struct BranchSpec {
     pub carry_payload: bool,
     /// Coordinator-driven: how long the first attempt of the Try may take. Not stored: after a restart no Try is made.
     pub try_timeout: Option<Duration>,
+    /// The participant asks about its reservations until it is answered. Not stored: a transaction that has a record needs nobody who
+    /// asks.
+    pub inquires: bool,
     /// What is wrong with its record, if it cannot be carried out as it is. The participant is not called then: an operator
     /// settles the branch.
     pub damage: Option<&'static str>,
@@ -342,6 +345,8 @@ pub struct NewTransaction {
     pub key: Option<Key>,
     /// The branches that the initiator already knows. Their ids differ.
     pub branches: Vec<BranchSpec>,
+    /// It may be lost as a whole until it is decided, and callers are answered before it has a record.
+    pub at_decision: bool,
 }
 
 /// A global transaction.
@@ -373,6 +378,8 @@ pub struct GlobalTransaction {
     pub key: Option<Key>,
     /// In order of registration. The list grows only while trying.
     pub branches: Vec<Branch>,
+    /// It may stay without a record until it is decided. Only in memory: what was read from the store has a record.
+    pub at_decision: bool,
     /// The operator who decided it, because records were lost. Written with the decision, and kept for ever. Not read again.
     pub resolution: Option<Box<Resolution>>,
 }
@@ -390,6 +397,7 @@ impl GlobalTransaction {
     /// A new transaction in state Trying.
     #[must_use]
     pub fn begin(xid: Xid, new: NewTransaction, now: Timestamp) -> Self {
+        let all_inquire = new.branches.iter().all(|spec| spec.inquires);
         Self {
             xid,
             name: new.name,
@@ -404,6 +412,8 @@ impl GlobalTransaction {
             result: None,
             key: new.key,
             branches: new.branches.into_iter().map(|spec| Branch::registered(spec, now)).collect(),
+            // Execute cancels what it finds after a restart, and nobody asks for what has no record.
+            at_decision: new.at_decision && all_inquire && new.drive == Drive::Initiator,
             resolution: None,
         }
     }
@@ -436,8 +446,11 @@ impl GlobalTransaction {
     /// The transaction as a store returns it: without the fields that exist only in memory.
     #[must_use]
     pub fn recorded(&self) -> Self {
-        let mut recorded = Self { resolution: None, ..self.clone() };
+        let mut recorded = Self { resolution: None, at_decision: false, ..self.clone() };
         for branch in &mut recorded.branches {
+            if branch.spec.inquires {
+                Arc::make_mut(&mut branch.spec).inquires = false;
+            }
             branch.reply = None;
             branch.timeouts = 0;
             branch.let_go_of_payload();

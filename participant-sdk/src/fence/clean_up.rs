@@ -15,7 +15,7 @@ use tokio::{task::JoinHandle, time};
 
 use super::{
     Fence,
-    db::{FenceDb, Key, Old, Overdue, OverdueKey},
+    db::{FenceDb, Key, Old, Overdue, OverdueKey, OverdueRow},
     millis,
     tx::Tx,
 };
@@ -77,23 +77,54 @@ impl<DB: FenceDb> Fence<DB> {
         action: &str,
         after: &OverdueKey,
     ) -> Result<OverduePage, Error> {
-        in_time(self.read_overdue(action, after)).await
+        // The action is not a condition of the query. Otherwise one page could read the rows of all other actions.
+        let (rows, next) = in_time(self.read_overdue(EXPIRY_MARGIN, after)).await?;
+        let of_action = rows.iter().filter(|(_, _, _, of, _)| of == action);
+        let branches = of_action.filter_map(|(_, xid, branch_id, ..)| Key::read(xid, branch_id));
+        Ok(OverduePage { branches: branches.collect(), next })
     }
 
-    async fn read_overdue(&self, action: &str, after: &OverdueKey) -> Result<OverduePage, Error> {
-        let margin_millis = millis(EXPIRY_MARGIN);
-        let overdue = Overdue { margin_millis, after, limit: i64::from(BATCH) };
+    /// The branches of all actions among the next ones, after `after`, that ask and are still tried although phase one has ended.
+    pub(crate) async fn expired(&self, after: &OverdueKey) -> Result<ExpiredPage, Error> {
+        let (rows, next) = in_time(self.read_overdue(Duration::ZERO, after)).await?;
+        let asking = rows.into_iter().filter(|(.., asks)| *asks == Some(1));
+        let branches = asking.filter_map(|(_, xid, branch_id, action, _)| {
+            let (xid, branch_id) = Key::read(&xid, &branch_id)?;
+            Some((xid, branch_id, action))
+        });
+        Ok(ExpiredPage { branches: branches.collect(), next })
+    }
+
+    /// The branches of a transaction that are tried and ask, each with its action, whether phase one has ended or not.
+    pub(crate) async fn asking(&self, xid: Xid) -> Result<Vec<(BranchId, String)>, Error> {
+        let asking = async {
+            let mut tx = Tx::begin_reading(&self.pool).await?;
+            let rows = DB::asking(&mut tx, &xid.to_bytes()).await;
+            drop(tx.rollback().await); // nothing was changed
+            rows
+        };
+        let rows = in_time(asking).await?.into_iter();
+        let branch = |(branch_id, action): (Vec<u8>, String)| {
+            Some((Key::read(&xid.to_bytes(), &branch_id)?.1, action))
+        };
+        Ok(rows.filter_map(branch).collect())
+    }
+
+    /// The next rows after `after`, and the place after which the next page begins.
+    async fn read_overdue(
+        &self,
+        margin: Duration,
+        after: &OverdueKey,
+    ) -> Result<(Vec<OverdueRow>, Option<OverdueKey>), Error> {
+        let overdue = Overdue { margin_millis: millis(margin), after, limit: i64::from(BATCH) };
         let mut tx = Tx::begin_reading(&self.pool).await?;
         let rows = DB::overdue(&mut tx, &overdue).await;
         drop(tx.rollback().await); // nothing was changed
-        let mut rows = rows?;
-        // The action is not a condition of the query. Otherwise one page could read the rows of all other actions.
-        let of_action = rows.iter().filter(|(.., of)| of == action);
-        let branches =
-            of_action.filter_map(|(_, xid, branch_id, _)| Key::read(xid, branch_id)).collect();
+        let rows = rows?;
         let is_last = rows.len() < BATCH as usize;
-        let last = rows.pop().map(|(expires_at, xid, branch_id, _)| (expires_at, xid, branch_id));
-        Ok(OverduePage { branches, next: last.filter(|_| !is_last) })
+        let last = rows.last().filter(|_| !is_last);
+        let next = last.map(|(at, xid, branch_id, ..)| (*at, xid.clone(), branch_id.clone()));
+        Ok((rows, next))
     }
 
     /// Whether both fences share one table, because one is a clone of the other.
@@ -123,6 +154,13 @@ async fn in_time<T>(batch: impl Future<Output = Result<T, Error>>) -> Result<T, 
 /// Some overdue branches.
 pub(crate) struct OverduePage {
     pub(crate) branches: Vec<(Xid, BranchId)>,
+    /// The place after which the next page begins. `None`: there are no more.
+    pub(crate) next: Option<OverdueKey>,
+}
+
+/// Some branches that ask, each with its action.
+pub(crate) struct ExpiredPage {
+    pub(crate) branches: Vec<(Xid, BranchId, String)>,
     /// The place after which the next page begins. `None`: there are no more.
     pub(crate) next: Option<OverdueKey>,
 }

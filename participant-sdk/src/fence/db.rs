@@ -42,7 +42,9 @@ pub trait Statements: Database {
     /// The file that [`Statements::SCHEMA`] comes from.
     const SCHEMA_FILE: &'static str;
     /// The table's columns: the name, and the type as [`Statements::columns`] reports it. The first two are the primary key.
-    const COLUMNS: [(&'static str, &'static str); 11];
+    const COLUMNS: [(&'static str, &'static str); 12];
+    /// Adds the column `asks` to a table that an earlier version made. Earlier versions go on with it.
+    const ADD_ASKS: &'static str;
 
     /// The statement that adds the index over what is tried to a table of an earlier version.
     const ADD_TRIED_INDEX: &'static str;
@@ -149,8 +151,17 @@ pub trait Statements: Database {
         connection: &mut Self::Connection,
     ) -> impl Future<Output = Result<Vec<(String, String, bool)>, Error>> + Send;
 
-    /// Runs [`Statements::SCHEMA`]. A lock prevents that several processes do so at once.
-    fn create(connection: &mut Self::Connection) -> impl Future<Output = Result<(), Error>> + Send;
+    /// The reservations of a transaction that ask: branch id and action.
+    fn asking(
+        connection: &mut Self::Connection,
+        xid: &[u8; 16],
+    ) -> impl Future<Output = Result<Vec<(Vec<u8>, String)>, Error>> + Send;
+
+    /// Runs [`Statements::SCHEMA`] or [`Statements::ADD_ASKS`]. A lock prevents that several processes do so at once.
+    fn define(
+        connection: &mut Self::Connection,
+        sql: &'static str,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Whether the table has the index over what is tried, and the index can be used.
     fn has_tried_index(
@@ -199,8 +210,8 @@ impl Key {
 /// The place of an overdue row among the others: expiry, xid and branch id. Every row is after the default.
 pub(crate) type OverdueKey = (i64, Vec<u8>, Vec<u8>);
 
-/// An overdue row: its [`OverdueKey`] and its action.
-pub(crate) type OverdueRow = (i64, Vec<u8>, Vec<u8>, String);
+/// An overdue row: its [`OverdueKey`], its action, and whether it asks.
+pub(crate) type OverdueRow = (i64, Vec<u8>, Vec<u8>, String, Option<i16>);
 
 /// The row that a Try or a Cancel inserts if there is none.
 pub struct Claim<'a> {
@@ -210,6 +221,8 @@ pub struct Claim<'a> {
     pub(crate) payload: Option<&'a [u8]>,
     pub(crate) digest: Option<&'a [u8]>,
     pub(crate) expires_at: Option<i64>,
+    /// [`Branch::at_decision`]; 1 is yes.
+    pub(crate) asks: Option<i16>,
 }
 
 /// The changes to a row once the work is done.

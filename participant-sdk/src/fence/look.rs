@@ -47,11 +47,13 @@ impl<DB: FenceDb> Fence<DB> {
             payload: None,
             digest: None,
             expires_at: branch.expires_at,
+            asks: None,
         };
         let record = match branch.phase {
             Phase::Try => {
                 let (payload, digest) = (Some(payload), Some(&digest[..]));
-                let claim = Claim { state: State::Tried, payload, digest, ..empty_rollback };
+                let asks = branch.at_decision.then_some(1);
+                let claim = Claim { state: State::Tried, payload, digest, asks, ..empty_rollback };
                 Some(DB::claim(connection, &claim).await?)
             }
             Phase::Confirm => DB::find(connection, &key).await?,

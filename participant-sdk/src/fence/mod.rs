@@ -75,7 +75,7 @@ pub(crate) mod fixture;
 pub(crate) mod tests;
 
 pub use clean_up::{CleanUp, EXPIRY_MARGIN, RETENTION};
-pub(crate) use clean_up::{OverduePage, log_clean_up};
+pub(crate) use clean_up::{ExpiredPage, OverduePage, log_clean_up};
 pub use db::{FenceDb, LOCK_WAIT};
 pub use table::{SCHEMA_MYSQL, SCHEMA_POSTGRES, SCHEMA_SQLITE, TableError};
 pub use tx::Tx;

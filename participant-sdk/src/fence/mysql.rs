@@ -33,8 +33,8 @@ use super::{
 
 // The reply to the INSERT contains the value of LAST_INSERT_ID: here, the time.
 const CLAIM: &str = "
-INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
-VALUES (?, ?, ?, ?, ?, ?, ?, LAST_INSERT_ID(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000),
+INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, asks, created_at, changed_at, seen)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, LAST_INSERT_ID(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000),
     TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000, 1)
 ON DUPLICATE KEY UPDATE seen = seen + 1";
 
@@ -101,7 +101,7 @@ const DELETE: &str = "DELETE FROM handfast_fence WHERE xid = x'{xid}' AND branch
 // The condition on `expires_at` alone lets the server start at the right place in the index. InnoDB adds the primary key to each index, so
 // the index has this order.
 pub(super) const OVERDUE: &str = "
-SELECT expires_at, xid, branch_id, action FROM handfast_fence
+SELECT expires_at, xid, branch_id, action, asks FROM handfast_fence
 WHERE state = 1
 AND expires_at <= TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000 - ?
 AND expires_at >= ? AND (expires_at > ? OR xid > ? OR xid = ? AND branch_id > ?)
@@ -113,6 +113,9 @@ WHERE table_schema = DATABASE() AND table_name = 'handfast_fence' AND index_name
 
 // Building the index takes no lock. Only its begin and its end wait until no local transaction uses the table, and calls wait behind it.
 const WAIT_BRIEFLY: &str = "SET SESSION lock_wait_timeout = 3";
+
+const ASKING: &str =
+    "SELECT branch_id, action FROM handfast_fence WHERE xid = ? AND state = 1 AND asks = 1";
 
 const COLUMNS: &str = "
 SELECT CAST(column_name AS CHAR), CAST(data_type AS CHAR), CAST(column_key = 'PRI' AS SIGNED)
@@ -160,7 +163,9 @@ START TRANSACTION;
 SAVEPOINT handfast_begun";
     const SCHEMA: &'static str = super::SCHEMA_MYSQL;
     const SCHEMA_FILE: &'static str = "schema/mysql.sql";
-    const COLUMNS: [(&'static str, &'static str); 11] = [
+    const ADD_ASKS: &'static str = "ALTER TABLE handfast_fence ADD COLUMN asks SMALLINT NULL \
+        COMMENT '1: the transaction may be lost without a Cancel, so this service asks about the branch from expires_at on. NULL: it does not'";
+    const COLUMNS: [(&'static str, &'static str); 12] = [
         ("xid", "binary"),
         ("branch_id", "binary"),
         ("state", "smallint"),
@@ -172,6 +177,7 @@ SAVEPOINT handfast_begun";
         ("created_at", "bigint"),
         ("changed_at", "bigint"),
         ("seen", "bigint"),
+        ("asks", "smallint"),
     ];
 
     const ADD_TRIED_INDEX: &'static str = "ALTER TABLE handfast_fence ADD INDEX handfast_fence_tried (state, expires_at), ALGORITHM = INPLACE, LOCK = NONE";
@@ -185,7 +191,7 @@ SAVEPOINT handfast_begun";
             let action = format!("_utf8mb4 {}", literal(claim.action.as_bytes()));
             let null = || "NULL".to_owned();
             let expires_at = claim.expires_at.map_or_else(null, |at| at.to_string());
-            let values = [xid, branch_id, state, action, null(), null(), expires_at];
+            let values = [xid, branch_id, state, action, null(), null(), expires_at, null()];
             let insert = with_values(CLAIM, &values);
             let (_, record) = write_and_read(connection, &insert, claim.key).await?;
             return record.ok_or(Error::RowNotFound);
@@ -199,6 +205,7 @@ SAVEPOINT handfast_begun";
             .bind(claim.payload)
             .bind(claim.digest)
             .bind(claim.expires_at)
+            .bind(claim.asks)
             .execute(&mut *connection)
             .await?;
         // The count is 1 for an INSERT, and 2 for an UPDATE that changes the row, as this one always does.
@@ -383,6 +390,13 @@ SAVEPOINT handfast_begun";
             .await
     }
 
+    async fn asking(
+        connection: &mut MySqlConnection,
+        xid: &[u8; 16],
+    ) -> Result<Vec<(Vec<u8>, String)>, Error> {
+        sqlx::query_as(ASKING).bind(&xid[..]).fetch_all(connection).await
+    }
+
     async fn columns(
         connection: &mut MySqlConnection,
     ) -> Result<Vec<(String, String, bool)>, Error> {
@@ -396,8 +410,8 @@ SAVEPOINT handfast_begun";
         Ok(count > 0)
     }
 
-    async fn create(connection: &mut MySqlConnection) -> Result<(), Error> {
-        Self::execute(connection, Self::SCHEMA).await?;
+    async fn define(connection: &mut MySqlConnection, sql: &'static str) -> Result<(), Error> {
+        Self::execute(connection, sql).await?;
         // The statements above have committed, and the caller commits again.
         Self::execute(connection, "START TRANSACTION; SAVEPOINT handfast_begun").await
     }

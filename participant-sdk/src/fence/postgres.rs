@@ -12,8 +12,8 @@ use super::db::{
 
 const CLAIM: &str = "
 INSERT INTO handfast_fence AS f
-    (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
-VALUES ($1, $2, $3, $4, $5, $6, $7, (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
+    (xid, branch_id, state, action, payload, digest, expires_at, asks, created_at, changed_at, seen)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
     (extract(epoch FROM clock_timestamp()) * 1000)::bigint, 1)
 ON CONFLICT (xid, branch_id) DO UPDATE SET seen = f.seen + 1
 RETURNING f.state, f.action, CASE WHEN f.state = 1 AND f.seen > 1 THEN f.payload END, f.reply, f.digest, f.seen,
@@ -59,7 +59,7 @@ DELETE FROM handfast_fence WHERE (xid, branch_id) IN (
 )";
 
 pub(super) const OVERDUE: &str = "
-SELECT expires_at, xid, branch_id, action FROM handfast_fence
+SELECT expires_at, xid, branch_id, action, asks FROM handfast_fence
 WHERE state = 1 AND expires_at <= (extract(epoch FROM now()) * 1000)::bigint - $1
 AND (expires_at, xid, branch_id) > ($2, $3, $4)
 ORDER BY expires_at, xid, branch_id LIMIT $5";
@@ -70,6 +70,9 @@ const HAS_TRIED_INDEX: &str = "SELECT count(*) FROM pg_index WHERE indexrelid = 
 // One process adds the index. The others do not wait for it, because an index that is made CONCURRENTLY waits for them.
 const ADD_ONE_AT_A_TIME: &str = "SELECT pg_try_advisory_lock(hashtext('handfast_fence_tried'))";
 const DROP_HALF_AN_INDEX: &str = "DROP INDEX CONCURRENTLY IF EXISTS handfast_fence_tried";
+
+const ASKING: &str =
+    "SELECT branch_id, action FROM handfast_fence WHERE xid = $1 AND state = 1 AND asks = 1";
 
 const COLUMNS: &str = "
 SELECT a.attname::text, format_type(a.atttypid, NULL), coalesce(a.attnum = ANY (i.indkey), false)
@@ -90,7 +93,10 @@ impl Statements for Postgres {
     const BEGIN: &'static str = "BEGIN; SET LOCAL lock_timeout = '3s'";
     const SCHEMA: &'static str = super::SCHEMA_POSTGRES;
     const SCHEMA_FILE: &'static str = "schema/postgres.sql";
-    const COLUMNS: [(&'static str, &'static str); 11] = [
+    const ADD_ASKS: &'static str = "
+ALTER TABLE handfast_fence ADD COLUMN IF NOT EXISTS asks smallint;
+COMMENT ON COLUMN handfast_fence.asks IS '1: the transaction may be lost without a Cancel, so this service asks about the branch from expires_at on. NULL: it does not'";
+    const COLUMNS: [(&'static str, &'static str); 12] = [
         ("xid", "bytea"),
         ("branch_id", "bytea"),
         ("state", "smallint"),
@@ -102,6 +108,7 @@ impl Statements for Postgres {
         ("created_at", "bigint"),
         ("changed_at", "bigint"),
         ("seen", "bigint"),
+        ("asks", "smallint"),
     ];
 
     const ADD_TRIED_INDEX: &'static str = "CREATE INDEX CONCURRENTLY IF NOT EXISTS handfast_fence_tried ON handfast_fence (expires_at, xid, branch_id) WHERE state = 1";
@@ -117,6 +124,7 @@ impl Statements for Postgres {
             .bind(claim.payload)
             .bind(claim.digest)
             .bind(claim.expires_at)
+            .bind(claim.asks)
             .fetch_one(connection)
             .await?
             .try_into()
@@ -201,6 +209,13 @@ impl Statements for Postgres {
             .await
     }
 
+    async fn asking(
+        connection: &mut PgConnection,
+        xid: &[u8; 16],
+    ) -> Result<Vec<(Vec<u8>, String)>, Error> {
+        sqlx::query_as(ASKING).bind(&xid[..]).fetch_all(connection).await
+    }
+
     async fn columns(connection: &mut PgConnection) -> Result<Vec<(String, String, bool)>, Error> {
         sqlx::query_as(COLUMNS).fetch_all(connection).await
     }
@@ -210,9 +225,9 @@ impl Statements for Postgres {
         Ok(count > 0)
     }
 
-    async fn create(connection: &mut PgConnection) -> Result<(), Error> {
+    async fn define(connection: &mut PgConnection, sql: &'static str) -> Result<(), Error> {
         Self::execute(connection, CREATE_ONE_AT_A_TIME).await?;
-        Self::execute(connection, Self::SCHEMA).await
+        Self::execute(connection, sql).await
     }
 
     /// The connection is closed afterwards, and its advisory lock ends with it.

@@ -12,8 +12,8 @@ use super::{
 };
 
 const CLAIM: &str = "
-INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, created_at, changed_at, seen)
-VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, CAST(round(unixepoch('subsec') * 1000) AS INTEGER),
+INSERT INTO handfast_fence (xid, branch_id, state, action, payload, digest, expires_at, asks, created_at, changed_at, seen)
+VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, CAST(round(unixepoch('subsec') * 1000) AS INTEGER),
     CAST(round(unixepoch('subsec') * 1000) AS INTEGER), 1)
 ON CONFLICT (xid, branch_id) DO UPDATE SET seen = seen + 1
 RETURNING state, action, CASE WHEN state = 1 AND seen > 1 THEN payload END, reply, digest, seen,
@@ -41,13 +41,16 @@ DELETE FROM handfast_fence WHERE rowid IN (
 )";
 
 pub(super) const OVERDUE: &str = "
-SELECT expires_at, xid, branch_id, action FROM handfast_fence
+SELECT expires_at, xid, branch_id, action, asks FROM handfast_fence
 WHERE state = 1 AND expires_at <= CAST(round(unixepoch('subsec') * 1000) AS INTEGER) - ?1
 AND (expires_at, xid, branch_id) > (?2, ?3, ?4)
 ORDER BY expires_at, xid, branch_id LIMIT ?5";
 
 const HAS_TRIED_INDEX: &str =
     "SELECT count(*) FROM sqlite_schema WHERE type = 'index' AND name = 'handfast_fence_tried'";
+
+const ASKING: &str =
+    "SELECT branch_id, action FROM handfast_fence WHERE xid = ?1 AND state = 1 AND asks = 1";
 
 const COLUMNS: &str = "SELECT name, type, pk > 0 FROM pragma_table_info('handfast_fence')";
 
@@ -58,7 +61,8 @@ impl Statements for Sqlite {
     const BEGIN_READING: &'static str = "BEGIN";
     const SCHEMA: &'static str = super::SCHEMA_SQLITE;
     const SCHEMA_FILE: &'static str = "schema/sqlite.sql";
-    const COLUMNS: [(&'static str, &'static str); 11] = [
+    const ADD_ASKS: &'static str = "ALTER TABLE handfast_fence ADD COLUMN asks INTEGER";
+    const COLUMNS: [(&'static str, &'static str); 12] = [
         ("xid", "blob"),
         ("branch_id", "blob"),
         ("state", "integer"),
@@ -70,6 +74,7 @@ impl Statements for Sqlite {
         ("created_at", "integer"),
         ("changed_at", "integer"),
         ("seen", "integer"),
+        ("asks", "integer"),
     ];
 
     const ADD_TRIED_INDEX: &'static str = "CREATE INDEX IF NOT EXISTS handfast_fence_tried ON handfast_fence (expires_at, xid, branch_id) WHERE state = 1";
@@ -94,6 +99,7 @@ impl Statements for Sqlite {
             .bind(claim.payload)
             .bind(claim.digest)
             .bind(claim.expires_at)
+            .bind(claim.asks)
             .fetch_one(connection)
             .await?
             .try_into()
@@ -182,6 +188,13 @@ impl Statements for Sqlite {
             .await
     }
 
+    async fn asking(
+        connection: &mut SqliteConnection,
+        xid: &[u8; 16],
+    ) -> Result<Vec<(Vec<u8>, String)>, Error> {
+        sqlx::query_as(ASKING).bind(&xid[..]).fetch_all(connection).await
+    }
+
     async fn columns(
         connection: &mut SqliteConnection,
     ) -> Result<Vec<(String, String, bool)>, Error> {
@@ -193,8 +206,8 @@ impl Statements for Sqlite {
         Ok(count > 0)
     }
 
-    async fn create(connection: &mut SqliteConnection) -> Result<(), Error> {
-        Self::execute(connection, Self::SCHEMA).await
+    async fn define(connection: &mut SqliteConnection, sql: &'static str) -> Result<(), Error> {
+        Self::execute(connection, sql).await
     }
 
     /// Rolls back and keeps the connection: closing it could delete an in-memory database.

@@ -13,6 +13,9 @@ pub const SCHEMA_MYSQL: &str = include_str!("../../schema/mysql.sql");
 /// The same for PostgreSQL: `schema/postgres.sql`.
 pub const SCHEMA_POSTGRES: &str = include_str!("../../schema/postgres.sql");
 
+/// The only difference of a table that an earlier version made.
+const NO_ASKS: &str = "column asks is missing";
+
 /// The fence's table cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -31,7 +34,7 @@ pub enum TableError {
     /// The table exists, but does not fit this version.
     #[error(
         "table `handfast_fence` is not as this version of Handfast needs it: {differences}. Compare it with {schema_file} of \
-         crate `handfast`; `fence.create_table_if_missing()` makes a new one, but leaves one that is there alone"
+         crate `handfast`; `fence.create_table_if_missing()` makes a new one, and adds what is new to one of an earlier version"
     )]
     Differs {
         /// The differences, in words.
@@ -101,7 +104,8 @@ impl<DB: FenceDb> Fence<DB> {
     }
 
     /// Creates the table, its indexes and its readable view, unless the table exists. To a table of an earlier version it adds the
-    /// index that is missing, while other programs use the table; if it cannot, a log line says so. Several processes may call it at
+    /// column and the index that are missing, while other programs use the table; if it cannot add the index, a log line says so.
+    /// Programs with the earlier version go on with the table. Several processes may call it at
     /// the same time. Once the table exists, a database user without the right to create tables may call it too.
     ///
     /// # Errors
@@ -112,18 +116,27 @@ impl<DB: FenceDb> Fence<DB> {
     ///
     /// The table may or may not have been created; call again.
     pub async fn create_table_if_missing(&self) -> Result<(), TableError> {
-        match self.check_columns().await {
-            Err(TableError::Missing { .. }) => {}
+        let found = self.check_columns().await;
+        let sql = match &found {
             Ok(()) => {
                 self.add_tried_index().await?;
                 return Ok(());
             }
-            differs => return differs,
-        }
+            Err(TableError::Missing { .. }) => DB::SCHEMA,
+            Err(TableError::Differs { differences, .. }) if differences == NO_ASKS => DB::ADD_ASKS,
+            Err(TableError::Differs { .. } | TableError::Database(_)) => return found,
+        };
         let mut tx = Tx::begin(&self.pool).await?;
-        DB::create(&mut tx).await?;
-        tx.commit().await?;
-        self.verify().await
+        match DB::define(&mut tx, sql).await {
+            Ok(()) => tx.commit().await?,
+            Err(error) => {
+                tx.rollback_after(&error).await;
+                // Another process may have done the same meanwhile.
+                self.check_columns().await.map_err(|_| error)?;
+            }
+        }
+        self.add_tried_index().await?;
+        Ok(())
     }
 
     /// Adds the index over what is tried, if it is missing. The fence works without it, so a database that does not let us add it is no

@@ -14,6 +14,7 @@ use handfast_proto::{
 use tonic::Status;
 
 use super::{
+    global::Global,
     ledger::{CallError, Calls},
     outcome::{Confirmation, Recorded, TransactionError},
 };
@@ -110,6 +111,8 @@ impl Cancel {
 #[derive(Debug, Clone)]
 pub(super) struct Decider {
     pub(super) handfast: Handfast,
+    /// What was called in it.
+    pub(super) global: Global,
     /// The transaction's idempotency key.
     pub(super) key: Option<String>,
     pub(super) until: pb::Until,
@@ -144,7 +147,7 @@ impl Decider {
                     self.cancel(xid, Cancel::because(xid, status_error(&status))).await
                 }
                 Reason::NeverRecorded => {
-                    // Nothing was tried.
+                    self.global.nudge(xid);
                     Err(TransactionError::Cancelled { xid, cause: status_error(&status) })
                 }
                 Reason::Other if Bug::UnknownIsRefused.is_planted() => {
@@ -175,7 +178,10 @@ impl Decider {
             },
             Err(status) => match Reason::of(&status) {
                 Reason::AlreadyDecided => self.look(xid, status).await,
-                Reason::NeverRecorded => Err(error), // nothing was tried
+                Reason::NeverRecorded => {
+                    self.global.nudge(xid);
+                    Err(error)
+                }
                 Reason::Forgotten
                 | Reason::KeyUnknown
                 | Reason::KeyTaken

@@ -28,6 +28,8 @@ pub(super) struct Description {
     pub(super) unreadable: Option<String>,
     /// How long to wait for participants to acknowledge, once it is decided. Zero: not at all.
     pub(super) wait: Duration,
+    /// It is recorded with its decision.
+    pub(super) at_decision: bool,
 }
 
 impl Description {
@@ -40,6 +42,7 @@ impl Description {
             fingerprint: Vec::new(),
             unreadable: None,
             wait: COMPLETION_WAIT,
+            at_decision: false,
         }
     }
 

@@ -112,6 +112,7 @@ impl ExecuteBuilder {
             carry_payload: false,
             // Only if the contract says so: else the coordinator's configuration counts.
             try_timeout: (C::TRY_TIMEOUT != TRY_TIMEOUT).then(|| wire_duration(C::TRY_TIMEOUT)),
+            inquires: false,
         });
         self
     }

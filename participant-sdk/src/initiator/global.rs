@@ -1,17 +1,19 @@
 //! A global transaction while it is being tried: its calls to participants.
 //!
-//! A branch is durable at the coordinator before its Try is sent (see `registrar.rs`).
+//! A branch is durable at the coordinator before its Try is sent, unless the transaction is recorded with its decision (see
+//! `registrar.rs`).
 
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use handfast_proto::{
     BranchId, Xid,
     calls::{BranchCall, BranchRequest},
@@ -28,7 +30,7 @@ use tonic::{Code, Status};
 use super::{
     description::Description,
     ledger::{CallError, Calls, Ledger},
-    registrar::{Closed, Registrar},
+    registrar::{Closed, Registrar, Registration},
 };
 use crate::{
     branch::{Branch, Phase},
@@ -57,6 +59,8 @@ pub struct Global {
 struct Inner {
     registrar: Registrar,
     ledger: Ledger,
+    /// Who was called in a transaction that may be lost: the branch and its participant.
+    called: Mutex<Vec<(BranchId, Remote)>>,
     next_branch: AtomicUsize,
     /// The call with which this program joined the transaction. Branch ids are named below its own, and what is tried with success
     /// is reported to its caller. `None`: the transaction is this program's own.
@@ -70,7 +74,7 @@ impl Handfast {
     #[must_use]
     pub fn join(&self, context: &Context) -> Global {
         let deadline = from_now(JOINED_TIMEOUT);
-        let registrar = Registrar::joined(self.clone(), context.xid(), deadline);
+        let registrar = Registrar::joined(self.clone(), context, deadline);
         Global::with(registrar, Some(context.clone()))
     }
 }
@@ -82,7 +86,8 @@ impl Global {
 
     fn with(registrar: Registrar, joined_by: Option<Context>) -> Self {
         let (ledger, next_branch) = (Ledger::default(), AtomicUsize::new(1));
-        Self { inner: Arc::new(Inner { registrar, ledger, next_branch, joined_by }) }
+        let called = Mutex::default();
+        Self { inner: Arc::new(Inner { registrar, ledger, called, next_branch, joined_by }) }
     }
 
     /// Its xid. Begins the transaction at the coordinator, if no call has done that yet.
@@ -91,9 +96,13 @@ impl Global {
     ///
     /// When it cannot be begun.
     pub async fn xid(&self) -> Result<Xid, CallError> {
+        Ok(self.registration().await?.xid)
+    }
+
+    pub(super) async fn registration(&self) -> Result<Registration, CallError> {
         match self.inner.registrar.registration() {
-            Some(begun) => Ok(begun.xid),
-            None => Ok(self.inner.registrar.register(None).await?.xid),
+            Some(registration) => Ok(registration),
+            None => self.inner.registrar.register(None).await,
         }
     }
 
@@ -176,9 +185,13 @@ impl Global {
             action: action.to_owned(),
             participant: participant.name().to_owned(),
             target: participant.target().to_owned(),
+            inquires: registrar.may_be_lost() && participant.inquires().await,
             ..pb::BranchSpec::default()
         };
         let begun = registrar.register(Some(spec)).await?;
+        if begun.at_decision {
+            self.called().push((branch_id.clone(), participant.clone()));
+        }
         crash_point!("initiator.registered");
         let mut attempt = 1;
         loop {
@@ -186,6 +199,7 @@ impl Global {
             branch.attempt = attempt;
             branch.expires_at = begun.expires_at;
             branch.labels = registrar.description().labels.clone();
+            branch.at_decision = begun.at_decision;
             let status = match self.try_once(participant, branch, &payload, timeout).await {
                 Ok(reply) => return Ok(reply),
                 Err(status) => status,
@@ -298,6 +312,25 @@ impl Global {
         self.inner.registrar.close().await
     }
 
+    /// Tells the participants that were called, whether they answered or not, to ask what became of their branches. For an initiator that
+    /// hears that its transaction was never recorded. They would ask by themselves once phase one is over. Nothing is cancelled here.
+    pub(super) fn nudge(&self, xid: Xid) {
+        let called = std::mem::take(&mut *self.called());
+        if called.is_empty() {
+            return;
+        }
+        tokio::spawn(async move {
+            let nudge = |(branch_id, participant): (BranchId, Remote)| async move {
+                participant.nudge(xid, &branch_id).await;
+            };
+            join_all(called.into_iter().map(nudge)).await;
+        });
+    }
+
+    fn called(&self) -> MutexGuard<'_, Vec<(BranchId, Remote)>> {
+        self.inner.called.lock().expect("nothing panics while it is locked")
+    }
+
     pub(super) fn deadline(&self) -> Instant {
         self.inner.registrar.deadline()
     }
@@ -316,6 +349,11 @@ impl Branch {
             attempt: self.attempt,
             expires_at: self.expires_at.map(timestamp),
             labels: self.labels.clone(),
+            record: match self.at_decision {
+                true => pb::Record::AtDecision,
+                false => pb::Record::AtBegin,
+            }
+            .into(),
         }
     }
 }

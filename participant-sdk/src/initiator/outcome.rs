@@ -197,6 +197,8 @@ pub struct Unanswered {
 pub(crate) enum BranchOutcome {
     /// An operator has resolved it by hand. This became of its transaction.
     Resolved(Outcome),
+    /// Its transaction is confirmed without it. Branches are fixed with the decision, so it never will be.
+    LeftOut(Outcome),
     /// This became of its transaction.
     Open(Outcome),
 }
@@ -236,13 +238,11 @@ impl Handfast {
         branch_id: &BranchId,
     ) -> Result<BranchOutcome, Unanswered> {
         let (outcome, branches) = self.look(By::Xid(xid.to_string()), xid.to_string()).await?;
-        let is_resolved = branches.iter().any(|branch| {
-            branch.state() == pb::BranchState::Resolved && *branch.branch_id == *branch_id.as_str()
-        });
-        Ok(if is_resolved {
-            BranchOutcome::Resolved(outcome)
-        } else {
-            BranchOutcome::Open(outcome)
+        let branch = branches.iter().find(|branch| *branch.branch_id == *branch_id.as_str());
+        Ok(match branch.map(pb::Branch::state) {
+            Some(pb::BranchState::Resolved) => BranchOutcome::Resolved(outcome),
+            None if matches!(outcome, Outcome::Confirmed { .. }) => BranchOutcome::LeftOut(outcome),
+            Some(_) | None => BranchOutcome::Open(outcome),
         })
     }
 

@@ -72,12 +72,16 @@ where
         Box::pin(async move {
             let branch_id = branch_id.map_err(|error| global.call_not_made(error))?;
             // The call is made only once the coordinator knows the transaction.
-            let xid = global.xid().await.map_err(|error| global.call_not_made(error))?;
+            let begun = global.registration().await.map_err(|error| global.call_not_made(error))?;
             let ascii = |text: &str| {
                 HeaderValue::from_str(text).expect("xids and branch ids are plain ASCII")
             };
-            request.headers_mut().insert(metadata::XID, ascii(&xid.to_string()));
-            request.headers_mut().insert(metadata::BRANCH_ID, ascii(branch_id.as_str()));
+            let headers = request.headers_mut();
+            headers.insert(metadata::XID, ascii(&begun.xid.to_string()));
+            headers.insert(metadata::BRANCH_ID, ascii(branch_id.as_str()));
+            if begun.at_decision {
+                headers.insert(metadata::AT_DECISION, HeaderValue::from_static("1"));
+            }
             let response = inner.call(request).await.map_err(Into::into);
             match &response {
                 Err(error) => global.ordinary_call_failed(branch_id, error.to_string()),

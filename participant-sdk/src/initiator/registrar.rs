@@ -19,6 +19,7 @@ use tonic::Status;
 
 use super::{description::Description, ledger::CallError};
 use crate::{
+    context::Context,
     rpc::Handfast,
     status::{Reason, leaves_open, status_error},
 };
@@ -68,6 +69,8 @@ pub(super) struct Registration {
     pub(super) xid: Xid,
     /// The end of phase one, UTC milliseconds since 1970.
     pub(super) expires_at: Option<i64>,
+    /// It may be lost until it is decided. Its Trys must say so.
+    pub(super) at_decision: bool,
 }
 
 /// What is known of the transaction once no further branch is registered.
@@ -92,8 +95,9 @@ impl Registrar {
     }
 
     /// For a transaction that somebody else has begun.
-    pub(super) fn joined(handfast: Handfast, xid: Xid, deadline: Instant) -> Self {
-        let registration = Some(Registration { xid, expires_at: None });
+    pub(super) fn joined(handfast: Handfast, context: &Context, deadline: Instant) -> Self {
+        let (xid, at_decision) = (context.xid(), context.at_decision());
+        let registration = Some(Registration { xid, expires_at: None, at_decision });
         let state = State { registration, ..State::default() };
         Self::with_state(handfast, Description::new(String::new()), deadline, state)
     }
@@ -119,6 +123,11 @@ impl Registrar {
     /// `None`: the transaction is not begun.
     pub(super) fn registration(&self) -> Option<Registration> {
         self.state().registration
+    }
+
+    /// Whether participants should be asked if they inquire.
+    pub(super) fn may_be_lost(&self) -> bool {
+        self.registration().map_or(self.0.description.at_decision, |begun| begun.at_decision)
     }
 
     /// Registers a branch, and begins the transaction if it is the first one. Returns when the branch is durable.
@@ -178,7 +187,7 @@ impl Registrar {
     }
 
     async fn begin(&self, branches: Vec<pb::BranchSpec>) -> Result<Registration, CallError> {
-        let Description { name, timeout, labels, key, fingerprint, .. } =
+        let Description { name, timeout, labels, key, fingerprint, at_decision, .. } =
             self.0.description.clone();
         let request = pb::BeginRequest {
             name,
@@ -187,6 +196,11 @@ impl Registrar {
             idempotency_key: key,
             branches: branches.clone(),
             fingerprint,
+            record: match at_decision {
+                true => pb::Record::AtDecision,
+                false => pb::Record::AtBegin,
+            }
+            .into(),
         };
         let (transaction, existed) = match self.0.handfast.begin(request, self.0.deadline).await {
             Ok(response) => (response.transaction.unwrap_or_default(), response.existed),
@@ -305,6 +319,8 @@ impl Registration {
             transaction.xid.parse().map_err(|error: InvalidXid| CallError::NotRegistered {
                 cause: format!("the coordinator's answer has an invalid xid: {error}"),
             })?;
-        Ok(Self { xid, expires_at: transaction.expires_at.as_ref().map(millis) })
+        let at_decision = transaction.record() == pb::Record::AtDecision;
+        let expires_at = transaction.expires_at.as_ref().map(millis);
+        Ok(Self { xid, expires_at, at_decision })
     }
 }

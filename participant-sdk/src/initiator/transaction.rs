@@ -72,6 +72,18 @@ impl TransactionBuilder {
         self
     }
 
+    /// Has the coordinator record the transaction with its decision, and not before: phase one then waits for no durable write. If the
+    /// coordinator crashes before the decision, the transaction is lost as a whole and never confirmed, and its participants give back
+    /// what they reserved when they ask. So reservations may stay until the end of the timeout: keep it short. An idempotency key is
+    /// free again then: the initiator is told `Cancelled`, and a later run with the key begins anew.
+    ///
+    /// Participants that do not ask (an older version, another language, no [`coordinator`](crate::ParticipantBuilder::coordinator))
+    /// make the transaction durable before they are called, as without this. A coordinator that cannot do it refuses to begin.
+    pub fn record_at_decision(mut self) -> Self {
+        self.description.at_decision = true;
+        self
+    }
+
     /// A label to search by: `order` is `1042`. At most 16.
     pub fn label(mut self, key: impl Into<String>, value: impl fmt::Display) -> Self {
         self.description.label(key, value);
@@ -219,15 +231,10 @@ impl TransactionBuilder {
 
     fn open(self) -> OpenTransaction {
         let Self { handfast, description, patience } = self;
-        let decider = Decider {
-            handfast: handfast.clone(),
-            key: description.key(),
-            until: description.until(),
-            wait: description.wait,
-            patience,
-        };
+        let (key, until, wait) = (description.key(), description.until(), description.wait);
         let timeout = description.timeout.unwrap_or(TIMEOUT);
-        let global = Global::new(handfast, description, timeout);
+        let global = Global::new(handfast.clone(), description, timeout);
+        let decider = Decider { handfast, global: global.clone(), key, until, wait, patience };
         OpenTransaction { global, decider, decided: false }
     }
 

@@ -5,13 +5,14 @@ use std::{error::Error, future::Future, time::Duration};
 use futures_util::future::BoxFuture;
 #[cfg(any(feature = "testing", all(test, feature = "sqlite")))]
 use futures_util::future::join_all;
+use handfast_proto::{BranchId, Xid};
 
 use crate::{
     answer::Answer,
     branch::{Branch, Phase},
     contract::{Contract, Payload},
     error::{Failed, TryError},
-    fence::{Fence, FenceDb, OverduePage, Tx, db::OverdueKey, log},
+    fence::{ExpiredPage, Fence, FenceDb, OverduePage, Tx, db::OverdueKey, log},
 };
 
 /// What a participant does for one action.
@@ -127,6 +128,13 @@ pub(crate) trait Served: Send + Sync {
         &'a self,
         after: &'a OverdueKey,
     ) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>>;
+    /// As [`Fence::expired`]: of all actions that share the fence.
+    fn expired<'a>(
+        &'a self,
+        after: &'a OverdueKey,
+    ) -> BoxFuture<'a, Result<ExpiredPage, sqlx::Error>>;
+    /// As [`Fence::asking`].
+    fn asking(&self, xid: Xid) -> BoxFuture<'_, Result<Vec<(BranchId, String)>, sqlx::Error>>;
     /// As [`Fence::close`].
     fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer>;
     /// As [`Fence::clean_up`].
@@ -172,6 +180,17 @@ impl<A: Action> Served for Fenced<A> {
         after: &'a OverdueKey,
     ) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
         Box::pin(self.fence.overdue(<A::Contract as Contract>::NAME, after))
+    }
+
+    fn expired<'a>(
+        &'a self,
+        after: &'a OverdueKey,
+    ) -> BoxFuture<'a, Result<ExpiredPage, sqlx::Error>> {
+        Box::pin(self.fence.expired(after))
+    }
+
+    fn asking(&self, xid: Xid) -> BoxFuture<'_, Result<Vec<(BranchId, String)>, sqlx::Error>> {
+        Box::pin(self.fence.asking(xid))
     }
 
     fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer> {

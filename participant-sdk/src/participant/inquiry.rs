@@ -38,7 +38,7 @@ pub struct Inquiry {
 }
 
 /// What the inquiry did about one branch.
-enum Handled {
+pub(super) enum Handled {
     Cancelled,
     Closed,
     Reported,
@@ -116,6 +116,10 @@ impl Participant {
         let Branch { xid, branch_id, .. } = &branch;
         match handfast.outcome_of_branch(*xid, branch_id).await {
             Ok(BranchOutcome::Resolved(outcome)) => Ok(self.close(branch, &outcome).await),
+            Ok(BranchOutcome::LeftOut(outcome)) => {
+                let cancelled = self.give_back(&branch, &outcome).await;
+                Ok(if cancelled { Handled::Cancelled } else { Handled::Reported })
+            }
             Ok(BranchOutcome::Open(outcome)) => {
                 let cancelled = self.cancel_if_allowed(&branch, &outcome).await;
                 Ok(if cancelled { Handled::Cancelled } else { Handled::Reported })
@@ -133,11 +137,16 @@ impl Participant {
         if let Outcome::Confirmed { .. } = outcome {
             branch.phase = Phase::Confirm;
         }
-        let Branch { xid, branch_id, action, .. } = &branch;
+        self.close_as(branch).await
+    }
+
+    /// The same for the decision that the branch names.
+    pub(super) async fn close_as(&self, branch: Branch) -> Handled {
+        let Branch { xid, branch_id, action, phase, .. } = &branch;
         let Some(served) = self.actions.get(action.as_str()) else { return Handled::Reported };
         let answer = in_time(served.close(&branch)).await;
         if let Answer::Done(_) = answer {
-            info!(%xid, %branch_id, action, %outcome, "reservation closed: an operator has resolved it");
+            info!(%xid, %branch_id, action, %phase, "reservation closed: an operator has resolved it");
             return Handled::Closed;
         }
         warn!(%xid, %branch_id, action, %answer, "a reservation that an operator has resolved cannot be closed yet");
@@ -149,14 +158,7 @@ impl Participant {
         let Branch { xid, branch_id, action, .. } = branch;
         match outcome {
             Outcome::Cancelled { .. } | Outcome::NeverRecorded => {
-                let answer = in_time(self.handle(branch, &[])).await;
-                let done = matches!(answer, Answer::Done(_));
-                if done {
-                    info!(%xid, %branch_id, action, %outcome, "overdue reservation cancelled");
-                } else {
-                    warn!(%xid, %branch_id, action, %answer, "overdue reservation cannot be cancelled yet");
-                }
-                done
+                self.give_back(branch, outcome).await
             }
             Outcome::Confirmed { completed: true } => {
                 error!(%xid, %branch_id, action, "a transaction is confirmed and complete, but this branch is still reserved");
@@ -171,6 +173,33 @@ impl Participant {
                 false
             }
         }
+    }
+
+    /// Cancels the branch, for this reason. Returns whether it was cancelled.
+    async fn give_back(&self, branch: &Branch, why: &(impl fmt::Display + Sync)) -> bool {
+        let Branch { xid, branch_id, action, .. } = branch;
+        let answer = in_time(self.handle(branch, &[])).await;
+        let done = matches!(answer, Answer::Done(_));
+        if done {
+            info!(%xid, %branch_id, action, %why, "overdue reservation cancelled");
+        } else {
+            warn!(%xid, %branch_id, action, %answer, "overdue reservation cannot be cancelled yet");
+        }
+        done
+    }
+
+    /// The same. A panic of the author's code concerns its branch alone.
+    pub(super) async fn give_back_and_survive(
+        &self,
+        branch: &Branch,
+        why: &(impl fmt::Display + Sync),
+    ) -> bool {
+        let giving_back = AssertUnwindSafe(self.give_back(branch, why));
+        giving_back.catch_unwind().await.unwrap_or_else(|_| {
+            let Branch { xid, branch_id, action, .. } = branch;
+            error!(%xid, %branch_id, action, "the action panicked; its reservation stays");
+            false
+        })
     }
 
     /// Inquires in the background once per `interval` (an hour is a good value), until the guard is dropped. Several processes

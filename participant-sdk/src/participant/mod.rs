@@ -1,10 +1,11 @@
 //! The participant's side: it serves the Try, Confirm and Cancel of its actions.
 //!
 //! `action.rs` contains what an author writes, and the code that runs it. `service.rs` serves a participant over gRPC.
-//! `batches/` runs waiting Confirms together. `inquiry.rs` asks about reservations that were never settled. `upkeep.rs` does that
-//! regularly, and cleans up.
+//! `batches/` runs waiting Confirms together. `inquiry.rs` asks about reservations that were never settled. `asking.rs` asks about those
+//! whose transaction may be lost without a Cancel. `upkeep.rs` does that regularly, and cleans up.
 
 pub(crate) mod action;
+mod asking;
 pub(crate) mod batches;
 pub(crate) mod inquiry;
 mod service;
@@ -13,7 +14,7 @@ mod upkeep;
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
-use handfast_proto::{limits, reason};
+use handfast_proto::{BranchId, Xid, limits, reason};
 
 use crate::{
     answer::Answer,
@@ -47,7 +48,8 @@ pub struct ParticipantBuilder {
     name: Arc<str>,
     actions: BTreeMap<&'static str, Box<dyn Served>>,
     coordinator: Option<Handfast>,
-    upkeep_interval: Duration,
+    /// `None`: the program does the upkeep itself.
+    upkeep_interval: Option<Duration>,
 }
 
 impl Participant {
@@ -61,7 +63,7 @@ impl Participant {
         let name = name.into();
         let max = limits::PARTICIPANT_BYTES_MAX;
         assert!((1..=max).contains(&name.len()), "a participant's name has 1 to {max} bytes");
-        let upkeep_interval = UPKEEP_INTERVAL;
+        let upkeep_interval = Some(UPKEEP_INTERVAL);
         ParticipantBuilder { name, actions: BTreeMap::new(), coordinator: None, upkeep_interval }
     }
 
@@ -137,7 +139,9 @@ impl ParticipantBuilder {
 
     /// Says which coordinator the participant belongs to. [`Participant::into_service`] then also starts its upkeep, which goes
     /// on until the service is dropped: once per [`UPKEEP_INTERVAL`], it [cleans up](Fence::clean_up) the fences of its actions
-    /// and [inquires](Participant::inquire) about overdue reservations. The first time is within a minute.
+    /// and [inquires](Participant::inquire) about overdue reservations. The first time is within a minute. Every few seconds it
+    /// [asks](Participant::ask) about reservations of transactions that are recorded with their decision. Only a participant with a
+    /// coordinator can take part in such a transaction before it is durable.
     ///
     /// Without a coordinator nothing is started: see [`Participant::inquire_every`] and [`Fence::clean_up_every`].
     pub fn coordinator(self, handfast: &Handfast) -> Self {
@@ -146,7 +150,13 @@ impl ParticipantBuilder {
 
     /// Sets the interval of the upkeep, at least a second; see [`ParticipantBuilder::coordinator`].
     pub fn upkeep_every(self, interval: Duration) -> Self {
-        Self { upkeep_interval: interval, ..self }
+        Self { upkeep_interval: Some(interval), ..self }
+    }
+
+    /// As [`ParticipantBuilder::coordinator`], for a program that does the upkeep itself: it calls [`Participant::ask`] every few
+    /// seconds, and [`Participant::inquire`] and [`Fence::clean_up`] about once an hour.
+    pub fn asks(self, handfast: &Handfast) -> Self {
+        Self { coordinator: Some(handfast.clone()), upkeep_interval: None, ..self }
     }
 
     pub(crate) fn serve(mut self, name: &'static str, served: Box<dyn Served>) -> Self {
@@ -169,6 +179,14 @@ impl ParticipantBuilder {
 impl Local for Participant {
     fn answer<'a>(&'a self, branch: &'a Branch, payload: &'a [u8]) -> BoxFuture<'a, Answer> {
         Box::pin(self.handle(branch, payload))
+    }
+
+    fn inquires(&self) -> bool {
+        self.upkeep.is_some()
+    }
+
+    fn nudge<'a>(&'a self, xid: Xid, branch_id: &'a BranchId) -> BoxFuture<'a, ()> {
+        Box::pin(self.ask_now(xid, branch_id))
     }
 }
 

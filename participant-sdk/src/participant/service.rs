@@ -5,11 +5,12 @@ use std::sync::Arc;
 use handfast_proto::{
     calls::{BranchAnswers, serve_branches},
     gather::{Budget, Gather},
+    id::{InvalidBranchId, InvalidXid},
     limits,
     v1::{
         ActionInfo, BranchContext, BranchStreamRequest, CancelBranchRequest, CancelBranchResponse,
-        ConfirmBranchRequest, ConfirmBranchResponse, ListActionsRequest, ListActionsResponse,
-        Payload, TryBranchRequest, TryBranchResponse,
+        ConfirmBranchRequest, ConfirmBranchResponse, InquireBranchRequest, InquireBranchResponse,
+        ListActionsRequest, ListActionsResponse, Payload, TryBranchRequest, TryBranchResponse,
         participant_service_server::{ParticipantService, ParticipantServiceServer},
     },
 };
@@ -20,6 +21,7 @@ use crate::{
     answer::Answer,
     branch::{Branch, Phase},
     context,
+    remote::Local as _,
 };
 
 /// The SDK's name and version, as reported to the coordinator.
@@ -96,7 +98,27 @@ impl ParticipantService for Participant {
             participant: self.name().to_owned(),
             actions: actions.collect(),
             sdk: SDK.to_owned(),
+            inquires: self.inquires(),
         }))
+    }
+
+    async fn inquire_branch(
+        &self,
+        request: Request<InquireBranchRequest>,
+    ) -> Result<Response<InquireBranchResponse>, Status> {
+        let InquireBranchRequest { xid, branch_id } = request.into_inner();
+        let invalid = |field, error: &dyn ToString| {
+            let answer = Answer::Invalid { field, message: error.to_string() };
+            answer.into_result().expect_err("it is invalid")
+        };
+        let xid = xid.parse().map_err(|error: InvalidXid| invalid("xid", &error))?;
+        let branch_id = branch_id.parse();
+        let branch_id = branch_id.map_err(|error: InvalidBranchId| invalid("branch_id", &error))?;
+        if !self.inquires() {
+            return Err(Status::unimplemented("this participant does not know its coordinator"));
+        }
+        self.ask_now(xid, &branch_id).await;
+        Ok(Response::new(InquireBranchResponse {}))
     }
 
     type BranchStreamStream = BranchAnswers;

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
-use super::Participant;
+use super::{Participant, asking::Nudges};
 use crate::{fence, rpc::Handfast};
 
 /// How often upkeep takes place, unless [`ParticipantBuilder::upkeep_every`](crate::ParticipantBuilder::upkeep_every) sets another
@@ -21,8 +21,10 @@ const FIRST_WITHIN: Duration = Duration::from_secs(60);
 /// The upkeep of a participant. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Upkeep {
-    handfast: Handfast,
-    interval: Duration,
+    pub(super) handfast: Handfast,
+    pub(super) nudges: Nudges,
+    /// `None`: the program does it itself.
+    interval: Option<Duration>,
     /// `None` until the participant is served.
     task: Option<Arc<Task>>,
 }
@@ -37,8 +39,10 @@ impl Drop for Task {
 }
 
 impl Upkeep {
-    pub(crate) fn new(handfast: Handfast, interval: Duration) -> Self {
-        Self { handfast, interval: interval.max(INTERVAL_MIN), task: None }
+    pub(crate) fn new(handfast: Handfast, interval: Option<Duration>) -> Self {
+        let interval = interval.map(|interval| interval.max(INTERVAL_MIN));
+        let nudges = Nudges::default();
+        Self { handfast, nudges, interval, task: None }
     }
 }
 
@@ -47,15 +51,18 @@ impl Participant {
     pub(super) fn with_upkeep(mut self) -> Self {
         // The task's own clone does not keep the task alive.
         let participant = Self { upkeep: None, ..self.clone() };
-        if let Some(Upkeep { handfast, interval, task }) = &mut self.upkeep {
+        if let Some(Upkeep { handfast, interval: Some(interval), task, .. }) = &mut self.upkeep {
             let (handfast, interval) = (handfast.clone(), *interval);
             let first = FIRST_WITHIN.min(interval).mul_f64(rand::random());
             *task = Some(Arc::new(Task(tokio::spawn(async move {
-                tokio::time::sleep(first).await;
-                loop {
-                    participant.keep_up(&handfast).await;
-                    tokio::time::sleep(interval).await;
-                }
+                let keeping_up = async {
+                    tokio::time::sleep(first).await;
+                    loop {
+                        participant.keep_up(&handfast).await;
+                        tokio::time::sleep(interval).await;
+                    }
+                };
+                tokio::join!(keeping_up, participant.ask_for_ever(&handfast));
             }))));
         }
         self

@@ -153,6 +153,7 @@ impl Coordinator {
                 open_bytes_max: 1_000_000_000,
                 stuck_after: StuckAfter { attempts: 8, time: Duration::from_secs(120) },
                 log_labels: Arc::default(),
+                record_after: Duration::from_millis(500),
             };
             let retention = Duration::from_secs(7 * 24 * 3600);
             let (engine, running) = Engine::start(store, dispatch, clock, settings, retention)
@@ -329,6 +330,13 @@ impl ParticipantService for Scripted {
         request: Request<pb::ListActionsRequest>,
     ) -> Result<Response<pb::ListActionsResponse>, Status> {
         self.participant.list_actions(request).await
+    }
+
+    async fn inquire_branch(
+        &self,
+        request: Request<pb::InquireBranchRequest>,
+    ) -> Result<Response<pb::InquireBranchResponse>, Status> {
+        self.participant.inquire_branch(request).await
     }
 
     type BranchStreamStream = BranchAnswers;

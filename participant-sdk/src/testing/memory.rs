@@ -27,7 +27,7 @@ use crate::{
     contract::{Contract, Payload as _},
     error::{Failed, TryError},
     fence::{
-        EXPIRY_MARGIN, OverduePage, RETENTION, Verdict,
+        EXPIRY_MARGIN, ExpiredPage, OverduePage, RETENTION, Verdict,
         db::{Key, OverdueKey, Record},
         log,
         look::{self, Look},
@@ -107,6 +107,7 @@ struct Row {
     digest: [u8; 32],
     expires_at: Option<i64>,
     changed_at: i64,
+    asks: bool,
 }
 
 impl Default for MemoryFence {
@@ -225,6 +226,7 @@ impl MemoryFence {
             digest,
             expires_at: branch.expires_at,
             changed_at: now,
+            asks: branch.at_decision,
         };
         if let Some(answer) = look.answer(branch) {
             if look.verdict == Verdict::EmptyRollback && !Bug::DropEmptyRollback.is_planted() {
@@ -255,18 +257,47 @@ impl MemoryFence {
 
     /// Branches of this action that are still tried although phase one ended [`EXPIRY_MARGIN`] ago.
     fn overdue(&self, action: &str) -> Vec<(Xid, BranchId)> {
-        let expired_by = self.clock.now().0.saturating_sub(millis(EXPIRY_MARGIN));
-        let mut overdue = Vec::new();
+        let overdue = self.tried(EXPIRY_MARGIN, |row| *row.action == *action).into_iter();
+        overdue.map(|(xid, branch_id, _)| (xid, branch_id)).collect()
+    }
+
+    /// Branches that ask and are still tried although phase one has ended.
+    fn expired(&self) -> Vec<(Xid, BranchId, String)> {
+        self.tried(Duration::ZERO, |row| row.asks)
+    }
+
+    /// Such branches that are still tried although phase one ended this long ago, each with its action.
+    fn tried(
+        &self,
+        ended_ago: Duration,
+        wanted: impl Fn(&Row) -> bool,
+    ) -> Vec<(Xid, BranchId, String)> {
+        let expired_by = self.clock.now().0.saturating_sub(millis(ended_ago));
+        let mut tried = Vec::new();
         for shard in self.shards.iter() {
             let rows = locked(shard);
             let rows = rows.iter().filter(|(_, row)| {
                 row.state == State::Tried
-                    && *row.action == *action
+                    && wanted(row)
                     && row.expires_at.is_some_and(|expires_at| expires_at <= expired_by)
             });
-            overdue.extend(rows.filter_map(|((xid, branch_id), _)| Key::read(xid, branch_id)));
+            tried.extend(rows.filter_map(|((xid, branch_id), row)| {
+                let (xid, branch_id) = Key::read(xid, branch_id)?;
+                Some((xid, branch_id, row.action.as_ref().to_owned()))
+            }));
         }
-        overdue
+        tried
+    }
+
+    /// The branches of a transaction that are tried and ask, each with its action.
+    fn asking(&self, xid: Xid) -> Vec<(BranchId, String)> {
+        let rows = locked(self.shard(xid));
+        let of_transaction = rows.iter().filter(|((of, _), _)| *of == xid.to_bytes());
+        let asking = of_transaction.filter(|(_, row)| row.state == State::Tried && row.asks);
+        let branch = |((xid, branch_id), row): (&Name, &Row)| {
+            Some((Key::read(xid, branch_id)?.1, row.action.as_ref().to_owned()))
+        };
+        asking.filter_map(branch).collect()
     }
 
     fn shard(&self, xid: Xid) -> &Mutex<BTreeMap<Name, Row>> {
@@ -363,6 +394,15 @@ impl<A: MemoryAction> Served for InMemory<A> {
     fn overdue<'a>(&'a self, _: &'a OverdueKey) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
         let branches = self.fence.overdue(<A::Contract as Contract>::NAME);
         Box::pin(async { Ok(OverduePage { branches, next: None }) })
+    }
+
+    fn expired<'a>(&'a self, _: &'a OverdueKey) -> BoxFuture<'a, Result<ExpiredPage, sqlx::Error>> {
+        let branches = self.fence.expired();
+        Box::pin(async { Ok(ExpiredPage { branches, next: None }) })
+    }
+
+    fn asking(&self, xid: Xid) -> BoxFuture<'_, Result<Vec<(BranchId, String)>, sqlx::Error>> {
+        Box::pin(async move { Ok(self.fence.asking(xid)) })
     }
 
     fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer> {

@@ -283,7 +283,7 @@ fn every_call_says_what_it_guarantees() {
             );
         }
     }
-    assert_eq!(calls, 7 + 5 + 4);
+    assert_eq!(calls, 8 + 6 + 4);
 }
 
 /// A process dies there only if it was built with a feature that no package turns on; and each place is one where `chaos` lets one

@@ -150,6 +150,7 @@ fn context(random: &mut Random) -> Option<pb::BranchContext> {
         attempt: random.of(&[0, 1, u32::MAX]),
         expires_at,
         labels: random.texts(),
+        record: random.of(&[0, 1, 2, 3]),
     })
 }
 

@@ -198,6 +198,7 @@ pub(super) async fn of_fence(round: &mut Round) {
             attempt: 1,
             expires_at: Some(prost_types::Timestamp { seconds, nanos: 0 }),
             labels: Default::default(),
+            record: 2 - i32::from(round.random.once_in(2)),
         });
         let payload = None;
         let phase = round.random.below(3);

@@ -83,6 +83,7 @@ impl Rig {
             open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: 120 * second },
             log_labels: Arc::default(),
+            record_after: Duration::from_millis(500),
         };
         let (clocks, moody) = (Arc::new(clock.clone()), Arc::new(Moody::default()));
         let started = Coordinator::start(store, moody, clocks, settings, 60 * second).await;
@@ -167,7 +168,7 @@ impl Asking<'_> {
     /// The path of a call, whether the call may wait, and its messages.
     fn call(&mut self) -> (&'static str, bool, Vec<Vec<u8>>) {
         let one = |message: Vec<u8>| vec![message];
-        match self.random.below(15) {
+        match self.random.below(16) {
             0..=2 => {
                 ("/handfast.v1.CoordinatorService/Begin", false, one(self.begin().encode_to_vec()))
             }
@@ -193,6 +194,11 @@ impl Asking<'_> {
                 "/handfast.v1.CoordinatorService/WaitTransaction",
                 true,
                 one(self.wait().encode_to_vec()),
+            ),
+            15 => (
+                "/handfast.v1.CoordinatorService/InquireBranches",
+                false,
+                one(self.inquire().encode_to_vec()),
             ),
             10 => (
                 "/handfast.v1.AdminService/ListTransactions",
@@ -231,13 +237,14 @@ impl Asking<'_> {
 
     fn on_stream(&mut self) -> pb::CallStreamRequest {
         use call_stream_request::Call;
-        let call = match self.random.below(7) {
+        let call = match self.random.below(8) {
             0 => Some(Call::Begin(self.begin())),
             1 => Some(Call::RegisterBranch(self.register())),
             2 => Some(Call::Decide(self.decide())),
             3 => Some(Call::Execute(self.execute())),
             4 => Some(Call::GetTransaction(self.get())),
             5 => Some(Call::WaitTransaction(self.wait())),
+            6 => Some(Call::InquireBranches(self.inquire())),
             _ => None,
         };
         let number = self.random.number().cast_unsigned();
@@ -281,6 +288,7 @@ impl Asking<'_> {
             payload,
             carry_payload: self.random.once_in(3),
             try_timeout: self.random.duration(),
+            inquires: self.random.once_in(2),
         }
     }
 
@@ -292,6 +300,7 @@ impl Asking<'_> {
             idempotency_key: self.random.text_of(&["", "", "order-1", "order-2"]),
             branches: self.branches(),
             fingerprint: self.fingerprint(),
+            record: self.random.of(&[0, 1, 2, 2, 3, -1]),
         }
     }
 
@@ -330,8 +339,9 @@ impl Asking<'_> {
     }
 
     fn execute(&mut self) -> pb::ExecuteRequest {
-        let pb::BeginRequest { name, timeout, labels, idempotency_key, branches, fingerprint } =
-            self.begin();
+        let pb::BeginRequest {
+            name, timeout, labels, idempotency_key, branches, fingerprint, ..
+        } = self.begin();
         pb::ExecuteRequest {
             name,
             timeout,
@@ -353,6 +363,12 @@ impl Asking<'_> {
             _ => Some(By::Xid(self.xid())),
         };
         pb::GetTransactionRequest { by, fingerprint: self.fingerprint() }
+    }
+
+    fn inquire(&mut self) -> pb::InquireBranchesRequest {
+        let n = if self.random.once_in(30) { 257 } else { self.random.below(4) };
+        let branch = |_| pb::InquiredBranch { xid: self.xid(), branch_id: self.branch_id() };
+        pb::InquireBranchesRequest { branches: (0..n).map(branch).collect() }
     }
 
     fn wait(&mut self) -> pb::WaitTransactionRequest {

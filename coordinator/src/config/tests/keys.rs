@@ -2,7 +2,7 @@
 
 /// Each key: its section and name, its variable, an example value in TOML and as text, and the resulting configuration by
 /// default and with that value.
-pub(super) const KEYS: [(&str, &str, &str, &str, &str, &str); 23] = [
+pub(super) const KEYS: [(&str, &str, &str, &str, &str, &str); 24] = [
     (
         "listen",
         "HANDFAST_LISTEN",
@@ -42,6 +42,14 @@ pub(super) const KEYS: [(&str, &str, &str, &str, &str, &str); 23] = [
         "a=http://b:1 c=http://d:2",
     ),
     ("transaction.timeout", "HANDFAST_TRANSACTION_TIMEOUT", r#""1m 30s""#, "1m 30s", "30s", "90s"),
+    (
+        "transaction.record_after",
+        "HANDFAST_TRANSACTION_RECORD_AFTER",
+        r#""2s""#,
+        "2s",
+        "500ms",
+        "2s",
+    ),
     ("retry.initial", "HANDFAST_RETRY_INITIAL", r#""1ms""#, "1ms", "200ms", "1ms"),
     ("retry.max", "HANDFAST_RETRY_MAX", r#""10m""#, "10m", "60s", "600s"),
     ("stuck.after_attempts", "HANDFAST_STUCK_AFTER_ATTEMPTS", "3", "3", "8", "3"),

@@ -23,6 +23,7 @@ fn told(config: &Config, path: &str) -> String {
             participants.collect::<Vec<_>>().join(" ")
         }
         "transaction.timeout" => format!("{:?}", config.transaction_timeout),
+        "transaction.record_after" => format!("{:?}", config.record_after),
         "retry.initial" => format!("{:?}", retry.initial),
         "retry.max" => format!("{:?}", retry.max),
         "stuck.after_attempts" => stuck.attempts.to_string(),

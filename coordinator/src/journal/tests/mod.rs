@@ -45,6 +45,7 @@ impl Rig {
         let Ownership { epoch, nonce, .. } = self.outboxes[&partition].ownership;
         self.sequence += 1;
         let new = NewTransaction {
+            at_decision: false,
             name: "checkout".to_owned(),
             drive: Drive::Initiator,
             timeout: Duration::from_secs(30),

@@ -47,6 +47,7 @@ async fn branches_count_for_the_bytes_of_a_batch() {
                 payload: None,
                 carry_payload: false,
                 try_timeout: None,
+                inquires: false,
                 damage: None,
             };
             Branch::registered(spec, now)

@@ -111,10 +111,7 @@ async fn unknown_xids_are_told_apart() {
     let newer = Xid { epoch: epoch + 1, ..never };
     assert!(matches!(ask(&rig, newer).await, Error::NotHere(Some(_))));
     let restored = Xid { nonce: nonce.wrapping_add(1), ..never };
-    assert!(
-        matches!(ask(&rig, restored).await, Error::Forgotten(_)),
-        "of another life of this store"
-    );
+    assert!(matches!(ask(&rig, restored).await, Error::Lost(_)), "of another life of this store");
     // A decision or a new branch for a missing transaction is refused in the same way: absence from memory proves nothing.
     assert!(matches!(rig.confirm(never).answer().await.unwrap_err(), Error::NeverRecorded(_)));
     let register = rig.ask(never, What::Register(new(&["1"]).branches), Until::Now);

@@ -4,6 +4,7 @@ mod durability;
 mod keys;
 mod limits;
 mod memory;
+mod recording;
 mod recovery;
 mod time;
 
@@ -74,6 +75,7 @@ impl Rig {
             open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: Duration::from_secs(120) },
             log_labels: Arc::default(),
+            record_after: Duration::from_millis(500),
         })
         .await
     }
@@ -260,9 +262,11 @@ fn new(branches: &[&str]) -> NewTransaction {
         payload: None,
         carry_payload: false,
         try_timeout: None,
+        inquires: false,
         damage: None,
     };
     NewTransaction {
+        at_decision: false,
         name: "checkout".to_owned(),
         drive: Drive::Initiator,
         timeout: TIMEOUT,

@@ -14,7 +14,7 @@ async fn malformed_and_unknown_xids() {
     let never = handfast_proto::Xid { sequence: known.sequence + 99, ..known };
     for (xid, code, why) in [
         (never, Code::NotFound, reason::NEVER_RECORDED),
-        (handfast_proto::Xid { nonce: !known.nonce, ..known }, Code::NotFound, reason::FORGOTTEN),
+        (handfast_proto::Xid { nonce: !known.nonce, ..known }, Code::NotFound, reason::LOST),
         (
             handfast_proto::Xid { epoch: known.epoch + 1, ..known },
             Code::Unavailable,
@@ -217,4 +217,43 @@ async fn what_must_be_said_and_is_not() {
     };
     invalid(rig.decide(wordy).await, "refusal", "4096");
     assert_eq!(rig.get(&xid).await.unwrap().state(), pb::TransactionState::Trying);
+}
+
+#[tokio::test]
+async fn a_way_of_recording_that_is_not_known_or_not_possible_is_refused() {
+    let rig = Rig::new().await;
+    let recorded = |record: i32| pb::BeginRequest { record, ..begin(&["1"]) };
+    let unknown = rig.begin(recorded(7)).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::InvalidArgument);
+    assert!(unknown.message().starts_with("record: "), "{unknown:?}");
+    // Its retention is an hour.
+    let refused = rig.begin(recorded(pb::Record::AtDecision.into())).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("`retention` is 3600s"), "{refused:?}");
+    rig.begin(recorded(pb::Record::AtBegin.into())).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_inquiry_names_1_to_256_branches() {
+    let rig = Rig::new().await;
+    let inquire = async |branches: Vec<pb::InquiredBranch>| {
+        let request = Request::new(pb::InquireBranchesRequest { branches });
+        rig.services.inquire_branches(request).await
+    };
+    let branch = |xid: &str, branch_id: &str| pb::InquiredBranch {
+        xid: xid.to_owned(),
+        branch_id: branch_id.to_owned(),
+    };
+    let well = branch("3-1-1-00000000", "1");
+    for (branches, field) in [
+        (vec![], "branches: "),
+        (vec![well.clone(); 257], "branches: "),
+        (vec![well.clone(), branch("x", "1")], "branches[1].xid: "),
+        (vec![branch("3-1-1-00000000", "!")], "branches[0].branch_id: "),
+    ] {
+        let refused = inquire(branches).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().starts_with(field), "{refused:?}");
+    }
+    assert_eq!(inquire(vec![well; 256]).await.unwrap().into_inner().answers.len(), 256);
 }

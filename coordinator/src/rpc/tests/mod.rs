@@ -68,6 +68,7 @@ impl Rig {
             open_bytes_max: 1_000_000_000,
             stuck_after: StuckAfter { attempts: 3, time: Duration::from_secs(120) },
             log_labels: Arc::default(),
+            record_after: Duration::from_millis(500),
         };
         let store = Arc::new(MemoryStore::default());
         let retention = Duration::from_secs(3600);

@@ -204,12 +204,14 @@ fn spec(branch_id: &str) -> BranchSpec {
         payload: None,
         carry_payload: false,
         try_timeout: None,
+        inquires: false,
         damage: None,
     }
 }
 
 pub(super) fn begun(xid: Xid, branches: &[&str]) -> GlobalTransaction {
     let new = NewTransaction {
+        at_decision: false,
         name: "checkout".to_owned(),
         drive: Drive::Initiator,
         timeout: Duration::from_secs(30),

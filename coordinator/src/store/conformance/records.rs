@@ -201,4 +201,11 @@ pub(super) async fn resolved_branches_are_remembered(store: &dyn Store) {
     assert!(matches!(global.branches[1].state, BranchState::Resolved(_)));
     owner.append(vec![updated(&global, change.branches.union(BranchSet::only(0)))]).await;
     assert_eq!(owner.found(global.xid).await, global.recorded());
+    let known = owner.known(global.xid.partition);
+    let resolved = store.resolved(global.xid, known).await.unwrap();
+    assert_eq!(resolved, [("2".parse().unwrap(), Decision::Confirm)]);
+    let another = store.resolved(owner.xid(2), known).await.unwrap();
+    assert_eq!(another, []);
+    let newer = Known { position: known.position + 1, ..known };
+    assert!(matches!(store.resolved(global.xid, newer).await, Err(Error::Old(_))));
 }

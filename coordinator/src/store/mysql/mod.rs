@@ -22,7 +22,7 @@ pub use server::{OpenError, SchemaError};
 
 use std::{sync::Arc, time::Duration};
 
-use handfast_proto::Xid;
+use handfast_proto::{BranchId, Xid};
 use sqlx::{Connection as _, MySql as Db, MySqlConnection as Connection};
 use tokio::time::Instant;
 use tracing::warn;
@@ -37,7 +37,7 @@ use super::{
         read, write,
     },
 };
-use crate::transaction::{StuckAfter, Timestamp};
+use crate::transaction::{Decision, StuckAfter, Timestamp};
 
 /// How often an idle owner appends an empty batch. The batch keeps the connection open, shows a standby that the owner is
 /// alive, and tells the owner if it was replaced.
@@ -296,6 +296,13 @@ impl Store for MySqlStore {
             read::load::<InMySql>(connection, xid, known).await
         };
         sql::reading(&self.readers, self.writer_of(xid.partition), load).await
+    }
+
+    async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error> {
+        let resolved = async move |connection: &mut Connection| {
+            read::resolved::<InMySql>(connection, xid, known).await
+        };
+        sql::reading(&self.readers, self.writer_of(xid.partition), resolved).await
     }
 
     async fn find_keys(

@@ -217,6 +217,7 @@ impl BranchRow {
                 carry_payload: payload.is_some(),
                 payload,
                 try_timeout: None,
+                inquires: false,
                 damage: self.damage.or(of_payload),
             }),
             attempts: match branch_state {

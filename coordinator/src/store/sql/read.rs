@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use handfast_proto::Xid;
+use handfast_proto::{BranchId, Xid};
 use sqlx::FromRow;
 use tracing::error;
 
@@ -18,7 +18,7 @@ use crate::{
         DuePage, Error, Known, ListFilter, Listed, Listing, Lookup, PARTITIONS, Show, Summary,
         XidBytes, xids_of,
     },
-    transaction::{GlobalTransaction, StuckAfter, Timestamp},
+    transaction::{Decision, GlobalTransaction, StuckAfter, Timestamp},
 };
 
 /// Transactions whose branches one query reads.
@@ -98,6 +98,32 @@ pub(in crate::store) async fn load<D: Dialect>(
     };
     D::run(connection, END_READING).await?;
     Ok(lookup)
+}
+
+pub(in crate::store) async fn resolved<D: Dialect>(
+    connection: &mut Connection<D>,
+    xid: Xid,
+    known: Known,
+) -> Result<Vec<(BranchId, Decision)>, Error> {
+    D::run(connection, D::BEGIN_READING).await?;
+    let mut sight = Sight::of(known);
+    let mut query = Query::new("SELECT r.xid, r.branch_id, r.decision");
+    // With an empty branch id, the operator has decided the transaction and done no branch's work.
+    query.push(SEEN).push("LEFT JOIN resolution AS r ON r.branch_id <> '' AND r.xid = ");
+    query.push_bind(xid);
+    sight.push_partition(&mut query);
+    let rows: Vec<(Vec<u8>, String, i64)> = sight.fetch::<D, _>(connection, query).await?;
+    D::run(connection, END_READING).await?;
+    let branch = |(_, branch_id, decision): (_, String, i64)| {
+        let damaged = || Error::Corrupt(format!("a resolution of {xid} is damaged"));
+        let decision = match decision {
+            1 => Decision::Confirm,
+            2 => Decision::Cancel,
+            _ => return Err(damaged()),
+        };
+        Ok((branch_id.parse().map_err(|_| damaged())?, decision))
+    };
+    rows.into_iter().map(branch).collect()
 }
 
 pub(in crate::store) async fn find_keys<D: Dialect>(

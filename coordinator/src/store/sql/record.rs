@@ -219,6 +219,7 @@ impl TransactionRow {
                 .map(|row| row.into_branch(state, begun_at, &mut leave_out).map_err(damaged))
                 .collect::<Result<_, _>>()?,
             name: self.name,
+            at_decision: false,
             resolution: None,
         };
         let decided = global.state.decision().is_some();

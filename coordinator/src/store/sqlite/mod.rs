@@ -23,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use handfast_proto::Xid;
+use handfast_proto::{BranchId, Xid};
 use sqlx::{
     Connection as _, Sqlite as Db, SqliteConnection as Connection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
@@ -39,7 +39,7 @@ use super::{
     Written, XidBytes,
     sql::{self, Connections, Counter, Dialect, End, FromAnyRow, Query, Role, Wrote, read, write},
 };
-use crate::transaction::{StuckAfter, Timestamp};
+use crate::transaction::{Decision, StuckAfter, Timestamp};
 
 /// How long a statement waits for another process's lock, such as that of a shell in the middle of a write.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -262,6 +262,13 @@ impl Store for SqliteStore {
             read::load::<InSqlite>(connection, xid, known).await
         };
         sql::reading(&self.readers, &self.writer, load).await
+    }
+
+    async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error> {
+        let resolved = async move |connection: &mut Connection| {
+            read::resolved::<InSqlite>(connection, xid, known).await
+        };
+        sql::reading(&self.readers, &self.writer, resolved).await
     }
 
     async fn find_keys(

@@ -19,12 +19,14 @@ fn spec(branch_id: &str) -> BranchSpec {
         payload: None,
         carry_payload: false,
         try_timeout: None,
+        inquires: false,
         damage: None,
     }
 }
 
 fn new_transaction(drive: Drive, timeout: Duration, branches: Vec<BranchSpec>) -> NewTransaction {
     NewTransaction {
+        at_decision: false,
         name: "checkout".to_owned(),
         drive,
         timeout,

@@ -166,6 +166,13 @@ impl ParticipantService for Door {
         ParticipantServiceClient::new(self.service.clone()).list_actions(request).await
     }
 
+    async fn inquire_branch(
+        &self,
+        request: Request<pb::InquireBranchRequest>,
+    ) -> Result<Response<pb::InquireBranchResponse>, Status> {
+        ParticipantServiceClient::new(self.service.clone()).inquire_branch(request).await
+    }
+
     type BranchStreamStream = BranchAnswers;
 
     async fn branch_stream(

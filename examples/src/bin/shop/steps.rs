@@ -293,6 +293,7 @@ fn try_request<C: Contract>(
         attempt: 1,
         expires_at: begun.expires_at,
         labels: begun.labels.clone(),
+        record: begun.record,
     };
     Ok(pb::TryBranchRequest {
         context: Some(context),

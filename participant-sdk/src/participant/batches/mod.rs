@@ -9,6 +9,7 @@ use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use handfast_proto::{BranchId, Xid};
 use tokio::{runtime::Handle, sync::oneshot};
 
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
     contract::{Contract, Payload as _},
     error::Failed,
     fence::{
-        Fence, OverduePage, Tx,
+        ExpiredPage, Fence, OverduePage, Tx,
         db::{OverdueKey, Statements as _},
         many::ToRun,
     },
@@ -305,6 +306,17 @@ impl<A: ActionInBatches> Served for InBatches<A> {
         after: &'a OverdueKey,
     ) -> BoxFuture<'a, Result<OverduePage, sqlx::Error>> {
         self.0.alone.overdue(after)
+    }
+
+    fn expired<'a>(
+        &'a self,
+        after: &'a OverdueKey,
+    ) -> BoxFuture<'a, Result<ExpiredPage, sqlx::Error>> {
+        self.0.alone.expired(after)
+    }
+
+    fn asking(&self, xid: Xid) -> BoxFuture<'_, Result<Vec<(BranchId, String)>, sqlx::Error>> {
+        self.0.alone.asking(xid)
     }
 
     fn close<'a>(&'a self, branch: &'a Branch) -> BoxFuture<'a, Answer> {

@@ -61,7 +61,8 @@ async fn a_decision_is_told_before_the_callers_deadline_and_no_answer_reads_like
             | Answer::RegisterBranch(_)
             | Answer::Execute(_)
             | Answer::GetTransaction(_)
-            | Answer::WaitTransaction(_) => panic!("another answer"),
+            | Answer::WaitTransaction(_)
+            | Answer::InquireBranches(_) => panic!("another answer"),
         });
         for answer in [alone, shared] {
             match answer {

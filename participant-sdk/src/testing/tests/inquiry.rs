@@ -60,10 +60,13 @@ async fn what_was_cancelled_or_never_recorded_is_given_back_and_the_rest_is_left
     assert_eq!(stock(&db.pool()).await, (10, 0, 0));
 
     // Confirmed, undecided and forgotten transactions: the participant must leave their branches alone.
-    let confirmed = handfast.transaction("order").run(async |_| Ok(())).await.unwrap();
+    coordinator.script(Deduct::NAME, Phase::Confirm, repeat_n(Fault::Unavailable, 1000));
+    let confirmed = handfast.transaction("order").until_decided().begin().await.unwrap();
+    confirmed.call::<Deduct>(&coordinator.remote("inventory"), Json(3)).await.unwrap();
+    confirmed.confirm().await.unwrap();
     let undecided = handfast.transaction("order").begin().await.unwrap();
     let forgotten = Xid { nonce: !known.nonce, ..known };
-    for xid in [confirmed.xid, undecided.xid().await.unwrap(), forgotten] {
+    for xid in [undecided.xid().await.unwrap(), forgotten] {
         reserve(&inventory, xid).await;
     }
     age(&db, Duration::from_secs(3700)).await;
@@ -100,7 +103,7 @@ async fn many_branches_that_are_only_reported_do_not_hide_others() {
     reserve(&inventory, forgotten).await;
     age(&db, Duration::from_secs(7200)).await;
     let copy = "INSERT INTO handfast_fence SELECT ?, branch_id, state, action, payload, reply, digest, expires_at, created_at, \
-                changed_at, seen FROM handfast_fence WHERE xid = ?";
+                changed_at, seen, asks FROM handfast_fence WHERE xid = ?";
     for n in 1..=1000 {
         let xid = Xid { sequence: forgotten.sequence + n, ..forgotten }.to_bytes();
         let copy = sqlx::query(copy).bind(&xid[..]).bind(forgotten.to_bytes().to_vec());

@@ -1,5 +1,6 @@
 //! Tests of the initiator's side of the SDK, and of the test kit itself, with the real coordinator in this process.
 
+mod at_decision;
 mod deadlines;
 mod initiator;
 #[path = "initiator/mod.rs"]

@@ -110,6 +110,13 @@ impl CoordinatorService for Notes {
         Err(Status::unimplemented("not here"))
     }
 
+    async fn inquire_branches(
+        &self,
+        _: Request<pb::InquireBranchesRequest>,
+    ) -> Result<Response<pb::InquireBranchesResponse>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
     type CallStreamStream = stream::Answers<pb::CallStreamResponse>;
 
     async fn call_stream(

@@ -8,8 +8,8 @@ use handfast_proto::{
     limits,
     v1::{
         BranchStreamRequest, CancelBranchRequest, CancelBranchResponse, ConfirmBranchRequest,
-        ConfirmBranchResponse, ListActionsRequest, ListActionsResponse, TryBranchRequest,
-        TryBranchResponse,
+        ConfirmBranchResponse, InquireBranchRequest, InquireBranchResponse, ListActionsRequest,
+        ListActionsResponse, TryBranchRequest, TryBranchResponse,
         participant_service_server::{ParticipantService, ParticipantServiceServer},
     },
 };
@@ -64,6 +64,13 @@ impl ParticipantService for Hanging {
         request: Request<ListActionsRequest>,
     ) -> Result<Response<ListActionsResponse>, Status> {
         self.participant.list_actions(request).await
+    }
+
+    async fn inquire_branch(
+        &self,
+        request: Request<InquireBranchRequest>,
+    ) -> Result<Response<InquireBranchResponse>, Status> {
+        self.participant.inquire_branch(request).await
     }
 
     type BranchStreamStream = BranchAnswers;

@@ -214,6 +214,8 @@ async fn by_itself(
             .timeout(phase_one)
             .patience(PATIENCE)
             .until_decided();
+        let at_decision = order.id % 2 == 0;
+        let transaction = if at_decision { transaction.record_at_decision() } else { transaction };
         let ended = transaction.run(async |global| {
             tokio::try_join!(
                 global.call::<CreateOrder>(&doors.order, Json(order.clone())),

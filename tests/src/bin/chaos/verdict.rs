@@ -38,21 +38,30 @@ const FENCE_CONFIRMED: i64 = 2;
 const FENCE_CANCELLED: i64 = 3;
 const FENCE_SUSPENDED: i64 = 4;
 
-/// Waits until no transaction is open, up to [`SETTLED_WITHIN`]. Returns how long that took.
+/// Waits until no transaction is open and nothing is reserved, up to [`SETTLED_WITHIN`]. Returns how long that took.
 pub(crate) async fn settle(world: &World) -> anyhow::Result<Duration> {
     let began = Instant::now();
     let mut since: Option<Instant> = None;
     loop {
         let sql = "SELECT COUNT(*) FROM global_transaction WHERE state < 4";
         let open: Vec<(i64,)> = world.databases.rows(None, sql).await?;
-        match (open[0].0, since) {
+        let mut open = open[0].0;
+        // What was lost before it was recorded is open only here.
+        for service in SERVICES {
+            let sql = "SELECT COUNT(*) FROM handfast_fence WHERE state = 1";
+            let tried: Vec<(i64,)> = world.databases.rows(Some(service), sql).await?;
+            open += tried[0].0;
+        }
+        match (open, since) {
             (0, Some(since)) if since.elapsed() > Duration::from_secs(1) => {
                 return Ok(since - began);
             }
             (0, Some(_)) => {}
             (0, None) => since = Some(Instant::now()),
             (open, _) if began.elapsed() >= SETTLED_WITHIN => {
-                world.tally.violation(format!("{open} transactions do not come to their end"));
+                world.tally.violation(format!(
+                    "{open} transactions and reservations do not come to their end"
+                ));
                 return Ok(began.elapsed());
             }
             (_, _) => since = None,
@@ -107,6 +116,8 @@ struct Records {
     branches: BTreeMap<(Vec<u8>, String), String>,
     /// States in the fences, by participant, then by xid and branch id.
     fences: BTreeMap<String, BTreeMap<(Vec<u8>, String), i64>>,
+    /// Branches that asked and are cancelled. Their transaction may have been lost without a record.
+    given_back: BTreeSet<(Vec<u8>, String)>,
 }
 
 impl Records {
@@ -116,12 +127,18 @@ impl Records {
             databases.rows(None, "SELECT xid, state FROM global_transaction").await?;
         let branches = "SELECT xid, branch_id, participant FROM readable_branch";
         let branches: Vec<(String, String, String)> = databases.rows(None, branches).await?;
-        let mut fences = BTreeMap::new();
+        let (mut fences, mut given_back) = (BTreeMap::new(), BTreeSet::new());
         for service in SERVICES {
-            let sql = "SELECT xid, branch_id, state FROM handfast_fence";
-            let rows: Vec<(Vec<u8>, Vec<u8>, i64)> = databases.rows(Some(service), sql).await?;
+            let sql = "SELECT xid, branch_id, state, COALESCE(asks, 0) FROM handfast_fence";
+            let rows: Vec<(Vec<u8>, Vec<u8>, i64, i64)> =
+                databases.rows(Some(service), sql).await?;
             let text = |id: Vec<u8>| String::from_utf8_lossy(&id).trim_end_matches('\0').to_owned();
-            let rows = rows.into_iter().map(|(xid, id, state)| ((xid, text(id)), state));
+            let rows =
+                rows.into_iter().map(|(xid, id, state, asks)| ((xid, text(id)), (state, asks)));
+            // The transaction of a branch that asks may be lost as a whole. Then the branch is cancelled.
+            let of_service = rows.clone().filter(|(_, row)| *row == (FENCE_CANCELLED, 1));
+            given_back.extend(of_service.map(|(key, _)| key));
+            let rows = rows.map(|(key, (state, _))| (key, state));
             fences.insert(Service::to_string(&service), rows.collect());
         }
         let branch = |(xid, id, participant): (String, _, _)| {
@@ -129,7 +146,7 @@ impl Records {
             Ok(((xid.to_bytes().to_vec(), id), participant))
         };
         let branches = branches.into_iter().map(branch).collect::<anyhow::Result<_>>()?;
-        Ok(Self { states: states.into_iter().collect(), branches, fences })
+        Ok(Self { states: states.into_iter().collect(), branches, fences, given_back })
     }
 
     fn contradictions(&self) -> Vec<String> {
@@ -151,7 +168,8 @@ impl Records {
             }
         }
         for (participant, rows) in &self.fences {
-            for (xid, id) in rows.keys().filter(|key| !self.branches.contains_key(*key)) {
+            let unknown = rows.keys().filter(|key| !self.branches.contains_key(*key));
+            for (xid, id) in unknown.filter(|key| !self.given_back.contains(*key)) {
                 found
                     .push(format!("{} branch {id} at {participant}: was never recorded", hex(xid)));
             }

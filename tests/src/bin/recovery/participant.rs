@@ -59,6 +59,13 @@ impl ParticipantService for Yes {
         Ok(Response::new(pb::ListActionsResponse::default()))
     }
 
+    async fn inquire_branch(
+        &self,
+        _: Request<pb::InquireBranchRequest>,
+    ) -> Result<Response<pb::InquireBranchResponse>, Status> {
+        Err(Status::unimplemented("it does not ask"))
+    }
+
     type BranchStreamStream = BranchAnswers;
 
     async fn branch_stream(

@@ -16,6 +16,8 @@ const FUNDS: i64 = 1_000_000;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Effects {
     pub(crate) order: u64,
+    /// The transaction is recorded with its decision.
+    pub(crate) at_decision: bool,
     pub(crate) reserved: u32,
     pub(crate) confirmed: u32,
     pub(crate) released: u32,

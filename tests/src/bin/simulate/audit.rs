@@ -22,13 +22,26 @@ pub(crate) fn unresolved(world: &World) -> Vec<String> {
     for account in &world.accounts {
         let books = account.books();
         for ((xid, branch), effects) in &books.effects {
-            let lost = world.database.is_lost(*xid);
+            let lost = is_lost(world, *xid, effects);
             if effects.reserved > effects.confirmed + effects.released && !lost {
                 left.push(format!("{xid} {branch} is reserved at {}", account.name));
             }
         }
     }
     left
+}
+
+/// Whether a person must look at the reservations of this transaction. Where batches were lost, nobody knows whether a transaction
+/// without a record had one.
+fn is_lost(world: &World, xid: Xid, effects: &Effects) -> bool {
+    let without_record = effects.at_decision && world.database.recorded(xid).is_none();
+    world.database.is_lost(xid) || without_record && world.database.has_lost_batches()
+}
+
+/// Whether it was recorded with its decision, and lost before that.
+fn is_lost_whole(world: &World, xid: Xid, branches: &[(String, Effects)]) -> bool {
+    branches.iter().all(|(_, effects)| effects.at_decision)
+        && world.database.recorded(xid).is_none()
 }
 
 /// Checks every promise that can be checked at rest.
@@ -60,7 +73,7 @@ fn effects(world: &World) -> ByXid {
         for ((xid, branch), effects) in &account.books().effects {
             let place = format!("{branch} at {}", account.name);
             by_xid.entry(*xid).or_default().push((place, *effects));
-            let lost = world.database.is_lost(*xid);
+            let lost = is_lost(world, *xid, effects);
             if effects.reserved != effects.confirmed + effects.released && !lost {
                 world
                     .chronicle
@@ -131,10 +144,15 @@ fn what_was_told(world: &World, by_xid: &ByXid) {
         }
     }
     for xid in world.all_never() {
-        if by_xid.contains_key(&xid) {
+        let Some(branches) = by_xid.get(&xid) else { continue };
+        if !is_lost_whole(world, xid, branches) {
             world
                 .chronicle
                 .violation("I11", format!("{xid} was told never recorded, and was tried"));
+        }
+        if confirmed(&xid) {
+            let text = format!("{xid} was told never recorded, and is confirmed");
+            world.chronicle.violation("I4", text);
         }
     }
 }
@@ -146,6 +164,10 @@ fn keys(world: &World, by_xid: &ByXid) {
     }
     let mut of_order: BTreeMap<u64, BTreeSet<Xid>> = BTreeMap::new();
     for (xid, branches) in by_xid {
+        // It reserved, and gave back. A repeat of the order begins another one.
+        if is_lost_whole(world, *xid, branches) {
+            continue;
+        }
         for (_, effects) in branches {
             of_order.entry(effects.order).or_default().insert(*xid);
         }

@@ -60,6 +60,7 @@ async fn serve(number: usize, world: &Arc<World>) -> String {
         open_bytes_max: 1_000_000_000,
         stuck_after: StuckAfter { attempts: 8, time: Duration::from_secs(120) },
         log_labels: Arc::default(),
+        record_after: mix.record_after,
     };
     let started = Coordinator::start(store, dispatch.clone(), clock, settings, mix.retention).await;
     let (coordinator, mut running) = match started {

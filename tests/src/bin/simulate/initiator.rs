@@ -8,6 +8,7 @@ use handfast::{
     TransactionError, WorkError, Xid,
 };
 use handfast_coordinator::transaction::Decision;
+use handfast_proto::v1::{self as pb, participant_service_client::ParticipantServiceClient};
 use handfast_tests::gift::{WrapRequest, gift_service_client::GiftServiceClient};
 use tonic::transport::Channel;
 use tower::Layer as _;
@@ -18,12 +19,18 @@ use crate::{
     world::{self, World},
 };
 
+/// A nudge that gets no answer is given up.
+const NUDGE_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// An order. It is the same whenever it is repeated.
 #[derive(Debug, Clone)]
 struct Plan {
     order: u64,
     drive: Drive,
     keyed: bool,
+    at_decision: bool,
+    /// Somebody makes the participants ask before it is decided.
+    is_nudged: bool,
     /// Participant and wish of each branch.
     branches: Vec<(usize, Wish)>,
     timeout: Duration,
@@ -85,9 +92,13 @@ impl Plan {
             }
         }
         let drive = drives[rng.usize(..drives.len())];
+        // It has numbers of its own, so that the orders are otherwise what they were before.
+        let mut recording = fastrand::Rng::with_seed(world.seed ^ order ^ 0x7265_636f);
         Self {
             order,
             drive,
+            at_decision: recording.u32(..100) < world.mix.at_decision,
+            is_nudged: recording.u32(..4) == 0,
             keyed: rng.bool() || matches!(drive, Drive::Execute | Drive::ExecuteInOrder),
             branches,
             timeout: Duration::from_millis(rng.u64(1000..8000)),
@@ -259,6 +270,9 @@ impl Tools {
         if plan.keyed {
             builder = builder.idempotency_key(plan.key());
         }
+        if plan.at_decision {
+            builder = builder.record_at_decision();
+        }
         if plan.until_decided { builder.until_decided() } else { builder }
     }
 
@@ -293,8 +307,24 @@ impl Tools {
         }
         // A call that fails cancels the transaction, whatever is asked for afterwards.
         drop(self.calls(plan, &open).await);
+        if plan.is_nudged
+            && let Ok(xid) = open.xid().await
+        {
+            self.nudge(plan, xid).await;
+        }
         let done = open.confirm().await?;
         Ok((done.xid, done.completed))
+    }
+
+    /// Makes the participants ask, although nothing is lost as far as anybody knows. They must not take that for an answer.
+    async fn nudge(&self, plan: &Plan, xid: Xid) {
+        for (n, (to, _)) in plan.branches.iter().enumerate() {
+            let channel = self.world.network.channel(&world::participant(*to));
+            let mut participant = ParticipantServiceClient::new(channel);
+            let (xid, branch_id) = (xid.to_string(), (n + 1).to_string());
+            let nudge = participant.inquire_branch(pb::InquireBranchRequest { xid, branch_id });
+            drop(tokio::time::timeout(NUDGE_TIMEOUT, nudge).await);
+        }
     }
 
     async fn execute(&self, plan: &Plan) -> Result<(Xid, bool), TransactionError> {

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+/// In seconds.
+const DAY: u64 = 24 * 3600;
 /// The retention in seeds with a clock that is far ahead. No order is repeated for so long: only a wrong clock can delete a
 /// transaction too early.
 const RETENTION_OF_FAR_AHEAD: Duration = Duration::from_secs(120);
@@ -29,6 +31,10 @@ pub(crate) struct Mix {
     pub(crate) call_timeout: Duration,
     /// How long the coordinators keep finished transactions.
     pub(crate) retention: Duration,
+    /// How many of a hundred orders are recorded with their decision. None where the retention is too short for that.
+    pub(crate) at_decision: u32,
+    /// How long those may be open without a record.
+    pub(crate) record_after: Duration,
     /// Shortest and longest pause of a worker between two orders.
     pub(crate) pauses: [u64; 2],
     /// How many of a hundred orders are refused, fail, are cancelled or given up without any fault.
@@ -185,7 +191,9 @@ impl Mix {
             retry_initial: Duration::from_millis(pick(rng, &[50, 200, 500])),
             retry_max: Duration::from_millis(pick(rng, &[1000, 4000, 15_000])),
             call_timeout: Duration::from_millis(pick(rng, &[500, 1500, 5000])),
-            retention: Duration::from_secs(pick(rng, &[5, 3600, 3600, 3600])),
+            retention: Duration::from_secs(pick(rng, &[5, DAY, DAY, DAY])),
+            at_decision: 0,
+            record_after: Duration::from_millis(500),
             pauses: pick(rng, &[[10, 100], [50, 400], [200, 1500]]),
             mishaps: pick(rng, &[0, 15, 40]),
             phase_two_failures: if quiet { 0 } else { pick(rng, &[0, 0, 10, 50]) },
@@ -193,7 +201,14 @@ impl Mix {
             faults,
             store,
         };
-        if far_ahead { Self { retention: RETENTION_OF_FAR_AHEAD, ..mix } } else { mix }
+        let mix = if far_ahead { Self { retention: RETENTION_OF_FAR_AHEAD, ..mix } } else { mix };
+        if mix.retention.as_secs() < DAY {
+            return mix;
+        }
+        let recording = &mut fastrand::Rng::with_seed(seed ^ 0x7265_636f);
+        let at_decision = pick(recording, &[0, 50, 50, 100]);
+        let record_after = Duration::from_millis(pick(recording, &[50, 500, 5000]));
+        Self { at_decision, record_after, ..mix }
     }
 
     /// How far a clock may be ahead in this seed.

@@ -118,7 +118,10 @@ impl MemoryAction for Reserving {
             let text = format!("{} {} was tried after its Cancel", branch.xid, branch.branch_id);
             self.world.chronicle.violation("I9", text);
         }
-        self.change(branch, wish, |effects| effects.reserved += 1);
+        self.change(branch, wish, |effects| {
+            effects.reserved += 1;
+            effects.at_decision = branch.at_decision;
+        });
         let mut books = self.account.books();
         (books.free, books.held) = (books.free - wish.amount, books.held + wish.amount);
         Ok(Json(wish.amount))
@@ -169,9 +172,11 @@ impl GiftService for Nested {
 /// The program on a participant's host.
 pub(crate) async fn run(account: Arc<Account>, world: Arc<World>) -> turmoil::Result {
     let action = Reserving { account: account.clone(), world: world.clone() };
-    let participant =
-        Participant::builder(account.name.as_str()).memory_action(&account.fence, action).build();
     let handfast = world.handfast();
+    let participant = Participant::builder(account.name.as_str())
+        .memory_action(&account.fence, action)
+        .asks(&handfast)
+        .build();
     let here = Remote::here(&participant, &url(&account.name));
     let nested = Nested { handfast: handfast.clone(), here };
     let server = tonic::transport::Server::builder()
@@ -183,6 +188,11 @@ pub(crate) async fn run(account: Arc<Account>, world: Arc<World>) -> turmoil::Re
     let caring = async {
         loop {
             tokio::time::sleep(INQUIRY).await;
+            if let Ok(given_back) = participant.ask(&handfast).await {
+                for _ in 0..given_back {
+                    world.chronicle.count("reservation of a lost transaction given back");
+                }
+            }
             if let Ok(inquiry) = participant.inquire(&handfast).await {
                 for _ in 0..inquiry.cancelled {
                     world.chronicle.count("overdue reservation given back");

@@ -26,6 +26,7 @@ async fn a_full_disk_loses_nothing_and_is_got_over() {
     };
     let writes = (1..=1000).map(|sequence| {
         let new = NewTransaction {
+            at_decision: false,
             name: "x".repeat(100),
             drive: Drive::Initiator,
             timeout: Duration::from_secs(30),
@@ -106,6 +107,7 @@ async fn people_can_read_it() {
         store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[3];
     let xid = Xid { partition: 3, epoch, sequence: 70_000, nonce };
     let new = NewTransaction {
+        at_decision: false,
         name: "checkout".to_owned(),
         drive: Drive::Initiator,
         timeout: Duration::from_secs(30),
@@ -180,6 +182,7 @@ async fn what_is_there_twice_is_an_alarm() {
     let Ownership { epoch, nonce, .. } =
         store.acquire(&ALL_PARTITIONS, "test", Timestamp(0)).await.unwrap()[3];
     let new = NewTransaction {
+        at_decision: false,
         name: "checkout".to_owned(),
         drive: Drive::Initiator,
         timeout: Duration::from_secs(30),

@@ -302,3 +302,58 @@ async fn each_call_writes_one_line_and_no_line_shows_a_payload() {
         );
     }
 }
+
+/// Only branches whose transaction may be lost ask, and they do so as soon as phase one is over.
+#[tokio::test]
+async fn branches_that_ask_are_found() {
+    for server in servers().await {
+        let shop = server.open(8).await;
+        for n in 1..=4 {
+            let mut tried = branch(n, Phase::Try);
+            tried.at_decision = n != 1;
+            tried.expires_at = Some(now() + 60_000);
+            done(&shop.deliver(Level::Run, &tried, &payload(1)).await);
+        }
+        done(&shop.deliver(Level::Run, &branch(4, Phase::Cancel), &[]).await);
+        let expired = async || {
+            let page = shop.fence.expired(&OverdueKey::default()).await.unwrap();
+            page.branches.into_iter().map(|(xid, ..)| xid).collect::<Vec<_>>()
+        };
+        assert_eq!(expired().await, []);
+        let two = branch(2, Phase::Try);
+        let asking = shop.fence.asking(two.xid).await.unwrap();
+        assert_eq!(asking, [(two.branch_id.clone(), two.action.clone())]);
+        for n in [1, 4] {
+            assert_eq!(shop.fence.asking(branch(n, Phase::Try).xid).await.unwrap(), []);
+        }
+        let over = sqlx::query(sql("UPDATE handfast_fence SET expires_at = ?")).bind(now() - 1000);
+        over.execute(&shop.pool).await.unwrap();
+        let mut found = expired().await;
+        found.sort();
+        assert_eq!(found, [2, 3].map(|n| branch(n, Phase::Try).xid));
+    }
+}
+
+/// Programs with the earlier version of this crate go on with the table: they name the columns that they write.
+#[tokio::test]
+async fn a_table_of_the_earlier_version_gets_the_new_column() {
+    for server in servers().await {
+        let shop = server.open(8).await;
+        done(&shop.deliver(Level::Run, &branch(1, Phase::Try), &payload(1)).await);
+        let drop = "ALTER TABLE handfast_fence DROP COLUMN asks";
+        sqlx::raw_sql(drop).execute(&shop.pool).await.unwrap();
+        let differs = shop.fence.verify().await.unwrap_err().to_string();
+        assert!(differs.contains("column asks is missing"), "{differs}");
+        let both = tokio::join!(
+            shop.fence.create_table_if_missing(),
+            shop.fence.create_table_if_missing()
+        );
+        both.0.unwrap();
+        both.1.unwrap();
+        done(&shop.deliver(Level::Run, &branch(1, Phase::Confirm), &[]).await);
+        let mut asks = branch(2, Phase::Try);
+        asks.at_decision = true;
+        done(&shop.deliver(Level::Run, &asks, &payload(1)).await);
+        assert_eq!(shop.fence.asking(asks.xid).await.unwrap().len(), 1);
+    }
+}

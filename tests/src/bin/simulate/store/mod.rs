@@ -23,7 +23,7 @@ use handfast_coordinator::{
     },
     transaction::{Decision, GlobalTransaction, StuckAfter, Timestamp},
 };
-use handfast_proto::Xid;
+use handfast_proto::{BranchId, Xid};
 use tokio::sync::oneshot;
 
 use self::replica::{Failovers, Replica};
@@ -441,6 +441,10 @@ impl Store for Client {
 
     async fn load(&self, xid: Xid, known: Known) -> Result<Lookup, Error> {
         self.read(move |tables| at_once(tables.load(xid, known))).await
+    }
+
+    async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error> {
+        self.read(move |tables| at_once(tables.resolved(xid, known))).await
     }
 
     async fn find_keys(

@@ -114,7 +114,7 @@ async fn wrong_flags_are_refused_with_a_sentence() {
     let folder = tempfile::tempdir().unwrap();
     for (flags, sentence) in [
         (vec!["--only", "9"], "the steps are 1 to 8"),
-        (vec!["--only", "1", "--kill", "2"], "step 8, which --only leaves out"),
+        (vec!["--only", "1", "--kill", "2"], "step 9, which --only leaves out"),
         (vec!["--orders", "0"], "1..=1000000"),
         (vec!["--order", "5"], "--orders"),
         (vec!["--store", "mysql://root@127.0.0.1:3306/shop"], "name the server alone"),

@@ -51,7 +51,7 @@ Examples:
   cargo shop
   cargo shop --only 1,5 --keep
   cargo shop --orders 2000 --concurrency 64 --json
-  cargo shop --only 8 --orders 2000 --kill 20
+  cargo shop --only 9 --orders 2000 --kill 20
   cargo shop --store mysql://root@127.0.0.1:3306
 
 The object of --json: orders, and of those placed, refused (a service said no) and cancelled (something failed), as customers
@@ -60,11 +60,11 @@ were told; violations, in sentences; seconds.";
 /// Handfast's demo: orders across three services, and what can go wrong between them.
 ///
 /// Starts a coordinator and the services order, inventory and points, each a process with its own database (SQLite in a temporary
-/// folder, or on a server of yours); walks through eight steps; and audits the databases.
+/// folder, or on a server of yours); walks through nine steps; and audits the databases.
 #[derive(Debug, Parser)]
 #[command(name = "cargo shop", bin_name = "cargo shop", after_help = HELP, max_term_width = 100)]
 struct Flags {
-    /// Orders in the burst, step 8
+    /// Orders in the burst, step 9
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     orders: u32,
     /// Orders at a time in the burst
@@ -73,7 +73,7 @@ struct Flags {
     /// How often the coordinator is killed (SIGKILL) during the burst, at random moments
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
     kill: u32,
-    /// Walk only these steps, from 1 to 8
+    /// Walk only these steps, from 1 to 9
     #[arg(long, value_name = "STEPS", value_delimiter = ',', value_parser = step)]
     only: Vec<u8>,
     /// Keep everything on this server of MySQL or MariaDB, in four databases that are made for this run and dropped at the end
@@ -95,9 +95,9 @@ fn step(text: &str) -> Result<u8, String> {
 impl Flags {
     /// What is wrong with the combination of flags. Clap checks each flag by itself.
     fn problem(&self) -> Option<&'static str> {
-        let burst = self.only.is_empty() || self.only.contains(&8);
+        let burst = self.only.is_empty() || self.only.contains(&9);
         (self.kill > 0 && !burst)
-            .then_some("--kill is about the burst, step 8, which --only leaves out")
+            .then_some("--kill is about the burst, step 9, which --only leaves out")
     }
 
     fn steps(&self) -> Vec<u8> {

@@ -1,9 +1,9 @@
-//! The eight steps: what each step shows, and what its outcome must be.
+//! The nine steps: what each step shows, and what its outcome must be.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::Context as _;
-use handfast::{Contract, Json, Payload};
+use handfast::{Contract, Json, Payload, Remote, TransactionError};
 use handfast_proto::v1::{
     self as pb, coordinator_service_client::CoordinatorServiceClient,
     participant_service_client::ParticipantServiceClient,
@@ -24,7 +24,7 @@ use super::{
 };
 
 /// The number of steps.
-pub(crate) const STEPS: u8 = 8;
+pub(crate) const STEPS: u8 = 9;
 /// A timeout that is never reached in the walk.
 const VERY_LONG: Duration = Duration::from_secs(60);
 
@@ -39,6 +39,7 @@ impl Walk<'_> {
             5 => self.coordinator_dies_after_the_decision().await,
             6 => self.coordinator_dies_before_the_decision().await,
             7 => self.is_executed().await,
+            8 => self.is_lost_before_it_is_recorded().await,
             _ => self.burst(burst).await,
         }
         .with_context(|| format!("step {step}"))
@@ -226,6 +227,56 @@ impl Walk<'_> {
         Ok(())
     }
 
+    async fn is_lost_before_it_is_recorded(&mut self) -> anyhow::Result<()> {
+        self.title(8, "An order that is lost before it is recorded", &[
+            "The walk itself orders here, and has the order recorded with its decision. So nothing of it is",
+            "written when the coordinator gets SIGKILL. The next one has never heard of it, and calls nobody.",
+            "The walk hears that, and has inventory and points ask. They give back what they have reserved.",
+        ]);
+        let order = self.new_order("cleo", "mouse", 1);
+        self.say(&order);
+        let handfast = self.world.handfast()?;
+        let inventory = Remote::with_channel(
+            INVENTORY,
+            &self.world.url(INVENTORY),
+            self.world.channel(INVENTORY)?,
+        );
+        let points =
+            Remote::with_channel(POINTS, &self.world.url(POINTS), self.world.channel(POINTS)?);
+        // A coordinator that has just started answers from memory once it has written something.
+        handfast.transaction("greeting").run(async |_| Ok(())).await?;
+        let open = handfast
+            .transaction("checkout")
+            .label("order", order.id)
+            .timeout(VERY_LONG)
+            .record_at_decision()
+            .begin()
+            .await?;
+        let xid = open.xid().await?.to_string();
+        tokio::try_join!(
+            open.call::<DeductStock>(&inventory, Json(order.stock())),
+            open.call::<EarnPoints>(&points, Json(order.points())),
+        )?;
+        let from = self.world.events.len();
+        self.world.kill(COORDINATOR).await?;
+        self.world.start_again(COORDINATOR).await?;
+        let told = open.confirm().await;
+        for branch in ["1", "2"] {
+            let given_back =
+                |call: &Call| call.branch_id == branch && call.result == "branch cancelled";
+            self.called(from, &xid, "what was reserved is given back", given_back).await?;
+        }
+        self.answers.insert(order.id, Answer::Cancelled);
+        self.draw_now(&xid);
+        let is_cancelled = matches!(told, Err(TransactionError::Cancelled { .. }));
+        match told {
+            Err(error) => self.conclude(&error.to_string()),
+            Ok(_) => self.conclude("it is confirmed"),
+        }
+        self.expect(is_cancelled, "step 8: the order is not cancelled");
+        Ok(())
+    }
+
     async fn burst(&mut self, size: Size) -> anyhow::Result<()> {
         let Size { orders, concurrency, kills } = size;
         let orders = format!(
@@ -238,7 +289,7 @@ impl Walk<'_> {
         };
         let words: Vec<_> =
             [Some(orders.as_str()), kills.as_deref()].into_iter().flatten().collect();
-        self.title(8, "A burst of orders", &words);
+        self.title(9, "A burst of orders", &words);
         burst::run(self, size).await
     }
 

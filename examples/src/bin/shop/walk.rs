@@ -154,10 +154,15 @@ impl<'w> Walk<'w> {
             };
             events.wait(0, "a participant is done", |event| over(&event.what)).await?;
         }
-        for line in timeline::draw(&events.of(xid), self.screen.paint) {
+        self.draw_now(xid);
+        Ok(())
+    }
+
+    /// Draws the transaction as it is.
+    pub(crate) fn draw_now(&self, xid: &str) {
+        for line in timeline::draw(&self.world.events.of(xid), self.screen.paint) {
             self.screen.inner(&line);
         }
-        Ok(())
     }
 
     /// Prints the conclusion of a step.

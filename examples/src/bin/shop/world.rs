@@ -203,6 +203,8 @@ impl World {
             // The walk shows what the coordinator logs, so this level must be on.
             let log = "info,handfast_coordinator::partition=debug";
             command.args(["serve", "--log-format", "json", "--log", log]);
+            // On a slow machine half a second may pass before the step that kills it before a record.
+            command.env("HANDFAST_TRANSACTION_RECORD_AFTER", "30s");
             if let Store::MySql(_) = store {
                 // The previous coordinator was killed by this program, so the new one need not wait to see whether it is still
                 // alive.

@@ -91,6 +91,20 @@ async fn the_benchmark_confirms_in_batches_and_one_by_one_and_what_was_sold_adds
 }
 
 #[tokio::test]
+async fn the_benchmark_compares_both_ways_of_recording() {
+    let told = bench(&["--concurrency", "4", "--record", "begin,decision"]).await;
+    let [begin, decision] = &told["columns"].as_array().unwrap()[..] else { panic!("{told}") };
+    for column in [begin, decision] {
+        assert_eq!(column["medians"]["violations"], 0.0, "{column}");
+    }
+    assert!(decision["medians"]["ratio"].is_f64(), "{decision}");
+    // Nobody waits for Begin, and the transaction's row is written once before it is finished.
+    let figure = |column: &Value, name: &str| column["medians"][name].as_f64().unwrap();
+    assert!(figure(decision, "commits_awaited") < figure(begin, "commits_awaited"), "{told}");
+    assert!(figure(decision, "rows") < figure(begin, "rows"), "{told}");
+}
+
+#[tokio::test]
 async fn the_benchmark_holds_transactions_open_and_hangs_participants() {
     let told = bench(&["--open", "20"]).await;
     let medians = &told["columns"][0]["medians"];

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, btree_map};
 
 use handfast_proto::Xid;
 
-use super::{Ask, Error, FoundKeys, Partition, ReadResult, Reply, Until, What, answer_now};
+use super::{Ask, Error, FoundKey, Partition, ReadResult, Reply, Until, What, answer_now};
 use crate::{
     store::{self, Known, Store},
     transaction::{GlobalTransaction, Key, NewTransaction},
@@ -175,19 +175,22 @@ impl Partition {
         });
     }
 
-    pub(super) fn take_keys(&mut self, hashes: Vec<[u8; 32]>, found: FoundKeys) {
+    pub(super) fn take_keys(
+        &mut self,
+        hashes: Vec<[u8; 32]>,
+        found: Result<Vec<FoundKey>, store::Error>,
+    ) {
         self.keys.in_flight.clear();
-        let found: Vec<Result<Option<Xid>, Error>> = match found {
-            Ok(found) => {
-                let each = found.into_iter();
-                each.map(|found| found.map_err(|error| self.read_failed(&error))).collect()
-            }
-            Err(error) => {
-                let failed = self.read_failed(&error);
-                hashes.iter().map(|_| Err(failed.clone())).collect()
-            }
-        };
-        for (hash, found) in hashes.into_iter().zip(found) {
+        let mut all = Vec::with_capacity(hashes.len());
+        match found {
+            Ok(found) => all.extend(found.into_iter().map(|found| match found {
+                FoundKey::Belongs(xid) => Ok(Some(xid)),
+                FoundKey::Unknown => Ok(None),
+                FoundKey::Unreadable(error) => Err(self.read_failed(&error)),
+            })),
+            Err(error) => all.resize(hashes.len(), Err(self.read_failed(&error))),
+        }
+        for (hash, found) in hashes.into_iter().zip(all) {
             for ask in self.keys.answered(&hash) {
                 // If the store has no such key, the first Begin adds the key, and the callers after it find that transaction.
                 let found = found.clone().map(|found| found.or_else(|| self.keys.leads_to(&hash)));
@@ -218,14 +221,20 @@ impl Partition {
 }
 
 /// Looks keys up. One with a damaged record does not hurt the others.
-async fn found_keys(store: &dyn Store, hashes: &[[u8; 32]], known: Known) -> FoundKeys {
+async fn found_keys(
+    store: &dyn Store,
+    hashes: &[[u8; 32]],
+    known: Known,
+) -> Result<Vec<FoundKey>, store::Error> {
     match store.find_keys(hashes, known).await {
-        Ok(found) => Ok(found.into_iter().map(Ok).collect()),
+        Ok(found) => Ok(found.into_iter().map(FoundKey::from).collect()),
         Err(store::Error::Corrupt(_)) if hashes.len() > 1 => {
             let mut each = Vec::with_capacity(hashes.len());
             for hash in hashes {
-                let found = store.find_keys(&[*hash], known).await;
-                each.push(found.map(|found| found.into_iter().next().flatten()));
+                each.push(match store.find_keys(&[*hash], known).await {
+                    Ok(found) => found.into_iter().next().flatten().into(),
+                    Err(error) => FoundKey::Unreadable(error),
+                });
             }
             Ok(each)
         }
@@ -279,8 +288,8 @@ mod tests {
         let known = Known { ownership, position: 1 };
         let found = found_keys(&store, &[[1; 32], [2; 32], [3; 32]], known).await;
         let [damaged, sound, absent] = &found.unwrap()[..] else { panic!() };
-        assert!(matches!(damaged, Err(store::Error::Corrupt(_))), "{damaged:?}");
-        assert_eq!(sound.as_ref().unwrap(), &Some(xid(2)));
-        assert_eq!(absent.as_ref().unwrap(), &None);
+        assert!(matches!(damaged, FoundKey::Unreadable(store::Error::Corrupt(_))), "{damaged:?}");
+        assert!(matches!(sound, FoundKey::Belongs(found) if *found == xid(2)), "{sound:?}");
+        assert!(matches!(absent, FoundKey::Unknown), "{absent:?}");
     }
 }

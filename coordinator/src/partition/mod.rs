@@ -49,7 +49,7 @@ use self::{
     effects::{Effect, Effects},
     entry::{Entry, Watcher},
     keys::Keys,
-    reading::{FoundKeys, ReadResult, Reading},
+    reading::{FoundKey, ReadResult, Reading},
     specs::Specs,
 };
 pub use self::{

@@ -93,15 +93,29 @@ struct Unproven {
     asks: Vec<Ask>,
 }
 
-/// What a read of keys has found, for each of them.
-pub(super) type FoundKeys = Result<Vec<Result<Option<Xid>, store::Error>>, store::Error>;
+/// What a read has found about a key.
+#[derive(Debug)]
+pub(super) enum FoundKey {
+    /// The transaction that the key belongs to.
+    Belongs(Xid),
+    /// The store has no such key.
+    Unknown,
+    /// Its record is damaged.
+    Unreadable(store::Error),
+}
+
+impl From<Option<Xid>> for FoundKey {
+    fn from(xid: Option<Xid>) -> Self {
+        xid.map_or(Self::Unknown, Self::Belongs)
+    }
+}
 
 /// The result of a read.
 #[derive(Debug)]
 pub(super) enum ReadResult {
     One { xid: Xid, began: u64, found: Result<Lookup, store::Error>, resolved: Resolved },
     Due { began: u64, page: Result<DuePage, store::Error> },
-    Keys { hashes: Vec<[u8; 32]>, found: FoundKeys },
+    Keys { hashes: Vec<[u8; 32]>, found: Result<Vec<FoundKey>, store::Error> },
 }
 
 impl Reading {

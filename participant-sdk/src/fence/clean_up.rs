@@ -79,17 +79,17 @@ impl<DB: FenceDb> Fence<DB> {
     ) -> Result<OverduePage, Error> {
         // The action is not a condition of the query. Otherwise one page could read the rows of all other actions.
         let (rows, next) = in_time(self.read_overdue(EXPIRY_MARGIN, after)).await?;
-        let of_action = rows.iter().filter(|(_, _, _, of, _)| of == action);
-        let branches = of_action.filter_map(|(_, xid, branch_id, ..)| Key::read(xid, branch_id));
+        let of_action = rows.iter().filter(|row| row.action == action);
+        let branches = of_action.filter_map(|row| Key::read(&row.key.xid, &row.key.branch_id));
         Ok(OverduePage { branches: branches.collect(), next })
     }
 
     /// The branches of all actions among the next ones, after `after`, that ask and are still tried although phase one has ended.
     pub(crate) async fn expired(&self, after: &OverdueKey) -> Result<ExpiredPage, Error> {
         let (rows, next) = in_time(self.read_overdue(Duration::ZERO, after)).await?;
-        let asking = rows.into_iter().filter(|(.., asks)| *asks == Some(1));
-        let branches = asking.filter_map(|(_, xid, branch_id, action, _)| {
-            let (xid, branch_id) = Key::read(&xid, &branch_id)?;
+        let asking = rows.into_iter().filter(|row| row.asks == Some(1));
+        let branches = asking.filter_map(|OverdueRow { key, action, .. }| {
+            let (xid, branch_id) = Key::read(&key.xid, &key.branch_id)?;
             Some((xid, branch_id, action))
         });
         Ok(ExpiredPage { branches: branches.collect(), next })
@@ -120,10 +120,10 @@ impl<DB: FenceDb> Fence<DB> {
         let mut tx = Tx::begin_reading(&self.pool).await?;
         let rows = DB::overdue(&mut tx, &overdue).await;
         drop(tx.rollback().await); // nothing was changed
-        let rows = rows?;
+        let rows: Vec<_> = rows?.into_iter().map(OverdueRow::of).collect();
         let is_last = rows.len() < BATCH as usize;
         let last = rows.last().filter(|_| !is_last);
-        let next = last.map(|(at, xid, branch_id, ..)| (*at, xid.clone(), branch_id.clone()));
+        let next = last.map(|row| row.key.clone());
         Ok((rows, next))
     }
 

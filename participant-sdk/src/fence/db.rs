@@ -144,7 +144,7 @@ pub trait Statements: Database {
     fn overdue(
         connection: &mut Self::Connection,
         overdue: &Overdue<'_>,
-    ) -> impl Future<Output = Result<Vec<OverdueRow>, Error>> + Send;
+    ) -> impl Future<Output = Result<Vec<OverdueColumns>, Error>> + Send;
 
     /// The columns of the existing table: name, type, and whether it is in the primary key. Empty if there is no table.
     fn columns(
@@ -207,11 +207,30 @@ impl Key {
     }
 }
 
-/// The place of an overdue row among the others: expiry, xid and branch id. Every row is after the default.
-pub(crate) type OverdueKey = (i64, Vec<u8>, Vec<u8>);
+/// The place of an overdue row among the others. Every row is after the default.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct OverdueKey {
+    pub(crate) expires_at: i64,
+    pub(crate) xid: Vec<u8>,
+    pub(crate) branch_id: Vec<u8>,
+}
 
-/// An overdue row: its [`OverdueKey`], its action, and whether it asks.
-pub(crate) type OverdueRow = (i64, Vec<u8>, Vec<u8>, String, Option<i16>);
+/// An overdue row.
+pub(crate) struct OverdueRow {
+    pub(crate) key: OverdueKey,
+    pub(crate) action: String,
+    /// Whether it asks about its branch. `None`: an earlier version of the SDK wrote it.
+    pub(crate) asks: Option<i16>,
+}
+
+/// The columns of an [`OverdueRow`], in the order in which all databases select them.
+pub(crate) type OverdueColumns = (i64, Vec<u8>, Vec<u8>, String, Option<i16>);
+
+impl OverdueRow {
+    pub(crate) fn of((expires_at, xid, branch_id, action, asks): OverdueColumns) -> Self {
+        Self { key: OverdueKey { expires_at, xid, branch_id }, action, asks }
+    }
+}
 
 /// The row that a Try or a Cancel inserts if there is none.
 pub struct Claim<'a> {

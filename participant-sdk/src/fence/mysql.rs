@@ -21,7 +21,7 @@ use sqlx_core::transaction::TransactionManager as _;
 
 use super::{
     db::{
-        Claim, FenceDb, FoundRow, Key, Old, Overdue, OverdueRow, Record, RecordRow, Settle,
+        Claim, FenceDb, FoundRow, Key, Old, Overdue, OverdueColumns, Record, RecordRow, Settle,
         Statements, in_order,
     },
     millis, tx,
@@ -377,14 +377,14 @@ SAVEPOINT handfast_begun";
     async fn overdue(
         connection: &mut MySqlConnection,
         overdue: &Overdue<'_>,
-    ) -> Result<Vec<OverdueRow>, Error> {
+    ) -> Result<Vec<OverdueColumns>, Error> {
         sqlx::query_as(OVERDUE)
             .bind(overdue.margin_millis)
-            .bind(overdue.after.0)
-            .bind(overdue.after.0)
-            .bind(&overdue.after.1)
-            .bind(&overdue.after.1)
-            .bind(&overdue.after.2)
+            .bind(overdue.after.expires_at)
+            .bind(overdue.after.expires_at)
+            .bind(&overdue.after.xid)
+            .bind(&overdue.after.xid)
+            .bind(&overdue.after.branch_id)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await

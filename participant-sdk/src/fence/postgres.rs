@@ -3,8 +3,8 @@
 use sqlx::{Error, PgConnection, Postgres, pool::PoolConnection};
 
 use super::db::{
-    Claim, FenceDb, FoundRow, Key, Old, Overdue, OverdueRow, Record, RecordRow, Settle, Statements,
-    in_order,
+    Claim, FenceDb, FoundRow, Key, Old, Overdue, OverdueColumns, Record, RecordRow, Settle,
+    Statements, in_order,
 };
 
 // `clock_timestamp()` and not `now()`: `now()` is the time when the local transaction began, possibly before it waited for a
@@ -198,12 +198,12 @@ COMMENT ON COLUMN handfast_fence.asks IS '1: the transaction may be lost without
     async fn overdue(
         connection: &mut PgConnection,
         overdue: &Overdue<'_>,
-    ) -> Result<Vec<OverdueRow>, Error> {
+    ) -> Result<Vec<OverdueColumns>, Error> {
         sqlx::query_as(OVERDUE)
             .bind(overdue.margin_millis)
-            .bind(overdue.after.0)
-            .bind(&overdue.after.1)
-            .bind(&overdue.after.2)
+            .bind(overdue.after.expires_at)
+            .bind(&overdue.after.xid)
+            .bind(&overdue.after.branch_id)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await

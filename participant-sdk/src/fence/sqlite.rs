@@ -7,7 +7,9 @@ use sqlx::{Connection as _, Error, Pool, Sqlite, SqliteConnection, pool::PoolCon
 use sqlx_core::transaction::TransactionManager as _;
 
 use super::{
-    db::{Claim, FenceDb, Key, Old, Overdue, OverdueRow, Record, RecordRow, Settle, Statements},
+    db::{
+        Claim, FenceDb, Key, Old, Overdue, OverdueColumns, Record, RecordRow, Settle, Statements,
+    },
     tx::GIVE_BACK_WITHIN,
 };
 
@@ -177,12 +179,12 @@ impl Statements for Sqlite {
     async fn overdue(
         connection: &mut SqliteConnection,
         overdue: &Overdue<'_>,
-    ) -> Result<Vec<OverdueRow>, Error> {
+    ) -> Result<Vec<OverdueColumns>, Error> {
         sqlx::query_as(OVERDUE)
             .bind(overdue.margin_millis)
-            .bind(overdue.after.0)
-            .bind(&overdue.after.1)
-            .bind(&overdue.after.2)
+            .bind(overdue.after.expires_at)
+            .bind(&overdue.after.xid)
+            .bind(&overdue.after.branch_id)
             .bind(overdue.limit)
             .fetch_all(connection)
             .await

@@ -17,7 +17,7 @@ use super::{
     dtm::DtmInitiator,
     latency::Decided,
     ledger::Ledger,
-    options::Drive,
+    options::{Drive, Record},
     participants::{Work, name_of},
 };
 
@@ -39,6 +39,7 @@ pub(crate) struct SdkInitiator {
     pub(crate) remotes: Arc<[Remote]>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) drive: Drive,
+    pub(crate) record: Record,
     /// Transactions begun so far. Each one orders the next kind of goods.
     pub(crate) orders: Arc<AtomicU32>,
 }
@@ -75,6 +76,9 @@ impl SdkInitiator {
         let mut transaction = self.handfast.transaction("bench").until_decided();
         if hold.is_some() {
             transaction = transaction.timeout(HELD_TIMEOUT);
+        }
+        if self.record == Record::Decision {
+            transaction = transaction.record_at_decision();
         }
         let confirmed = transaction.run(async |global| {
             let calls = self.remotes.iter().map(|remote| global.call::<Work>(remote, Json(order)));

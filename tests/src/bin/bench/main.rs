@@ -39,7 +39,7 @@ use clap::Parser as _;
 use handfast_coordinator::server;
 
 use self::{
-    options::{Load, Options, PhaseTwo, Subject},
+    options::{Load, Options, PhaseTwo, Record, Subject},
     report::Outcome,
 };
 
@@ -88,8 +88,11 @@ async fn measure(options: &Options) -> anyhow::Result<Vec<Outcome>> {
             let is_second = match outcome.column.load {
                 Load::Beside { hangs, .. } => hangs,
                 Load::Closed(_) | Load::Open(_) | Load::Held(_) => {
-                    options.phase_two.len() > 1
-                        && outcome.column.phase_two == Some(PhaseTwo::Batches)
+                    let column = &outcome.column;
+                    let is_decision = options.record.len() > 1 && column.record == Record::Decision;
+                    let is_batches =
+                        options.phase_two.len() > 1 && column.phase_two == Some(PhaseTwo::Batches);
+                    is_decision || is_batches && options.record.len() == 1
                 }
             };
             if let (true, Some(before), Some(rate)) = (is_second, before, rate) {

@@ -66,6 +66,9 @@ pub(crate) struct Options {
     /// Who calls the Trys
     #[arg(long, value_enum, default_value_t = Drive::Initiator)]
     pub(crate) drive: Drive,
+    /// When transactions are recorded. With both, measures both and prints the ratio
+    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',', default_value = "begin")]
+    pub(crate) record: Vec<Record>,
     /// Whether calls share streams
     #[arg(long, value_enum, default_value_t = Transport::Stream)]
     pub(crate) transport: Transport,
@@ -144,6 +147,14 @@ pub(crate) enum Drive {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Record {
+    /// Begin waits until the transaction is recorded
+    Begin,
+    /// The transaction is recorded together with its decision
+    Decision,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Transport {
     /// Calls share streams
     Stream,
@@ -193,6 +204,7 @@ pub(crate) struct Column {
     pub(crate) load: Load,
     /// `None` if `--phase-two` was not given.
     pub(crate) phase_two: Option<PhaseTwo>,
+    pub(crate) record: Record,
 }
 
 /// The server that is measured.
@@ -259,17 +271,25 @@ impl Options {
             let subjects: Vec<_> = ours.into_iter().chain(theirs).collect();
             for branches in &self.branches {
                 for load in &loads {
-                    let column = |subject: &Subject, phase_two| Column {
-                        subject: subject.clone(),
-                        branches: *branches,
-                        load: *load,
-                        phase_two,
+                    let ways: Vec<_> = match &self.phase_two[..] {
+                        [] => vec![None],
+                        ways => ways.iter().copied().map(Some).collect(),
                     };
                     for subject in &subjects {
-                        let each = self.phase_two.iter().map(|way| column(subject, Some(*way)));
-                        columns.extend(each);
-                        if self.phase_two.is_empty() {
-                            columns.push(column(subject, None));
+                        let records = match subject {
+                            Subject::Handfast(_) => &self.record[..],
+                            Subject::Dtm { .. } => &[Record::Begin],
+                        };
+                        for (phase_two, record) in
+                            ways.iter().flat_map(|way| records.iter().map(move |it| (*way, *it)))
+                        {
+                            columns.push(Column {
+                                subject: subject.clone(),
+                                branches: *branches,
+                                load: *load,
+                                phase_two,
+                                record,
+                            });
                         }
                     }
                 }

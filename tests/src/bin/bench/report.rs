@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::{
-    options::{Column, Load, Options, PhaseTwo, Storage, Subject},
+    options::{Column, Load, Options, PhaseTwo, Record, Storage, Subject},
     run::Sample,
 };
 
@@ -95,15 +95,16 @@ impl Outcome {
             Load::Held(held) => format!("{held} open"),
         };
         let (subject, branches) = (self.subject(), self.column.branches);
-        format!("{subject}\n{branches} branches\n{load}{}{}", self.phase_two(), self.hang())
+        let ways = [self.record(), self.phase_two(), self.hang()].concat();
+        format!("{subject}\n{branches} branches\n{load}{ways}")
     }
 
     /// Name of this column's line in the plot. It leaves out the load and, without `branches`, also the number of branches.
     pub(crate) fn series(&self, branches: bool) -> String {
         let branches =
             if branches { format!(", {} branches", self.column.branches) } else { String::new() };
-        let (subject, phase_two) = (self.subject(), self.phase_two());
-        format!("{subject}{branches}{phase_two}{}", self.hang()).replace('\n', ", ")
+        let ways = [self.record(), self.phase_two(), self.hang()].concat();
+        format!("{}{branches}{ways}", self.subject()).replace('\n', ", ")
     }
 
     /// Name of the measured server.
@@ -124,6 +125,13 @@ impl Outcome {
                 let host = url.trim_start_matches("http://").split('/').next().unwrap_or_default();
                 format!("{host}\n{store}")
             }
+        }
+    }
+
+    fn record(&self) -> &'static str {
+        match self.column.record {
+            Record::Begin => "",
+            Record::Decision => "\nrecorded with the decision",
         }
     }
 

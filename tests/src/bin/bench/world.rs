@@ -115,6 +115,7 @@ impl World {
                 remotes: remotes.into(),
                 ledger: ledger.clone(),
                 drive: options.drive,
+                record: column.record,
                 orders: Arc::default(),
             }))
         };

@@ -2,7 +2,7 @@
 
 use handfast_proto::{BranchId, Xid};
 
-use super::{Error, What};
+use super::{Error, Partition, What};
 use crate::{
     store::{self, Known, Lookup, Store},
     transaction::Decision,
@@ -39,5 +39,12 @@ pub(super) fn told(missing: &Error, what: &What, resolved: &Resolved) -> Error {
             })
         }
         _ => missing.clone(),
+    }
+}
+
+impl Partition {
+    /// Whether a transaction with this xid may be one that the store has lost.
+    pub(super) fn is_since_a_loss(&self, xid: Xid) -> bool {
+        self.ownership.lost_from.is_some_and(|epoch| xid.epoch >= epoch)
     }
 }

@@ -491,10 +491,6 @@ impl Partition {
         self.reading.done(began);
     }
 
-    fn is_since_a_loss(&self, xid: Xid) -> bool {
-        self.ownership.lost_from.is_some_and(|epoch| xid.epoch >= epoch)
-    }
-
     /// Takes a transaction from the store into memory.
     fn take_in(&mut self, entry: Entry) {
         let xid = entry.global.xid;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, marker::PhantomData, path::Path, sync::Arc, tim
 
 use anyhow::Context as _;
 use handfast::{
-    Action, ActionInBatches, Branch, Contract, Failed, Fence, Json, Participant,
+    Action, ActionInBatches, Branch, Contract, Failed, Fence, Handfast, Json, Participant,
     ParticipantBuilder, Remote, Tried, TryError, Tx,
     testing::{MemoryAction, MemoryFence},
 };
@@ -22,7 +22,7 @@ use super::{
     goods::{self, Goods, Shelves},
     hanging::Hanging,
     ledger::{Ledger, Name},
-    options::{Options, PhaseTwo, Storage, Transport, Trys},
+    options::{Column, Options, PhaseTwo, Record, Storage, Transport, Trys},
 };
 
 /// Pool size: database connections of one participant.
@@ -156,13 +156,19 @@ impl Served {
     pub(crate) async fn start(
         n: u16,
         options: &Options,
-        phase_two: Option<PhaseTwo>,
+        column: &Column,
+        coordinator: &Handfast,
         ledger: &Arc<Ledger>,
         folder: &Path,
         hangs: Option<watch::Receiver<bool>>,
     ) -> anyhow::Result<Self> {
-        let name = format!("participant-{n}");
+        let (name, phase_two) = (format!("participant-{n}"), column.phase_two);
         let builder = Participant::builder(name.as_str());
+        let builder = match column.record {
+            Record::Begin => builder,
+            // Only a participant that asks about its branches can take part before the transaction is recorded.
+            Record::Decision => builder.coordinator(coordinator),
+        };
         let (mut tasks, mut database, mut goods) = (Vec::new(), None, None);
         let participant = match &options.fence {
             Storage::Memory => {

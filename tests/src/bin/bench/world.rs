@@ -94,13 +94,15 @@ impl World {
             Coordinator::start(&store, &settings, &options.log, folder.path()).await?;
 
         let ledger = Arc::new(Ledger::new());
+        let handfast = Handfast::connect(&coordinator.url)?;
         let (hangs, hanging) = watch::channel(false);
         let mut participants = Vec::new();
         for n in 0..=column.branches {
             // One participant more than there are branches. The last one may hang; some transactions use it instead of the first.
             let hanging = (n == column.branches).then(|| hanging.clone());
-            let (way, folder) = (column.phase_two, folder.path());
-            let served = Served::start(n, options, way, &ledger, folder, hanging).await;
+            let folder = folder.path();
+            let served =
+                Served::start(n, options, column, &handfast, &ledger, folder, hanging).await;
             participants.push(served.context("a participant cannot be started")?);
         }
         let remotes: Vec<_> = participants.iter().map(|served| served.remote.clone()).collect();

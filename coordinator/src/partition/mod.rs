@@ -298,6 +298,16 @@ impl Partition {
         self.effects.push(number, Effect::Leave(xid));
     }
 
+    /// Records when a decided transaction is due. Its row names a day that a clock told which was ahead. If the transaction left
+    /// memory before its next record, no scan would find it.
+    fn record_due(&mut self, xid: Xid) {
+        let state = self.entries[&xid].global.state;
+        if state.decision().is_some() && !state.is_final() {
+            let (head, branches) = (true, BranchSet::EMPTY);
+            self.record(xid, Change { weight: Weight::Lazy, head, branches });
+        }
+    }
+
     /// Makes the due calls if the change that they depend on is durable, and sets the next timer.
     fn drive(&mut self, xid: Xid, hurry: Hurry) {
         let now = self.now();
@@ -388,7 +398,7 @@ impl Partition {
             if let Some(at) = entry.timer {
                 self.timers.remove(&(at, xid));
             }
-            self.reading.left(&entry);
+            self.reading.left(&entry, now);
         }
     }
 

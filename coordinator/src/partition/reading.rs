@@ -146,7 +146,7 @@ impl Reading {
     }
 
     /// Notes that a transaction has left memory.
-    pub(super) fn left(&mut self, entry: &Entry) {
+    pub(super) fn left(&mut self, entry: &Entry, now: Timestamp) {
         let (xid, due_at) = (entry.global.xid, entry.global.due_at());
         self.in_hand -= usize::from(entry.was_due);
         if self.in_hand <= IN_HAND_MAX / 2 {
@@ -160,7 +160,7 @@ impl Reading {
         if self.scan_blocked || self.scan_after.is_some() {
             self.left_due = [self.left_due, due_at].into_iter().flatten().min();
         } else {
-            self.scan_by(due_at);
+            self.scan_by(due_at.map(|at| at.max(now + SCAN_PAUSE)));
         }
     }
 
@@ -437,7 +437,6 @@ impl Partition {
         if self.ended.is_some() {
             return;
         }
-        self.reading.scan_blocked = false;
         let now = self.now();
         let soon = now + SCAN_PAUSE;
         let looks_ahead = self.reading.ahead == AheadScan::UnderWay;
@@ -458,17 +457,18 @@ impl Partition {
                     if global.state == State::Trying && Bug::ForgetTrying.is_planted() {
                         continue;
                     }
-                    if looks_ahead && !global.was_ahead(now) {
+                    let xid = global.xid;
+                    let newer =
+                        self.entries.contains_key(&xid) || self.reading.is_stale(xid, began);
+                    if newer || (looks_ahead && !global.was_ahead(now)) {
                         continue;
                     }
-                    if !self.entries.contains_key(&global.xid)
-                        && !self.reading.is_stale(global.xid, began)
-                    {
-                        let xid = global.xid;
-                        self.reading.in_hand += 1;
-                        self.take_in(Entry::due(global));
-                        self.leave_if_idle(xid);
+                    self.reading.in_hand += 1;
+                    self.take_in(Entry::due(global));
+                    if looks_ahead {
+                        self.record_due(xid);
                     }
+                    self.leave_if_idle(xid);
                 }
                 if page.next.is_some() {
                     self.reading.scan_after = page.next;
@@ -481,13 +481,13 @@ impl Partition {
                     self.reading.scan_by(Some(now));
                 } else {
                     self.reading.ahead = AheadScan::Done;
-                    let next_due_at = page.next_due_at.or(self.reading.next_due_at.take());
-                    self.reading.scan_by(next_due_at.map(|at| at.max(soon)));
-                    let left_due = self.reading.left_due.take();
-                    self.reading.scan_by(left_due);
+                    let next = page.next_due_at.or(self.reading.next_due_at.take());
+                    let due = [next, self.reading.left_due.take()].into_iter().flatten().min();
+                    self.reading.scan_by(due.map(|at| at.max(soon)));
                 }
             }
         }
+        self.reading.scan_blocked = false;
         self.reading.done(began);
     }
 
@@ -495,6 +495,6 @@ impl Partition {
     fn take_in(&mut self, entry: Entry) {
         let xid = entry.global.xid;
         self.insert(entry);
-        self.apply_fitting(xid, Event::Recovered);
+        self.apply_fitting(xid, Event::Recovered { longest_pause: self.parts.settings.retry.max });
     }
 }

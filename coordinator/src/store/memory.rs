@@ -36,6 +36,8 @@ struct Tables {
     /// Epochs that have lost batches.
     lost: BTreeSet<(u16, u32)>,
     transactions: BTreeMap<Xid, GlobalTransaction>,
+    /// When somebody must look at each open transaction, as its latest write said.
+    due: BTreeMap<Xid, Timestamp>,
     keys: BTreeMap<[u8; 32], Xid>,
     purged_through: BTreeMap<u16, Xid>,
     /// Branches that operators have resolved. Kept for ever.
@@ -216,6 +218,10 @@ impl Store for MemoryStore {
                     tables.resolved.insert((recorded.xid, branch_id), decision);
                 }
             }
+            if write.head != Head::Keep {
+                tables.due.remove(&recorded.xid);
+                tables.due.extend(write.global.due_at().map(|at| (recorded.xid, at)));
+            }
             tables.transactions.insert(recorded.xid, recorded);
         }
         Ok(Appended::Durable)
@@ -262,7 +268,7 @@ impl Store for MemoryStore {
         let of_partition = tables.transactions.range(first..=last).map(|(_, global)| global);
         let mut due: Vec<_> = of_partition
             .filter(|global| !known.ownership.may_have_lost_the_decision_of(global))
-            .filter_map(|global| Some((global.due_at()?, global.xid, global)))
+            .filter_map(|global| Some((*tables.due.get(&global.xid)?, global.xid, global)))
             .collect();
         due.sort_by_key(|(due_at, xid, _)| (*due_at, *xid));
         let later = due.iter().map(|(due_at, ..)| *due_at).find(|due_at| *due_at > until);

@@ -43,8 +43,11 @@ pub enum Event {
         /// The backoff before a retry, if one is needed.
         retry_in: Duration,
     },
-    /// A new owner has read it from the store.
-    Recovered,
+    /// It has been read from the store.
+    Recovered {
+        /// The longest pause between two attempts.
+        longest_pause: Duration,
+    },
     /// An operator asks for the next attempts at once.
     RetryRequested,
     /// An operator resolves a branch by hand.
@@ -158,7 +161,7 @@ impl GlobalTransaction {
             Event::CallReturned { branch, phase, outcome, retry_in } => {
                 Ok(self.phase_two_returned(branch, phase, outcome, retry_in, now))
             }
-            Event::Recovered => Ok(self.recover(now)),
+            Event::Recovered { longest_pause } => Ok(self.recover(longest_pause, now)),
             Event::RetryRequested => Ok(self.retry_now(now)),
             Event::Resolved { branch_id, resolution } => self.resolve(&branch_id, resolution, now),
             Event::TransactionResolved { decision, by } => {
@@ -348,42 +351,43 @@ impl GlobalTransaction {
         Change::of_branch(index, Weight::Lazy)
     }
 
-    fn recover(&mut self, now: Timestamp) -> Change {
-        if self.state == State::Trying && self.drive != Drive::Initiator {
-            return self.cancel(CancelCause::CoordinatorRestarted, now);
-        }
-        self.bring_back(now);
-        Change::NOTHING
-    }
-
-    /// Whether it waits for a time that was told by a clock that was ahead. It might be due in a day, or in a year.
-    #[must_use]
-    pub fn was_ahead(&self, now: Timestamp) -> bool {
-        let mut back = self.clone();
-        back.bring_back(now);
-        back != *self
-    }
-
-    /// A wait that begins in the future was recorded while the clock was ahead. Phase one then lasts as long from now as it was to last,
-    /// and the next attempt of phase two is due now.
-    fn bring_back(&mut self, now: Timestamp) {
-        match self.state {
-            State::Trying if self.begun_at > now => {
-                self.expires_at = self.expires_at.min(now + (self.expires_at - self.begun_at));
+    fn recover(&mut self, longest_pause: Duration, now: Timestamp) -> Change {
+        match (self.state, self.drive) {
+            (State::Trying, Drive::Coordinator { .. }) => {
+                self.cancel(CancelCause::CoordinatorRestarted, now)
             }
-            State::Confirming | State::Cancelling => {
-                let begun_at = self.begun_at;
-                for branch in self.branches.iter_mut().filter(|branch| branch.is_open()) {
-                    let since = branch.last_error.as_ref().map_or(begun_at, |error| error.at);
+            (State::Trying, Drive::Initiator) => {
+                if self.begun_at > now {
+                    // Phase one lasts as long from now as it was to last.
+                    let timeout = self.expires_at - self.begun_at;
+                    self.expires_at = self.expires_at.min(now + timeout);
+                }
+                Change::NOTHING
+            }
+            (State::Confirming | State::Cancelling, _) => {
+                // Only somebody who changes rows by hand leaves it so. No answer to a call will come that finishes it.
+                if !self.branches.iter().any(Branch::is_open) {
+                    self.finish(now);
+                    return Change { weight: Weight::Lazy, head: true, branches: BranchSet::EMPTY };
+                }
+                for branch in &mut self.branches {
                     if let Call::Idle { due_at } = &mut branch.call
-                        && since > now
+                        && *due_at > now + longest_pause
                     {
-                        *due_at = now.min(*due_at);
+                        *due_at = now; // recorded while the clock was ahead
                     }
                 }
+                Change::NOTHING
             }
-            State::Trying | State::Confirmed | State::Cancelled => {}
+            (State::Confirmed | State::Cancelled, _) => Change::NOTHING,
         }
+    }
+
+    /// Whether the clock was ahead when its row was written, if the row is due later than after the longest pause between two
+    /// attempts. Only phase one may wait so long.
+    #[must_use]
+    pub fn was_ahead(&self, now: Timestamp) -> bool {
+        self.state != State::Trying || self.begun_at > now
     }
 
     fn retry_now(&mut self, now: Timestamp) -> Change {

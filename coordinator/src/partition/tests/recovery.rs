@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    store::{Appended, Batch, DuePage, Guard, Known},
-    transaction::Rejection,
+    store::{Appended, Batch, DuePage, Guard, Head, Known, Write},
+    transaction::{BranchState, Rejection},
 };
 
 #[tokio::test]
@@ -310,6 +310,68 @@ async fn what_is_due_comes_back_no_faster_than_it_is_done_and_new_ones_do_not_co
         rig.call().await.done().await;
     }
     rig.until_memory_holds(528 + 128).await;
+}
+
+/// Somebody has changed the rows of its branches. There is no call left to make.
+#[tokio::test]
+async fn a_decided_transaction_without_an_open_branch_is_finished_by_the_next_owner() {
+    for (decision, end) in
+        [(Decision::Confirm, State::Confirmed), (Decision::Cancel, State::Cancelled)]
+    {
+        let first = Rig::new().await;
+        let xid = first.begun().await;
+        let decided = match decision {
+            Decision::Confirm => first.confirm(xid),
+            Decision::Cancel => first.cancel(xid),
+        };
+        let mut global = (*decided.answer().await.unwrap().global).clone();
+        for branch in &mut global.branches {
+            branch.state = BranchState::Acknowledged;
+        }
+        let mut batch = first.store.batches().last().unwrap().clone();
+        batch.guards[0].position += 1;
+        batch.writes = vec![Write {
+            before: Some(global.state),
+            new_branches: global.branches.len(),
+            changed_branches: BranchSet::only(0).union(BranchSet::only(1)),
+            head: Head::Update,
+            global: Arc::new(global),
+        }];
+        assert_eq!(first.store.append(&batch).await.unwrap(), Appended::Durable);
+
+        let rig = first.restart().await;
+        let finished = async {
+            while rig.stored(xid).await.unwrap().state != end {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), finished).await.unwrap();
+        rig.until_memory_holds(0).await;
+        rig.no_call().await;
+    }
+}
+
+/// Retries leave memory at once when memory is short. They come back by scans, and all that are due come with the same one.
+#[tokio::test]
+async fn scans_for_what_has_left_memory_are_a_pause_apart() {
+    let usual = Rig::new().await.settings;
+    let second = Duration::from_secs(1);
+    let retry = RetryPolicy { initial: second / 10, max: second / 10 };
+    let rig = Rig::with(Settings { open_max: 2, retry, ..usual }).await;
+    let xid = rig.begun().await;
+    rig.confirm(xid).answer().await.unwrap();
+    for _ in 0..2 {
+        rig.call().await.fails().await;
+    }
+    rig.until_memory_holds(0).await;
+    let scans = rig.store.dues();
+    for _ in 0..9 {
+        rig.clock.advance(second / 10);
+        rig.no_call().await;
+    }
+    assert_eq!(rig.store.dues(), scans);
+    rig.clock.advance(second / 10);
+    rig.call().await;
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Timeouts, backoff between attempts, and deadlines of calls.
 
 use super::*;
+use crate::store::Known;
 
 #[tokio::test]
 async fn phase_one_times_out_into_cancel() {
@@ -53,6 +54,39 @@ async fn what_was_recorded_while_the_clock_was_ahead_does_not_wait_for_that_day(
     rig.clock.advance(TIMEOUT);
     let made = rig.call().await;
     assert_eq!((made.call.xid, made.call.phase), (trying, Phase::Cancel));
+}
+
+/// The clock jumps ahead between the begin of a transaction and its next record.
+#[tokio::test]
+async fn what_was_begun_before_the_clock_jumped_ahead_does_not_wait_for_that_day() {
+    let (right, day) = (Timestamp(1_000_000), Duration::from_secs(86_400));
+    let ahead = Rig::start(Arc::default(), ManualClock::at(right), Rig::new().await.settings).await;
+    let (decided, failed) = (ahead.begun().await, ahead.begun().await);
+    ahead.confirm(failed).answer().await.unwrap();
+    for _ in 0..2 {
+        ahead.call().await.fails().await;
+    }
+    let_tasks_run().await;
+    *ahead.script.later.lock().unwrap() = Some(Duration::from_secs(15));
+    *ahead.script.busy.lock().unwrap() = true; // so the next attempt is put off, while the clock is ahead
+    ahead.clock.advance(day);
+    ahead.confirm(decided).answer().await.unwrap();
+    ahead.until_memory_holds(0).await;
+
+    let rig = Rig::start(ahead.store.clone(), ManualClock::at(right), ahead.settings.clone()).await;
+    let mut called = BTreeMap::new();
+    for _ in 0..4 {
+        *called.entry(rig.call().await.call.xid).or_insert(0) += 1;
+    }
+    assert_eq!(called, BTreeMap::from([(decided, 2), (failed, 2)]));
+    // Their rows do not wait for that day any more either.
+    let known = Known { ownership: rig.ownership, position: 0 };
+    let recorded = async {
+        while rig.store.inner.due(right, None, 9, known).await.unwrap().transactions.len() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), recorded).await.unwrap();
 }
 
 #[tokio::test]

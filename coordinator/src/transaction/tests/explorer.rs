@@ -173,7 +173,7 @@ impl World {
         // A crash: memory is lost. Calls in flight may have arrived or not.
         if self.crashes == 0 {
             let mut world = Self { global: self.stored.clone(), crashes: 1, ..self.clone() };
-            world = world.after(&Event::Recovered);
+            world = world.after(&Event::Recovered { longest_pause: Duration::from_secs(60) });
             for (branch, known) in global.branches.iter().enumerate() {
                 if let Call::InFlight(phase) = known.call {
                     let mut arrived = world.clone();

@@ -218,7 +218,9 @@ impl Runner for Story {
                 };
                 let told = format!("loaded {}\n", word(stored.state));
                 self.global = Some(stored);
-                told + &self.apply(Event::Recovered).replace("nothing changes\n", "")
+                told + &self
+                    .apply(Event::Recovered { longest_pause: Duration::from_secs(60) })
+                    .replace("nothing changes\n", "")
             }
             "retry" => self.apply(Event::RetryRequested),
             "resolve" => {

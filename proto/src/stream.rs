@@ -45,8 +45,8 @@ pub const AGE: Duration = Duration::from_secs(5);
 const NUMBER_BYTES_MAX: usize = 64;
 /// How long the peer may take to accept a stream, if it has answered on an earlier one.
 const OPEN_WITHIN: Duration = Duration::from_secs(2);
-/// The same for the first stream. A proxy may block streams, and the call by itself must be answered before the caller gives up.
-pub const FIRST_OPEN_WITHIN: Duration = Duration::from_millis(500);
+/// Before that: this part of the call's time. Where a proxy blocks streams, the rest is for the call by itself.
+const FIRST_OPEN_PART: u32 = 4;
 /// How long calls are unary after the peer has said that it does not support streams.
 const UNARY_FOR: Duration = Duration::from_secs(60);
 /// How long calls are unary after opening a stream got no answer. A proxy in between may block streams.
@@ -200,7 +200,7 @@ impl<S: Streamed> Line<S> {
         // An oversized call would break the stream for all other calls.
         let fits = S::bytes(&call) <= limits::REQUEST_BYTES_MAX - NUMBER_BYTES_MAX;
         let unanswered = self.unanswered.clone().acquire_owned().await.expect("never closed");
-        let Some(open) = fits.then(|| self.open()).flatten() else {
+        let Some(open) = fits.then(|| self.open(timeout)).flatten() else {
             drop(unanswered);
             return self.unary(call, timeout).await;
         };
@@ -238,8 +238,8 @@ impl<S: Streamed> Line<S> {
         })
     }
 
-    /// The stream for the next call. `None` if the call must be unary.
-    fn open(&self) -> Option<Arc<Open<S>>> {
+    /// The stream for a call with this timeout. `None` if the call must be unary.
+    fn open(&self, timeout: Duration) -> Option<Arc<Open<S>>> {
         let mut slot = lock(&self.slot);
         match &*slot {
             Slot::Open(open) if !open.requests.is_closed() => return Some(open.clone()),
@@ -250,7 +250,10 @@ impl<S: Streamed> Line<S> {
         let (requests, receiver) = mpsc::channel(CALLS_MAX);
         let pending = Arc::new(Mutex::new(Pending { callers: BTreeMap::new(), ended: None }));
         let accepted = Arc::new(AtomicBool::new(false));
+        let streams_work = self.streams_work.load(Ordering::Relaxed);
+        let first = OPEN_WITHIN.min(timeout / FIRST_OPEN_PART);
         let driver = Driver {
+            open_within: if streams_work { OPEN_WITHIN } else { first },
             slot: self.slot.clone(),
             pending: pending.clone(),
             accepted: accepted.clone(),
@@ -290,6 +293,7 @@ impl<S: Streamed> Open<S> {
 
 /// Opens one stream, and passes its answers to the waiting callers until the stream ends.
 struct Driver<S: Streamed> {
+    open_within: Duration,
     slot: Arc<Mutex<Slot<S>>>,
     pending: Arc<Mutex<Pending<S>>>,
     accepted: Arc<AtomicBool>,
@@ -299,9 +303,7 @@ struct Driver<S: Streamed> {
 impl<S: Streamed> Driver<S> {
     async fn run(self, channel: Channel, mut requests: mpsc::Receiver<S::Request>) {
         let opening = S::open(channel, poll_fn(move |cx| requests.poll_recv(cx)));
-        let streams_work = self.streams_work.load(Ordering::Relaxed);
-        let within = if streams_work { OPEN_WITHIN } else { FIRST_OPEN_WITHIN };
-        let why = match tokio::time::timeout(within, opening).await {
+        let why = match tokio::time::timeout(self.open_within, opening).await {
             Ok(Ok(responses)) => {
                 self.accepted.store(true, Ordering::Relaxed);
                 let (answers, why) = self.take_answers(responses).await;
@@ -321,11 +323,8 @@ impl<S: Streamed> Driver<S> {
                         | Code::Cancelled
                         | Code::DeadlineExceeded
                 );
-                self.set_slot(if is_for_now {
-                    Slot::Closed
-                } else {
-                    Slot::Unary(Instant::now() + UNARY_FOR)
-                });
+                let unary = Slot::Unary(Instant::now() + UNARY_FOR);
+                self.set_slot(if is_for_now { Slot::Closed } else { unary });
                 // A proxy that makes such a status may have sent the stream on.
                 NoAnswer::MakeUnary { may_have_arrived: is_for_now }
             }

@@ -41,8 +41,8 @@ struct Odd {
     broken: Arc<AtomicUsize>,
     /// Ends the open stream.
     end_stream: Arc<Notify>,
-    /// Streams are never accepted.
-    silent: bool,
+    /// How long accepting a stream takes.
+    accepts_after: Duration,
 }
 
 impl Odd {
@@ -55,7 +55,7 @@ impl Odd {
             no_streams: Arc::default(),
             broken: Arc::default(),
             end_stream: Arc::default(),
-            silent: false,
+            accepts_after: Duration::ZERO,
         }
     }
 }
@@ -125,9 +125,7 @@ impl ParticipantService for Odd {
         &self,
         request: Request<Streaming<pb::BranchStreamRequest>>,
     ) -> Result<Response<BranchAnswers>, Status> {
-        if self.silent {
-            std::future::pending::<()>().await;
-        }
+        tokio::time::sleep(self.accepts_after).await;
         let no_streams = *self.no_streams.lock().unwrap();
         if let Some(code) = no_streams {
             return Err(Status::new(code, "no streams here"));
@@ -277,7 +275,7 @@ async fn a_participant_without_streams_gets_unary_calls() {
 #[tokio::test(start_paused = true)]
 async fn a_call_that_may_have_arrived_is_not_told_that_nothing_was_done() {
     for (odd, may_have_arrived) in [
-        (Odd { silent: true, ..Odd::sound() }, true),
+        (Odd { accepts_after: Duration::MAX, ..Odd::sound() }, true),
         (Odd::without_streams(Some(Code::Unavailable)), true),
         (Odd::without_streams(Some(Code::Unimplemented)), false),
     ] {
@@ -287,6 +285,20 @@ async fn a_call_that_may_have_arrived_is_not_told_that_nothing_was_done() {
         let status = try_it(&line, "full").await.unwrap_err();
         assert_eq!(is_broken(&status), may_have_arrived, "{status:?}");
         assert!(status.message().contains("too many calls"), "{status:?}");
+    }
+}
+
+/// Many servers send the headers of a stream with its first answer only.
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_works_before_it_accepts_a_stream_has_a_part_of_the_time_for_it() {
+    for (time, stream) in [(60, true), (6, true), (2, false)] {
+        let network = Network::default();
+        let _serving =
+            serve(&network, Odd { accepts_after: Duration::from_secs(1), ..Odd::sound() });
+        let line = Line::new(network.connect("odd"));
+        with_payload(&line, "fast", 0, Duration::from_secs(time)).await.unwrap();
+        let took = if stream { "Line(a stream)" } else { "Line(unary)" };
+        assert_eq!(format!("{line:?}"), took, "{time} s");
     }
 }
 

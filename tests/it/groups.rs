@@ -207,6 +207,8 @@ async fn a_takeover_from_a_busy_owner_on_galera_succeeds() {
             if let Appended::Fenced(fenced) = owner.append(&store).await {
                 return fenced;
             }
+            // A coordinator works between two batches. Without any pause, a takeover would have to be luckier.
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     });
     for _ in 0..2 {

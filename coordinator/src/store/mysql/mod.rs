@@ -52,7 +52,7 @@ const READERS: usize = 4;
 const ACQUIRE_ATTEMPTS_MIN: u32 = 6;
 const ACQUIRE_PATIENCE: Duration = Duration::from_secs(15);
 /// The same for all partitions together. After that, an attempt that fails ends the takeover.
-const ACQUIRE_PATIENCE_IN_ALL: Duration = Duration::from_secs(45);
+const ACQUIRE_PATIENCE_IN_ALL: Duration = Duration::from_secs(90);
 /// Pauses between attempts, in milliseconds. Random, so that they do not keep step with the owner's batches.
 const ACQUIRE_PAUSE_MILLIS: std::ops::Range<u64> = 10..200;
 

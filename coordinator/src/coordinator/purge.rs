@@ -24,6 +24,8 @@ const STEP_PAUSE_MIN: Duration = Duration::from_millis(5);
 const STEP_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Pause between rounds through all partitions.
 const ROUND_PAUSE: Duration = Duration::from_secs(5);
+/// After so many steps without a failure, a size is tried that has failed.
+const STEPS_AFTER_FAILURE: u32 = 8;
 /// The store's clock and ours agree if they are no further apart than this.
 const APART_MAX: Duration = Duration::from_secs(2);
 /// Where the store has no clock of its own, ours must have run evenly for this long, or for the retention if that is shorter. A clock
@@ -38,7 +40,7 @@ impl Coordinator {
     /// Deletes transactions that finished longer than `retention` ago, a few at a time, for ever.
     pub(super) async fn purge(&self, retention: Duration) {
         let mut clock = ClockWatch::new(retention.min(EVEN_FOR));
-        let mut pace = Pace { step: STEP_MIN };
+        let mut pace = Pace::new();
         loop {
             if let Some(now) = self.believed_time(&mut clock).await {
                 self.purge_round(retention, now, &mut pace).await;
@@ -59,7 +61,7 @@ impl Coordinator {
                     Ok((_, next)) => after = next,
                     Err(error) => {
                         warn!(%error, "cannot delete old transactions; will retry");
-                        pace.step = STEP_MIN;
+                        pace.failed();
                         break;
                     }
                 }
@@ -104,14 +106,59 @@ impl Coordinator {
 struct Pace {
     /// Transactions that the next step looks at.
     step: usize,
+    /// A larger step may be too large for the store.
+    most: usize,
+    /// Steps since the latest failure, or since `most` has grown.
+    since_failure: u32,
 }
 
 impl Pace {
+    fn new() -> Self {
+        Self { step: STEP_MIN, most: STEP_MAX, since_failure: 0 }
+    }
+
+    /// The step may have been too large for the store, so that none of that size will ever succeed.
+    fn failed(&mut self) {
+        self.most = (self.step / 2).max(1);
+        self.step = self.most;
+        self.since_failure = 0;
+    }
+
     /// The pause after a step that took this long. There is more to delete.
     fn after(&mut self, took: Duration) -> Duration {
+        self.since_failure += 1;
+        if self.since_failure >= STEPS_AFTER_FAILURE {
+            self.most = (self.most * 2).min(STEP_MAX);
+            self.since_failure = 0;
+        }
         let step = if took < STEP_TIME { self.step * 2 } else { self.step / 2 };
-        self.step = step.clamp(STEP_MIN, STEP_MAX);
+        self.step = step.clamp(STEP_MIN, STEP_MAX).min(self.most);
         (took / STEP_PAUSE_SHARE).clamp(STEP_PAUSE_MIN, STEP_PAUSE_MAX)
+    }
+}
+
+#[cfg(test)]
+#[test]
+fn a_step_that_the_store_refuses_is_followed_by_smaller_ones() {
+    // Group Replication refuses local transactions with many bytes. Even few transactions can have too many.
+    for fits in [1, 100, 3_000] {
+        let mut pace = Pace::new();
+        let (mut deleted, mut refused) = (0, 0);
+        for _ in 0..100 {
+            if pace.step <= fits {
+                deleted += pace.step;
+                pace.after(Duration::from_millis(40));
+            } else {
+                pace.failed();
+                refused += 1;
+            }
+        }
+        assert!(deleted >= 40 * fits / 2, "{deleted} of {fits} at a time");
+        assert!(refused <= 50, "{refused} steps were refused with {fits} at a time");
+        for _ in 0..20 * STEPS_AFTER_FAILURE {
+            pace.after(Duration::from_millis(40));
+        }
+        assert_eq!(pace.step, STEP_MAX, "it stays slow when the cause is gone");
     }
 }
 

@@ -25,6 +25,7 @@ const MESSAGE_BYTES: usize = 16_000;
 /// Rows of one statement. For each row the server searches the values of all rows.
 const ROWS_MAX: usize = 64;
 const COMMIT: &str = "COMMIT";
+const SEPARATOR: &str = "; ";
 
 /// See [`Dialect::write`](crate::store::sql::Dialect::write).
 pub(super) async fn write(
@@ -43,14 +44,8 @@ pub(super) async fn write(
     let all_guards = guards.len() as u64;
     let mut left = statements;
     while !left.is_empty() {
-        let mut bytes = 0;
-        let fit = left.iter().take_while(|statement| {
-            bytes += statement.sql.len();
-            bytes <= MESSAGE_BYTES
-        });
-        let count = fit.count().max(1);
         let mut message = left;
-        left = message.split_off(count);
+        left = message.split_off(fitting(&message));
         // A process that is to die before its COMMIT has written its rows.
         let commits = left.is_empty() && !crash_point_is_set!("batch.before_commit");
         if commits && end == End::Commit {
@@ -96,6 +91,19 @@ pub(super) async fn write(
     Ok(Wrote::All)
 }
 
+/// How many of the first statements fit into a message, with what [`with_commit`] adds.
+fn fitting(statements: &[Statement]) -> usize {
+    let mut bytes = COMMIT.len();
+    let fit = statements.iter().take_while(|statement| {
+        bytes += statement.sql.len() + SEPARATOR.len();
+        if let Purpose::Update { rows, .. } = statement.purpose {
+            bytes += check(rows).sql.len() + SEPARATOR.len();
+        }
+        bytes <= MESSAGE_BYTES
+    });
+    fit.count().max(1)
+}
+
 /// The last message of a batch, with its COMMIT.
 fn with_commit(statements: Vec<Statement>) -> Vec<Statement> {
     let mut message = Vec::with_capacity(statements.len() + 1);
@@ -116,8 +124,7 @@ async fn send(
     connection: &mut Connection,
     message: &[Statement],
 ) -> (Vec<u64>, Result<(), sqlx::Error>) {
-    let sql: Vec<_> = message.iter().map(|statement| statement.sql.as_str()).collect();
-    let mut answers = sqlx::raw_sql(AssertSqlSafe(sql.join("; "))).fetch_many(connection);
+    let mut answers = sqlx::raw_sql(AssertSqlSafe(text(message))).fetch_many(connection);
     let mut written = Vec::with_capacity(message.len());
     loop {
         match answers.try_next().await {
@@ -127,6 +134,11 @@ async fn send(
             Err(error) => return (written, Err(error)),
         }
     }
+}
+
+fn text(message: &[Statement]) -> String {
+    let sql: Vec<_> = message.iter().map(|statement| statement.sql.as_str()).collect();
+    sql.join(SEPARATOR)
 }
 
 struct Statement {
@@ -309,5 +321,23 @@ fn push_hex(text: &mut String, bytes: &[u8]) {
         for digit in [byte >> 4, byte & 15] {
             text.push(DIGITS[usize::from(digit)].into());
         }
+    }
+}
+
+#[cfg(test)]
+#[test]
+fn a_message_keeps_below_its_limit_with_its_checks_and_commit() {
+    for (statement_bytes, rows) in [(4, 1), (100, 64), (3_190, 64), (15_800, 7)] {
+        let statements: Vec<_> = (0..8_000)
+            .map(|_| Statement {
+                purpose: Purpose::Update { table: "branch", rows },
+                sql: "x".repeat(statement_bytes),
+            })
+            .collect();
+        let count = fitting(&statements);
+        let message: Vec<_> = statements.into_iter().take(count).collect();
+        let bytes = text(&with_commit(message)).len();
+        assert!(bytes <= MESSAGE_BYTES, "{bytes} bytes, of statements of {statement_bytes}");
+        assert!(bytes + 2 * (statement_bytes + 100) > MESSAGE_BYTES, "it is not full: {bytes}");
     }
 }

@@ -133,7 +133,7 @@ impl<D: Dialect> Lent<'_, D> {
 impl<D: Dialect> Drop for Lent<'_, D> {
     fn drop(&mut self) {
         if let Some((_, session)) = self.connection.take()
-            && self.of.role == Role::Write
+            && self.of.role != Role::Read
         {
             self.of.state().doubtful.push(session);
         }

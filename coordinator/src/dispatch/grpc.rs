@@ -195,7 +195,7 @@ impl Dispatch for GrpcDispatch {
         let (clock, closing) = (self.clock.clone(), self.closing.clone());
         let returned = returned.clone();
         let spec = &call.spec;
-        if let Some(damage) = spec.damage {
+        if let Some(damage) = &spec.damage {
             let error = AttemptError {
                 code: code_name(Code::DataLoss).to_owned(),
                 message: format!(

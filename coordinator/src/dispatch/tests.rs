@@ -221,7 +221,10 @@ async fn a_branch_whose_record_is_damaged_is_not_called() {
     let participant = Participant::default();
     let dispatch = dispatch(&[&participant.serve().await]);
     let call = confirm("deduct", LONG);
-    let spec = BranchSpec { damage: Some("its payload is missing"), ..(*call.spec).clone() };
+    let spec = BranchSpec {
+        damage: Some(crate::transaction::BranchDamage::NoPayload),
+        ..(*call.spec).clone()
+    };
     let damaged = CallRequest { spec: Arc::new(spec), ..call };
     let (error, hopeless) = failure(&dispatch, damaged).await;
     assert!(error.starts_with("DATA_LOSS: its record"), "{error}");

@@ -38,6 +38,7 @@
 //! - an event that is rejected or repeated changes nothing.
 
 mod apply;
+mod branch_damage;
 mod branch_set;
 mod model;
 mod plan;
@@ -49,6 +50,7 @@ mod tests;
 pub use handfast_proto::time::Timestamp;
 
 pub use apply::{Change, DecisionRequest, Event, Outcome, Weight};
+pub use branch_damage::BranchDamage;
 pub use branch_set::BranchSet;
 pub use model::{
     AttemptError, Branch, BranchSpec, BranchState, Call, CancelCause, Decision, Drive,

@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 use handfast_proto::{BranchId, Xid, time::Timestamp};
 
+use super::BranchDamage;
+
 /// The state of a global transaction. Retry counts, timeouts, reasons and "stuck" are fields, not states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum State {
@@ -214,7 +216,7 @@ pub struct BranchSpec {
     pub inquires: bool,
     /// What is wrong with its record, if it cannot be carried out as it is. The participant is not called then: an operator
     /// settles the branch.
-    pub damage: Option<&'static str>,
+    pub damage: Option<BranchDamage>,
 }
 
 impl BranchSpec {

@@ -300,7 +300,7 @@ impl Store for MySqlStore {
 
     async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error> {
         let resolved = async move |connection: &mut Connection| {
-            read::resolved::<InMySql>(connection, xid, known).await
+            sql::resolutions::resolved::<InMySql>(connection, xid, known).await
         };
         sql::reading(&self.readers, self.writer_of(xid.partition), resolved).await
     }

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::transaction::{
-    AttemptError, Branch, BranchSpec, BranchState, Call, GlobalTransaction, Payload, Resolution,
-    State, Timestamp,
+    AttemptError, Branch, BranchDamage, BranchSpec, BranchState, Call, GlobalTransaction, Payload,
+    Resolution, State, Timestamp,
 };
 
 /// A branch: a row of `branch`, with its row of `resolution` if there is one, or what the transaction's row says of it.
@@ -29,12 +29,33 @@ pub(in crate::store) struct BranchRow {
     pub(in crate::store) error_code: Option<String>,
     pub(in crate::store) error_message: Option<String>,
     pub(in crate::store) error_at: Option<i64>,
-    pub(in crate::store) resolved_by: Option<String>,
-    pub(in crate::store) resolved_reason: Option<String>,
-    pub(in crate::store) resolved_at: Option<i64>,
+    #[sqlx(skip)]
+    pub(super) resolution: Option<Resolution>,
     /// Why the branch cannot be called.
     #[sqlx(skip)]
-    damage: Option<&'static str>,
+    damage: Option<BranchDamage>,
+    /// Whether the transaction's row says that it has a payload to carry.
+    #[sqlx(skip)]
+    carries: bool,
+}
+
+/// A row of `resolution`: an operator has resolved a branch, which may have no row of its own.
+#[derive(Debug, sqlx::FromRow)]
+pub(in crate::store) struct ResolutionOfBranch {
+    branch_id: String,
+    operator: String,
+    reason: String,
+    at: i64,
+}
+
+/// Adds the resolutions of a transaction to its branches.
+pub(super) fn resolve(branches: &mut [BranchRow], resolutions: Vec<ResolutionOfBranch>) {
+    for ResolutionOfBranch { branch_id, operator, reason, at, .. } in resolutions {
+        let of = branches.iter_mut().find(|branch| branch.branch_id == branch_id);
+        if let Some(branch) = of {
+            branch.resolution = Some(Resolution { operator, reason, at: Timestamp(at) });
+        }
+    }
 }
 
 /// The column `branches`.
@@ -79,11 +100,14 @@ impl<'a> Registered<'a> {
         let spec = &*branch.spec;
         Self {
             id: Cow::from(spec.branch_id.as_str()),
-            kind: None,
+            kind: match &spec.damage {
+                Some(BranchDamage::UnknownKind(kind)) => Some(kind.clone()),
+                Some(BranchDamage::NoPayload | BranchDamage::NoPayloadType) | None => None,
+            },
             action: Cow::from(&spec.action),
             participant: Cow::from(&spec.participant),
             target: Cow::from(&spec.target),
-            payload: carried_payload(branch).is_some(),
+            payload: spec.carry_payload,
         }
     }
 
@@ -98,10 +122,12 @@ impl<'a> Registered<'a> {
             return Err("branch_id");
         }
         // A later version has other kinds, and this one does not know which calls such a branch gets.
-        let damage = match self.kind.as_deref() {
-            None | Some("tcc") if self.payload && own.is_none() => Some("its payload is missing"),
-            None | Some("tcc") => None,
-            Some(_) => Some("this version does not know its kind"),
+        // A row that was written without the payload does not make up for it.
+        let has_payload = own.as_ref().is_some_and(|own| own.payload.is_some());
+        let damage = match self.kind {
+            Some(kind) if kind != "tcc" => Some(BranchDamage::UnknownKind(kind)),
+            Some(_) | None if self.payload && !has_payload => Some(BranchDamage::NoPayload),
+            Some(_) | None => None,
         };
         let own = own.unwrap_or_else(|| BranchRow {
             xid: xid.to_vec(),
@@ -113,7 +139,7 @@ impl<'a> Registered<'a> {
             state: 1,
             ..BranchRow::default()
         });
-        Ok(BranchRow { damage, ..own })
+        Ok(BranchRow { damage, carries: self.payload, ..own })
     }
 }
 
@@ -128,7 +154,7 @@ impl BranchRow {
         let carried = carried_payload(branch);
         let error = branch.last_error.as_ref();
         let resolution = match &branch.state {
-            BranchState::Resolved(resolution) => Some(resolution),
+            BranchState::Resolved(resolution) => Some(&**resolution),
             BranchState::Registered | BranchState::Tried | BranchState::Acknowledged => None,
         };
         Self {
@@ -154,10 +180,9 @@ impl BranchRow {
             error_code: error.map(|error| error.code.clone()),
             error_message: error.map(|error| error.message.clone()),
             error_at: error.map(|error| error.at.0),
-            resolved_by: resolution.map(|resolution| resolution.operator.clone()),
-            resolved_reason: resolution.map(|resolution| resolution.reason.clone()),
-            resolved_at: resolution.map(|resolution| resolution.at.0),
+            resolution: resolution.cloned(),
             damage: None,
+            carries: carried.is_some(),
         }
     }
 
@@ -172,8 +197,8 @@ impl BranchRow {
                 (Some(Payload { data: Bytes::from(data), content_type }), None)
             }
             (None, None) => (None, None),
-            (None, Some(_)) => (None, Some("its payload is missing")),
-            (Some(_), None) => (None, Some("the type of its payload is missing")),
+            (None, Some(_)) => (None, Some(BranchDamage::NoPayload)),
+            (Some(_), None) => (None, Some(BranchDamage::NoPayloadType)),
         };
         let last_error = match (self.error_code, self.error_message, self.error_at) {
             (Some(code), Some(message), Some(at)) => {
@@ -185,13 +210,7 @@ impl BranchRow {
                 None
             }
         };
-        let resolution = match (self.resolved_by, self.resolved_reason, self.resolved_at) {
-            (Some(operator), Some(reason), Some(at)) => {
-                Some(Resolution { operator, reason, at: Timestamp(at) })
-            }
-            _ => None,
-        };
-        let branch_state = match (self.state, resolution) {
+        let branch_state = match (self.state, self.resolution) {
             // If all went well, the rows of branches are not written again. The final state implies that they acknowledged.
             (1, None) if state.is_final() => BranchState::Acknowledged,
             (1, None) => BranchState::Registered,
@@ -214,7 +233,7 @@ impl BranchRow {
                 action: self.action,
                 participant: self.participant,
                 target: self.target,
-                carry_payload: payload.is_some(),
+                carry_payload: self.carries || payload.is_some() || of_payload.is_some(),
                 payload,
                 try_timeout: None,
                 inquires: false,

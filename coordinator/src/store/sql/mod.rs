@@ -8,6 +8,7 @@ mod error;
 mod query;
 pub(in crate::store) mod read;
 pub(in crate::store) mod record;
+pub(in crate::store) mod resolutions;
 mod sight;
 pub(in crate::store) mod write;
 

@@ -3,26 +3,25 @@
 
 use std::collections::BTreeMap;
 
-use handfast_proto::{BranchId, Xid};
+use handfast_proto::Xid;
 use sqlx::FromRow;
 use tracing::error;
 
 use super::{
     Connection, Dialect, Query,
-    branches::BranchRow,
+    branches::{BranchRow, ResolutionOfBranch},
     record::{self, Found, TransactionRow},
-    sight::{Beside, SEEN, Seen, Sight},
+    resolutions,
+    sight::{Beside, END_READING, SEEN, Seen, Sight, XIDS_MAX},
 };
 use crate::{
     store::{
         DuePage, Error, Known, ListFilter, Listed, Listing, Lookup, PARTITIONS, Show, Summary,
         XidBytes, xids_of,
     },
-    transaction::{Decision, GlobalTransaction, StuckAfter, Timestamp},
+    transaction::{GlobalTransaction, StuckAfter, Timestamp},
 };
 
-/// Transactions whose branches one query reads.
-const XIDS_MAX: usize = 64;
 /// Keys that one query looks up. A few fixed sizes, so that queries are prepared once.
 const KEYS: [usize; 4] = [1, 8, 64, 256];
 
@@ -32,21 +31,16 @@ const SELECT_TRANSACTIONS: &str =
     "SELECT g.*, i.key_digest FROM (SELECT g.* FROM global_transaction AS g ";
 /// What follows the conditions of [`SELECT_TRANSACTIONS`].
 const JOIN_DIGESTS: &str = ") AS g LEFT JOIN idempotency AS i ON i.key_hash = g.key_hash ";
-const BRANCH: &str =
-    "SELECT b.*, r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at";
+const BRANCH: &str = "SELECT b.*";
 
-/// The same for a list, which shows no payloads.
+/// The same for a list, which shows no payloads, only that there is one.
 const BRANCH_IN_LIST: &str = "SELECT b.xid, b.position, b.branch_id, b.action, b.participant, b.target, b.state, b.attempts, b.needs_attention, \
-     NULL AS payload, NULL AS payload_type, b.due_at, b.error_code, b.error_message, b.error_at, \
-     r.operator AS resolved_by, r.reason AS resolved_reason, r.at AS resolved_at";
+     SUBSTR(b.payload, 1, 0) AS payload, b.payload_type, b.due_at, b.error_code, b.error_message, b.error_at";
 
 /// [`GlobalTransaction::is_stuck`] in SQL. Bind: decided before, attempts.
 const STUCK: &str = "g.due_at IS NOT NULL AND g.state IN (2, 3) AND (g.decided_at <= ? OR EXISTS (SELECT 1 FROM branch AS b \
                      WHERE b.xid = g.xid AND b.state = 1 AND b.error_at IS NOT NULL \
                      AND (b.needs_attention OR b.attempts >= ?)))";
-
-/// Ends a local transaction that has changed nothing.
-const END_READING: &str = "ROLLBACK";
 
 /// One transaction, and what is known about the place where it would be.
 #[derive(Debug, FromRow)]
@@ -84,11 +78,12 @@ pub(in crate::store) async fn load<D: Dialect>(
     let row = row.ok_or(sqlx::Error::RowNotFound)?;
     let lookup = match row.head.0 {
         Some(head) => {
-            let branches =
-                branches::<D>(connection, &mut sight, BRANCH, &[xid.to_bytes().to_vec()]).await?;
-            let branches = branches.into_iter().map(|branch| branch.row);
-            let branches = branches.collect::<Result<_, _>>().map_err(Error::Corrupt)?;
-            Lookup::Found(Box::new(head.into_transaction(branches)?))
+            let xids = [xid.to_bytes().to_vec()];
+            let branches = branches::<D>(connection, &mut sight, BRANCH, &xids).await?;
+            let branches = rows(branches).map_err(Error::Corrupt)?;
+            let resolutions = resolutions::of_branches::<D>(connection, &mut sight, &xids).await?;
+            let resolutions = rows(resolutions).map_err(Error::Corrupt)?;
+            Lookup::Found(Box::new(head.into_transaction(branches, resolutions)?))
         }
         None => Lookup::Absent {
             purged_through: row.through.map(|through| record::xid(&through)).transpose()?,
@@ -98,32 +93,6 @@ pub(in crate::store) async fn load<D: Dialect>(
     };
     D::run(connection, END_READING).await?;
     Ok(lookup)
-}
-
-pub(in crate::store) async fn resolved<D: Dialect>(
-    connection: &mut Connection<D>,
-    xid: Xid,
-    known: Known,
-) -> Result<Vec<(BranchId, Decision)>, Error> {
-    D::run(connection, D::BEGIN_READING).await?;
-    let mut sight = Sight::of(known);
-    let mut query = Query::new("SELECT r.xid, r.branch_id, r.decision");
-    // With an empty branch id, the operator has decided the transaction and done no branch's work.
-    query.push(SEEN).push("LEFT JOIN resolution AS r ON r.branch_id <> '' AND r.xid = ");
-    query.push_bind(xid);
-    sight.push_partition(&mut query);
-    let rows: Vec<(Vec<u8>, String, i64)> = sight.fetch::<D, _>(connection, query).await?;
-    D::run(connection, END_READING).await?;
-    let branch = |(_, branch_id, decision): (_, String, i64)| {
-        let damaged = || Error::Corrupt(format!("a resolution of {xid} is damaged"));
-        let decision = match decision {
-            1 => Decision::Confirm,
-            2 => Decision::Cancel,
-            _ => return Err(damaged()),
-        };
-        Ok((branch_id.parse().map_err(|_| damaged())?, decision))
-    };
-    rows.into_iter().map(branch).collect()
 }
 
 pub(in crate::store) async fn find_keys<D: Dialect>(
@@ -403,16 +372,21 @@ async fn undamaged<D: Dialect>(
     heads: Vec<Found<TransactionRow>>,
 ) -> Result<Vec<GlobalTransaction>, Error> {
     let mut branches: BTreeMap<Vec<u8>, Vec<Found<BranchRow>>> = BTreeMap::new();
+    let mut resolved: BTreeMap<Vec<u8>, Vec<Found<ResolutionOfBranch>>> = BTreeMap::new();
     for some in heads.chunks(XIDS_MAX) {
         let xids: Vec<_> = some.iter().map(|head| head.xid.clone()).collect();
         for row in self::branches::<D>(connection, sight, select_branches, &xids).await? {
             branches.entry(row.xid.clone()).or_default().push(row);
         }
+        for row in resolutions::of_branches::<D>(connection, sight, &xids).await? {
+            resolved.entry(row.xid.clone()).or_default().push(row);
+        }
     }
     let mut found = Vec::with_capacity(heads.len());
     for head in heads {
         let branches = branches.remove(&head.xid).unwrap_or_default();
-        match rebuilt(head, branches) {
+        let resolved = resolved.remove(&head.xid).unwrap_or_default();
+        match rebuilt(head, branches, resolved) {
             Ok(global) => found.push(global),
             Err(what) => error!(what, "a damaged record is left alone; a person must look"),
         }
@@ -424,15 +398,22 @@ async fn undamaged<D: Dialect>(
 fn rebuilt(
     head: Found<TransactionRow>,
     branches: Vec<Found<BranchRow>>,
+    resolved: Vec<Found<ResolutionOfBranch>>,
 ) -> Result<GlobalTransaction, String> {
     let xid = head.xid;
     let unreadable = |what: String| match record::xid(&xid) {
         Ok(xid) => format!("transaction {xid} cannot be read: {what}"),
         Err(_) => format!("the transaction of {xid:02x?} cannot be read: {what}"),
     };
-    let branches = branches.into_iter().map(|branch| branch.row).collect::<Result<_, _>>();
-    let global = head.row.map_err(unreadable)?.into_transaction(branches.map_err(unreadable)?);
+    let head = head.row.map_err(unreadable)?;
+    let branches = rows(branches).map_err(unreadable)?;
+    let global = head.into_transaction(branches, rows(resolved).map_err(unreadable)?);
     global.map_err(|error| error.to_string())
+}
+
+/// The rows, or what is wrong with one of them.
+fn rows<T>(found: Vec<Found<T>>) -> Result<Vec<T>, String> {
+    found.into_iter().map(|found| found.row).collect()
 }
 
 /// The branches of these transactions, in order.
@@ -444,7 +425,6 @@ async fn branches<D: Dialect>(
 ) -> Result<Vec<Found<BranchRow>>, Error> {
     let mut query = Query::new(select);
     query.push(SEEN).push("LEFT JOIN branch AS b ON b.xid IN (").push_list(xids.iter().cloned());
-    query.push(" LEFT JOIN resolution AS r ON r.xid = b.xid AND r.branch_id = b.branch_id");
     sight.push_partition(&mut query);
     query.push(" ORDER BY b.xid, b.position");
     // Only frequent sizes are worth keeping prepared.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
 use tracing::error;
 
-use super::branches::{self, BranchRow};
+use super::branches::{self, BranchRow, ResolutionOfBranch};
 use crate::{
     store::{Error, XidBytes},
     transaction::{
@@ -154,16 +154,18 @@ impl TransactionRow {
     pub(in crate::store) fn into_transaction(
         self,
         rows: Vec<BranchRow>,
+        resolutions: Vec<ResolutionOfBranch>,
     ) -> Result<GlobalTransaction, Error> {
         let xid = xid(&self.xid)?;
         let damaged = |column: &str| {
             Error::Corrupt(format!("transaction {xid} has an impossible `{column}`"))
         };
         let state = state(self.state).ok_or_else(|| damaged("state"))?;
-        let branches = match &self.branches {
+        let mut branches = match &self.branches {
             Some(column) => branches::with_rows(&self.xid, column, rows).map_err(damaged)?,
             None => rows, // an earlier version has recorded it, and all branches have a row
         };
+        branches::resolve(&mut branches, resolutions);
         let count = i64::try_from(branches.len()).unwrap_or(i64::MAX);
         let too_many = branches.len() > limits::BRANCHES_MAX; // more than a `BranchSet` can hold
         if too_many || self.branch_count.is_some_and(|recorded| recorded != count) {
@@ -319,7 +321,7 @@ fn a_transaction_with_too_many_branch_rows_is_damaged() {
     global.branches = vec![global.branches[0].clone(); limits::BRANCHES_MAX + 1];
     let branches = (0..global.branches.len()).map(|n| BranchRow::of(&global, n)).collect();
     let old = TransactionRow { branch_count: None, ..TransactionRow::of(&global) };
-    assert!(matches!(old.into_transaction(branches), Err(Error::Corrupt(_))));
+    assert!(matches!(old.into_transaction(branches, Vec::new()), Err(Error::Corrupt(_))));
     let row = TransactionRow { branch_count: None, ..TransactionRow::with_branches(&global) };
-    assert!(matches!(row.into_transaction(Vec::new()), Err(Error::Corrupt(_))));
+    assert!(matches!(row.into_transaction(Vec::new(), Vec::new()), Err(Error::Corrupt(_))));
 }

@@ -17,6 +17,11 @@ use crate::store::{Error, Known, PartitionRow};
 const REPEAT_AFTER: [Duration; 3] =
     [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(200)];
 
+/// Ends a local transaction that has changed nothing.
+pub(super) const END_READING: &str = "ROLLBACK";
+/// Transactions whose branches one query reads.
+pub(super) const XIDS_MAX: usize = 64;
+
 /// The columns of [`Seen`], at the end of the list of columns.
 pub(super) const SEEN: &str = ", p.epoch AS seen_epoch, p.nonce AS seen_nonce, p.latest_batch AS seen_position FROM `partition` AS p ";
 

@@ -86,7 +86,7 @@ impl Dialect for InSqlite {
     const UPSERT_PURGED: &'static str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
                                          ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
     const DELETE: [&'static str; 3] = [
-        "DELETE FROM idempotency WHERE key_hash IN (SELECT g.key_hash FROM global_transaction AS g \
+        "DELETE FROM idempotency WHERE (key_hash, xid) IN (SELECT g.key_hash, g.xid FROM global_transaction AS g \
          WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?)",
         "DELETE FROM branch WHERE xid IN (SELECT g.xid FROM global_transaction AS g \
          WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?)",
@@ -266,7 +266,7 @@ impl Store for SqliteStore {
 
     async fn resolved(&self, xid: Xid, known: Known) -> Result<Vec<(BranchId, Decision)>, Error> {
         let resolved = async move |connection: &mut Connection| {
-            read::resolved::<InSqlite>(connection, xid, known).await
+            sql::resolutions::resolved::<InSqlite>(connection, xid, known).await
         };
         sql::reading(&self.readers, &self.writer, resolved).await
     }

@@ -2,8 +2,11 @@
 
 use super::*;
 use crate::{
-    store::conformance::{NOW, cancel, confirm, updated},
-    transaction::{BranchState, CancelCause, Decision, Resolution, State},
+    store::{
+        Head,
+        conformance::{NOW, cancel, confirm, inserted, updated},
+    },
+    transaction::{BranchSpec, BranchState, CancelCause, Decision, Event, Key, Resolution, State},
 };
 
 /// What the coordinator reads of a store in which `damage` was done to the second of three transactions. Their decision is
@@ -77,6 +80,10 @@ const WITH_ROWS: &str = "INSERT INTO branch (xid, position, branch_id, action, p
     SELECT xid, j.key, j.value ->> 'id', j.value ->> 'action', j.value ->> 'participant', j.value ->> 'target', 1, 0, 0
     FROM global_transaction, json_each(branches) AS j; ";
 
+fn damage_of(global: &GlobalTransaction, branch: usize) -> Option<String> {
+    global.branches[branch].spec.damage.as_ref().map(ToString::to_string)
+}
+
 #[tokio::test]
 async fn what_is_not_needed_is_left_out() {
     for damage in [
@@ -123,25 +130,96 @@ async fn a_branch_without_a_part_of_its_payload_is_not_called() {
         let damage =
             format!("{WITH_ROWS}UPDATE branch SET {damage} WHERE xid = THIS AND position = 1");
         let global = Read::after(Decision::Confirm, &damage).await.carried_out(&damage);
-        assert_eq!(global.branches[0].spec.damage, None);
-        assert_eq!(global.branches[1].spec.damage, Some(what));
+        assert_eq!([damage_of(&global, 0), damage_of(&global, 1)], [None, Some(what.to_owned())]);
     }
 }
 
-/// A later version may have recorded it, or its row was deleted.
+/// Members of a branch in the column `branches`, and what they say of it.
+const UNKNOWN: [(&str, &str); 2] = [
+    ("'$[1].kind', 'message'", "this version does not know its kind"),
+    ("'$[1].payload', json('true')", "its payload is missing"),
+];
+
+fn set_in_json(member: &str) -> String {
+    format!(
+        "UPDATE global_transaction SET branches = json_set(branches, {member}) WHERE xid = THIS"
+    )
+}
+
+/// A later version may have recorded it, or its row was deleted. The row may also have been written since then, without the payload.
 #[tokio::test]
 async fn a_branch_of_an_unknown_kind_or_without_the_row_of_its_payload_is_not_called() {
-    for (member, what) in [
-        ("'$[1].kind', 'message'", "this version does not know its kind"),
-        ("'$[1].payload', json('true')", "its payload is missing"),
-    ] {
-        let damage = format!(
-            "UPDATE global_transaction SET branches = json_set(branches, {member}) WHERE xid = THIS"
-        );
+    for (rows, (member, what)) in
+        ["", WITH_ROWS].into_iter().flat_map(|rows| UNKNOWN.map(|unknown| (rows, unknown)))
+    {
+        let damage = format!("{rows}{}", set_in_json(member));
         let global = Read::after(Decision::Confirm, &damage).await.carried_out(&damage);
-        assert_eq!(global.branches[0].spec.damage, None);
-        assert_eq!(global.branches[1].spec.damage, Some(what));
+        assert_eq!([damage_of(&global, 0), damage_of(&global, 1)], [None, Some(what.to_owned())]);
     }
+}
+
+/// The new branch is written with all others.
+#[tokio::test]
+async fn a_new_branch_does_not_hide_what_is_wrong_with_the_others() {
+    for (member, what) in UNKNOWN {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let store = SqliteStore::open(&path).await.unwrap();
+        let mut owner = Owner::of(&store).await;
+        let xid = owner.xid(3);
+        owner.insert(&begun(xid, &["a", "b"])).await;
+        let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
+        let damage = set_in_json(member).replace("THIS", "xid");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(damage)).execute(&mut db).await.unwrap();
+
+        let mut global = owner.found(xid).await;
+        let third =
+            BranchSpec { branch_id: "c".parse().unwrap(), ..(*global.branches[0].spec).clone() };
+        global.apply(Event::Registered(vec![third]), NOW).unwrap();
+        let write =
+            Write { head: Head::Keep, new_branches: 2, ..updated(&global, BranchSet::EMPTY) };
+        owner.append(vec![write]).await;
+        let read = owner.found(xid).await;
+        let damage = [0, 1, 2].map(|branch| damage_of(&read, branch));
+        assert_eq!(damage, [None, Some(what.to_owned()), None]);
+        assert_eq!(read, global.recorded());
+    }
+}
+
+/// Somebody has done its work already.
+#[tokio::test]
+async fn a_resolved_branch_without_a_row_is_not_called_again() {
+    let resolved = "INSERT INTO resolution SELECT xid, 'b', 1, 'checkout', '', 'ann', 'by hand', 7 \
+                    FROM global_transaction WHERE xid = THIS";
+    let mut global = Read::after(Decision::Confirm, resolved).await.carried_out(resolved);
+    let by =
+        Resolution { operator: "ann".to_owned(), reason: "by hand".to_owned(), at: Timestamp(7) };
+    assert_eq!(global.branches[0].state, BranchState::Registered);
+    assert_eq!(global.branches[1].state, BranchState::Resolved(Box::new(by.clone())));
+    // So there is nothing to record when it is resolved again.
+    let again = Event::Resolved { branch_id: "b".parse().unwrap(), resolution: by };
+    assert_eq!(global.apply(again, NOW).unwrap().branches, BranchSet::EMPTY);
+}
+
+#[tokio::test]
+async fn the_purge_leaves_the_key_of_another_transaction() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let store = SqliteStore::open(&path).await.unwrap();
+    let mut owner = Owner::of(&store).await;
+    let mut finished = begun(owner.xid(3), &[]);
+    finished.key = Some(Key { hash: [1; 32], digest: [1; 32] });
+    cancel(&mut finished, CancelCause::TimedOut);
+    let mut open = begun(owner.xid(3), &["a"]);
+    open.key = Some(Key { hash: [2; 32], digest: [2; 32] });
+    owner.append(vec![inserted(&finished), inserted(&open)]).await;
+    let mut db = Connection::connect(&path.display().to_string()).await.unwrap();
+    let damage = "UPDATE global_transaction SET key_hash = (SELECT max(key_hash) FROM idempotency) WHERE state = 5";
+    sqlx::raw_sql(damage).execute(&mut db).await.unwrap();
+    let later = NOW + Duration::from_secs(3600);
+    assert_eq!(store.purge(owner.ownership(3), later, later, None, 10).await.unwrap(), (1, None));
+    let found = store.find_keys(&[[2; 32]], owner.known(3)).await.unwrap();
+    assert_eq!(found, [Some(open.xid)]);
 }
 
 #[tokio::test]

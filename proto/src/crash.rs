@@ -43,10 +43,32 @@ macro_rules! crash_point_is_set {
 /// Whether the environment names this crash point.
 #[cfg(feature = "crash-points")]
 pub fn is_set(name: &str) -> bool {
+    armed::POINT.as_ref().is_some_and(|(at, ..)| at == name)
+}
+
+/// The crash point that the environment names.
+#[cfg(feature = "crash-points")]
+mod armed {
     use std::sync::LazyLock;
 
-    static WHERE: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("CRASH_POINT").ok());
-    WHERE.as_deref().and_then(|text| text.split(':').next()) == Some(name)
+    use rustix::process::Signal;
+
+    /// Its name, the number of the visit, and the signal.
+    type Point = (String, u64, Signal);
+
+    pub(super) static POINT: LazyLock<Option<Point>> = LazyLock::new(|| {
+        let text = std::env::var("CRASH_POINT").ok()?;
+        Some(parse(&text).expect("CRASH_POINT is a name, a colon and a number, and perhaps :stop"))
+    });
+
+    fn parse(text: &str) -> Option<Point> {
+        let (text, signal) = match text.strip_suffix(":stop") {
+            Some(text) => (text, Signal::STOP),
+            None => (text, Signal::KILL),
+        };
+        let (name, times) = text.split_once(':')?;
+        Some((name.to_owned(), times.parse().ok()?, signal))
+    }
 }
 
 /// Counts the visits, and dies or stops at the right one.
@@ -56,32 +78,15 @@ pub fn is_set(name: &str) -> bool {
 /// When `CRASH_POINT` is malformed.
 #[cfg(feature = "crash-points")]
 pub fn come_by(name: &str) {
-    use rustix::process::{Signal, getpid, kill_process};
+    use rustix::process::{getpid, kill_process};
     use std::{
-        sync::{
-            LazyLock,
-            atomic::{AtomicU64, Ordering},
-        },
+        sync::atomic::{AtomicU64, Ordering},
         time::Duration,
     };
 
-    /// The name of the crash point, the number of the visit, and the signal.
-    fn parse(text: &str) -> Option<(String, u64, Signal)> {
-        let (text, signal) = match text.strip_suffix(":stop") {
-            Some(text) => (text, Signal::STOP),
-            None => (text, Signal::KILL),
-        };
-        let (name, times) = text.split_once(':')?;
-        Some((name.to_owned(), times.parse().ok()?, signal))
-    }
-
-    static WHERE: LazyLock<Option<(String, u64, Signal)>> = LazyLock::new(|| {
-        let text = std::env::var("CRASH_POINT").ok()?;
-        Some(parse(&text).expect("CRASH_POINT is a name, a colon and a number, and perhaps :stop"))
-    });
     static TIMES: AtomicU64 = AtomicU64::new(0);
 
-    if let Some((at, nth, signal)) = &*WHERE
+    if let Some((at, nth, signal)) = &*armed::POINT
         && at == name
         && TIMES.fetch_add(1, Ordering::Relaxed) + 1 == *nth
     {

@@ -137,15 +137,21 @@ async fn an_owner_follows_a_switch_over_and_an_old_primary_is_not_taken() {
     let Appended::Fenced(_) = owner.append(&store).await else { panic!("it was replaced") };
 }
 
-/// A server that becomes read-only cannot take a batch that would tell the owner that it was replaced.
-#[tokio::test]
-async fn an_owner_of_a_read_only_server_learns_that_it_was_replaced() {
-    let Some(rig) = Rig::start(Kind::Replication).await else { return };
+/// An owner that has recorded a batch, and does not know yet that another one has taken over.
+async fn replaced_owner(rig: &Rig) -> (MySqlStore, Owner) {
     let store = rig.store(&[0]).await;
     let mut owner = Owner::of(&store).await.unwrap();
     assert_eq!(owner.append(&store).await, Appended::Durable);
     let next = rig.store(&[0]).await;
     Owner::of(&next).await.unwrap();
+    (store, owner)
+}
+
+/// A server that becomes read-only cannot take a batch that would tell the owner that it was replaced.
+#[tokio::test]
+async fn an_owner_of_a_read_only_server_learns_that_it_was_replaced() {
+    let Some(rig) = Rig::start(Kind::Replication).await else { return };
+    let (store, mut owner) = replaced_owner(&rig).await;
     rig.sql(0, "SET GLOBAL read_only = 1").await;
     let Appended::Fenced(_) = owner.append(&store).await else { panic!("it was replaced") };
 }
@@ -154,11 +160,7 @@ async fn an_owner_of_a_read_only_server_learns_that_it_was_replaced() {
 #[tokio::test]
 async fn an_owner_that_knows_of_a_loss_waits_for_a_server_that_records_it() {
     let Some(rig) = Rig::start(Kind::Replication).await else { return };
-    let store = rig.store(&[0]).await;
-    let mut owner = Owner::of(&store).await.unwrap();
-    assert_eq!(owner.append(&store).await, Appended::Durable);
-    let next = rig.store(&[0]).await;
-    Owner::of(&next).await.unwrap();
+    let (store, mut owner) = replaced_owner(&rig).await;
     // As if the next owner had taken over on a replica that lacked the batch.
     rig.sql(0, "UPDATE store.epoch SET batches = 0 WHERE ended_at IS NOT NULL").await;
     rig.sql(0, "SET GLOBAL read_only = 1").await;

@@ -139,10 +139,8 @@ impl Participant {
         let Branch { xid, branch_id, action, .. } = branch;
         match told {
             // A reservation that asks and is still there was confirmed by nobody: a confirmed transaction is not deleted before.
-            pb::Inquiry::Cancel => {
-                self.give_back_and_survive(branch, &"it was not confirmed").await
-            }
-            pb::Inquiry::Forgotten => self.give_back_and_survive(branch, &"it is forgotten").await,
+            pb::Inquiry::Cancel => self.give_back(branch, &"it was not confirmed").await,
+            pb::Inquiry::Forgotten => self.give_back(branch, &"it is forgotten").await,
             pb::Inquiry::ResolvedConfirmed | pb::Inquiry::ResolvedCancelled => {
                 let confirmed = told == pb::Inquiry::ResolvedConfirmed;
                 let phase = if confirmed { Phase::Confirm } else { Phase::Cancel };

@@ -75,7 +75,7 @@ impl Participant {
                 };
                 for (xid, branch_id) in page.branches {
                     let branch = Branch::new(xid, branch_id, *action, Phase::Cancel);
-                    let result = self.ask_about_and_survive(branch, handfast).await;
+                    let result = self.ask_about(branch, handfast).await;
                     unanswered = match &result {
                         Ok(_) => 0,
                         Err(error) if error.concerns_it_alone() => 0,
@@ -96,20 +96,6 @@ impl Participant {
             None => Ok(inquiry),
             Some(error) => Err(error),
         }
-    }
-
-    /// A panic of the author's code concerns its branch alone.
-    async fn ask_about_and_survive(
-        &self,
-        branch: Branch,
-        handfast: &Handfast,
-    ) -> Result<Handled, Unanswered> {
-        let asking = AssertUnwindSafe(self.ask_about(branch.clone(), handfast));
-        asking.catch_unwind().await.unwrap_or_else(|_| {
-            let Branch { xid, branch_id, action, .. } = &branch;
-            error!(%xid, %branch_id, action, "the action panicked; its overdue reservation stays");
-            Ok(Handled::Reported)
-        })
     }
 
     async fn ask_about(&self, branch: Branch, handfast: &Handfast) -> Result<Handled, Unanswered> {
@@ -175,10 +161,18 @@ impl Participant {
         }
     }
 
-    /// Cancels the branch, for this reason. Returns whether it was cancelled.
-    async fn give_back(&self, branch: &Branch, why: &(impl fmt::Display + Sync)) -> bool {
+    /// Cancels the branch, for this reason. Returns whether it was cancelled. A panic of the author's code concerns its branch alone.
+    pub(super) async fn give_back(
+        &self,
+        branch: &Branch,
+        why: &(impl fmt::Display + Sync),
+    ) -> bool {
         let Branch { xid, branch_id, action, .. } = branch;
-        let answer = in_time(self.handle(branch, &[])).await;
+        let handling = AssertUnwindSafe(in_time(self.handle(branch, &[]))).catch_unwind();
+        let Ok(answer) = handling.await else {
+            error!(%xid, %branch_id, action, "the action panicked; its reservation stays");
+            return false;
+        };
         let done = matches!(answer, Answer::Done(_));
         if done {
             info!(%xid, %branch_id, action, %why, "overdue reservation cancelled");
@@ -186,20 +180,6 @@ impl Participant {
             warn!(%xid, %branch_id, action, %answer, "overdue reservation cannot be cancelled yet");
         }
         done
-    }
-
-    /// The same. A panic of the author's code concerns its branch alone.
-    pub(super) async fn give_back_and_survive(
-        &self,
-        branch: &Branch,
-        why: &(impl fmt::Display + Sync),
-    ) -> bool {
-        let giving_back = AssertUnwindSafe(self.give_back(branch, why));
-        giving_back.catch_unwind().await.unwrap_or_else(|_| {
-            let Branch { xid, branch_id, action, .. } = branch;
-            error!(%xid, %branch_id, action, "the action panicked; its reservation stays");
-            false
-        })
     }
 
     /// Inquires in the background once per `interval` (an hour is a good value), until the guard is dropped. Several processes

@@ -88,16 +88,14 @@ impl Dialect for InMySql {
                                          ON DUPLICATE KEY UPDATE through = GREATEST(through, ?)";
     // The hints keep the server from a scan, which it prefers if it believes that the table is small. A scan waits for rows that
     // others have locked. So `branch` is looked up row by row: a range would also wait for the row after it.
-    const DELETE: [&'static str; 3] = [
-        "DELETE i FROM global_transaction AS g FORCE INDEX (PRIMARY) \
+    const DELETE_KEYS: &'static str = "DELETE i FROM global_transaction AS g FORCE INDEX (PRIMARY) \
          STRAIGHT_JOIN idempotency AS i FORCE INDEX (PRIMARY) ON i.key_hash = g.key_hash AND i.xid = g.xid \
-         WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?",
-        "DELETE b FROM global_transaction AS g FORCE INDEX (PRIMARY) \
+         WHERE {xids} AND g.state IN (4, 5) AND g.finished_at < ?";
+    const DELETE_BRANCHES: &'static str = "DELETE b FROM global_transaction AS g FORCE INDEX (PRIMARY) \
          STRAIGHT_JOIN branch AS b FORCE INDEX (PRIMARY) ON b.xid = g.xid \
-         WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?",
-        "DELETE g FROM global_transaction AS g FORCE INDEX (PRIMARY) \
-         WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?",
-    ];
+         WHERE {xids} AND g.state IN (4, 5) AND g.finished_at < ?";
+    const DELETE_TRANSACTIONS: &'static str = "DELETE g FROM global_transaction AS g FORCE INDEX (PRIMARY) \
+         WHERE {xids} AND g.state IN (4, 5) AND g.finished_at < ?";
     const CLOCK: &'static str = "SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
 
     async fn connect(

@@ -40,10 +40,13 @@ pub(in crate::store) trait Dialect: fmt::Debug + Send + Sync + 'static {
     const BEGIN_READING: &'static str;
     /// Raises the purge mark of a partition, and never lowers it. Bind: partition, xid, xid.
     const UPSERT_PURGED: &'static str;
-    /// Deletes the keys, the rows of `branch` and the rows of the transactions that finished before a moment. `THESE` stands for a
-    /// condition on their xids. Each statement demands that they finished: one may have been recorded since they were read. Bind: the
-    /// xids, the moment.
-    const DELETE: [&'static str; 3];
+    /// Deletes the keys of transactions that finished before a moment. `{xids}` stands for a condition on their xids. It demands that
+    /// they finished: one may have been recorded since they were read. Bind: the values of the condition, the moment.
+    const DELETE_KEYS: &'static str;
+    /// The same for their rows of `branch`.
+    const DELETE_BRANCHES: &'static str;
+    /// The same for their own rows, which the others look at.
+    const DELETE_TRANSACTIONS: &'static str;
     /// A query for the database's time, in milliseconds since 1970.
     const CLOCK: &'static str;
 

@@ -13,15 +13,23 @@ use crate::{
     transaction::Decision,
 };
 
+/// The xid and these columns of what operators have resolved of these transactions. With an empty branch id, the operator has decided
+/// the transaction and done no branch's work.
+fn select(columns: &str, xids: &[Vec<u8>]) -> Query {
+    let mut query = Query::new("SELECT r.xid, ");
+    query.push(columns).push(SEEN);
+    query.push("LEFT JOIN resolution AS r ON r.branch_id <> '' AND r.xid IN (");
+    query.push_list(xids.iter().cloned());
+    query
+}
+
 /// What operators have resolved of these transactions. They are not joined to the rows of `branch`: such a row may be gone.
 pub(super) async fn of_branches<D: Dialect>(
     connection: &mut Connection<D>,
     sight: &mut Sight,
     xids: &[Vec<u8>],
 ) -> Result<Vec<Found<ResolutionOfBranch>>, Error> {
-    let mut query = Query::new("SELECT r.xid, r.branch_id, r.operator, r.reason, r.at");
-    query.push(SEEN).push("LEFT JOIN resolution AS r ON r.branch_id <> '' AND r.xid IN (");
-    query.push_list(xids.iter().cloned());
+    let mut query = select("r.branch_id, r.operator, r.reason, r.at", xids);
     sight.push_partition(&mut query);
     // Only frequent sizes are worth keeping prepared.
     query.persistent = [1, XIDS_MAX].contains(&xids.len());
@@ -35,10 +43,7 @@ pub(in crate::store) async fn resolved<D: Dialect>(
 ) -> Result<Vec<(BranchId, Decision)>, Error> {
     D::run(connection, D::BEGIN_READING).await?;
     let mut sight = Sight::of(known);
-    let mut query = Query::new("SELECT r.xid, r.branch_id, r.decision");
-    // With an empty branch id, the operator has decided the transaction and done no branch's work.
-    query.push(SEEN).push("LEFT JOIN resolution AS r ON r.branch_id <> '' AND r.xid = ");
-    query.push_bind(xid);
+    let mut query = select("r.branch_id, r.decision", &[xid.to_bytes().to_vec()]);
     sight.push_partition(&mut query);
     let rows: Vec<(Vec<u8>, String, i64)> = sight.fetch::<D, _>(connection, query).await?;
     D::run(connection, END_READING).await?;

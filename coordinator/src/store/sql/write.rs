@@ -399,19 +399,33 @@ pub(in crate::store) async fn purge<D: Dialect>(
     let mut deleted = 0;
     for (first, last) in ranges {
         // The last one alone: a database also locks the row after a range, which may be one that others are changing.
-        let these = [("g.xid >= ? AND g.xid < ?", vec![*first, *last]), ("g.xid = ?", vec![*last])];
-        for (condition, xids) in these.into_iter().skip(usize::from(first == last)) {
-            let mut rows = 0;
-            for sql in D::DELETE.iter().skip(usize::from(!some_have_keys)) {
-                let delete = Query::new(&sql.replace("THESE", condition));
-                let delete = xids.iter().fold(delete, |delete, xid| delete.bind(*xid)).bind(before);
-                rows = D::execute(connection, delete).await?;
-            }
-            deleted += rows; // of the last statement, which deletes the transactions
+        if first < last {
+            let range = Query::new("g.xid >= ? AND g.xid < ?").bind(*first).bind(*last);
+            deleted += delete::<D>(connection, &range, before, *some_have_keys).await?;
         }
+        let last = Query::new("g.xid = ?").bind(*last);
+        deleted += delete::<D>(connection, &last, before, *some_have_keys).await?;
     }
     D::run(connection, "COMMIT").await?;
     Ok(Some(deleted))
+}
+
+/// Deletes the transactions that fit the condition and finished before that moment, with their branches and keys. Returns how many.
+async fn delete<D: Dialect>(
+    connection: &mut Connection<D>,
+    which: &Query,
+    before: Timestamp,
+    some_have_keys: bool,
+) -> Result<u64, Error> {
+    let query = |sql: &str| {
+        let sql = sql.replace("{xids}", &which.sql);
+        Query { sql, values: which.values.clone(), persistent: true }.bind(before)
+    };
+    if some_have_keys {
+        D::execute(connection, query(D::DELETE_KEYS)).await?;
+    }
+    D::execute(connection, query(D::DELETE_BRANCHES)).await?;
+    Ok(D::execute(connection, query(D::DELETE_TRANSACTIONS)).await?)
 }
 
 pub(in crate::store) async fn release<D: Dialect>(

@@ -85,13 +85,11 @@ impl Dialect for InSqlite {
     const BEGIN_READING: &'static str = "BEGIN";
     const UPSERT_PURGED: &'static str = "INSERT INTO purged (partition, through) VALUES (?, ?) \
                                          ON CONFLICT (partition) DO UPDATE SET through = max(through, ?)";
-    const DELETE: [&'static str; 3] = [
-        "DELETE FROM idempotency WHERE (key_hash, xid) IN (SELECT g.key_hash, g.xid FROM global_transaction AS g \
-         WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?)",
-        "DELETE FROM branch WHERE xid IN (SELECT g.xid FROM global_transaction AS g \
-         WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?)",
-        "DELETE FROM global_transaction AS g WHERE THESE AND g.state IN (4, 5) AND g.finished_at < ?",
-    ];
+    const DELETE_KEYS: &'static str = "DELETE FROM idempotency WHERE (key_hash, xid) IN \
+         (SELECT g.key_hash, g.xid FROM global_transaction AS g WHERE {xids} AND g.state IN (4, 5) AND g.finished_at < ?)";
+    const DELETE_BRANCHES: &'static str = "DELETE FROM branch WHERE xid IN \
+         (SELECT g.xid FROM global_transaction AS g WHERE {xids} AND g.state IN (4, 5) AND g.finished_at < ?)";
+    const DELETE_TRANSACTIONS: &'static str = "DELETE FROM global_transaction AS g WHERE {xids} AND g.state IN (4, 5) AND g.finished_at < ?";
     const CLOCK: &'static str = "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)";
 
     /// Closing a connection ends its local transaction, so nothing remains to be killed.

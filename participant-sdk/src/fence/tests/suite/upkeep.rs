@@ -113,6 +113,19 @@ async fn fill(shop: &Shop, rows: i64) {
     sqlx::raw_sql("COMMIT").execute(&mut *connection).await.unwrap();
 }
 
+/// As this many services do that start together.
+async fn create_table_at_once(shop: &Shop, services: usize) {
+    let tasks: Vec<_> = (0..services)
+        .map(|_| {
+            let fence = shop.fence.clone();
+            tokio::spawn(async move { fence.create_table_if_missing().await })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+}
+
 /// Services that upgrade have a table without the index. It is added while they run, and they work without it as well.
 #[tokio::test]
 async fn a_table_of_an_earlier_version_gets_the_index() {
@@ -123,15 +136,7 @@ async fn a_table_of_an_earlier_version_gets_the_index() {
         aged(&shop, 1, &[Phase::Try], hour, Some(hour)).await;
         shop.fence.verify().await.unwrap();
         assert_eq!(overdue(&shop, &branch(1, Phase::Cancel)).await, 1);
-        let tasks: Vec<_> = (0..4)
-            .map(|_| {
-                let fence = shop.fence.clone();
-                tokio::spawn(async move { fence.create_table_if_missing().await })
-            })
-            .collect();
-        for task in tasks {
-            task.await.unwrap().unwrap();
-        }
+        create_table_at_once(&shop, 4).await;
         let mut connection = shop.pool.acquire().await.unwrap();
         assert!(Db::has_tried_index(&mut connection).await.unwrap());
         assert_eq!(overdue(&shop, &branch(1, Phase::Cancel)).await, 1);
@@ -207,15 +212,7 @@ async fn many_processes_may_make_the_table_at_once() {
             .execute(&shop.pool)
             .await
             .unwrap();
-        let tasks: Vec<_> = (0..8)
-            .map(|_| {
-                let fence = shop.fence.clone();
-                tokio::spawn(async move { fence.create_table_if_missing().await })
-            })
-            .collect();
-        for task in tasks {
-            task.await.unwrap().unwrap();
-        }
+        create_table_at_once(&shop, 8).await;
     }
 }
 
